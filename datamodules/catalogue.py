@@ -1,0 +1,219 @@
+"""The data sets of `catalogue.yaml`: which are here, where they lie, how they are had, and whether they are intact.
+
+Only the standard library and YAML are imported at the top: `darkroom list` answers from here.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HERE = Path(__file__).parent
+MANIFESTS = HERE / "manifests"
+
+
+class MissingData(FileNotFoundError):
+    """A data set that is asked for is not here; the message says how to get it."""
+
+
+def data_root() -> Path:
+    """Where data sets lie: the environment variable DARKROOM_DATA, else `data` in the current folder."""
+    return Path(os.environ.get("DARKROOM_DATA", "data"))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One entry of the catalogue; `catalogue.yaml` explains the fields."""
+
+    name: str
+    title: str
+    origin: str
+    licence: str
+    get: str
+    instructions: str = ""
+    url: str = ""
+    folder: str = ""
+    images: str = ""
+    splits: dict[str, Any] = field(default_factory=dict)
+    scales: tuple[int, ...] = ()
+    count: dict[str, int] = field(default_factory=dict)
+    arrays: str = ""
+    equal_is_grey: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The set's folder under the data root."""
+        return data_root() / self.folder
+
+    def files(self, split: str | None = None, scale: int | None = None) -> list[Path]:
+        """The set's picture files that are here, sorted; empty if the set is absent.
+
+        Args:
+            split: one of `splits`; all of them if not given.
+            scale: for sets that keep one version per scale; all of them if not given.
+
+        Raises:
+            KeyError: the set has no such split or scale; the message names those it has.
+        """
+        if split is not None and split not in self.splits:
+            raise KeyError(
+                f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else "")
+            )
+        if self.scales and scale is not None and scale not in self.scales:
+            raise KeyError(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
+        chosen = [self.splits[split]] if split else list(self.splits.values()) or [self.images]
+        if self.get == "embedded":
+            return [path for part in chosen for path in _embedded(part)]
+        scales = [scale] if scale is not None else (self.scales or [None])
+        patterns = [part.replace("{scale}", str(s)) for part in chosen for s in scales]
+        return sorted({path for pattern in patterns for path in self.path.glob(pattern)})
+
+    def relative(self, path: Path) -> str:
+        """A file's name in the manifest."""
+        return path.name if self.get == "embedded" else path.relative_to(self.path).as_posix()
+
+    def manifest(self) -> dict[str, tuple[str, str]]:
+        """What the set must hold: file name to (sha256 of its decoded pixels, sha256 of the file or '-')."""
+        path = MANIFESTS / f"{self.name}.txt"
+        if not path.exists():
+            return {}
+        rows = (line.split(maxsplit=2) for line in path.read_text().splitlines() if not line.startswith("#"))
+        return {name: (pixels, whole) for pixels, whole, name in rows}
+
+    def state(self) -> str:
+        """In a word whether the set is here: 'here', 'absent', or '201 of 400' files."""
+        if self.arrays:
+            return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
+        found = len(self.files())
+        wanted = sum(self.count.values()) or len(self.manifest()) or found
+        return "absent" if not found else "here" if found >= wanted else f"{found} of {wanted}"
+
+    def how(self) -> str:
+        """How to get the set, in one line."""
+        if self.get == "files":
+            return f"darkroom data get {self.name}"
+        return f"by hand, below {data_root()}: {self.instructions}"
+
+
+def _embedded(packages: dict[str, list[str]]) -> list[Path]:
+    paths = []
+    for package, names in packages.items():
+        top, _, rest = package.partition(".")
+        spec = importlib.util.find_spec(top)  # the top package alone, so that nothing heavy is imported
+        if spec is None or spec.origin is None:
+            raise MissingData(f"the package {top} is not installed: pip install -e .")
+        paths += [Path(spec.origin).parent.joinpath(*rest.split("."), name) for name in names]
+    return paths
+
+
+@cache
+def catalogue() -> dict[str, DataSet]:
+    """All known data sets by name."""
+    entries = yaml.safe_load((HERE / "catalogue.yaml").read_text())
+    return {
+        name: DataSet(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))})
+        for name, entry in entries.items()
+    }
+
+
+def find(name: str) -> DataSet:
+    """The data set of that name.
+
+    Raises:
+        KeyError: no such set; the message names the nearest.
+    """
+    from difflib import get_close_matches
+
+    if name not in catalogue():
+        near = get_close_matches(name, catalogue(), n=1, cutoff=0)
+        raise KeyError(f"no data set '{name}'; did you mean '{near[0]}'?")
+    return catalogue()[name]
+
+
+def locate(spec: str, scale: int | None = None) -> list[Path]:
+    """The picture files that a recipe's data key names.
+
+    Args:
+        spec: a set of the catalogue ("set5"), one split of it ("photographs/test"), or a folder of one's own.
+        scale: see `DataSet.files`.
+
+    Raises:
+        MissingData: the set is absent, or the folder holds no pictures.
+        KeyError: neither a folder nor a known set.
+    """
+    if is_folder(spec):
+        from datamodules.images import list_images
+
+        if not (found := list_images(spec)):
+            raise MissingData(f"{spec}: no pictures in this folder")
+        return found
+    name, _, split = spec.partition("/")
+    data_set = find(name)
+    if not (found := data_set.files(split or None, scale)):
+        raise MissingData(f"{spec} is not here: {data_set.how()}")
+    return found
+
+
+def is_folder(spec: str) -> bool:
+    """Whether a data key is a folder of one's own and not a name of the catalogue."""
+    return spec.partition("/")[0] not in catalogue() and Path(spec).is_dir()
+
+
+def pixel_hash(pixels: "Tensor") -> str:
+    """sha256 over a picture's decoded pixels and their shape: the same for every lossless copy of it."""
+    shape = "x".join(map(str, pixels.shape))
+    return hashlib.sha256(f"{shape} ".encode() + pixels.numpy().tobytes()).hexdigest()
+
+
+def verify(data_set: DataSet) -> Iterator[str]:
+    """Compare a set with its manifest; yields one line for each file that differs, is missing, cut short or unknown."""
+    from datamodules.images import BadImage, read_image
+
+    wanted = data_set.manifest()
+    if not wanted:
+        yield f"{data_set.name}: no manifest, nothing to compare with"
+        return
+    found = {data_set.relative(path): path for path in data_set.files()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            yield f"{name}: missing"
+        elif name not in wanted:
+            yield f"{name}: not part of {data_set.name}"
+        else:
+            try:
+                if pixel_hash(read_image(found[name])) != wanted[name][0]:
+                    yield f"{name}: pixels differ from the manifest's"
+            except BadImage as error:
+                yield str(error)
+
+
+def download(data_set: DataSet) -> int:
+    """Fetch a set's files, each checked against its sha256, into the data root; files that are intact stay.
+
+    Returns:
+        How many files the set now has.
+
+    Raises:
+        MissingData: the set must be had by hand, or the download failed; the message says what to do.
+    """
+    if data_set.get != "files":
+        raise MissingData(f"{data_set.name} cannot be downloaded: {data_set.how()}")
+    import pooch
+
+    registry = {name: f"sha256:{whole}" for name, (_, whole) in data_set.manifest().items()}
+    store = pooch.create(path=data_set.path, base_url=data_set.url, registry=registry, retry_if_failed=3)
+    for name in registry:
+        try:
+            store.fetch(name)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong checksum
+            raise MissingData(f"{data_set.name}: {name} could not be fetched from {data_set.url} ({error})") from None
+    return len(registry)

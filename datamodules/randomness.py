@@ -1,0 +1,42 @@
+"""Counter-based randomness: every draw is a function of (seed, stream, global position of the sample).
+
+Nothing here has a state. The sample at position 10,000 gets the same draws in the first run, in a resumed one, and on
+whichever process it lands.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def draws(seed: int, stream: str, start: int, count: int) -> np.ndarray:
+    """Raw random words for the samples at positions start ... start + count - 1.
+
+    Args:
+        seed: the run's seed.
+        stream: what the draws are for ("crop", "order", ...); different streams are independent.
+        start: global position of the first sample.
+        count: how many samples.
+
+    Returns:
+        uint64 (count, 4), uniform. Philox 4x64 (Salmon et al., 2011) makes four words a counter value, so a sample's words
+        do not depend on which other samples are drawn with it.
+    """
+    return np.random.Philox(key=_key(seed, stream), counter=start).random_raw(4 * count).reshape(count, 4)
+
+
+def permutation(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
+    """The order of `length` items in pass number `epoch` over them: int64 (length,)."""
+    key = _key(seed, f"{stream}/{epoch}")
+    return np.random.Generator(np.random.Philox(key=key)).permutation(length)
+
+
+def below(words: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
+    """Uniform integers in [0, limit) from raw words, element by element: int64. The bias is below limit / 2**32."""
+    high = words >> np.uint64(32)
+    return ((high * np.asarray(limit, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)
+
+
+def _key(seed: int, stream: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    return int.from_bytes(digest[:16], "little")

@@ -1,0 +1,56 @@
+"""Our own samplers: they neither repeat nor shuffle behind our back, and their order needs no state."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from datamodules.randomness import permutation
+
+
+class EndlessBatches(Sampler[tuple[int, np.ndarray]]):
+    """An endless stream of shuffled items, cut into batches.
+
+    The stream passes over all items in an order of its own for each pass. Which item stands at a position is a function
+    of the seed, so a resumed run goes on with the very next sample, and each process takes its slice of every batch.
+
+    Args:
+        length: number of items in a pass.
+        batch_size: global batch, divisible by `world`.
+        seed: of the order.
+        position: called when iteration starts; the number of samples that all processes together have already taken.
+        rank, world: this process and how many there are.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, position: Callable[[], int], rank: int = 0, world: int = 1
+    ) -> None:
+        self.length, self.batch_size, self.seed, self.position = length, batch_size, seed, position
+        self.rank, self.share = rank, batch_size // world
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (global position of the first sample of this process's slice, its items (batch_size / world,))."""
+        start = self.position() + self.rank * self.share
+        orders: dict[int, np.ndarray] = {}
+        while True:
+            epochs, places = np.divmod(np.arange(start, start + self.share), self.length)
+            orders = {e: orders[e] if e in orders else self.order(e) for e in np.unique(epochs).tolist()}
+            yield start, np.array([orders[e][i] for e, i in zip(epochs.tolist(), places.tolist(), strict=True)])
+            start += self.batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of the items in that pass."""
+        return permutation(self.seed, "order", epoch, self.length)
+
+
+class Slice(Sampler[int]):
+    """Every item once, in order, dealt to the processes in turn: the share of one of them may be one item longer."""
+
+    def __init__(self, length: int, rank: int = 0, world: int = 1) -> None:
+        self.items = range(rank, length, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)

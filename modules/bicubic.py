@@ -1,0 +1,23 @@
+"""Bicubic enlargement, the first row of every super-resolution table: MATLAB's `imresize` in floating point."""
+
+from torch import Tensor
+
+from datamodules.resize import imresize
+from modules.superresolution import SuperResolutionMethod
+
+
+class Bicubic(SuperResolutionMethod):
+    """Nothing to train: `darkroom test bicubic/x3` measures it.
+
+    Args:
+        scale: enlargement.
+    """
+
+    def __init__(self, scale: int = 3) -> None:
+        super().__init__(scale, images=1, learning_rate=0.0)
+        self.save_hyperparameters()
+
+    def forward(self, low: Tensor) -> Tensor:
+        """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
+        height, width = low.shape[-2:]
+        return imresize(low, (height * self.scale, width * self.scale))

@@ -1,0 +1,24 @@
+"""All that leans on Lightning's private parts; tests/test_lightning_adapter.py holds each assumption to the pinned version."""
+
+import lightning as L
+
+
+def align_log_axis(trainer: L.Trainer) -> None:
+    """Set the loggers' step to the number of batches done.
+
+    Lightning counts a batch for its loggers only after the validation that follows it, so a checkpoint written by then
+    brings back a count that is one short, and a resumed run would log every figure one step too early.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = loop.batch_progress.total.processed
+
+
+def validation_is_due(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the batch that has just ended (asked in `on_train_batch_end`).
+
+    A checkpoint written between such a batch and its validation resumes without that validation.
+    """
+    interval = trainer.val_check_batch
+    if trainer.should_stop:
+        return True
+    return bool(interval) and interval != float("inf") and (trainer.fit_loop.total_batch_idx + 1) % interval == 0

@@ -1,0 +1,92 @@
+"""The base of every method: one training path, counted in images seen."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from modules.lightning_adapter import align_log_axis
+
+Batch = dict[str, Any]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss has become infinite or not a number; the message names the term and the images seen."""
+
+
+class Method(L.LightningModule):
+    """A network with its loss, trained by manual optimization.
+
+    A method defines `losses` and `configure_optimizers`; what a training step does around them stands here. Progress is
+    counted in images seen by all processes together, so that a schedule means the same for any batch size and any number
+    of devices.
+
+    Args:
+        images: training budget, in images (patches) seen; the run stops there.
+        learning_rate: its highest value.
+        warmup: images over which the learning rate rises linearly from zero; it then falls to zero along a half cosine.
+    """
+
+    def __init__(self, images: int, learning_rate: float, warmup: int = 0) -> None:
+        super().__init__()
+        if images < 1:
+            raise ValueError(f"model.images: {images} is not a budget, at least 1 image is needed")
+        self.automatic_optimization = False
+        self.images = images
+        self.learning_rate = learning_rate
+        self.warmup = warmup
+        self.images_seen = 0
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the loss on one batch, by name; their sum is minimised."""
+        raise TypeError(f"{type(self).__name__} has nothing to train")
+
+    def schedule(self, images_seen: int) -> float:
+        """The learning rate after that many images."""
+        if images_seen < self.warmup:
+            return self.learning_rate * (images_seen + 1) / self.warmup
+        progress = min(1.0, (images_seen - self.warmup) / max(1, self.images - self.warmup))
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step on one batch."""
+        optimizer = self.optimizers()
+        learning_rate = self.schedule(self.images_seen)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        terms = self.losses(batch)
+        optimizer.zero_grad()
+        self.manual_backward(sum(terms.values()))
+        optimizer.step()
+
+        self.images_seen += len(batch["input"]) * self.trainer.world_size
+        if self.images_seen >= self.images:
+            self.trainer.should_stop = True
+        # Reading a loss makes the host wait for the device, so it is done only when it is logged.
+        if self.trainer.should_stop or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            self._log(terms, learning_rate)
+
+    def _log(self, terms: dict[str, Tensor], learning_rate: float) -> None:
+        for name, value in terms.items():
+            if not torch.isfinite(value):
+                raise NonFiniteLoss(
+                    f"loss '{name}' is {value.item()} after {self.images_seen} images; "
+                    f"lower model.learning_rate (now {self.learning_rate})"
+                )
+        values = {f"train/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict({**values, "learning_rate": learning_rate, "images": float(self.images_seen)})
+
+    def on_train_start(self) -> None:
+        """After a resume, go on with the logged step where it stood."""
+        align_log_axis(self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The images seen travel with the weights."""
+        checkpoint["images_seen"] = self.images_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `on_save_checkpoint`."""
+        self.images_seen = checkpoint["images_seen"]

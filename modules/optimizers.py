@@ -1,0 +1,13 @@
+"""Optimizers that more than one method uses."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def soap(parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
+    """SOAP (Vyas et al., arXiv:2409.11321), without weight decay: Adam in the eigenbasis of Shampoo's preconditioner."""
+    from pytorch_optimizer import SOAP  # here, because importing a hundred optimizers takes a while
+
+    return SOAP(parameters, lr=learning_rate, betas=(0.95, 0.95), weight_decay=0.0, precondition_frequency=10)

@@ -1,0 +1,76 @@
+"""SRCNN: super-resolution of a bicubically enlarged picture, the baseline of ESPCN's tables.
+
+C. Dong, C. C. Loy, K. He, X. Tang. Image Super-Resolution Using Deep Convolutional Networks. TPAMI 2016.
+arXiv:1501.00092.
+
+What we do differently, and why:
+
+1. Optimizer. The paper takes SGD with momentum 0.9 at 1e-4, 1e-5 in the last layer, for up to 8e8 back-propagations
+   (Section 3.3), which is days. Here SOAP, as in `modules/espcn.py`, along a half cosine.
+2. Patches are drawn at random places instead of on a grid of stride 14, mirrored and turned.
+3. Initialisation is PyTorch's instead of N(0, 0.001), from which the training above would not start quickly.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from datamodules.resize import imresize
+from modules.optimizers import soap
+from modules.superresolution import SuperResolutionMethod, margin_of, pad_replicate
+
+SIZES = {"9-1-5": (9, 1, 5), "9-3-5": (9, 3, 5), "9-5-5": (9, 5, 5)}
+
+
+class SRCNN(SuperResolutionMethod):
+    """Section 3.1: patch extraction, non-linear mapping, reconstruction, in the enlarged picture.
+
+    Args:
+        scale: enlargement of the bicubic first step.
+        kernels: the three kernel sizes of Section 4.3.2; "9-1-5" has 8,032 weights, "9-5-5" has 57,184.
+        images: training budget in patches.
+        learning_rate: highest value.
+        warmup: patches over which it rises.
+    """
+
+    def __init__(
+        self,
+        scale: Literal[2, 3, 4] = 3,
+        kernels: Literal["9-1-5", "9-3-5", "9-5-5"] = "9-1-5",
+        images: int = 1_000_000,
+        learning_rate: float = 3e-3,
+        warmup: int = 3_200,
+    ) -> None:
+        super().__init__(scale, images, learning_rate, warmup)
+        self.save_hyperparameters()
+        f1, f2, f3 = SIZES[kernels]
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 64, f1),  # eq. 1
+            nn.ReLU(),
+            nn.Conv2d(64, 32, f2),  # eq. 2
+            nn.ReLU(),
+            nn.Conv2d(32, 1, f3),  # eq. 3
+        ).to(memory_format=torch.channels_last)
+
+    def forward(self, low: Tensor) -> Tensor:
+        """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
+        return self.network(pad_replicate(self.upscale(low), margin_of(self.network)))
+
+    def enlarge(self, low: Tensor) -> Tensor:
+        """Without padding: (N, 1, h, w) to (N, 1, h * scale - 12, w * scale - 12) for 9-1-5.
+
+        The two LR pixels next to a patch's border are bicubic values of a replicated border; they are left out.
+        """
+        margin = 2 * self.scale
+        return self.network(self.upscale(low)[..., margin:-margin, margin:-margin])
+
+    def upscale(self, low: Tensor) -> Tensor:
+        """The bicubic first step: (N, 1, h, w) to (N, 1, h * scale, w * scale)."""
+        height, width = low.shape[-2:]
+        return imresize(low, (height * self.scale, width * self.scale))
+
+    def configure_optimizers(self) -> Optimizer:
+        """SOAP; see difference 1 above."""
+        return soap(self.network.parameters(), self.learning_rate)

@@ -1,0 +1,78 @@
+"""Checkpoints: the newest state to go on from, and the best weights to measure."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+
+class Checkpoints(Callback):
+    """Writes `last.ckpt` after every validation, and `best.ckpt` when the monitored figure has risen.
+
+    Both are written beside their place and moved there, so a run that is killed while it writes keeps the older file.
+
+    Args:
+        folder: where they go.
+        monitor: the logged figure that chooses the best, higher is better; without one the newest is the best.
+    """
+
+    def __init__(self, folder: Path, monitor: str | None = None) -> None:
+        self.last, self.best, self.monitor = folder / "last.ckpt", folder / "best.ckpt", monitor
+        self.best_value = float("-inf")
+        self.best_images = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the state, and the weights if they are the best so far."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        risen = True
+        if self.monitor is not None:
+            if self.monitor not in trainer.callback_metrics:
+                known = ", ".join(sorted(trainer.callback_metrics))
+                raise KeyError(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
+            value = float(trainer.callback_metrics[self.monitor])
+            risen = value > self.best_value
+            self.best_value = max(value, self.best_value)
+        if risen:
+            self.best_images = pl_module.images_seen
+            save(trainer, self.best)
+        save(trainer, self.last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best figure so far."""
+        return {"best_value": self.best_value, "best_images": self.best_images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.best_value, self.best_images = state_dict["best_value"], state_dict["best_images"]
+
+
+def save(trainer: L.Trainer, path: Path) -> None:
+    """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole."""
+    beside = path.with_suffix(".part")
+    trainer.save_checkpoint(beside)
+    if trainer.is_global_zero:
+        os.replace(beside, path)
+
+
+def load_weights(module: L.LightningModule, path: Path) -> None:
+    """Fill a module with the weights of a checkpoint (.ckpt) or of committed weights (.safetensors).
+
+    Raises:
+        ValueError: the file does not hold this network's weights; the message names the file and the first difference.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    wanted = module.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        have, want = (tuple(side[name].shape) if name in side else "nothing" for side in (weights, wanted))
+        if have != want:
+            raise ValueError(f"{path} does not fit this model: '{name}' is {have} there, the model needs {want}")
+    module.load_state_dict(weights)

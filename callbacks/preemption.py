@@ -1,0 +1,75 @@
+"""Ctrl-C and SIGTERM: save at the next step, say how to go on, stop."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from callbacks.checkpoints import save
+from modules.lightning_adapter import validation_is_due
+
+PREEMPTED = 85  # exit status after SIGTERM or SIGUSR1: the scheduler may requeue
+INTERRUPTED = 130  # after Ctrl-C, as shells have it
+
+
+class Preemption(Callback):
+    """The handler only raises a flag; the run saves where a step has ended and leaves.
+
+    Args:
+        path: the checkpoint to write.
+        advice: what to tell the user, one line.
+    """
+
+    def __init__(self, path: Path, advice: str) -> None:
+        self.path, self.advice = path, advice
+        self.status = 0
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals over from Lightning, whose own handlers save in the middle of a step."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self.handlers[number] = signal.signal(number, self._raise_flag)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """See `on_train_end`."""
+        self.on_train_end(trainer, pl_module)
+
+    def _raise_flag(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.status == INTERRUPTED:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a third Ctrl-C does not wait for the step
+        self.status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here, unless a validation belongs to this step: then after it."""
+        if not validation_is_due(trainer):
+            self._stop_if_flagged(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop after a validation during training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop_if_flagged(trainer)
+
+    def _stop_if_flagged(self, trainer: L.Trainer) -> None:
+        status = self.status
+        if trainer.world_size > 1:
+            flag = torch.tensor(status, device=trainer.strategy.root_device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            status = int(flag)
+        if status:
+            save(trainer, self.path)
+            if trainer.is_global_zero:
+                print(f"\nStopped; nothing is lost. {self.advice}", flush=True)
+            raise SystemExit(status)

@@ -1,0 +1,7 @@
+"""`python -m experiments`: the darkroom command."""
+
+import sys
+
+from experiments.main import main
+
+sys.exit(main())

@@ -1,0 +1,286 @@
+"""`fit`, `validate`, `test` and `predict`: a recipe and overrides become a Trainer's run."""
+
+import logging
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks.checkpoints import Checkpoints, load_weights
+from callbacks.csv_log import CSVLog
+from callbacks.preemption import Preemption
+from callbacks.progress import ProgressBar
+from callbacks.run_record import RunRecord
+from callbacks.samples import Samples
+from experiments import records
+from experiments.recipes import Recipe
+from experiments.runs import Run, newest_finished, open_run
+from modules.method import Method
+
+logger = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """The command cannot be carried out; the message says in one line what is wrong and what to do."""
+
+
+class DarkroomCLI(LightningCLI):
+    """LightningCLI with the house's defaults; built for one command and one recipe.
+
+    Args:
+        command: "fit", "validate", "test" or "predict".
+        recipe: what to run.
+        overrides: the rest of the command line.
+    """
+
+    def __init__(self, command: str, recipe: Recipe, overrides: list[str]) -> None:
+        self.command, self.recipe, self.overrides = command, recipe, overrides
+        super().__init__(
+            Method,
+            L.LightningDataModule,
+            args=["--config", str(recipe.path), *overrides],
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "max_epochs": -1,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "enable_progress_bar": False,
+                "use_distributed_sampler": False,  # our samplers neither repeat nor shuffle
+            },
+            parser_kwargs={"exit_on_error": False, "prog": f"darkroom {command} RECIPE"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The house's own options."""
+        parser.add_argument("--monitor", type=str | None, help="logged figure that chooses the best weights")
+        parser.add_argument("--validate_every", type=int, default=100_000, help="images between two validations")
+        if self.command == "fit":
+            parser.add_argument("--run", type=str | None, help="name of the run; goes on with it if it exists")
+            parser.add_argument(
+                "--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases as well"
+            )
+        else:
+            parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt or .safetensors file")
+        if self.command == "predict":
+            parser.add_argument("--input", type=str, required=True, help="a picture, or a folder of pictures")
+            parser.add_argument("--output", type=str, default="out", help="folder for the results")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse keys of model and data that contradict each other; count validations in images."""
+        model, data = (self.config[part].init_args for part in ("model", "data"))
+        for key in sorted(set(vars(model)) & set(vars(data))):
+            if model[key] != data[key]:
+                raise Refused(f"model.{key} is {model[key]}, but data.{key} is {data[key]}")
+        self.config.trainer.val_check_interval = max(1, self.config.validate_every // data.batch_size)
+        self.config.trainer.check_val_every_n_epoch = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer, with the run's callbacks and loggers."""
+        if self.command != "fit":
+            return super().instantiate_trainer(logger=False)
+        self.run = open_run(self.recipe, self.config.run)
+        callbacks = [
+            ProgressBar(self.config.monitor),
+            Samples(self.run.samples),
+            RunRecord(self.run.record, self.facts()),
+            Checkpoints(self.run.checkpoints, self.config.monitor),
+            Preemption(self.run.checkpoints / "last.ckpt", f"Go on with: {self.again()}"),
+        ]
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(logger=False, default_root_dir=str(self.run.folder))
+
+    def facts(self) -> dict[str, Any]:
+        """What the record of this run can say before it starts."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
+        return {**records.facts(self.recipe, self.overrides), "seed": self.config.seed_everything, "config": config}
+
+    def again(self) -> str:
+        """The command that goes on with this run."""
+        typed = [word for word in self.overrides if not word.startswith("--run=")]
+        if "--run" in typed:
+            at = typed.index("--run")
+            del typed[at : at + 2]
+        name = self.recipe.name if self.recipe.path.parent.name == "recipes" else str(self.recipe.path)
+        return " ".join(["darkroom fit", name, *typed, "--run", self.run.folder.name])
+
+
+def execute(command: str, recipe: Recipe, overrides: list[str]) -> None:
+    """Carry out a command.
+
+    Raises:
+        Refused: something is wrong with what was asked for.
+        SystemExit: the run was interrupted.
+    """
+    quieten()
+    try:
+        cli = DarkroomCLI(command, recipe, overrides)
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise Refused(explain(error)) from None
+    COMMANDS[command](cli)
+
+
+def fit(cli: DarkroomCLI) -> None:
+    """Train, or go on training; then measure the best weights on the test sets that are here."""
+    run, trainer, model = cli.run, cli.trainer, cli.model
+    resumed_at, checkpoint = prepare(cli, run)
+    trainer.loggers = loggers(cli, run, resumed_at)
+    start(cli, lambda: trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True))
+    if not cli.datamodule.test:
+        return
+    load_weights(model, run.checkpoints / "best.ckpt")
+    trainer.loggers = []
+    trainer.test(model, cli.datamodule, verbose=False)
+    say_results(trainer, cli)
+    tell(f"run       {run.folder}")
+
+
+def prepare(cli: DarkroomCLI, run: Run) -> tuple[int, Path | None]:
+    """Make the run's folder, or find where the run that stands in it goes on: images seen, and the checkpoint."""
+    last = run.checkpoints / "last.ckpt"
+    resumed_at, checkpoint = 0, None
+    if last.exists():
+        resumed_at = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["images_seen"]
+        if resumed_at >= cli.model.images:
+            raise Refused(
+                f"run '{run.folder.name}' is finished after {resumed_at} images; a larger --model.images goes on with it, "
+                "another --run starts anew"
+            )
+        checkpoint = last
+        tell(f"going on with {run.folder} after {resumed_at:,} images")
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_config(cli, run)
+    except OSError as error:
+        raise Refused(f"cannot write to {run.folder}: {error.strerror}") from None
+    if (free := shutil.disk_usage(run.folder).free) < 2**28:
+        raise Refused(f"only {free // 2**20} MiB are free at {run.folder}; at least 256 are needed")
+    return resumed_at, checkpoint
+
+
+@rank_zero_only
+def write_config(cli: DarkroomCLI, run: Run) -> None:
+    """Leave the resolved configuration in the run's folder; `darkroom fit <it>` repeats the run."""
+    run.config.write_text(cli.parser.dump(cli.config, skip_link_targets=True))
+
+
+def loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
+    """The CSV log, and Weights & Biases if asked for."""
+    found: list[Logger] = [CSVLog(run.log, resumed_at)]
+    if cli.config.wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        name = f"{cli.recipe.name}/{run.folder.name}"
+        offline = cli.config.wandb == "offline"
+        if not offline and not (os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()):
+            raise Refused("--wandb online needs an account: run `wandb login` first, or take --wandb offline")
+        identity = re.sub(r"\W", "-", name)
+        found.append(WandbLogger(name, run.folder, id=identity, project="darkroom", offline=offline, resume="allow"))
+    return found
+
+
+def measure(cli: DarkroomCLI) -> None:
+    """`validate` or `test`: measure weights."""
+    path = weights(cli)
+    if path is not None:
+        try:
+            load_weights(cli.model, path)
+        except (OSError, ValueError) as error:
+            raise Refused(str(error)) from None
+    tell(f"weights   {path or 'none needed'}")
+    run = cli.trainer.test if cli.command == "test" else cli.trainer.validate
+    start(cli, lambda: run(cli.model, cli.datamodule, verbose=False))
+    say_results(cli.trainer, cli)
+
+
+def weights(cli: DarkroomCLI) -> Path | None:
+    """The weights to use: those named, else of the newest finished run, else those committed; None if there are none to learn.
+
+    Raises:
+        Refused: there are none.
+    """
+    if cli.config.ckpt:
+        if not Path(cli.config.ckpt).is_file():
+            raise Refused(f"--ckpt: no file {cli.config.ckpt}")
+        return Path(cli.config.ckpt)
+    if not list(cli.model.parameters()):
+        return None
+    if run := newest_finished(cli.recipe):
+        return run.checkpoints / "best.ckpt"
+    if cli.recipe.weights.exists():
+        return cli.recipe.weights
+    raise Refused(f"no weights for {cli.recipe.name} yet: darkroom fit {cli.recipe.name}, or name some by --ckpt")
+
+
+def start(cli: DarkroomCLI, action: Any) -> None:
+    """Run; what goes wrong before the first step is the user's to mend and is said in one line."""
+    try:
+        action()
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        if cli.trainer.global_step:
+            raise
+        raise Refused(str(error.args[0] if error.args else error)) from None
+    except ArithmeticError as error:
+        raise Refused(str(error)) from None
+
+
+def say_results(trainer: L.Trainer, cli: DarkroomCLI) -> None:
+    """Print the measured figures, a row a data set, and which sets are not here."""
+    if not trainer.is_global_zero:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in trainer.callback_metrics.items():
+        data_set, _, protocol = name.partition("/")
+        if protocol:
+            rows.setdefault(data_set, {})[protocol] = float(value)
+    table = Table("data set", *(columns := sorted({protocol for row in rows.values() for protocol in row})))
+    for data_set, row in rows.items():
+        table.add_row(data_set, *(f"{row[column]:.4f}" if column in row else "" for column in columns))
+    Console().print(table)
+    for line in cli.datamodule.absent:
+        print(f"not measured: {line}")
+
+
+@rank_zero_only
+def tell(line: str) -> None:
+    """Print a line once, however many processes there are."""
+    print(line, flush=True)
+
+
+def quieten() -> None:
+    """Silence what Lightning says about things that are meant to be so."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        "LightningCLI's args parameter",
+        "The '.*_dataloader' does not have many workers",
+        "You're resuming from a checkpoint that ended before the epoch ended",
+        "Starting from v1.9.0, `tensorboardX`",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+
+
+def explain(error: Exception) -> str:
+    """What the parser says, in one line, with the nearest valid key where one is mistyped."""
+    return str(error)
+
+
+COMMANDS = {"fit": fit, "validate": measure, "test": measure}

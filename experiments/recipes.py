@@ -1,0 +1,71 @@
+"""Recipes: short YAML files, found by name. Nothing heavy is imported here."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+
+
+class UnknownRecipe(LookupError):
+    """No recipe of that name; the message names the nearest."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file and its name, such as "espcn/t91_x3"; a file of one's own is named by its stem."""
+
+    name: str
+    path: Path
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The parsed YAML."""
+        return yaml.safe_load(self.path.read_text())
+
+    @property
+    def header(self) -> list[str]:
+        """The opening comment: what the recipe is for, the expected figure, the time, the command."""
+        lines = self.path.read_text().splitlines()
+        return [line.removeprefix("#").strip() for line in lines[: _first(lines)]]
+
+    @property
+    def weights(self) -> Path:
+        """Where its small trained weights lie, if they are committed."""
+        return self.path.parent.parent / "weights" / f"{self.path.stem}.safetensors"
+
+
+def _first(lines: list[str]) -> int:
+    return next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+
+
+def methods() -> list[str]:
+    """The methods, one folder each."""
+    return sorted(path.parent.name for path in HERE.glob("*/recipes"))
+
+
+def recipes(method: str | None = None) -> list[Recipe]:
+    """The shipped recipes, of one method or of all."""
+    paths = sorted(HERE.glob(f"{method or '*'}/recipes/*.yaml"))
+    return [Recipe(f"{path.parent.parent.name}/{path.stem}", path) for path in paths]
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe that a user names: "espcn/t91_x3", "espcn" for its demo, or a path to a YAML file.
+
+    Raises:
+        UnknownRecipe: there is none; the message names the nearest.
+    """
+    known = {recipe.name: recipe for recipe in recipes()}
+    full = f"{name}/demo" if f"{name}/demo" in known else name
+    if full in known:
+        return known[full]
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UnknownRecipe(f"no recipe file {name}")
+        return Recipe(Path(name).stem, Path(name))
+    near = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
+    raise UnknownRecipe(f"no recipe '{name}'; did you mean '{near[0]}'? (darkroom list shows all)")

@@ -1,0 +1,107 @@
+"""Run records: what was run and what came of it, with fingerprints that say whether it still holds.
+
+Nothing heavy is imported here: tables are rendered from records alone.
+"""
+
+import ast
+import hashlib
+import json
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from experiments.recipes import HERE, Recipe
+
+ROOT = HERE.parent
+ROOMS = ("modules", "datamodules", "callbacks")
+# Code that a figure rests on, but whose changes another check would show, and so need not make a record stale.
+CHECKED_OTHERWISE = {
+    "modules.method": "tests hold its training bit for bit to a hand-written loop",
+    "modules.lightning_adapter": "as modules.method",
+    "datamodules.catalogue": "a record carries the hash of the pixels that were read",
+    "datamodules.images": "as datamodules.catalogue",
+}
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Hash of what the recipe decides; comments and the order of keys do not count."""
+    return _hash(json.dumps(recipe.content, sort_keys=True))
+
+
+@cache
+def code_fingerprint(module: str) -> str:
+    """Hash of a module of ours and all of ours that it imports; comments, docstrings and layout do not count."""
+    pending, seen = [module], {}
+    while pending:
+        name = pending.pop()
+        if name in seen or name in CHECKED_OTHERWISE:
+            continue
+        tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
+        pending += [
+            node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in ROOMS
+        ]
+        seen[name] = ast.dump(_without_docstrings(tree))
+    return _hash(json.dumps(seen, sort_keys=True))
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """What a record of this recipe must carry to be current: of the recipe, of the method's, data's and protocols' code."""
+    content = recipe.content
+    parts = {"method": [content["model"]], "data": [content["data"]], "protocol": content["trainer"]["callbacks"]}
+    code = {
+        part: _hash("".join(code_fingerprint(entry["class_path"].rpartition(".")[0]) for entry in entries))
+        for part, entries in parts.items()
+    }
+    return {"recipe": recipe_fingerprint(recipe), **code}
+
+
+def facts(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
+    """What can be said about a run before it starts."""
+    return {
+        "recipe": recipe.name,
+        "overrides": overrides,
+        "fingerprints": fingerprints(recipe),
+        "commit": commit(),
+        "versions": {name: version(name) for name in ("torch", "lightning", "torchmetrics")},
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" if tracked files differ from it; empty outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return described.stdout.strip()
+
+
+def committed_records(recipe: str) -> list[dict[str, Any]]:
+    """The records of a recipe that stand in its method's folder, by seed."""
+    method, _, stem = recipe.partition("/")
+    found = [
+        {**json.loads(path.read_text()), "file": path.relative_to(ROOT).as_posix()}
+        for path in sorted((HERE / method / "records").glob("*.json"))
+    ]
+    return sorted((record for record in found if record["recipe"] == recipe), key=lambda record: record["seed"])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,81 @@
+"""Run folders: one a run, with all it leaves. Nothing heavy is imported here."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and what stands where in it."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        """All logged figures."""
+        return self.folder / "metrics.csv"
+
+    @property
+    def record(self) -> Path:
+        """What the run was and what came of it; written when it has finished."""
+        return self.folder / "record.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of last.ckpt and best.ckpt."""
+        return self.folder / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of sample pictures."""
+        return self.folder / "samples"
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has reached its budget."""
+        return self.record.exists() and "images" in json.loads(self.record.read_text())
+
+
+def runs_root() -> Path:
+    """Where runs are kept: the environment variable DARKROOM_RUNS, else `runs` in the current folder."""
+    return Path(os.environ.get("DARKROOM_RUNS", "runs"))
+
+
+def open_run(recipe: Recipe, name: str | None) -> Run:
+    """The run of that name, or a new one named by the time (under SLURM or torchrun, by the job, which all processes know).
+
+    The processes that one process launches find its folder in the environment.
+    """
+    if folder := os.environ.get("DARKROOM_RUN_FOLDER"):
+        return Run(Path(folder))
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    folder_name = name or job or _unused(runs_root() / recipe.name)
+    run = Run(runs_root() / recipe.name / folder_name)
+    os.environ["DARKROOM_RUN_FOLDER"] = str(run.folder)
+    return run
+
+
+def _unused(parent: Path) -> str:
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    taken = len(list(parent.glob(f"{stamp}*")))
+    return f"{stamp}_{taken}" if taken else stamp
+
+
+def newest_finished(recipe: Recipe) -> Run | None:
+    """The newest run of a recipe that has reached the end of its training and still has its best weights."""
+    records = (runs_root() / recipe.name).glob("*/record.json")
+    for record in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
+        run = Run(record.parent)
+        if run.finished and (run.checkpoints / "best.ckpt").exists():
+            return run
+    return None

@@ -1,6 +1,5 @@
 """Checkpoints: the newest state to go on from, and the best weights to measure."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def save(trainer: L.Trainer, path: Path) -> None:
     beside = path.with_suffix(".part")
     trainer.save_checkpoint(beside)
     if trainer.is_global_zero:
-        os.replace(beside, path)
+        beside.replace(path)
 
 
 def load_weights(module: L.LightningModule, path: Path) -> None:

@@ -1,7 +1,6 @@
 """The run's figures as a CSV file that only grows."""
 
 import csv
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +46,7 @@ class CSVLog(Logger):
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(row for row in rows if int(row["images"]) <= images)
-        os.replace(beside, self.path)
+        beside.replace(self.path)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:

@@ -51,12 +51,7 @@ class ProgressBar(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how good it is by now."""
-        if (
-            trainer.is_global_zero
-            and trainer.state.fn == "fit"
-            and not trainer.sanity_checking
-            and self.progress is None
-        ):
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking and self.progress is None:
             done = f"{pl_module.images_seen:,} of {pl_module.images:,} images"
             print(f"{done}  {self._text(trainer, pl_module)}", flush=True)
 

@@ -68,9 +68,7 @@ class RunRecord(Callback):
                     values = {name: round(pictures[name][protocol], 6) for name in sorted(pictures)}
                     mean = sum(values.values()) / len(values)
                     metrics.setdefault(data_set, {})[protocol] = {"mean": round(mean, 4), "pictures": values}
-        known = (
-            json.loads(self.path.read_text()) if self.path.exists() else {**self.facts, "hardware": hardware(trainer)}
-        )
+        known = json.loads(self.path.read_text()) if self.path.exists() else {**self.facts, "hardware": hardware(trainer)}
         known["data"] = {**known.get("data", {}), **trainer.datamodule.fingerprints()}
         self._write(trainer, {**known, "absent": trainer.datamodule.absent, "metrics": metrics})
 
@@ -78,7 +76,7 @@ class RunRecord(Callback):
         if trainer.is_global_zero:
             beside = self.path.with_suffix(".part")
             beside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-            os.replace(beside, self.path)
+            beside.replace(self.path)
 
 
 def hardware(trainer: L.Trainer) -> dict[str, Any]:

@@ -65,9 +65,7 @@ class DataSet:
             KeyError: the set has no such split or scale; the message names those it has.
         """
         if split is not None and split not in self.splits:
-            raise KeyError(
-                f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else "")
-            )
+            raise KeyError(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
         if self.scales and scale is not None and scale not in self.scales:
             raise KeyError(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
         chosen = [self.splits[split]] if split else list(self.splits.values()) or [self.images]
@@ -119,10 +117,7 @@ def _embedded(packages: dict[str, list[str]]) -> list[Path]:
 def catalogue() -> dict[str, DataSet]:
     """All known data sets by name."""
     entries = yaml.safe_load((HERE / "catalogue.yaml").read_text())
-    return {
-        name: DataSet(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))})
-        for name, entry in entries.items()
-    }
+    return {name: DataSet(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))}) for name, entry in entries.items()}
 
 
 def find(name: str) -> DataSet:

@@ -42,7 +42,7 @@ class StoredPatches(Dataset[dict[str, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Tensor]:
-        """{"patches": uint8 (B, 1, size, size)}"""
+        """{"patches": uint8 (B, 1, size, size)}."""
         start, items = slice_
         return {"patches": self.cut(self.store, self.images[items], draws(self.seed, "crop", start, len(items)))}
 
@@ -72,7 +72,7 @@ class StreamedPatches(StoredPatches):
         return len(self.files)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Tensor]:
-        """{"patches": uint8 (B, 1, size, size)}"""
+        """{"patches": uint8 (B, 1, size, size)}."""
         start, items = slice_
         store = ImageStore([read_luma(self.files[item], self.grid) for item in items])
         return {"patches": self.cut(store, np.arange(len(items)), draws(self.seed, "crop", start, len(items)))}
@@ -93,7 +93,7 @@ class Pictures(Dataset[dict[str, Any]]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}"""
+        """{"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}."""
         data_set, path = self.pictures[index]
         known = catalogue().get(data_set)
         target = read_luma(path, self.scale, known.equal_is_grey if known else False).double() / 255

@@ -89,9 +89,7 @@ class SuperResolution(L.LightningDataModule):
 
     def _setup_training(self) -> None:
         smallest = (self.patch_size - 2 * self.overhang) * self.scale
-        files = [
-            path for _, path in self._usable([(slug(self.train), path) for path in self._split_train()[0]], smallest)
-        ]
+        files = [path for _, path in self._usable([(slug(self.train), path) for path in self._split_train()[0]], smallest)]
         place = {
             "seed": self.seed,
             "size": (self.patch_size + 2 * REACH) * self.scale,

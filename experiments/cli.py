@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -15,6 +16,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
 from callbacks.checkpoints import Checkpoints, load_weights
 from callbacks.csv_log import CSVLog
@@ -22,12 +25,15 @@ from callbacks.preemption import Preemption
 from callbacks.progress import ProgressBar
 from callbacks.run_record import RunRecord
 from callbacks.samples import Samples
+from callbacks.write_photos import WritePhotos
+from datamodules.images import BadImage
+from datamodules.photos import Photos, photo_files
+from datamodules.sampler import Slice
 from experiments import records
+from experiments.complaints import explain
 from experiments.recipes import Recipe
 from experiments.runs import Run, newest_finished, open_run
 from modules.method import Method
-
-logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -63,8 +69,16 @@ class DarkroomCLI(LightningCLI):
                 "enable_progress_bar": False,
                 "use_distributed_sampler": False,  # our samplers neither repeat nor shuffle
             },
-            parser_kwargs={"exit_on_error": False, "prog": f"darkroom {command} RECIPE"},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"darkroom {command} RECIPE"},
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Remember the valid options, to name the nearest to one that is mistyped."""
+        options = [option.lstrip("-") for option in parser._option_string_actions]
+        for group in ("model", "data"):
+            options += [f"{group}.{name}" for name in self.recipe.content.get(group, {}).get("init_args", {})]
+        DarkroomCLI.options = options
+        super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The house's own options."""
@@ -72,9 +86,7 @@ class DarkroomCLI(LightningCLI):
         parser.add_argument("--validate_every", type=int, default=100_000, help="images between two validations")
         if self.command == "fit":
             parser.add_argument("--run", type=str | None, help="name of the run; goes on with it if it exists")
-            parser.add_argument(
-                "--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases as well"
-            )
+            parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases as well")
         else:
             parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt or .safetensors file")
         if self.command == "predict":
@@ -131,8 +143,10 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> None:
     quieten()
     try:
         cli = DarkroomCLI(command, recipe, overrides)
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise Refused(explain(error)) from None
+    except jsonargparse.ArgumentError as error:
+        raise Refused(explain(str(error), DarkroomCLI.options)) from None
+    except ValueError as error:
+        raise Refused(str(error)) from None
     COMMANDS[command](cli)
 
 
@@ -197,16 +211,53 @@ def loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
 
 def measure(cli: DarkroomCLI) -> None:
     """`validate` or `test`: measure weights."""
-    path = weights(cli)
-    if path is not None:
-        try:
-            load_weights(cli.model, path)
-        except (OSError, ValueError) as error:
-            raise Refused(str(error)) from None
+    path = ready(cli)
     tell(f"weights   {path or 'none needed'}")
     run = cli.trainer.test if cli.command == "test" else cli.trainer.validate
     start(cli, lambda: run(cli.model, cli.datamodule, verbose=False))
     say_results(cli.trainer, cli)
+
+
+def predict(cli: DarkroomCLI) -> None:
+    """Enlarge a user's own pictures into the output folder."""
+    path = ready(cli)
+    output = Path(cli.config.output)
+    try:
+        files = photo_files(cli.config.input)
+        output.mkdir(parents=True, exist_ok=True)
+    except (BadImage, OSError) as error:
+        raise Refused(str(error)) from None
+    tell(f"weights   {path or 'none needed'}")
+    targets = output_paths(files, Path(cli.config.input), output)
+    rank, world = cli.trainer.global_rank, cli.trainer.world_size
+    loader = DataLoader(Photos(files), sampler=Slice(len(files), rank, world), batch_size=None)
+    cli.trainer.callbacks.append(WritePhotos(targets))
+    cli.trainer.predict(cli.model, loader, return_predictions=False)
+
+
+def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Path]:
+    """Where each enlarged picture goes: the folders below `source` are kept, everything is PNG."""
+    base = source if source.is_dir() else source.parent
+    targets: dict[str, Path] = {}
+    for file in files:
+        target = output / file.relative_to(base).with_suffix(".png")
+        if target in targets.values():  # photo.jpg and photo.png side by side
+            target = target.with_name(f"{file.name}.png")
+        if target.resolve() == file.resolve():
+            raise Refused(f"{file} would be overwritten by its own enlargement; name another --output")
+        targets[str(file)] = target
+    return targets
+
+
+def ready(cli: DarkroomCLI) -> Path | None:
+    """Fill the model with the weights to use; their path."""
+    path = weights(cli)
+    if path is not None:
+        try:
+            load_weights(cli.model, path)
+        except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+            raise Refused(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+    return path
 
 
 def weights(cli: DarkroomCLI) -> Path | None:
@@ -278,9 +329,4 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
-def explain(error: Exception) -> str:
-    """What the parser says, in one line, with the nearest valid key where one is mistyped."""
-    return str(error)
-
-
-COMMANDS = {"fit": fit, "validate": measure, "test": measure}
+COMMANDS = {"fit": fit, "validate": measure, "test": measure, "predict": predict}

@@ -32,7 +32,7 @@ def recipe_fingerprint(recipe: Recipe) -> str:
 
 @cache
 def code_fingerprint(module: str) -> str:
-    """Hash of a module of ours and all of ours that it imports; comments, docstrings and layout do not count."""
+    """Hash of a module of ours and all of ours that it imports; comments, docstrings, types and layout do not."""
     pending, seen = [module], {}
     while pending:
         name = pending.pop()
@@ -44,15 +44,27 @@ def code_fingerprint(module: str) -> str:
             for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in ROOMS
         ]
-        seen[name] = ast.dump(_without_docstrings(tree))
+        seen[name] = ast.dump(_Essence().visit(tree))
     return _hash(json.dumps(seen, sort_keys=True))
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
+class _Essence(ast.NodeTransformer):
+    """Takes out of a syntax tree what cannot change what the code does: docstrings and types."""
+
+    def visit(self, node: ast.AST) -> ast.AST | None:
+        """Strip a node, after its children."""
+        if isinstance(node, ast.ImportFrom) and node.module in ("typing", "collections.abc"):
+            return None
+        self.generic_visit(node)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return tree
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            return ast.Assign([node.target], node.value)
+        return node
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -95,7 +107,7 @@ def commit() -> str:
 
 def committed_records(recipe: str) -> list[dict[str, Any]]:
     """The records of a recipe that stand in its method's folder, by seed."""
-    method, _, stem = recipe.partition("/")
+    method = recipe.partition("/")[0]
     found = [
         {**json.loads(path.read_text()), "file": path.relative_to(ROOT).as_posix()}
         for path in sorted((HERE / method / "records").glob("*.json"))

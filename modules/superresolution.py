@@ -1,5 +1,8 @@
 """What the super-resolution methods share: the pixel loss on what valid convolutions leave, and the evaluation steps."""
 
+from collections.abc import Callable, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,10 +38,33 @@ class SuperResolutionMethod(Method):
         return {**batch, "prediction": self(batch["input"])}
 
     test_step = validation_step
-    predict_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """The enlarged picture, of any size: memory does not grow with its height."""
+        return {**batch, "prediction": in_bands(self, batch["input"], self.scale)}
 
 
-def centre(image: Tensor, size: tuple[int, int]) -> Tensor:
+def in_bands(network: Callable[[Tensor], Tensor], low: Tensor, scale: int, pixels: int = 2**20, context: int = 8) -> Tensor:
+    """Enlarge a picture in horizontal bands of at most about `pixels`; the result is that of the whole.
+
+    Args:
+        network: (N, 1, h, w) to (N, 1, h * scale, w * scale).
+        low: (N, 1, h, w).
+        scale: enlargement.
+        pixels: of a band.
+        context: rows, beyond a band's own, that its outermost pixels depend on.
+    """
+    height, width = low.shape[-2:]
+    rows = max(context, pixels // width)
+    bands = []
+    for top in range(0, height, rows):
+        above = min(top, context)
+        band = network(low[..., top - above : top + rows + context, :])
+        bands.append(band[..., above * scale : (above + rows) * scale, :])
+    return torch.cat(bands, dim=-2)
+
+
+def centre(image: Tensor, size: Sequence[int]) -> Tensor:
     """The central part of (..., H, W), of the given height and width; margins are even."""
     top, left = ((have - want) // 2 for have, want in zip(image.shape[-2:], size, strict=True))
     return image[..., top : top + size[0], left : left + size[1]]

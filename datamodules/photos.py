@@ -1,0 +1,81 @@
+"""A user's own pictures: taken apart for a network that enlarges luma, and put together again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.colour import is_grey, rgb_to_ycbcr, ycbcr_to_rgb
+from datamodules.images import BadImage, list_images, open_image, to_pixels
+from datamodules.resize import imresize
+
+
+class Photos(Dataset[dict[str, Any]]):
+    """Pictures of any size and mode: grey, RGB, palette, with alpha, CMYK, 16-bit.
+
+    Args:
+        files: the pictures; each must be readable.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The luma as "input" (1, 1, h, w), what is not luma as "chroma" (2, h, w) and "alpha" (1, h, w), empty if none."""
+        image = open_image(self.files[index])
+        pixels = to_pixels(image, self.files[index]).float() / 255
+        chroma = alpha = torch.empty(0)
+        if image.has_transparency_data:
+            alpha = torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
+        if is_grey(pixels):
+            luma = pixels[:1]
+        else:
+            luma, chroma = rgb_to_ycbcr(pixels).split([1, 2])
+        return {"input": luma[None], "chroma": chroma, "alpha": alpha, "path": str(self.files[index])}
+
+
+def put_together(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
+    """The enlarged picture, 8 bits a channel: L, LA, RGB or RGBA.
+
+    Args:
+        luma: (1, H, W), enlarged by the network.
+        chroma: (2, h, w) Cb and Cr, or empty; enlarged here, bicubically.
+        alpha: (1, h, w), or empty; likewise.
+    """
+    size = (luma.shape[-2], luma.shape[-1])
+    channels = luma.float()
+    if chroma.numel():
+        channels = ycbcr_to_rgb(torch.cat([channels, imresize(chroma, size)]))
+    if alpha.numel():
+        channels = torch.cat([channels, imresize(alpha, size)])
+    levels = (channels * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
+
+
+def photo_files(source: str) -> list[Path]:
+    """The pictures that `source`, a file or a folder, names; each has been decoded once and can be read.
+
+    Raises:
+        BadImage: there are none, or some cannot be read; the message names them.
+    """
+    path = Path(source)
+    files = list_images(path) if path.is_dir() else [path]
+    if not files:
+        raise BadImage(f"{path}: no pictures in this folder")
+    bad = []
+    for file in files:
+        try:
+            to_pixels(open_image(file), file)
+        except BadImage as error:
+            bad.append(str(error))
+    if bad:
+        raise BadImage("; ".join(bad))
+    return files

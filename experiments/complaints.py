@@ -1,0 +1,66 @@
+"""jsonargparse's many lines about a bad key or value, as one that names it and the nearest valid one."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """One line for the user.
+
+    Args:
+        message: of jsonargparse's ArgumentError.
+        options: the valid option names of the command, without dashes.
+    """
+    if match := re.match(r"unrecognized arguments: (\S+)", message):
+        return f"unknown argument {match[1]}{_nearest(match[1].lstrip('-').partition('=')[0], options, '--')}"
+    outer = _first(r'Parser key "([^"]+)"', message)
+    class_path = _first(r"given class_path '([^']+)'", message)
+    if name := _first(r"Option '([^']+)' is not accepted", message):
+        if class_path is None:
+            return f"unknown key '{name}'{_nearest(name, options)}"
+        return f"unknown key '{outer}.{name}' of {class_path}{_nearest(name, _parameters(class_path), f'{outer}.')}"
+    if class_path and re.search(r"has no attribute|No module named", message):
+        return f"{outer}: no class {class_path}{_nearest(class_path, _classes(class_path))}"
+    values = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
+    if outer and values:
+        inner = re.findall(r'Parser key "([^"]+)"', message)[-1]
+        key = outer if inner == outer else f"{outer}.{inner}"
+        value = values[0].strip()
+        if choices := [c for group in re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", message) for c in _words(group)]:
+            return f"{key}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
+        kinds = [kind for kind in re.findall(r"Expected an? <class '([^']+)'>", message) if kind != "NoneType"]
+        if kinds:
+            return f"{key}: '{value}' is not of type {' or '.join(kinds)}"
+    return " ".join(message.split())
+
+
+def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    near = get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
+
+
+def _first(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match[1] if match else None
+
+
+def _words(group: str) -> list[str]:
+    return [word.strip().strip("'\"") for word in group.split(",")]
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+def _classes(class_path: str) -> list[str]:
+    """The classes beside a mistyped one, if its module is there."""
+    module_name = class_path.rpartition(".")[0]
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError:
+        return []
+    return [f"{module_name}.{name}" for name, _ in inspect.getmembers(module, inspect.isclass)]

@@ -23,7 +23,7 @@ class Checkpoints(Callback):
         self.best_value = float("-inf")
         self.best_images = 0
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the state, and the weights if they are the best so far."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -49,7 +49,7 @@ class Checkpoints(Callback):
         self.best_value, self.best_images = state_dict["best_value"], state_dict["best_images"]
 
 
-def save(trainer: L.Trainer, path: Path) -> None:
+def save(trainer: Any, path: Path) -> None:
     """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole."""
     beside = path.with_suffix(".part")
     trainer.save_checkpoint(beside)

@@ -85,7 +85,7 @@ class ImageQuality(Callback):
         self.protocols = protocols(shave)
         self.figures: dict[str, dict[str, dict[str, float]]] = {}
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Forget earlier figures, those of the sanity check too."""
         self.figures = {}
 
@@ -94,7 +94,7 @@ class ImageQuality(Callback):
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -109,7 +109,7 @@ class ImageQuality(Callback):
 
     on_test_batch_end = on_validation_batch_end
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Gather the pictures of all processes and log the means."""
         if trainer.world_size > 1:
             shares: list[Any] = [None] * trainer.world_size

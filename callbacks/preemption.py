@@ -5,7 +5,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
@@ -30,18 +29,18 @@ class Preemption(Callback):
         self.status = 0
         self.handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the signals over from Lightning, whose own handlers save in the middle of a step."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.handlers[number] = signal.signal(number, self._raise_flag)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Give the signals back."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """See `on_train_end`."""
         self.on_train_end(trainer, pl_module)
 
@@ -50,19 +49,17 @@ class Preemption(Callback):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a third Ctrl-C does not wait for the step
         self.status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here, unless a validation belongs to this step: then after it."""
         if not validation_is_due(trainer):
             self._stop_if_flagged(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop after a validation during training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._stop_if_flagged(trainer)
 
-    def _stop_if_flagged(self, trainer: L.Trainer) -> None:
+    def _stop_if_flagged(self, trainer: Any) -> None:
         status = self.status
         if trainer.world_size > 1:
             flag = torch.tensor(status, device=trainer.strategy.root_device)

@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,7 +21,7 @@ class ProgressBar(Callback):
         self.progress: Progress | None = None
         self.drawn = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Draw the bar."""
         self.started, self.images_at_start = time.monotonic(), pl_module.images_seen
         if not trainer.is_global_zero or not self.console.is_terminal:
@@ -40,22 +39,20 @@ class ProgressBar(Callback):
         self.task = self.progress.add_task("", total=pl_module.images, completed=pl_module.images_seen, text="")
         self.progress.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Redraw it twice a second at most."""
         if self.progress is not None and (now := time.monotonic()) - self.drawn > 0.5:
             self.drawn = now
             self.progress.update(self.task, completed=pl_module.images_seen, text=self._text(trainer, pl_module))
             self.progress.refresh()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Say how good it is by now."""
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking and self.progress is None:
             done = f"{pl_module.images_seen:,} of {pl_module.images:,} images"
             print(f"{done}  {self._text(trainer, pl_module)}", flush=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the full bar standing."""
         if self.progress is not None:
             self.progress.update(self.task, completed=pl_module.images_seen, text=self._text(trainer, pl_module))
@@ -63,11 +60,11 @@ class ProgressBar(Callback):
             self.progress.stop()
             self.progress = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Free the terminal."""
         self.on_train_end(trainer, pl_module)
 
-    def _text(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+    def _text(self, trainer: Any, pl_module: Any) -> str:
         rate = (pl_module.images_seen - self.images_at_start) / (time.monotonic() - self.started)
         shown = [f"{rate:,.0f}/s"]
         if self.monitor in trainer.callback_metrics:

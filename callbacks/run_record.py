@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -28,7 +27,7 @@ class RunRecord(Callback):
         self.path, self.facts = path, facts
         self.seconds = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock; a resumed run goes on with the time it has taken so far."""
         self.started = time.monotonic()
 
@@ -40,7 +39,7 @@ class RunRecord(Callback):
         """See `state_dict`."""
         self.seconds = state_dict["seconds"]
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write what the training was."""
         checkpoints = next(c for c in trainer.callbacks if hasattr(c, "best_images"))
         self._write(
@@ -59,7 +58,7 @@ class RunRecord(Callback):
             },
         )
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Add what the test measured, picture by picture."""
         metrics: dict[str, Any] = {}
         for callback in trainer.callbacks:
@@ -72,14 +71,14 @@ class RunRecord(Callback):
         known["data"] = {**known.get("data", {}), **trainer.datamodule.fingerprints()}
         self._write(trainer, {**known, "absent": trainer.datamodule.absent, "metrics": metrics})
 
-    def _write(self, trainer: L.Trainer, record: dict[str, Any]) -> None:
+    def _write(self, trainer: Any, record: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             beside = self.path.with_suffix(".part")
             beside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
             beside.replace(self.path)
 
 
-def hardware(trainer: L.Trainer) -> dict[str, Any]:
+def hardware(trainer: Any) -> dict[str, Any]:
     """What the run ran on."""
     cuda = trainer.strategy.root_device.type == "cuda"
     return {
@@ -100,7 +99,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory_mib(trainer: L.Trainer) -> int:
+def peak_memory_mib(trainer: Any) -> int:
     """The most memory this process has held: on the GPU if it computes there, else resident."""
     if trainer.strategy.root_device.type == "cuda":
         return torch.cuda.max_memory_allocated() // 2**20

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
@@ -25,14 +24,14 @@ class Samples(Callback):
         self.folder, self.count = folder, count
         self.rows: list[Tensor] = []
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start a new picture."""
         self.rows = []
 
     def on_validation_batch_end(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Any,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -45,7 +44,7 @@ class Samples(Callback):
             row = torch.cat([shown, outputs["prediction"][:1].float(), target], dim=3)
             self.rows.append(row.clamp(0, 1).cpu())
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write it."""
         if self.rows and trainer.state.fn == "fit":
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ from experiments.recipes import Recipe
 from experiments.runs import Run, newest_finished, open_run
 from modules.method import Method
 
+known_options: list[str] = []  # of the parser that was built last, to name the nearest to a mistyped one
+
 
 class Refused(Exception):
     """The command cannot be carried out; the message says in one line what is wrong and what to do."""
@@ -51,6 +53,7 @@ class DarkroomCLI(LightningCLI):
 
     def __init__(self, command: str, recipe: Recipe, overrides: list[str]) -> None:
         self.command, self.recipe, self.overrides = command, recipe, overrides
+        self.trainer: Any
         super().__init__(
             Method,
             L.LightningDataModule,
@@ -77,7 +80,7 @@ class DarkroomCLI(LightningCLI):
         options = [option.lstrip("-") for option in parser._option_string_actions]
         for group in ("model", "data"):
             options += [f"{group}.{name}" for name in self.recipe.content.get(group, {}).get("init_args", {})]
-        DarkroomCLI.options = options
+        known_options[:] = options
         super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -144,7 +147,7 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> None:
     try:
         cli = DarkroomCLI(command, recipe, overrides)
     except jsonargparse.ArgumentError as error:
-        raise Refused(explain(str(error), DarkroomCLI.options)) from None
+        raise Refused(explain(str(error), known_options)) from None
     except ValueError as error:
         raise Refused(str(error)) from None
     COMMANDS[command](cli)
@@ -291,7 +294,7 @@ def start(cli: DarkroomCLI, action: Any) -> None:
         raise Refused(str(error)) from None
 
 
-def say_results(trainer: L.Trainer, cli: DarkroomCLI) -> None:
+def say_results(trainer: Any, cli: DarkroomCLI) -> None:
     """Print the measured figures, a row a data set, and which sets are not here."""
     if not trainer.is_global_zero:
         return

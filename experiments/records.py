@@ -51,7 +51,7 @@ def code_fingerprint(module: str) -> str:
 class _Essence(ast.NodeTransformer):
     """Takes out of a syntax tree what cannot change what the code does: docstrings and types."""
 
-    def visit(self, node: ast.AST) -> ast.AST | None:
+    def visit(self, node: ast.AST) -> Any:
         """Strip a node, after its children."""
         if isinstance(node, ast.ImportFrom) and node.module in ("typing", "collections.abc"):
             return None

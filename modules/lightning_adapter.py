@@ -1,9 +1,14 @@
-"""All that leans on Lightning's private parts; tests/test_lightning_adapter.py holds each assumption to the pinned version."""
+"""All that leans on Lightning's private or untyped parts; tests/test_lightning_adapter.py checks each assumption."""
 
-import lightning as L
+from typing import Any
 
 
-def align_log_axis(trainer: L.Trainer) -> None:
+def log_every(trainer: Any) -> int:
+    """Every how many batches the loggers take figures."""
+    return trainer.log_every_n_steps
+
+
+def align_log_axis(trainer: Any) -> None:
     """Set the loggers' step to the number of batches done.
 
     Lightning counts a batch for its loggers only after the validation that follows it, so a checkpoint written by then
@@ -13,7 +18,7 @@ def align_log_axis(trainer: L.Trainer) -> None:
     loop._batches_that_stepped = loop.batch_progress.total.processed
 
 
-def validation_is_due(trainer: L.Trainer) -> bool:
+def validation_is_due(trainer: Any) -> bool:
     """Whether a validation follows the batch that has just ended (asked in `on_train_batch_end`).
 
     A checkpoint written between such a batch and its validation resumes without that validation.

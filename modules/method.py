@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from modules.lightning_adapter import align_log_axis
+from modules.lightning_adapter import align_log_axis, log_every
 
 Batch = dict[str, Any]
 
@@ -52,21 +52,21 @@ class Method(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on one batch."""
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         learning_rate = self.schedule(self.images_seen)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
         terms = self.losses(batch)
         optimizer.zero_grad()
-        self.manual_backward(sum(terms.values()))
+        self.manual_backward(torch.stack(list(terms.values())).sum())
         optimizer.step()
 
         self.images_seen += len(batch["input"]) * self.trainer.world_size
         if self.images_seen >= self.images:
             self.trainer.should_stop = True
         # Reading a loss makes the host wait for the device, so it is done only when it is logged.
-        if self.trainer.should_stop or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        if self.trainer.should_stop or (batch_idx + 1) % log_every(self.trainer) == 0:
             self._log(terms, learning_rate)
 
     def _log(self, terms: dict[str, Tensor], learning_rate: float) -> None:

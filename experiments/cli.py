@@ -31,15 +31,11 @@ from datamodules.photos import Photos, photo_files
 from datamodules.sampler import Slice
 from experiments import records
 from experiments.complaints import explain
-from experiments.recipes import Recipe
+from experiments.recipes import Recipe, Refused
 from experiments.runs import Run, newest_finished, open_run
 from modules.method import Method
 
 known_options: list[str] = []  # of the parser that was built last, to name the nearest to a mistyped one
-
-
-class Refused(Exception):
-    """The command cannot be carried out; the message says in one line what is wrong and what to do."""
 
 
 class DarkroomCLI(LightningCLI):
@@ -92,6 +88,8 @@ class DarkroomCLI(LightningCLI):
             parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases as well")
         else:
             parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt or .safetensors file")
+        if self.command == "test":
+            parser.add_argument("--record", type=str | None, help="file to write the run record to")
         if self.command == "predict":
             parser.add_argument("--input", type=str, required=True, help="a picture, or a folder of pictures")
             parser.add_argument("--output", type=str, default="out", help="folder for the results")
@@ -108,6 +106,8 @@ class DarkroomCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer, with the run's callbacks and loggers."""
+        if self.command == "test" and self.config.record:
+            self.trainer_defaults["callbacks"] = [RunRecord(Path(self.config.record), self.facts())]
         if self.command != "fit":
             return super().instantiate_trainer(logger=False)
         self.run = open_run(self.recipe, self.config.run)
@@ -136,8 +136,11 @@ class DarkroomCLI(LightningCLI):
         return " ".join(["darkroom fit", name, *typed, "--run", self.run.folder.name])
 
 
-def execute(command: str, recipe: Recipe, overrides: list[str]) -> None:
+def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
     """Carry out a command.
+
+    Returns:
+        What carried it out, with its model and its run.
 
     Raises:
         Refused: something is wrong with what was asked for.
@@ -151,6 +154,7 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> None:
     except ValueError as error:
         raise Refused(str(error)) from None
     COMMANDS[command](cli)
+    return cli
 
 
 def fit(cli: DarkroomCLI) -> None:

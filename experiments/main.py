@@ -1,23 +1,156 @@
 """The `darkroom` command. What needs no network answers at once: torch and Lightning are imported only to run one."""
 
+import argparse
+import os
 import sys
+from difflib import get_close_matches
+from importlib.metadata import version
+from typing import NoReturn
 
-from experiments.recipes import UnknownRecipe, find_recipe
+from experiments.recipes import Refused, find_recipe
 
-RUN = ("fit", "validate", "test", "predict")
-COMMANDS = (*RUN,)
+HELP = """\
+usage: darkroom COMMAND ...
+
+train, measure and use
+  demo                       two minutes from photographs to a network that enlarges them
+  fit RECIPE [--KEY VALUE]   train; then measure on the test sets that are here
+  validate RECIPE            measure on the pictures that choose the checkpoint
+  test RECIPE                measure on the test sets that are here
+  predict RECIPE --input PICTURE_OR_FOLDER --output FOLDER
+
+  RECIPE is a name (espcn/t91_x3; espcn for its demo) or a path to a YAML file.
+  Any key can be given anew: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
+  --run NAME goes on with a run; --wandb offline logs to Weights & Biases; --ckpt FILE names weights.
+  darkroom fit RECIPE --help lists every key.
+
+look
+  list                       methods, recipes, table cells, and which data are here
+  reproduce METHOD           the paper's tables, our figures beside theirs (--run, --seeds N, --write, --json)
+  bench RECIPE               how fast training is, beside a bare loop and beside a PIL-fed loader (--json)
+  data list | get NAME | verify NAME
+
+environment
+  DARKROOM_DATA              where data sets lie (now: {data})
+  DARKROOM_RUNS              where runs are kept (now: {runs})
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out a command line; returns the exit status, 2 for a command that cannot be carried out."""
-    words = sys.argv[1:] if arguments is None else arguments
-    command, rest = words[0], words[1:]
-    try:
-        recipe = find_recipe(rest[0])
-        from experiments.cli import execute
+    """Carry out a command line.
 
-        execute(command, recipe, rest[1:])
-    except UnknownRecipe as error:
+    Returns:
+        The exit status: 0, 1 if a check found something, 2 for a command that cannot be carried out.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        return dispatch(words)
+    except Refused as error:
         print(f"darkroom: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `darkroom list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def dispatch(words: list[str]) -> int:
+    """Hand the words to their command."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        from datamodules.catalogue import data_root
+        from experiments.runs import runs_root
+
+        print(HELP.format(data=data_root(), runs=runs_root()))
+        return 0
+    if words[0] == "--version":
+        print(version("darkroom"))
+        return 0
+    command, rest = words[0], words[1:]
+    if command in ("fit", "validate", "test", "predict"):
+        return _run(command, rest)
+    if command not in COMMANDS:
+        near = get_close_matches(command, ["fit", "validate", "test", "predict", *COMMANDS], n=1, cutoff=0)
+        raise Refused(f"no command '{command}'; did you mean '{near[0]}'? (darkroom --help)")
+    return COMMANDS[command](rest)
+
+
+def _run(command: str, rest: list[str]) -> int:
+    if rest[:1] in (["-h"], ["--help"]):
+        raise Refused(f"darkroom {command} RECIPE --help lists the keys of that recipe; darkroom list shows the recipes")
+    if not rest or rest[0].startswith("-"):
+        raise Refused(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")
+    recipe = find_recipe(rest[0])
+    from experiments.cli import execute
+
+    execute(command, recipe, rest[1:])
     return 0
+
+
+def _demo(rest: list[str]) -> int:
+    Parser(prog="darkroom demo", description="Train ESPCN x3 on embedded photographs and look at it.").parse_args(rest)
+    from experiments.demo import demo
+
+    demo()
+    return 0
+
+
+def _list(rest: list[str]) -> int:
+    Parser(prog="darkroom list", description="Methods, recipes, table cells and data.").parse_args(rest)
+    from experiments.listing import show_all
+
+    show_all()
+    return 0
+
+
+def _data(rest: list[str]) -> int:
+    parser = Parser(prog="darkroom data", description="Data sets: which are here, getting them, checking them.")
+    commands = parser.add_subparsers(dest="action", required=True, parser_class=Parser)
+    commands.add_parser("list", help="all data sets and where they come from")
+    for action, text in (("get", "download one"), ("verify", "compare one with its manifest, pixel by pixel")):
+        commands.add_parser(action, help=text).add_argument("name", help="data set")
+    chosen = parser.parse_args(rest)
+    from experiments import listing
+
+    if chosen.action == "list":
+        listing.show_data()
+        return 0
+    return {"get": listing.get_data, "verify": listing.verify_data}[chosen.action](chosen.name)
+
+
+def _reproduce(rest: list[str]) -> int:
+    parser = Parser(prog="darkroom reproduce", description="A paper's tables from run records, our figures beside theirs.")
+    parser.add_argument("method", help="a method: darkroom list shows them")
+    parser.add_argument("--run", action="store_true", help="run what is missing or stale and feasible with the data here")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with --run: seeds 0 ... N-1 of each training")
+    parser.add_argument("--only", metavar="RECIPE", help="with --run: this recipe alone")
+    parser.add_argument("--write", action="store_true", help="put the tables into the method's page and the results page")
+    parser.add_argument("--json", action="store_true", help="the cells, for programs")
+    chosen = parser.parse_args(rest)
+    from experiments.reproduce import reproduce
+
+    reproduce(chosen.method, chosen.run, chosen.seeds, chosen.only, chosen.write, chosen.json)
+    return 0
+
+
+def _bench(rest: list[str]) -> int:
+    parser = Parser(prog="darkroom bench", description="Training speed beside a bare loop and a PIL-fed loader, in one run.")
+    parser.add_argument("recipe", help="what to time")
+    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="interleaved measurements of each kind")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="steps of a measurement")
+    parser.add_argument("--json", action="store_true", help="the figures, for programs")
+    chosen = parser.parse_args(rest)
+    recipe = find_recipe(chosen.recipe)
+    from experiments.bench import bench
+
+    bench(recipe, chosen.pairs, chosen.steps, chosen.json)
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line."""
+        raise Refused(f"{self.prog.removeprefix('darkroom ')}: {message}")
+
+
+COMMANDS = {"demo": _demo, "list": _list, "data": _data, "reproduce": _reproduce, "bench": _bench}

@@ -10,8 +10,8 @@ import yaml
 HERE = Path(__file__).parent
 
 
-class UnknownRecipe(LookupError):
-    """No recipe of that name; the message names the nearest."""
+class Refused(Exception):
+    """A command cannot be carried out; the message says in one line what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def find_recipe(name: str) -> Recipe:
     """The recipe that a user names: "espcn/t91_x3", "espcn" for its demo, or a path to a YAML file.
 
     Raises:
-        UnknownRecipe: there is none; the message names the nearest.
+        Refused: there is none; the message names the nearest.
     """
     known = {recipe.name: recipe for recipe in recipes()}
     full = f"{name}/demo" if f"{name}/demo" in known else name
@@ -65,7 +65,7 @@ def find_recipe(name: str) -> Recipe:
         return known[full]
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
-            raise UnknownRecipe(f"no recipe file {name}")
+            raise Refused(f"no recipe file {name}")
         return Recipe(Path(name).stem, Path(name))
     near = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
-    raise UnknownRecipe(f"no recipe '{name}'; did you mean '{near[0]}'? (darkroom list shows all)")
+    raise Refused(f"no recipe '{name}'; did you mean '{near[0]}'? (darkroom list shows all)")

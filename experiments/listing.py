@@ -1,0 +1,64 @@
+"""`darkroom list` and `darkroom data`: what there is, and what of it is here."""
+
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.catalogue import MissingData, catalogue, data_root, download, find, verify
+from experiments.recipes import Refused, methods, recipes
+from experiments.tables import cells
+
+
+def show_all() -> None:
+    """Methods with their recipes and table cells, then the data sets."""
+    console = Console()
+    table = Table("recipe", "what it is", "weights", title="Recipes", title_justify="left")
+    for recipe in recipes():
+        table.add_row(recipe.name, recipe.header[0] if recipe.header else "", "committed" if recipe.weights.exists() else "")
+    console.print(table)
+
+    table = Table("method", "cells", "reproduced", "short", "stale", "not run", title="Table cells", title_justify="left")
+    for method in methods():
+        states = [cell["state"].partition(" ")[0].rstrip(":") for cell in cells(method)]
+        if states:
+            counts = [states.count(state) for state in ("reproduced", "short", "stale", "not")]
+            table.add_row(method, *map(str, (len(states), *counts)))
+    console.print(table)
+    show_data(console)
+
+
+def show_data(console: Console | None = None) -> None:
+    """The catalogue: which sets are here, and how the others are had."""
+    table = Table("data set", "here?", "what", "terms", "how", title=f"Data below {data_root()}", title_justify="left")
+    for name, data_set in catalogue().items():
+        state = data_set.state()
+        how = {"embedded": "with the package", "files": f"darkroom data get {name}", "hand": f"darkroom data get {name} tells"}
+        table.add_row(name, state, data_set.title, data_set.licence, "" if state == "here" else how[data_set.get])
+    (console or Console()).print(table)
+
+
+def get_data(name: str) -> int:
+    """Download a data set, or tell how it is had."""
+    try:
+        data_set = find(name)
+        if data_set.get == "embedded":
+            print(f"{name} comes with the installed packages; nothing to do")
+            return 0
+        count = download(data_set)
+    except (KeyError, MissingData) as error:
+        raise Refused(str(error.args[0])) from None
+    print(f"{name}: {count} files in {data_set.path}")
+    return 0
+
+
+def verify_data(name: str) -> int:
+    """Compare a data set with its manifest; status 1 if a file differs, is missing or cannot be read."""
+    try:
+        data_set = find(name)
+    except KeyError as error:
+        raise Refused(str(error.args[0])) from None
+    problems = list(verify(data_set))
+    for problem in problems:
+        print(problem)
+    if not problems:
+        print(f"{name}: all {len(data_set.manifest())} files are as they should be")
+    return 1 if problems else 0

@@ -1,0 +1,148 @@
+"""`darkroom reproduce`: run what a paper's tables lack, keep it as records, render the tables."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from datamodules.catalogue import MissingData, locate
+from experiments.recipes import HERE, Recipe, Refused, find_recipe, methods
+from experiments.records import committed_records, fingerprints
+from experiments.runs import Run, runs_root
+from experiments.tables import cells, render, spec
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+RESULTS = HERE / "RESULTS.md"
+
+
+def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool, as_json: bool) -> None:
+    """Render a method's tables; with `run`, first run what is missing or stale and feasible.
+
+    Raises:
+        Refused: no such method, or it has no tables.
+    """
+    tabled = [name for name in methods() if spec(name)["tables"]]
+    if method not in tabled:
+        raise Refused(f"no tables for '{method}'; there are some for: {', '.join(tabled)}")
+    if run:
+        for recipe in wanted(method, only):
+            run_recipe(recipe, seeds)
+    if write:
+        write_pages(method)
+    if as_json:
+        print(json.dumps(cells(method), indent=1))
+    else:
+        Console().print(Markdown(render(method)))
+
+
+def wanted(method: str, only: str | None) -> list[Recipe]:
+    """The recipes behind the rows of a method's tables, each once."""
+    names = dict.fromkeys(row["recipe"] for table in spec(method)["tables"] for row in table["rows"] if "recipe" in row)
+    if only and only not in names:
+        raise Refused(f"--only: no row of {method}'s tables needs '{only}'; rows need: {', '.join(names)}")
+    return [find_recipe(name) for name in names if only in (None, name)]
+
+
+def run_recipe(recipe: Recipe, seeds: int) -> None:
+    """Run the seeds of a recipe that have no current record, if its data are here."""
+    learns = "images" in recipe.content["model"]["init_args"]
+    current = {record["seed"] for record in committed_records(recipe.name) if record["fingerprints"] == fingerprints(recipe)}
+    if missing := lacking(recipe, learns):
+        print(f"{recipe.name}: not feasible here, {', '.join(missing)} not here", flush=True)
+        return
+    for seed in range(seeds if learns else 1):
+        if seed in current:
+            print(f"{recipe.name}: the record of seed {seed} is current", flush=True)
+            continue
+        if learns:
+            name = f"reproduce-seed{seed}"
+            darkroom("fit", recipe.name, "--seed_everything", str(seed), "--run", name)
+            keep(Run(runs_root() / recipe.name / name), recipe)
+        else:
+            path = record_path(recipe, seed)
+            path.parent.mkdir(exist_ok=True)
+            darkroom("test", recipe.name, "--record", str(path))
+
+
+def darkroom(*words: str) -> None:
+    """Run a command of our own in a process of its own.
+
+    Raises:
+        Refused: it failed; it has said why.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "DARKROOM_RUN_FOLDER"}
+    print("darkroom " + " ".join(words), flush=True)
+    status = subprocess.run([sys.executable, "-m", "experiments", *words], env=environment).returncode
+    if status:
+        raise Refused(f"darkroom {' '.join(words)} ended with status {status}; nothing of it is kept")
+
+
+def lacking(recipe: Recipe, learns: bool) -> list[str]:
+    """What a recipe needs and cannot find: its training data, or all of its test sets."""
+    data: dict[str, Any] = recipe.content["data"]["init_args"]
+    needed = [name for name in (data.get("train"), data.get("val")) if name and learns]
+    absent = [name for name in needed if not _here(name, data["scale"])]
+    tests = data.get("test", [])
+    return absent or ([] if any(_here(name, data["scale"]) for name in tests) else tests)
+
+
+def _here(name: str, scale: int) -> bool:
+    try:
+        return bool(locate(name, scale))
+    except (MissingData, KeyError):
+        return False
+
+
+def keep(run: Run, recipe: Recipe) -> None:
+    """Make a finished run's record, and with seed 0 its weights, part of the project.
+
+    Raises:
+        Refused: the run is not one of the recipe as it stands.
+    """
+    from safetensors.torch import save_file
+    from torch import load
+
+    record = json.loads(run.record.read_text())
+    changed = [part for part, value in fingerprints(recipe).items() if record["fingerprints"].get(part) != value]
+    if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
+        raise Refused(f"{run.folder} is not a run of {recipe.name} as it stands: {changed or record['overrides']}")
+    path = record_path(recipe, record["seed"])
+    path.parent.mkdir(exist_ok=True)
+    shutil.copyfile(run.record, path)
+    if record["seed"] == 0:
+        recipe.weights.parent.mkdir(exist_ok=True)
+        weights = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)
+
+
+def record_path(recipe: Recipe, seed: int) -> Path:
+    """Where a recipe's committed record of a seed stands."""
+    return HERE / recipe.name.partition("/")[0] / "records" / f"{recipe.path.stem}-seed{seed}.json"
+
+
+def write_pages(method: str) -> None:
+    """Put the rendered tables into the method's page, and those of all methods into the results page."""
+    page = HERE / method / "README.md"
+    page.write_text(between_marks(page.read_text(), render(method)))
+    RESULTS.write_text(results_page())
+
+
+def results_page() -> str:
+    """All tables of all methods."""
+    parts = ["# Results", "", "Rendered from the records by `darkroom reproduce METHOD --write`; nothing here is typed."]
+    for method in methods():
+        if spec(method)["tables"]:
+            parts += ["", f"## {spec(method)['title']}", "", spec(method)["paper"], "", render(method)]
+    return "\n".join(parts) + "\n"
+
+
+def between_marks(page: str, text: str) -> str:
+    """A page with what stands between its marks replaced."""
+    head, _, rest = page.partition(BEGIN)
+    return f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"

@@ -1,0 +1,125 @@
+"""A paper's tables, rendered from run records alone: the paper's figure, ours, the difference, and the state of each cell.
+
+Nothing heavy is imported here.
+"""
+
+import statistics
+from typing import Any
+
+import yaml
+
+from experiments.recipes import HERE, find_recipe
+from experiments.records import committed_records, fingerprints
+
+Cell = dict[str, Any]
+MARKS = {
+    "V": "read in a source",
+    "C": "[C] recomputed",
+    "M+": "[M+] from memory, passing an arithmetic check",
+    "M": "(unverified) from memory alone",
+}
+
+
+def spec(method: str) -> dict[str, Any]:
+    """The tables of a method's paper as `table.yaml` states them; empty if it has none."""
+    path = HERE / method / "table.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else {"tables": []}
+
+
+def cells(method: str) -> list[Cell]:
+    """All cells of a method's tables.
+
+    Each has `table`, `row`, `dataset`, `metric` (the protocol's name), `paper`, `mark` (how sure the paper's figure is),
+    `ours`, `std` and `seeds` (None and 0 without a record), `difference`, `state` and `record` (the files).
+    """
+    return [
+        _cell(table, row, data_set, paper)
+        for table in spec(method)["tables"]
+        for row in table["rows"]
+        for data_set, paper in row["paper"].items()
+    ]
+
+
+def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: float) -> Cell:
+    metric = row.get("metric", table["metric"])
+    found = [(record, figure(record, data_set, metric, table.get("average", {}))) for record in _records(row)]
+    found = [(record, value) for record, value in found if value is not None]
+    values = [value for _, value in found]
+    ours = statistics.fmean(values) if values else None
+    cell = {
+        "table": table["table"],
+        "row": row["row"],
+        "dataset": data_set,
+        "metric": metric,
+        "paper": paper,
+        "mark": row.get("mark", table["mark"]),
+        "ours": None if ours is None else round(ours, 4),
+        "std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
+        "seeds": len(values),
+        "difference": None if ours is None else round(ours - paper, 4),
+        "record": [record["file"] for record, _ in found],
+    }
+    return {**cell, "state": _state(cell, row, [record for record, _ in found])}
+
+
+def _records(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return committed_records(row["recipe"]) if "recipe" in row else []
+
+
+def figure(record: dict[str, Any], data_set: str, metric: str, average: dict[str, int]) -> float | None:
+    """A record's figure: of a data set, of one picture ("set14/baboon"), or the mean over all pictures ("average")."""
+    metrics = record.get("metrics", {})
+    if data_set == "average":
+        parts = [(figure(record, name, metric, {}), count) for name, count in average.items()]
+        known = [(value, count) for value, count in parts if value is not None]
+        if len(known) < len(parts):
+            return None
+        return sum(value * count for value, count in known) / sum(count for _, count in known)
+    name, _, picture = data_set.partition("/")
+    measured = metrics.get(name, {}).get(metric)
+    if measured is None:
+        return None
+    return measured["pictures"].get(picture) if picture else measured["mean"]
+
+
+def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    if not records:
+        return f"not run: {_why_not(cell, row)}"
+    current = fingerprints(find_recipe(row["recipe"]))
+    changed = sorted({part for record in records for part in current if record["fingerprints"].get(part) != current[part]})
+    if changed:
+        return f"stale: {', '.join(changed)} changed since"
+    difference = round(cell["ours"], 2) - cell["paper"]
+    missed = abs(difference) > 0.02 if row.get("exact") else difference < -1e-9
+    return f"short by {cell['paper'] - cell['ours']:.2f}" if missed else "reproduced"
+
+
+def _why_not(cell: Cell, row: dict[str, Any]) -> str:
+    """From what is committed alone, so that a table reads the same on every machine."""
+    if "why" in row:
+        return row["why"]
+    if _records(row):
+        return "not all of its sets are measured" if cell["dataset"] == "average" else "its pictures were not at hand"
+    return f"no record of {row['recipe']} yet"
+
+
+def render(method: str) -> str:
+    """A method's tables in Markdown."""
+    lines: list[str] = []
+    of_method = cells(method)
+    for table in spec(method)["tables"]:
+        lines += [f"**{table['table']}.** {table['caption']} Protocol: `{table['metric']}`.", ""]
+        lines += ["| row | data set | paper | ours | difference | state |", "|---|---|---:|---:|---:|---|"]
+        for cell in (cell for cell in of_method if cell["table"] == table["table"]):
+            mark = {"V": "", "M": " (unverified)"}.get(cell["mark"], f" [{cell['mark']}]")
+            ours = difference = ""
+            if cell["ours"] is not None:
+                spread = f" ± {cell['std']:.2f} ({cell['seeds']} seeds)" if cell["std"] is not None else ""
+                ours, difference = f"{cell['ours']:.2f}{spread}", f"{cell['difference']:+.2f}"
+            lines.append(
+                f"| {cell['row']} | {cell['dataset']} | {cell['paper']:.2f}{mark} | {ours} | {difference} | {cell['state']} |"
+            )
+        lines += ["", *([table["note"].strip(), ""] if "note" in table else [])]
+    used = {cell["mark"] for cell in of_method}
+    lines.append("How sure the paper's figures are: " + "; ".join(MARKS[mark] for mark in MARKS if mark in used) + ".")
+    return "\n".join(lines)

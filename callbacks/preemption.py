@@ -3,14 +3,14 @@
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.checkpoints import save
-from modules.lightning_adapter import validation_is_due
+from modules.lightning_adapter import validation_is_due, write_pending_figures
 
 PREEMPTED = 85  # exit status after SIGTERM or SIGUSR1: the scheduler may requeue
 INTERRUPTED = 130  # after Ctrl-C, as shells have it
@@ -51,22 +51,25 @@ class Preemption(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here, unless a validation belongs to this step: then after it."""
-        if not validation_is_due(trainer):
-            self._stop_if_flagged(trainer)
+        if not validation_is_due(trainer) and (status := self._agreed(trainer)):
+            write_pending_figures(trainer)
+            self._stop(trainer, status)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop after a validation during training."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._stop_if_flagged(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and (status := self._agreed(trainer)):
+            self._stop(trainer, status)
 
-    def _stop_if_flagged(self, trainer: Any) -> None:
-        status = self.status
-        if trainer.world_size > 1:
-            flag = torch.tensor(status, device=trainer.strategy.root_device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            status = int(flag)
-        if status:
-            save(trainer, self.path)
-            if trainer.is_global_zero:
-                print(f"\nStopped; nothing is lost. {self.advice}", flush=True)
-            raise SystemExit(status)
+    def _agreed(self, trainer: Any) -> int:
+        """The flag, once it is up in any process."""
+        if trainer.world_size == 1:
+            return self.status
+        flag = torch.tensor(self.status, device=trainer.strategy.root_device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+    def _stop(self, trainer: Any, status: int) -> NoReturn:
+        save(trainer, self.path)
+        if trainer.is_global_zero:
+            print(f"\nStopped; nothing is lost. {self.advice}", flush=True)
+        raise SystemExit(status)

@@ -9,13 +9,14 @@ def log_every(trainer: Any) -> int:
 
 
 def align_log_axis(trainer: Any) -> None:
-    """Set the loggers' step to the number of batches done.
+    """Set the loggers' step to the number of batches before this one (asked in `on_train_batch_start`).
 
-    Lightning counts a batch for its loggers only after the validation that follows it, so a checkpoint written by then
-    brings back a count that is one short, and a resumed run would log every figure one step too early.
+    Lightning counts a batch for its loggers only after the validation that follows it. A checkpoint written between brings
+    back a count that is one short, one written in a validation is counted again after the resume, and either way a resumed
+    run would log its figures beside those of the uninterrupted one.
     """
     loop = trainer.fit_loop.epoch_loop
-    loop._batches_that_stepped = loop.batch_progress.total.processed
+    loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
 
 def validation_is_due(trainer: Any) -> bool:
@@ -27,3 +28,11 @@ def validation_is_due(trainer: Any) -> bool:
     if trainer.should_stop:
         return True
     return bool(interval) and interval != float("inf") and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
+
+
+def write_pending_figures(trainer: Any) -> None:
+    """Hand the figures of the batch that has just ended to the loggers (asked in `on_train_batch_end`).
+
+    Lightning does so only after that hook; a run that stops there would never write them.
+    """
+    trainer._logger_connector.update_train_step_metrics()

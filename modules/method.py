@@ -57,10 +57,12 @@ class Method(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
-        terms = self.losses(batch)
+        terms = self.losses({key: self._cast(value) for key, value in batch.items()})
         optimizer.zero_grad()
         self.manual_backward(torch.stack(list(terms.values())).sum())
-        optimizer.step()
+        # Lightning's autocast is around the whole step; an optimizer that multiplies matrices must not see it.
+        with torch.autocast(self.device.type, enabled=False):
+            optimizer.step()
 
         self.images_seen += len(batch["input"]) * self.trainer.world_size
         if self.images_seen >= self.images:
@@ -68,6 +70,10 @@ class Method(L.LightningModule):
         # Reading a loss makes the host wait for the device, so it is done only when it is logged.
         if self.trainer.should_stop or (batch_idx + 1) % log_every(self.trainer) == 0:
             self._log(terms, learning_rate)
+
+    def _cast(self, value: Any) -> Any:
+        """Data made on the device after Lightning's own conversion, in the precision of the weights."""
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _log(self, terms: dict[str, Tensor], learning_rate: float) -> None:
         for name, value in terms.items():
@@ -77,10 +83,12 @@ class Method(L.LightningModule):
                     f"lower model.learning_rate (now {self.learning_rate})"
                 )
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict({**values, "learning_rate": learning_rate, "images": float(self.images_seen)})
+        progress = {"learning_rate": learning_rate, "images": float(self.images_seen)}
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)  # shares are equal: the mean is the whole batch's
+        self.log_dict(progress)
 
-    def on_train_start(self) -> None:
-        """After a resume, go on with the logged step where it stood."""
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """The logged step is the batch, in a resumed run too."""
         align_log_axis(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,61 @@
+"""Small real pictures, tiny recipes and forked runs for all tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes must not fight for two cores
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.catalogue import locate
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of eight 96x90 cuttings of the embedded photographs: real pictures, read quickly."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = [path for path in locate("photographs") if path.stem in ("astronaut", "camera", "chelsea", "coffee")]
+    for path in paths:
+        image = Image.open(path)
+        for i in range(2):
+            left, top = 60 + 100 * i, 80
+            image.crop((left, top, left + 96, top + 90)).save(folder / f"{path.stem}{i}.png")
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A current folder of one's own, with runs and data below it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DARKROOM_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("DARKROOM_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("DARKROOM_RUN_FOLDER", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The real data sets, where DARKROOM_DATA names them."""
+    root = os.environ.get("DARKROOM_DATA")
+    if not root or not Path(root, "Set5").exists():
+        pytest.skip("DARKROOM_DATA does not name a folder with Set5 in it")
+    return Path(root).resolve()
+
+
+@pytest.fixture
+def with_real_data(real_data, monkeypatch) -> Path:
+    """The real data sets as the data root."""
+    monkeypatch.setenv("DARKROOM_DATA", str(real_data))
+    return real_data
+
+
+def as_tensor(path: Path) -> torch.Tensor:
+    """A picture as PIL decodes it: uint8 (C, H, W)."""
+    array = np.array(Image.open(path))
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())

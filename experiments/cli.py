@@ -1,5 +1,6 @@
 """`fit`, `validate`, `test` and `predict`: a recipe and overrides become a Trainer's run."""
 
+import gc
 import logging
 import os
 import pickle
@@ -33,6 +34,7 @@ from experiments import records
 from experiments.complaints import explain
 from experiments.recipes import Recipe, Refused
 from experiments.runs import Run, newest_finished, open_run
+from modules.lightning_adapter import NoProfiler
 from modules.method import Method
 
 known_options: list[str] = []  # of the parser that was built last, to name the nearest to a mistyped one
@@ -119,7 +121,8 @@ class DarkroomCLI(LightningCLI):
             Preemption(self.run.checkpoints / "last.ckpt", f"Go on with: {self.again()}"),
         ]
         self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(logger=False, default_root_dir=str(self.run.folder))
+        profiler = self.config_init.trainer.profiler or NoProfiler()
+        return super().instantiate_trainer(logger=False, default_root_dir=str(self.run.folder), profiler=profiler)
 
     def facts(self) -> dict[str, Any]:
         """What the record of this run can say before it starts."""
@@ -162,6 +165,7 @@ def fit(cli: DarkroomCLI) -> None:
     run, trainer, model = cli.run, cli.trainer, cli.model
     resumed_at, checkpoint = prepare(cli, run)
     trainer.loggers = loggers(cli, run, resumed_at)
+    settle_memory()
     start(cli, lambda: trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True))
     if not cli.datamodule.test:
         return
@@ -170,6 +174,12 @@ def fit(cli: DarkroomCLI) -> None:
     trainer.test(model, cli.datamodule, verbose=False)
     say_results(trainer, cli)
     tell(f"run       {run.folder}")
+
+
+def settle_memory() -> None:
+    """Take what is loaded by now out of the garbage collector's rounds, which otherwise cost every step their share."""
+    gc.collect()
+    gc.freeze()
 
 
 def prepare(cli: DarkroomCLI, run: Run) -> tuple[int, Path | None]:
@@ -326,12 +336,14 @@ def tell(line: str) -> None:
 
 def quieten() -> None:
     """Silence what Lightning says about things that are meant to be so."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "LightningCLI's args parameter",
         "The '.*_dataloader' does not have many workers",
         "You're resuming from a checkpoint that ended before the epoch ended",
-        "Starting from v1.9.0, `tensorboardX`",
+        "isinstance.treespec, LeafSpec.",
+        "``instantiate_classes`` was deprecated",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 

@@ -42,8 +42,10 @@ def cells(method: str) -> list[Cell]:
 
 def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: float) -> Cell:
     metric = row.get("metric", table["metric"])
-    found = [(record, figure(record, data_set, metric, table.get("average", {}))) for record in _records(row)]
-    found = [(record, value) for record, value in found if value is not None]
+    found = []
+    for record in _records(row):
+        if (value := figure(record, data_set, metric, table.get("average", {}))) is not None:
+            found.append((record, value))
     values = [value for _, value in found]
     ours = statistics.fmean(values) if values else None
     cell = {

@@ -1,0 +1,265 @@
+"""`darkroom bench`: how fast training is, beside a bare PyTorch loop and beside a loader that opens a file per item."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from callbacks.run_record import cpu_name, peak_memory_mib
+from datamodules.catalogue import MissingData, locate
+from datamodules.pairs import Pictures
+from datamodules.superresolution import SuperResolution
+from experiments.cli import DarkroomCLI, loggers, prepare, quieten, settle_memory
+from experiments.recipes import Recipe
+from modules.method import Method
+from modules.srcnn import SRCNN
+
+Step = Callable[[], None]
+
+
+def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool) -> None:
+    """Time training in interleaved stretches, and one enlargement; print the figures by name.
+
+    Args:
+        recipe: what to train.
+        pairs: stretches of each kind.
+        steps: training steps in a stretch.
+        as_json: print JSON instead of a table.
+    """
+    quieten()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DARKROOM_RUNS"] = folder
+        budget = recipe.content["data"]["init_args"].get("batch_size", 16) * steps * (pairs + 1)
+        overrides = ["--model.images", str(budget), "--validate_every", str(budget), "--run", "bench", "--data.test", "[]"]
+        cli = DarkroomCLI("fit", recipe, overrides)
+        cli.trainer.limit_val_batches = 0
+        cli.trainer.num_sanity_val_steps = 0
+        cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
+        stopwatch = Stopwatch(cli.model, cli.datamodule, steps)
+        cli.trainer.callbacks.append(stopwatch)
+        settle_memory()
+        stopwatch.begun = time.perf_counter()
+        cli.trainer.fit(cli.model, cli.datamodule)
+    figures = {**training_figures(stopwatch, cli), **inference_figures(cli.model.cpu().eval())}
+    if as_json:
+        print(json.dumps(figures, indent=1))
+    else:
+        show(recipe, figures)
+
+
+class Stopwatch(Callback):
+    """Interleaves stretches of the Trainer's training with stretches of a bare loop and of a PIL-fed one.
+
+    Args:
+        method: the method under the Trainer; copies of it train in the loops.
+        data: its data.
+        steps: of a stretch.
+    """
+
+    def __init__(self, method: Method, data: SuperResolution, steps: int) -> None:
+        self.steps, self.data = steps, data
+        self.methods = {"bare": deepcopy(method), "pil": deepcopy(method)}
+        self.loops: dict[str, Step] = {}
+        self.seconds: dict[str, list[float]] = {"ours": [], "bare": [], "pil": []}
+        self.begun = self.started = 0.0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """At the end of a stretch, stop the clock, let the others run theirs, start it anew."""
+        if batch_idx == 0:
+            self.seconds_to_first_step = time.perf_counter() - self.begun
+            self.example = {key: value[:1] for key, value in batch.items()}
+            self.loops = {
+                "bare": loop(self.methods["bare"].to(pl_module.device), bare_batches(self.data, pl_module.device)),
+                "pil": loop(self.methods["pil"].to(pl_module.device), pil_batches(self.data, pl_module.device)),
+            }
+        if (batch_idx + 1) % self.steps:
+            return
+        wait(pl_module.device)
+        if batch_idx + 1 > self.steps:  # the first stretch warms up
+            self.seconds["ours"].append(time.perf_counter() - self.started)
+        for name, step in self.loops.items():
+            started = time.perf_counter()
+            for _ in range(self.steps):
+                step()
+            wait(pl_module.device)
+            if batch_idx + 1 > self.steps:
+                self.seconds[name].append(time.perf_counter() - started)
+        self.started = time.perf_counter()
+
+
+def loop(method: Method, batches: Iterator[dict[str, Tensor]]) -> Step:
+    """A training step as one would write it by hand."""
+    optimizer: Any = method.configure_optimizers()
+    seen = 0
+
+    def step() -> None:
+        nonlocal seen
+        for group in optimizer.param_groups:
+            group["lr"] = method.schedule(seen)
+        batch = next(batches)
+        loss = torch.stack(list(method.losses(batch).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen += len(batch["input"])
+
+    return step
+
+
+def bare_batches(data: SuperResolution, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Our batches, without a Trainer."""
+    for batch in data.train_dataloader():
+        yield data.pairs(batch["patches"].to(device))
+
+
+def pil_batches(data: SuperResolution, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Batches as most repositories make them: each item opens a file, and PIL crops and shrinks it; a worker a core."""
+    files = PilPatches(locate(data.train, data.scale), data.scale, data.patch_size)
+    loader = DataLoader(
+        files, data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+    )
+    while True:
+        for low, high in loader:
+            yield {"input": low.to(device), "target": high.to(device)}
+
+
+class PilPatches(Dataset[tuple[Tensor, Tensor]]):
+    """A pair of patches an item, cut from a file opened for it."""
+
+    def __init__(self, files: list[Path], scale: int, patch_size: int) -> None:
+        self.files, self.scale = files, scale
+        self.size = scale * patch_size
+
+    def __len__(self) -> int:
+        return 100 * len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = Image.open(self.files[index % len(self.files)]).convert("YCbCr").getchannel(0)
+        left, top = (int(torch.randint(max(1, length - self.size + 1), ())) for length in image.size)
+        high = image.crop((left, top, left + self.size, top + self.size))
+        low = high.resize((self.size // self.scale,) * 2, Image.Resampling.BICUBIC)
+        return _to_tensor(low), _to_tensor(high)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).float().div(255).unsqueeze(0)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
+    """Rates are medians over the stretches, ratios medians over pairs of neighbours with their quartiles."""
+    seconds = stopwatch.seconds
+    images = stopwatch.steps * cli.datamodule.batch_size
+    rate = {name: images / statistics.median(values) for name, values in seconds.items()}
+    to_bare = [bare / ours for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
+    to_pil = [pil / ours for ours, pil in zip(seconds["ours"], seconds["pil"], strict=True)]
+    extra = [(ours - bare) / stopwatch.steps * 1000 for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
+    device = cli.model.device
+    gflops = rate["ours"] * flops_per_image(stopwatch.methods["bare"], stopwatch.example) / 1e9
+    peak = convolution_peak(device)
+    return {
+        "recipe": cli.recipe.name,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "pairs": len(to_bare),
+        "images_per_second": rate["ours"],
+        "images_per_second_bare": rate["bare"],
+        "images_per_second_pil": rate["pil"],
+        "ratio_to_bare": statistics.median(to_bare),
+        "ratio_to_bare_quartiles": quartiles(to_bare),
+        "ratio_to_pil": statistics.median(to_pil),
+        "ratio_to_pil_quartiles": quartiles(to_pil),
+        "step_ms": 1000 * statistics.median(seconds["ours"]) / stopwatch.steps,
+        "extra_ms_per_step": statistics.median(extra),
+        "extra_ms_per_step_quartiles": quartiles(extra),
+        "gflops": gflops,
+        "peak_gflops": peak,
+        "share_of_peak": gflops / peak,
+        "peak_memory_mib": peak_memory_mib(cli.trainer),
+        "seconds_to_first_step": stopwatch.seconds_to_first_step,
+    }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The lower and the upper one."""
+    if len(values) < 2:
+        return values * 2
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
+
+
+def flops_per_image(method: Method, example: dict[str, Tensor]) -> int:
+    """Floating-point operations of a training step on one patch, forwards and backwards, counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        torch.stack(list(method.losses(example).values())).sum().backward()
+    return counter.get_total_flops()
+
+
+def convolution_peak(device: torch.device) -> float:
+    """GFLOP/s of the fastest of ten forward passes of a convenient convolution, 64 to 64 channels, 3 x 3."""
+    layer = torch.nn.Conv2d(64, 64, 3).to(device).to(memory_format=torch.channels_last)
+    image = torch.rand(8, 64, 130, 130, device=device).to(memory_format=torch.channels_last)
+    times = []
+    with torch.no_grad():
+        for _ in range(10):
+            started = time.perf_counter()
+            layer(image)
+            wait(device)
+            times.append(time.perf_counter() - started)
+    return 2 * 8 * 64 * 64 * 9 * 128 * 128 / min(times) / 1e9
+
+
+def inference_figures(method: Any) -> dict[str, Any]:
+    """Milliseconds to enlarge a picture, mean over Set14 (else the embedded test photographs), and SRCNN 9-5-5 beside it."""
+    name = "set14"
+    try:
+        paths = locate(name)
+    except MissingData:
+        name = "photographs/test"
+        paths = locate(name)
+    pictures = Pictures([(name, path) for path in paths], method.scale)
+    lows = [pictures[i]["input"] for i in range(len(pictures))]
+    ours, srcnn = (_milliseconds(network, lows) for network in (method, SRCNN(method.scale, "9-5-5").eval()))
+    return {"inference_set": name, "inference_ms": ours, "inference_ms_srcnn": srcnn, "srcnn_to_ours": srcnn / ours}
+
+
+def _milliseconds(network: Any, lows: list[Tensor]) -> float:
+    per_picture = []
+    with torch.no_grad():
+        for low in lows:
+            times = []
+            for _ in range(4):  # the first one warms up
+                started = time.perf_counter()
+                network(low)
+                times.append(time.perf_counter() - started)
+            per_picture.append(1000 * statistics.median(times[1:]))
+    return statistics.fmean(per_picture)
+
+
+def show(recipe: Recipe, figures: dict[str, Any]) -> None:
+    """The figures as a table."""
+    table = Table("figure", "value", title=f"{recipe.name} on {figures['hardware']}", title_justify="left")
+    for name, value in figures.items():
+        shown = " ... ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else value
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(shown))
+    Console().print(table)

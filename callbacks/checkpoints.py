@@ -25,13 +25,15 @@ class Checkpoints(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the state, and the weights if they are the best so far."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
+            return
+        if self.monitor is not None and self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if "/" in name))
+            raise KeyError(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
+        if trainer.sanity_checking:
             return
         risen = True
         if self.monitor is not None:
-            if self.monitor not in trainer.callback_metrics:
-                known = ", ".join(sorted(trainer.callback_metrics))
-                raise KeyError(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
             value = float(trainer.callback_metrics[self.monitor])
             risen = value > self.best_value
             self.best_value = max(value, self.best_value)

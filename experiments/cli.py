@@ -31,7 +31,7 @@ from datamodules.images import BadImage
 from datamodules.photos import Photos, photo_files
 from datamodules.sampler import Slice
 from experiments import records
-from experiments.complaints import explain
+from experiments.complaints import explain, parameters
 from experiments.recipes import Recipe, Refused
 from experiments.runs import Run, newest_finished, open_run
 from modules.lightning_adapter import NoProfiler
@@ -77,7 +77,8 @@ class DarkroomCLI(LightningCLI):
         """Remember the valid options, to name the nearest to one that is mistyped."""
         options = [option.lstrip("-") for option in parser._option_string_actions]
         for group in ("model", "data"):
-            options += [f"{group}.{name}" for name in self.recipe.content.get(group, {}).get("init_args", {})]
+            class_path = self.recipe.content.get(group, {}).get("class_path", "")
+            options += [f"{group}.{name}" for name in parameters(class_path)]
         known_options[:] = options
         super().parse_arguments(parser, args)
 
@@ -163,6 +164,8 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
 def fit(cli: DarkroomCLI) -> None:
     """Train, or go on training; then measure the best weights on the test sets that are here."""
     run, trainer, model = cli.run, cli.trainer, cli.model
+    if not list(model.parameters()):
+        raise Refused(f"{type(model).__name__} has nothing to train: darkroom test {cli.recipe.name} measures it")
     resumed_at, checkpoint = prepare(cli, run)
     trainer.loggers = loggers(cli, run, resumed_at)
     settle_memory()

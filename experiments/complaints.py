@@ -21,7 +21,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if name := _first(r"Option '([^']+)' is not accepted", message):
         if class_path is None:
             return f"unknown key '{name}'{_nearest(name, options)}"
-        return f"unknown key '{outer}.{name}' of {class_path}{_nearest(name, _parameters(class_path), f'{outer}.')}"
+        return f"unknown key '{outer}.{name}' of {class_path}{_nearest(name, parameters(class_path), f'{outer}.')}"
     if class_path and re.search(r"has no attribute|No module named", message):
         return f"{outer}: no class {class_path}{_nearest(class_path, _classes(class_path))}"
     values = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
@@ -51,9 +51,13 @@ def _words(group: str) -> list[str]:
     return [word.strip().strip("'\"") for word in group.split(",")]
 
 
-def _parameters(class_path: str) -> list[str]:
+def parameters(class_path: str) -> list[str]:
+    """What a class's constructor takes; nothing if there is no such class."""
     module, _, name = class_path.rpartition(".")
-    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError):
+        return []
 
 
 def _classes(class_path: str) -> list[str]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.image_quality import protocols
+from callbacks.image_quality import protocols, psnr_y
 from datamodules.catalogue import locate
 from datamodules.colour import rgb_to_ycbcr
 from datamodules.images import read_image
@@ -82,6 +82,12 @@ def _row(network: SuperResolutionMethod, path: Path) -> Image.Image:
             "bicubic": put_together(Bicubic(scale)(luma[None])[0], chroma, empty),
             "ESPCN": put_together(network(luma[None])[0], chroma, empty),
         }
+    batch = Pictures([(TEST, path)], scale)[0]
+    with torch.no_grad():
+        decibels = {
+            name: psnr_y(method(batch["input"]), batch["target"], scale).item()
+            for name, method in (("bicubic", Bicubic(scale)), ("ESPCN", network))
+        }
     whole = _image(original)
     views = {
         "input": _image(low).resize(whole.size, Image.Resampling.NEAREST),
@@ -102,7 +108,8 @@ def _row(network: SuperResolutionMethod, path: Path) -> Image.Image:
     for i, (name, view) in enumerate(views.items()):
         x = tile * 4 // 3 + gap + i * (tile + gap)
         row.paste(view.crop(box).resize((tile, tile), Image.Resampling.NEAREST), (x, caption))
-        draw.text((x + 2, 2), name, "black", font)
+        text = f"{name}  {decibels[name]:.2f} dB" if name in decibels else name
+        draw.text((x + 2, 2), text, "black", font)
     return row
 
 

@@ -13,9 +13,9 @@ from rich.markdown import Markdown
 
 from datamodules.catalogue import MissingData, locate
 from experiments.recipes import HERE, Recipe, Refused, find_recipe, methods
-from experiments.records import committed_records, fingerprints
+from experiments.records import ROOT, committed_records, fingerprints
 from experiments.runs import Run, runs_root
-from experiments.tables import cells, render, spec
+from experiments.tables import cells, ours, render, spec
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 RESULTS = HERE / "RESULTS.md"
@@ -119,6 +119,7 @@ def keep(run: Run, recipe: Recipe) -> None:
         recipe.weights.parent.mkdir(exist_ok=True)
         weights = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)
+        recipe.weights.chmod(0o644)  # safetensors writes files that only their owner reads
 
 
 def record_path(recipe: Recipe, seed: int) -> Path:
@@ -127,9 +128,9 @@ def record_path(recipe: Recipe, seed: int) -> Path:
 
 
 def write_pages(method: str) -> None:
-    """Put the rendered tables into the method's page, and those of all methods into the results page."""
-    page = HERE / method / "README.md"
-    page.write_text(between_marks(page.read_text(), render(method)))
+    """Put the rendered tables into the method's page, those of all methods into the results page, what is measured on top."""
+    for page, text in ((HERE / method / "README.md", render(method)), (ROOT / "README.md", summary())):
+        page.write_text(between_marks(page.read_text(), text))
     RESULTS.write_text(results_page())
 
 
@@ -140,6 +141,19 @@ def results_page() -> str:
         if spec(method)["tables"]:
             parts += ["", f"## {spec(method)['title']}", "", spec(method)["paper"], "", render(method)]
     return "\n".join(parts) + "\n"
+
+
+def summary() -> str:
+    """The cells of all methods that are measured on whole data sets, a line each."""
+    lines = ["| method | row | data set | protocol | paper | ours |", "|---|---|---|---|---:|---:|"]
+    for method in methods():
+        for cell in cells(method):
+            if cell["ours"] is not None and "/" not in cell["dataset"]:
+                row, data_set, metric = cell["row"], cell["dataset"], cell["metric"]
+                lines.append(
+                    f"| {method} | {cell['table']}: {row} | {data_set} | `{metric}` | {cell['paper']:.2f} | {ours(cell)} |"
+                )
+    return "\n".join(lines)
 
 
 def between_marks(page: str, text: str) -> str:

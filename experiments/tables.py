@@ -47,7 +47,7 @@ def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: floa
         if (value := figure(record, data_set, metric, table.get("average", {}))) is not None:
             found.append((record, value))
     values = [value for _, value in found]
-    ours = statistics.fmean(values) if values else None
+    mean = statistics.fmean(values) if values else None
     cell = {
         "table": table["table"],
         "row": row["row"],
@@ -55,10 +55,10 @@ def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: floa
         "metric": metric,
         "paper": paper,
         "mark": row.get("mark", table["mark"]),
-        "ours": None if ours is None else round(ours, 4),
+        "ours": None if mean is None else round(mean, 4),
         "std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
         "seeds": len(values),
-        "difference": None if ours is None else round(ours - paper, 4),
+        "difference": None if mean is None else round(mean - paper, 4),
         "record": [record["file"] for record, _ in found],
     }
     return {**cell, "state": _state(cell, row, [record for record, _ in found])}
@@ -105,6 +105,13 @@ def _why_not(cell: Cell, row: dict[str, Any]) -> str:
     return f"no record of {row['recipe']} yet"
 
 
+def ours(cell: Cell) -> str:
+    """Our figure, with mean and spread where there are several seeds; empty if there is none."""
+    if cell["ours"] is None:
+        return ""
+    return f"{cell['ours']:.2f}" + (f" ± {cell['std']:.2f} ({cell['seeds']} seeds)" if cell["std"] is not None else "")
+
+
 def render(method: str) -> str:
     """A method's tables in Markdown."""
     lines: list[str] = []
@@ -114,13 +121,9 @@ def render(method: str) -> str:
         lines += ["| row | data set | paper | ours | difference | state |", "|---|---|---:|---:|---:|---|"]
         for cell in (cell for cell in of_method if cell["table"] == table["table"]):
             mark = {"V": "", "M": " (unverified)"}.get(cell["mark"], f" [{cell['mark']}]")
-            ours = difference = ""
-            if cell["ours"] is not None:
-                spread = f" ± {cell['std']:.2f} ({cell['seeds']} seeds)" if cell["std"] is not None else ""
-                ours, difference = f"{cell['ours']:.2f}{spread}", f"{cell['difference']:+.2f}"
-            lines.append(
-                f"| {cell['row']} | {cell['dataset']} | {cell['paper']:.2f}{mark} | {ours} | {difference} | {cell['state']} |"
-            )
+            difference = "" if cell["difference"] is None else f"{cell['difference']:+.2f}"
+            paper = f"{cell['paper']:.2f}{mark}"
+            lines.append(f"| {cell['row']} | {cell['dataset']} | {paper} | {ours(cell)} | {difference} | {cell['state']} |")
         lines += ["", *([table["note"].strip(), ""] if "note" in table else [])]
     used = {cell["mark"] for cell in of_method}
     lines.append("How sure the paper's figures are: " + "; ".join(MARKS[mark] for mark in MARKS if mark in used) + ".")

@@ -1,0 +1,270 @@
+"""The darkroom command as a user meets it: quick answers, one-line refusals, runs, predictions."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from experiments.complaints import explain
+from experiments.main import main
+from experiments.recipes import find_recipe
+from experiments.records import ROOT
+from tests.forked import forked, write_recipe
+
+DEMO = "espcn/demo"
+
+
+def darkroom(*words, status=0, capsys=None):
+    assert main(list(words)) == status
+    return capsys.readouterr() if capsys else None
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["list"], ["data", "list"], ["reproduce", "espcn", "--json"]])
+def test_quick_answers_import_nothing_heavy(words):
+    code = (
+        "import sys; from experiments.main import main\n"
+        f"status = main({words!r})\n"
+        "heavy = {'torch', 'lightning', 'torchvision', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
+        "assert status == 0 and not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_python_m_experiments_is_the_same_command(capsys):
+    told = subprocess.run([sys.executable, "-m", "experiments", "--help"], cwd=ROOT, capture_output=True, text=True)
+    darkroom("--help", capsys=capsys)
+    assert told.returncode == 0
+    assert told.stdout.startswith("usage: darkroom COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fti", DEMO], "no command 'fti'; did you mean 'fit'?"),
+        (["fit"], "fit needs a recipe first"),
+        (["fit", "espnc"], "no recipe 'espnc'; did you mean 'espcn'?"),
+        (["fit", "espcn/t91_x"], "no recipe 'espcn/t91_x'; did you mean 'espcn/t91_x"),
+        (["fit", "nowhere.yaml"], "no recipe file nowhere.yaml"),
+        (["fit", DEMO, "--model.activatoin", "relu"], "unknown key 'model.activatoin' of modules.espcn.ESPCN; did you mean 'model.activation'?"),
+        (["fit", DEMO, "--model.activation", "rleu"], "model.activation: 'rleu' is not one of tanh, relu; did you mean 'relu'?"),
+        (["fit", DEMO, "--modle.activation", "relu"], "unknown argument --modle.activation; did you mean '--model.activation'?"),
+        (["fit", DEMO, "--trainer.max_epoch", "3"], "unknown argument --trainer.max_epoch; did you mean '--trainer.max_epochs'?"),
+        (["fit", DEMO, "--data.batch_size", "three"], "data.batch_size: 'three' is not of type int"),
+        (["fit", DEMO, "--trainer.precision", "fp17"], "trainer.precision: 'fp17' is not one of"),
+        (["fit", DEMO, "--model", "modules.espcn.ESPCM"], "model: no class modules.espcn.ESPCM; did you mean 'modules.espcn.ESPCN'?"),
+        (["fit", DEMO, "--model.scale", "4"], "model.scale is 4, but data.scale is 3"),
+        (["fit", DEMO, "--model.images", "0"], "model.images: 0 is not a budget"),
+        (["fit", "espcn/t91_x3"], "t91 is not here: by hand"),
+        (["fit", DEMO, "--monitor", "nothing"], "monitor: no figure 'nothing' is logged; these are: "),
+        (["fit", DEMO, "--wandb", "online"], "--wandb online needs an account"),
+        (["test", "espcn/t91_x3_relu", "--ckpt", "none.ckpt"], "--ckpt: no file none.ckpt"),
+        (["test", DEMO], "no weights for espcn/demo yet: darkroom fit espcn/demo"),
+        (["fit", "bicubic/x3"], "Bicubic has nothing to train"),
+        (["data", "get", "set55"], "no data set 'set55'; did you mean 'set5'?"),
+        (["data", "get", "t91"], "t91 cannot be downloaded: by hand"),
+        (["data", "gte", "t91"], "data: argument action: invalid choice: 'gte'"),
+        (["reproduce", "espnc"], "no tables for 'espnc'"),
+        (["bench", "espnc"], "no recipe 'espnc'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_answered_in_one_line(workplace, monkeypatch, capfd, words, says):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(workplace))
+    status = forked(lambda: sys.exit(main(words)))
+    error = capfd.readouterr().err
+    assert status == 2
+    lines = [line for line in error.splitlines() if line.startswith("darkroom: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in error
+
+
+def test_an_unknown_key_in_a_file_is_named_too(workplace, capfd):
+    content = find_recipe(DEMO).content
+    content["model"]["init_args"]["scael"] = 3
+    (workplace / "mine.yaml").write_text(yaml.safe_dump(content))
+    assert forked(lambda: sys.exit(main(["fit", "mine.yaml"]))) == 2
+    assert "unknown key 'model.scael' of modules.espcn.ESPCN; did you mean 'model.scale'?" in capfd.readouterr().err
+
+
+def test_what_is_not_understood_is_still_one_line():
+    assert explain("Something\n  else:\n    - broke") == "Something else: - broke"
+
+
+@pytest.fixture
+def recipe(workplace, photos):
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60, "warmup": 8}}
+    return write_recipe(workplace / "tiny.yaml", photos, model, test=["photographs/test"])
+
+
+def test_a_run_leaves_its_folder(workplace, recipe):
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
+    folder = workplace / "runs/tiny/one"
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {
+        "config.yaml",
+        "metrics.csv",
+        "record.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        *(f"samples/{images:09d}.png" for images in (20, 40, 60)),
+    }
+    record = json.loads((folder / "record.json").read_text())
+    assert record["images"] == 60
+    assert record["seed"] == 0
+    assert record["config"]["model"]["init_args"]["activation"] == "tanh"
+    assert record["metrics"]["photographs-test"]["psnr/y-shave3"]["pictures"].keys() == {"astronaut", "chelsea", "china"}
+    assert record["fingerprints"].keys() == {"recipe", "method", "data", "protocol"}
+    assert record["seconds"] > 0
+    assert record["peak_memory_mib"] > 100
+
+
+def test_a_runs_configuration_is_a_recipe_for_the_same_run(workplace, recipe):
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--model.activation", "relu", "--data.test", "[]"]) == 0
+    assert forked(main, ["fit", str(workplace / "runs/tiny/one/config.yaml"), "--run", "two"]) == 0
+    one, two = (
+        torch.load(workplace / "runs" / path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for path in ("tiny/one", "config/two")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_is_typed_wins_over_the_checkpoint(workplace, recipe):
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]"]) == 0
+    words = ["fit", str(recipe), "--run", "one", "--data.test", "[]", "--model.images", "80", "--model.learning_rate", "0.001"]
+    assert forked(main, words) == 0
+    config = yaml.safe_load((workplace / "runs/tiny/one/config.yaml").read_text())
+    assert config["model"]["init_args"]["learning_rate"] == 0.001
+    rows = (workplace / "runs/tiny/one/metrics.csv").read_text().splitlines()
+    rates = {int(row.split(",")[1]): float(row.split(",")[3]) for row in rows if "learning_rate" in row}
+    assert max(rates) == 80
+    assert rates[64] <= 0.001
+    assert min(rates) == 4  # what was logged before the checkpoint stays
+
+
+def test_wandb_offline_needs_no_account(workplace, recipe):
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]", "--wandb", "offline"]) == 0
+    assert list((workplace / "runs/tiny/one").glob("wandb/offline-run-*"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, photos):
+    """The modes and sizes that users bring."""
+    folder = tmp_path_factory.mktemp("mine")
+    rgb = Image.open(sorted(photos.glob("astronaut*.png"))[0]).convert("RGB")
+    rgb.save(folder / "colour.jpg")
+    rgb.convert("L").save(folder / "grey.png")
+    rgb.convert("RGBA").save(folder / "see_through.png")
+    rgb.convert("CMYK").save(folder / "print.tif")
+    rgb.convert("P").save(folder / "palette.gif")
+    rgb.crop((0, 0, 1, 7)).save(folder / "tiny.png")
+    deep = np.array(rgb.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    (folder / "album").mkdir()
+    rgb.crop((0, 0, 31, 40)).save(folder / "album" / "odd.png")
+    return folder
+
+
+def test_predict_enlarges_whatever_users_bring(workplace, pictures, capfd):
+    assert forked(main, ["predict", "espcn/t91_x3", "--input", str(pictures), "--output", "out"]) == 0
+    modes = {
+        "colour": "RGB",
+        "grey": "L",
+        "see_through": "RGBA",
+        "print": "RGB",
+        "deep": "L",
+        "tiny": "RGB",
+        "album/odd": "RGB",
+    }
+    for path in pictures.rglob("*.*"):
+        name = path.relative_to(pictures).with_suffix("").as_posix()
+        original, enlarged = Image.open(path), Image.open(workplace / "out" / f"{name}.png")
+        assert enlarged.size == (3 * original.width, 3 * original.height), name
+        assert enlarged.mode == modes.get(name, enlarged.mode), name
+        small = np.array(enlarged.convert("RGB").resize(original.size, Image.Resampling.BOX)).astype(float)
+        before = np.array(Image.open(path).convert("RGB")).astype(float) if name != "deep" else None
+        if before is not None and name != "tiny":
+            assert np.abs(small - before).mean() < 10, name  # colours are where they were
+    assert "astronaut" not in capfd.readouterr().err
+
+
+def test_predict_is_the_network_and_bicubic_chroma(workplace, photos):
+    from safetensors.torch import load_file
+
+    from datamodules.colour import rgb_to_ycbcr, ycbcr_to_rgb
+    from datamodules.resize import imresize
+    from modules.espcn import ESPCN
+
+    path = sorted(photos.glob("chelsea*.png"))[0]
+    assert forked(main, ["predict", "espcn/t91_x3", "--input", str(path), "--output", "out"]) == 0
+    network = ESPCN(3)
+    network.load_state_dict(load_file(ROOT / "experiments/espcn/weights/t91_x3.safetensors"))
+    rgb = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
+    ycc = rgb_to_ycbcr(rgb)
+    with torch.no_grad():
+        luma = network(ycc[None, :1])[0]
+    expected = ycbcr_to_rgb(torch.cat([luma, imresize(ycc[1:], (luma.shape[1], luma.shape[2]))]))
+    written = torch.from_numpy(np.array(Image.open(workplace / "out" / path.name))).permute(2, 0, 1)
+    assert ((expected * 255).round().clamp(0, 255) - written).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n"), "cut.png"),
+        (lambda folder: None, "no pictures in this folder"),
+    ],
+)
+def test_predict_names_what_it_cannot_read(workplace, capfd, make, says):
+    (workplace / "in").mkdir()
+    make(workplace / "in")
+    assert forked(lambda: sys.exit(main(["predict", "espcn/t91_x3", "--input", "in"]))) == 2
+    assert says in capfd.readouterr().err
+
+
+def test_predict_does_not_write_over_its_input(workplace, photos, capfd):
+    picture = workplace / "photo.png"
+    picture.write_bytes(sorted(photos.glob("*.png"))[0].read_bytes())
+    assert forked(lambda: sys.exit(main(["predict", "espcn/t91_x3", "--input", "photo.png", "--output", "."]))) == 2
+    assert "would be overwritten" in capfd.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_named(workplace, capfd):
+    words = [
+        "predict",
+        "espcn/t91_x4",
+        "--input",
+        "x.png",
+        "--ckpt",
+        str(ROOT / "experiments/espcn/weights/t91_x3.safetensors"),
+    ]
+    assert forked(lambda: sys.exit(main(words))) == 2
+    assert "does not fit this model: 'network.4.bias' is (9,) there, the model needs (16,)" in capfd.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(workplace, capfd):
+    import pickle
+
+    (workplace / "evil.ckpt").write_bytes(pickle.dumps(print))
+    assert forked(lambda: sys.exit(main(["test", "espcn/t91_x3", "--ckpt", "evil.ckpt"]))) == 2
+    assert "evil.ckpt" in capfd.readouterr().err
+
+
+def test_the_newest_finished_run_goes_before_committed_weights(workplace, recipe, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
+    capfd.readouterr()
+    assert forked(main, ["test", str(recipe)]) == 0
+    assert "runs/tiny/one/checkpoints/best.ckpt" in capfd.readouterr().out.replace("\n", "")
+
+
+def test_bench_names_its_figures(workplace, recipe, capfd):
+    assert forked(main, ["bench", str(recipe), "--pairs", "2", "--steps", "3", "--json"]) == 0
+    figures = json.loads(capfd.readouterr().out)
+    assert figures["pairs"] == 2
+    for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", "share_of_peak", "srcnn_to_ours"):
+        assert figures[name] > 0

@@ -155,8 +155,8 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
         cli = DarkroomCLI(command, recipe, overrides)
     except jsonargparse.ArgumentError as error:
         raise Refused(explain(str(error), known_options)) from None
-    except ValueError as error:
-        raise Refused(str(error)) from None
+    except ValueError as error:  # of a constructor of ours; jsonargparse wraps it into many lines
+        raise Refused(str(error.__context__ or error)) from None
     COMMANDS[command](cli)
     return cli
 

@@ -31,7 +31,7 @@ def demo() -> None:
     network = cli.model.cpu().eval()
     scale = network.scale
     figures = {"bicubic": measure(Bicubic(scale), scale), "ESPCN": measure(network, scale)}
-    table = Table("", *figures["ESPCN"], title=f"{TEST}, x{scale}: mean over three photographs", title_justify="left")
+    table = Table("", *figures["ESPCN"], title=f"{TEST}, x{scale}", title_justify="left")
     for name, row in figures.items():
         table.add_row(
             name, *(f"{value:.4f}" if protocol.startswith("ssim") else f"{value:.2f} dB" for protocol, value in row.items())

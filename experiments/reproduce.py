@@ -92,6 +92,13 @@ def lacking(recipe: Recipe, learns: bool) -> list[str]:
     return absent or ([] if any(_here(name, data["scale"]) for name in tests) else tests)
 
 
+def unmeasured(recipe: Recipe, record: dict[str, Any]) -> list[str]:
+    """The recipe's test sets that are here but not yet in its record."""
+    data: dict[str, Any] = recipe.content["data"]["init_args"]
+    names = [name for name in data.get("test", []) if name.replace("/", "-") not in record["metrics"]]
+    return [name for name in names if _here(name, data["scale"])]
+
+
 def _here(name: str, scale: int) -> bool:
     try:
         return bool(locate(name, scale))

@@ -46,6 +46,21 @@ def test_absent_data_say_how_they_are_had(workplace):
         locate("urban100", 3)
 
 
+def test_a_set_that_lacks_a_file_is_not_measured(hosted):
+    download(hosted)
+    hosted.files()[0].unlink()
+    module.catalogue()["hosted"] = hosted
+    try:
+        with pytest.raises(MissingData, match=r"hosted has 2 of its 3 files \(darkroom data verify hosted\)"):
+            locate("hosted")
+    finally:
+        del module.catalogue()["hosted"]
+
+
+def test_embedded_digits_are_intact():
+    assert list(verify(find("digits"))) == []
+
+
 @pytest.fixture
 def hosted(photos, tmp_path, monkeypatch):
     """A data set of single files on a server of this machine, with its manifest, and an empty data root."""

@@ -95,10 +95,14 @@ def test_the_average_weighs_by_pictures():
     assert tables.figure(record, "average", "m", {"a": 1, "c": 3}) is None
 
 
-def test_recipe_fingerprint_ignores_comments_and_order(tmp_path):
+def test_recipe_fingerprint_is_of_what_is_trained(tmp_path):
     recipe = find_recipe("espcn/t91_x3")
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe.content, sort_keys=True))
     assert recipe_fingerprint(find_recipe(str(tmp_path / "a.yaml"))) == recipe_fingerprint(recipe)
+    remeasured = recipe.content
+    remeasured["data"]["init_args"]["test"] = ["set5"]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(remeasured))
+    assert recipe_fingerprint(find_recipe(str(tmp_path / "c.yaml"))) == recipe_fingerprint(recipe)
     changed = recipe.content
     changed["model"]["init_args"]["images"] += 1
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(changed))
@@ -142,6 +146,23 @@ def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workplace, monkeyp
     assert forked(lambda: sys.exit(main(["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]))) == 0
     assert "espcn/imagenet_x3: not feasible here, imagenet not here" in capfd.readouterr().out
     assert before == {path: path.read_bytes() for path in (ROOT / "experiments").glob("*/records/*.json")}
+
+
+def test_sets_that_have_come_since_are_measured_into_the_record(workplace, monkeypatch):
+    """bicubic/x3's record without its embedded photographs gets them, and keeps what cannot be measured here."""
+    recipe = find_recipe("bicubic/x3")
+    path = workplace / "record.json"
+    record = json.loads(reproduce.record_path(recipe, 0).read_text())
+    photographs = record["metrics"].pop("photographs-test")
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: path)
+    monkeypatch.setattr(reproduce, "committed_records", lambda name: [json.loads(path.read_text())])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert reproduce.unmeasured(recipe, record) == ["photographs/test"]
+    reproduce.run_recipe(recipe, seeds=1)
+    renewed = json.loads(path.read_text())["metrics"]
+    assert renewed["photographs-test"] == photographs
+    assert renewed["set5"] == record["metrics"]["set5"]
 
 
 def test_reproduce_only_names_rows(capsys):

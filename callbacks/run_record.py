@@ -67,7 +67,9 @@ class RunRecord(Callback):
                     values = {name: round(pictures[name][protocol], 6) for name in sorted(pictures)}
                     mean = sum(values.values()) / len(values)
                     metrics.setdefault(data_set, {})[protocol] = {"mean": round(mean, 4), "pictures": values}
-        known = json.loads(self.path.read_text()) if self.path.exists() else {**self.facts, "hardware": hardware(trainer)}
+        known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if known.get("fingerprints") != self.facts["fingerprints"]:
+            known = {**self.facts, "hardware": hardware(trainer)}
         known["data"] = {**known.get("data", {}), **trainer.datamodule.fingerprints()}
         metrics = {**known.get("metrics", {}), **metrics}  # a set that is not here today may have been measured before
         self._write(trainer, {**known, "absent": trainer.datamodule.absent, "metrics": metrics})

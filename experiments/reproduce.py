@@ -52,7 +52,11 @@ def wanted(method: str, only: str | None) -> list[Recipe]:
 def run_recipe(recipe: Recipe, seeds: int) -> None:
     """Run the seeds of a recipe that have no current record, if its data are here."""
     learns = "images" in recipe.content["model"]["init_args"]
-    current = {record["seed"] for record in committed_records(recipe.name) if record["fingerprints"] == fingerprints(recipe)}
+    of_recipe = {record["seed"]: record for record in committed_records(recipe.name)}
+    current = {seed: record for seed, record in of_recipe.items() if record["fingerprints"] == fingerprints(recipe)}
+    if 0 in current and (sets := unmeasured(recipe, current[0])):
+        words = ["--ckpt", str(recipe.weights)] if learns else []
+        darkroom("test", recipe.name, *words, "--data.test", json.dumps(sets), "--record", str(record_path(recipe, 0)))
     if missing := lacking(recipe, learns):
         print(f"{recipe.name}: not feasible here, {', '.join(missing)} not here", flush=True)
         return

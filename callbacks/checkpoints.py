@@ -36,7 +36,7 @@ class Checkpoints(Callback):
         if self.monitor is not None:
             value = float(trainer.callback_metrics[self.monitor])
             risen = value > self.best_value
-            self.best_value = max(value, self.best_value)
+            self.best_value = value if risen else self.best_value
         if risen:
             self.best_images = pl_module.images_seen
             save(trainer, self.best)

@@ -212,7 +212,8 @@ def verify(data_set: DataSet) -> Iterator[str]:
         if name not in found:
             yield f"{name}: missing"
         elif name not in wanted:
-            yield f"{name}: not part of {data_set.name}"
+            if len(wanted) >= sum(data_set.count.values()):  # else the manifest knows only some of the set's files
+                yield f"{name}: not part of {data_set.name}"
         else:
             try:
                 if pixel_hash(read_image(found[name])) != wanted[name][0]:

@@ -1,7 +1,6 @@
 """Reading pictures: every file either gives clean 8-bit pixels or is named in one line that says what is wrong with it."""
 
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -76,22 +75,6 @@ def list_images(folder: str | Path) -> list[Path]:
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
     )
-
-
-def check_images(paths: Iterable[Path], minimum: int = 1) -> dict[Path, str]:
-    """Decode every file; those that cannot be used, with the reason each.
-
-    Args:
-        paths: picture files.
-        minimum: the smallest height and width, in pixels, that can be used.
-    """
-    bad = {}
-    for path in paths:
-        try:
-            check_size(read_image(path), path, minimum)
-        except BadImage as error:
-            bad[path] = str(error)
-    return bad
 
 
 def check_size(image: Tensor, path: str | Path, minimum: int) -> None:

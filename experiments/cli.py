@@ -5,8 +5,11 @@ import logging
 import os
 import pickle
 import re
+import shlex
 import shutil
 import warnings
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +20,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
@@ -27,6 +31,7 @@ from callbacks.progress import ProgressBar
 from callbacks.run_record import RunRecord
 from callbacks.samples import Samples
 from callbacks.write_photos import WritePhotos
+from datamodules.catalogue import MissingData
 from datamodules.images import BadImage
 from datamodules.photos import Photos, photo_files
 from datamodules.sampler import Slice
@@ -137,7 +142,7 @@ class DarkroomCLI(LightningCLI):
             at = typed.index("--run")
             del typed[at : at + 2]
         name = self.recipe.name if self.recipe.path.parent.name == "recipes" else str(self.recipe.path)
-        return " ".join(["darkroom fit", name, *typed, "--run", self.run.folder.name])
+        return "darkroom " + shlex.join(["fit", name, *typed, "--run", self.run.folder.name])
 
 
 def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
@@ -155,6 +160,8 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
         cli = DarkroomCLI(command, recipe, overrides)
     except jsonargparse.ArgumentError as error:
         raise Refused(explain(str(error), known_options)) from None
+    except (yaml.YAMLError, MisconfigurationException) as error:
+        raise Refused(" ".join(str(error).split())) from None
     except ValueError as error:  # of a constructor of ours; jsonargparse wraps it into many lines
         raise Refused(str(error.__cause__ or error)) from None
     COMMANDS[command](cli)
@@ -168,15 +175,33 @@ def fit(cli: DarkroomCLI) -> None:
         raise Refused(f"{type(model).__name__} has nothing to train: darkroom test {cli.recipe.name} measures it")
     resumed_at, checkpoint = prepare(cli, run)
     trainer.loggers = loggers(cli, run, resumed_at)
+    measurable = can_be_measured(cli)
     settle_memory()
     start(cli, lambda: trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True))
-    if not cli.datamodule.test:
+    if not measurable:
+        tell(f"run       {run.folder}")
         return
     load_weights(model, run.checkpoints / "best.ckpt")
     trainer.loggers = []
     trainer.test(model, cli.datamodule, verbose=False)
     say_results(trainer, cli)
     tell(f"run       {run.folder}")
+
+
+def can_be_measured(cli: DarkroomCLI) -> bool:
+    """Whether some test set is here; a damaged or mistyped one is refused now, not when training has ended."""
+    if not cli.datamodule.test:
+        return False
+
+    def look() -> None:
+        deepcopy(cli.datamodule).setup("test")
+
+    try:
+        start(cli, look, passing=MissingData)
+    except MissingData as error:
+        tell(f"not measured after training: {error}")
+        return False
+    return True
 
 
 def settle_memory() -> None:
@@ -196,6 +221,7 @@ def prepare(cli: DarkroomCLI, run: Run) -> tuple[int, Path | None]:
                 f"run '{run.folder.name}' is finished after {resumed_at} images; a larger --model.images goes on with it, "
                 "another --run starts anew"
             )
+        refuse_another_network(cli, run)
         checkpoint = last
         tell(f"going on with {run.folder} after {resumed_at:,} images")
     try:
@@ -206,6 +232,21 @@ def prepare(cli: DarkroomCLI, run: Run) -> tuple[int, Path | None]:
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
         raise Refused(f"only {free // 2**20} MiB are free at {run.folder}; at least 256 are needed")
     return resumed_at, checkpoint
+
+
+def refuse_another_network(cli: DarkroomCLI, run: Run) -> None:
+    """A run goes on with the network and the data it began with; budget and learning rate may change."""
+    began = yaml.safe_load(run.config.read_text())
+    now = yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True))
+    free = {"images", "learning_rate", "warmup", "workers", "test", "skip_bad"}
+    for part in ("model", "data"):
+        old, new = ({"class_path": side[part]["class_path"], **side[part]["init_args"]} for side in (began, now))
+        for key in sorted((old.keys() | new.keys()) - free):
+            if old.get(key) != new.get(key):
+                raise Refused(
+                    f"run '{run.folder.name}' began with {part}.{key} {old.get(key)}, not {new.get(key)}; "
+                    "another --run starts anew"
+                )
 
 
 @rank_zero_only
@@ -258,13 +299,14 @@ def predict(cli: DarkroomCLI) -> None:
 def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Path]:
     """Where each enlarged picture goes: the folders below `source` are kept, everything is PNG."""
     base = source if source.is_dir() else source.parent
+    inputs = {file.resolve() for file in files}
     targets: dict[str, Path] = {}
     for file in files:
         target = output / file.relative_to(base).with_suffix(".png")
         if target in targets.values():  # photo.jpg and photo.png side by side
             target = target.with_name(f"{file.name}.png")
-        if target.resolve() == file.resolve():
-            raise Refused(f"{file} would be overwritten by its own enlargement; name another --output")
+        if target.resolve() in inputs:
+            raise Refused(f"{target} is one of the inputs and would be overwritten; name another --output")
         targets[str(file)] = target
     return targets
 
@@ -299,14 +341,18 @@ def weights(cli: DarkroomCLI) -> Path | None:
     raise Refused(f"no weights for {cli.recipe.name} yet: darkroom fit {cli.recipe.name}, or name some by --ckpt")
 
 
-def start(cli: DarkroomCLI, action: Any) -> None:
-    """Run; what goes wrong before the first step is the user's to mend and is said in one line."""
+def start(cli: DarkroomCLI, action: Callable[[], Any], passing: type[Exception] | tuple[()] = ()) -> None:
+    """Run; what goes wrong before the first step is the user's to mend and is said in one line, but for `passing`."""
     try:
         action()
+    except passing:
+        raise
     except (ValueError, KeyError, FileNotFoundError) as error:
         if cli.trainer.global_step:
             raise
-        raise Refused(str(error.args[0] if error.args else error)) from None
+        raise Refused(str(error.args[0] if isinstance(error, KeyError) else error)) from None
+    except MisconfigurationException as error:
+        raise Refused(" ".join(str(error).split())) from None
     except ArithmeticError as error:
         raise Refused(str(error)) from None
 

@@ -1,5 +1,6 @@
 """`darkroom reproduce`: run what a paper's tables lack, keep it as records, render the tables."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -65,9 +66,12 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
             print(f"{recipe.name}: the record of seed {seed} is current", flush=True)
             continue
         if learns:
-            name = f"reproduce-seed{seed}"
-            darkroom("fit", recipe.name, "--seed_everything", str(seed), "--run", name)
-            keep(Run(runs_root() / recipe.name / name), recipe)
+            version = "-".join(fingerprints(recipe).values())  # what is stale by now is another run
+            name = f"reproduce-seed{seed}-{hashlib.sha256(version.encode()).hexdigest()[:8]}"
+            run = Run(runs_root() / recipe.name / name)
+            if not run.finished:
+                darkroom("fit", recipe.name, "--seed_everything", str(seed), "--run", name)
+            keep(run, recipe)
         else:
             path = record_path(recipe, seed)
             path.parent.mkdir(exist_ok=True)

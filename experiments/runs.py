@@ -1,5 +1,6 @@
 """Run folders: one a run, with all it leaves. Nothing heavy is imported here."""
 
+import itertools
 import json
 import os
 import time
@@ -56,19 +57,28 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
 
     The processes that one process launches find its folder in the environment.
     """
-    if folder := os.environ.get("DARKROOM_RUN_FOLDER"):
+    folder = os.environ.get("DARKROOM_RUN_FOLDER")
+    if folder and os.environ.get("LOCAL_RANK", "0") != "0":
         return Run(Path(folder))
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    folder_name = name or job or _unused(runs_root() / recipe.name)
-    run = Run(runs_root() / recipe.name / folder_name)
+    name = name or os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    parent = runs_root() / recipe.name
+    run = Run(parent / name if name else _new_folder(parent))
     os.environ["DARKROOM_RUN_FOLDER"] = str(run.folder)
     return run
 
 
-def _unused(parent: Path) -> str:
+def _new_folder(parent: Path) -> Path:
+    """A folder named by the time, made here and now, so that no other run takes it."""
+    parent.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    taken = len(list(parent.glob(f"{stamp}*")))
-    return f"{stamp}_{taken}" if taken else stamp
+    for number in itertools.count():
+        folder = parent / (f"{stamp}_{number}" if number else stamp)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
 
 
 def newest_finished(recipe: Recipe) -> Run | None:

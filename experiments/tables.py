@@ -54,7 +54,7 @@ def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: floa
         "dataset": data_set,
         "metric": metric,
         "paper": paper,
-        "mark": row.get("mark", table["mark"]),
+        "mark": row.get("marks", {}).get(data_set, table["mark"]),
         "ours": None if mean is None else round(mean, 4),
         "std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
         "seeds": len(values),
@@ -92,7 +92,9 @@ def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]]) -> st
     if changed:
         return f"stale: {', '.join(changed)} changed since"
     difference = round(cell["ours"], 2) - cell["paper"]
-    missed = abs(difference) > 0.02 if row.get("exact") else difference < -1e-9
+    if row.get("exact") and difference > 0.02 + 1e-9:
+        return f"over by {difference:.2f}"
+    missed = difference < (-0.02 if row.get("exact") else 0) - 1e-9
     return f"short by {cell['paper'] - cell['ours']:.2f}" if missed else "reproduced"
 
 

@@ -14,7 +14,9 @@ What we do differently, and why:
 3. Patches. Their 17 x 17 LR pixels are targets here, with the 4 pixels of context around them that the three
    convolutions need (25 x 25 in all): the paper does not say whether it pads. Places are drawn at random instead of from
    a grid, so that every pixel is a target; patches are mirrored and turned.
-4. Initialisation is PyTorch's; the paper does not give one.
+4. Six of the 91 pictures are kept from training to choose the weights, and a fixed number of patches is seen, where the
+   paper stops after 100 epochs without improvement.
+5. Initialisation is PyTorch's; the paper does not give one.
 """
 
 from typing import Literal

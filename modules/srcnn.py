@@ -7,7 +7,8 @@ What we do differently, and why:
 
 1. Optimizer. The paper takes SGD with momentum 0.9 at 1e-4, 1e-5 in the last layer, for up to 8e8 back-propagations
    (Section 3.3), which is days. Here SOAP, as in `modules/espcn.py`, along a half cosine.
-2. Patches are drawn at random places instead of on a grid of stride 14, mirrored and turned.
+2. Patches of 51 x 51 target pixels (the paper's: 21 x 21, from 33 x 33) are drawn at random places instead of on a grid of
+   stride 14, mirrored and turned; six of the 91 pictures are kept to choose the weights.
 3. Initialisation is PyTorch's instead of N(0, 0.001), from which the training above would not start quickly.
 """
 
@@ -59,7 +60,7 @@ class SRCNN(SuperResolutionMethod):
         return self.network(pad_replicate(self.upscale(low), margin_of(self.network)))
 
     def enlarge(self, low: Tensor) -> Tensor:
-        """Without padding: (N, 1, h, w) to (N, 1, h * scale - 12, w * scale - 12) for 9-1-5.
+        """Without padding: (N, 1, h, w) to (N, 1, h * scale - margin, ...), 24 less at x3 with 9-1-5.
 
         The two LR pixels next to a patch's border are bicubic values of a replicated border; they are left out.
         """

@@ -61,6 +61,8 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--model.images", "0"], "model.images: 0 is not a budget"),
         (["fit", "espcn/t91_x3"], "t91 is not here: by hand"),
         (["fit", DEMO, "--monitor", "nothing"], "monitor: no figure 'nothing' is logged; these are: "),
+        (["fit", DEMO, "--trainer.gradient_clip_val", "1"], "radient clipping"),
+        (["fit", DEMO, "--trainer.accelerator", "gpu"], "No supported gpu backend found"),
         (["fit", DEMO, "--wandb", "online"], "--wandb online needs an account"),
         (["test", "espcn/t91_x3_relu", "--ckpt", "none.ckpt"], "--ckpt: no file none.ckpt"),
         (["test", DEMO], "no weights for espcn/demo yet: darkroom fit espcn/demo"),
@@ -147,6 +149,36 @@ def test_what_is_typed_wins_over_the_checkpoint(workplace, recipe):
     assert min(rates) == 4  # what was logged before the checkpoint stays
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--model.activation", "relu"], "run 'one' began with model.activation tanh, not relu"),
+        (["--data.batch_size", "2"], "run 'one' began with data.batch_size 4, not 2"),
+        (["--seed_everything", "1"], "data.seed: 1, but the checkpoint's run had 0"),
+    ],
+)
+def test_another_network_or_data_is_another_run(workplace, recipe, capfd, change, says):
+    words = ["fit", str(recipe), "--run", "one", "--data.test", "[]"]
+    assert forked(main, words) == 0
+    assert forked(lambda: sys.exit(main([*words, "--model.images", "80", *change]))) == 2
+    assert says in capfd.readouterr().err
+
+
+def test_damaged_test_pictures_stop_the_run_before_it_trains(workplace, recipe, photos, capfd):
+    (workplace / "mine").mkdir()
+    (workplace / "mine/cut.png").write_bytes(sorted(photos.glob("*.png"))[0].read_bytes()[:2000])
+    assert forked(lambda: sys.exit(main(["fit", str(recipe), "--data.test", "[mine]"]))) == 2
+    output = capfd.readouterr()
+    assert "mine/cut.png: cut short" in output.err
+    assert "images" not in output.out
+
+
+def test_absent_test_sets_do_not_keep_from_training(workplace, recipe, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[set5]"]) == 0
+    assert "not measured after training: set5 is not here" in capfd.readouterr().out
+    assert (workplace / "runs/tiny/one/record.json").exists()
+
+
 def test_wandb_offline_needs_no_account(workplace, recipe):
     assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]", "--wandb", "offline"]) == 0
     assert list((workplace / "runs/tiny/one").glob("wandb/offline-run-*"))
@@ -227,10 +259,13 @@ def test_predict_names_what_it_cannot_read(workplace, capfd, make, says):
     assert says in capfd.readouterr().err
 
 
-def test_predict_does_not_write_over_its_input(workplace, photos, capfd):
-    picture = workplace / "photo.png"
-    picture.write_bytes(sorted(photos.glob("*.png"))[0].read_bytes())
-    assert forked(lambda: sys.exit(main(["predict", "espcn/t91_x3", "--input", "photo.png", "--output", "."]))) == 2
+def test_predict_does_not_write_over_its_inputs(workplace, photos, capfd):
+    source = sorted(photos.glob("*.png"))[0]
+    (workplace / "in").mkdir()
+    Image.open(source).convert("RGB").save(workplace / "in/a.jpg")
+    (workplace / "in/a.png").write_bytes(source.read_bytes())
+    assert forked(lambda: sys.exit(main(["predict", "espcn/t91_x3", "--input", "in", "--output", "in"]))) == 2
+    assert (workplace / "in/a.png").read_bytes() == source.read_bytes()
     assert "would be overwritten" in capfd.readouterr().err
 
 

@@ -70,7 +70,7 @@ def one_row(monkeypatch):
 def test_states(one_row):
     assert one_row(30.0)["state"] == "reproduced"
     assert one_row(29.5)["state"] == "reproduced"  # better than the paper
-    assert one_row(29.5, {"exact": True})["state"].startswith("short")  # but not where nothing is trained
+    assert one_row(29.5, {"exact": True})["state"] == "over by 0.50"  # but not where nothing is trained
     assert one_row(30.55)["state"] == "short by 0.55"
     assert one_row(30.0, changed={"method": "0"})["state"] == "stale: method changed since"
     assert one_row(31.0, dataset="set5/bird")["ours"] == 31.0

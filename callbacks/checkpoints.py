@@ -1,11 +1,19 @@
 """Checkpoints: the newest state to go on from, and the best weights to measure."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from datamodules.refused import Refused
 
 
 class Checkpoints(Callback):
@@ -29,7 +37,7 @@ class Checkpoints(Callback):
             return
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if "/" in name))
-            raise KeyError(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
+            raise Refused(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
         if trainer.sanity_checking:
             return
         risen = True
@@ -59,21 +67,35 @@ def save(trainer: Any, path: Path) -> None:
         beside.replace(path)
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint (.ckpt) or of committed weights (.safetensors), by name."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names and values: the same for a checkpoint and for the file committed from it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_weights(module: L.LightningModule, path: Path) -> None:
     """Fill a module with the weights of a checkpoint (.ckpt) or of committed weights (.safetensors).
 
     Raises:
-        ValueError: the file does not hold this network's weights; the message names the file and the first difference.
+        Refused: the file does not hold this network's weights; the message names the file and the first difference.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        weights = read_weights(path)
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError, RuntimeError) as error:
+        raise Refused(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
     wanted = module.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = (tuple(side[name].shape) if name in side else "nothing" for side in (weights, wanted))
         if have != want:
-            raise ValueError(f"{path} does not fit this model: '{name}' is {have} there, the model needs {want}")
+            raise Refused(f"{path} does not fit this model: '{name}' is {have} there, the model needs {want}")
     module.load_state_dict(weights)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from datamodules.refused import Refused
+
 
 def psnr_y(prediction: Tensor, target: Tensor, shave: int) -> Tensor:
     """Peak signal-to-noise ratio in dB: 10 log10(255**2 / MSE) over 8-bit luma, borders left out.
@@ -44,7 +46,7 @@ def ssim_y(prediction: Tensor, target: Tensor, shave: int) -> Tensor:
     """
     x, y = _levels(prediction, shave), _levels(target, shave)
     if min(x.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs 11x11 pixels within the shaved border, not {x.shape[-1]}x{x.shape[-2]}")
+        raise Refused(f"SSIM needs 11x11 pixels within the shaved border, not {x.shape[-1]}x{x.shape[-2]}")
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_x, mean_y, xx, yy, xy = (_window(image) for image in (x, y, x * x, y * y, x * y))
     variance_x, variance_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
@@ -61,8 +63,8 @@ def _window(image: Tensor) -> Tensor:
 
 
 def _levels(image: Tensor, shave: int) -> Tensor:
-    """8-bit levels as float64, shaved: double precision, outside any autocast."""
-    levels = (image.detach().double() * 255 + 0.5).floor().clamp(0, 255)
+    """8-bit levels as float64, shaved; on the CPU, since not every device has double precision."""
+    levels = (image.detach().cpu().double() * 255 + 0.5).floor().clamp(0, 255)
     return levels[..., shave : levels.shape[-2] - shave, shave : levels.shape[-1] - shave]
 
 
@@ -75,7 +77,8 @@ class ImageQuality(Callback):
     """Measures validation and test pictures; logs the mean of each data set as `<data set>/<protocol>`.
 
     Expects the outputs {"prediction", "target"}, (N, 1, H, W) in [0, 1], with "name" and "dataset", N strings each. The
-    figures are the same for any batch size and any number of processes.
+    figures are the same for any batch size and any number of processes: each picture's own are kept, under its name, and
+    gathered as such (torchmetrics gathers a state at a time, which every process must have; a small set reaches only some).
 
     Args:
         shave: border in pixels, by custom the scale.
@@ -101,8 +104,7 @@ class ImageQuality(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure each picture of a batch."""
-        with torch.autocast(pl_module.device.type, enabled=False):
-            values = {name: f(outputs["prediction"], outputs["target"]) for name, f in self.protocols.items()}
+        values = {name: f(outputs["prediction"], outputs["target"]) for name, f in self.protocols.items()}
         for i, (data_set, picture) in enumerate(zip(outputs["dataset"], outputs["name"], strict=True)):
             of_set = self.figures.setdefault(data_set, {})
             of_set[picture] = {name: value[i].item() for name, value in values.items()}

@@ -1,6 +1,7 @@
 """The run's record: what was run and what came of it, as JSON in the run's folder."""
 
 import json
+import math
 import os
 import platform
 import resource
@@ -11,6 +12,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+
+from callbacks.checkpoints import read_weights, weights_hash
+
+LEG = ("commit", "fingerprints", "versions")  # what makes a resumed run another run than it was
 
 
 class RunRecord(Callback):
@@ -26,18 +31,22 @@ class RunRecord(Callback):
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, facts
         self.seconds = 0.0
+        self.earlier: list[dict[str, Any]] = []  # what earlier legs of this run were, where they differ from this one
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock; a resumed run goes on with the time it has taken so far."""
         self.started = time.monotonic()
 
-    def state_dict(self) -> dict[str, float]:
-        """The time taken so far, in seconds."""
-        return {"seconds": self.seconds + time.monotonic() - self.started}
+    def state_dict(self) -> dict[str, Any]:
+        """The time taken so far, in seconds, and the code that it was spent by."""
+        legs = [*self.earlier, {key: self.facts[key] for key in LEG}]
+        return {"seconds": self.seconds + time.monotonic() - self.started, "legs": legs}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.seconds = state_dict["seconds"]
+        this = {key: self.facts[key] for key in LEG}
+        self.earlier = [leg for leg in state_dict["legs"] if leg != this]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write what the training was."""
@@ -46,12 +55,14 @@ class RunRecord(Callback):
             trainer,
             {
                 **self.facts,
-                "data": trainer.datamodule.fingerprints(),
-                "left_out": trainer.datamodule.left_out,
+                "earlier_legs": self.earlier,
+                "weights": weights_hash(read_weights(checkpoints.best)),
+                "data": trainer.datamodule.survey.fingerprints(),
+                "left_out": trainer.datamodule.survey.left_out,
                 "hardware": hardware(trainer),
                 "images": pl_module.images_seen,
                 "best_images": checkpoints.best_images,
-                "best": {"figure": checkpoints.monitor, "value": checkpoints.best_value},
+                "best": {"figure": checkpoints.monitor, "value": number(checkpoints.best_value)},
                 "seconds": round(self.seconds + time.monotonic() - self.started, 1),
                 "peak_memory_mib": peak_memory_mib(trainer),
                 "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -64,21 +75,31 @@ class RunRecord(Callback):
         for callback in trainer.callbacks:
             for data_set, pictures in getattr(callback, "figures", {}).items():
                 for protocol in next(iter(pictures.values())):
-                    values = {name: round(pictures[name][protocol], 6) for name in sorted(pictures)}
-                    mean = sum(values.values()) / len(values)
-                    metrics.setdefault(data_set, {})[protocol] = {"mean": round(mean, 4), "pictures": values}
+                    values = [pictures[name][protocol] for name in sorted(pictures)]
+                    metrics.setdefault(data_set, {})[protocol] = {
+                        "mean": number(sum(values) / len(values), 4),
+                        "pictures": {name: number(value, 6) for name, value in zip(sorted(pictures), values, strict=True)},
+                    }
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        if known.get("fingerprints") != self.facts["fingerprints"]:
-            known = {**self.facts, "hardware": hardware(trainer)}
-        known["data"] = {**known.get("data", {}), **trainer.datamodule.fingerprints()}
+        weights = weights_hash(pl_module.state_dict())
+        if known.get("fingerprints") != self.facts["fingerprints"] or known.get("weights") != weights:
+            known = {**self.facts, "weights": weights, "hardware": hardware(trainer)}
+        known["data"] = {**known.get("data", {}), **trainer.datamodule.survey.fingerprints()}
         metrics = {**known.get("metrics", {}), **metrics}  # a set that is not here today may have been measured before
         self._write(trainer, {**known, "absent": trainer.datamodule.absent, "metrics": metrics})
 
     def _write(self, trainer: Any, record: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             beside = self.path.with_suffix(".part")
-            beside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            beside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
             beside.replace(self.path)
+
+
+def number(value: float, digits: int | None = None) -> float | str:
+    """A figure as JSON can hold it, rounded: infinities (a perfect picture's PSNR) and NaN as text, which float() reads."""
+    if not math.isfinite(value):
+        return str(value)
+    return value if digits is None else round(value, digits)
 
 
 def hardware(trainer: Any) -> dict[str, Any]:

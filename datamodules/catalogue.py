@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from datamodules.refused import Refused
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,7 +25,7 @@ HERE = Path(__file__).parent
 MANIFESTS = HERE / "manifests"
 
 
-class MissingData(FileNotFoundError):
+class MissingData(Refused):
     """A data set that is asked for is not here; the message says how to get it."""
 
 
@@ -64,12 +66,15 @@ class DataSet:
             scale: for sets that keep one version per scale; all of them if not given.
 
         Raises:
-            KeyError: the set has no such split or scale; the message names those it has.
+            Refused: the set has no such split, or is not made of picture files.
+            MissingData: the set has no pictures for that scale.
         """
+        if self.arrays:
+            raise Refused(f"{self.name} is not a set of picture files")
         if split is not None and split not in self.splits:
-            raise KeyError(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
+            raise Refused(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
         if self.scales and scale is not None and scale not in self.scales:
-            raise KeyError(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
+            raise MissingData(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
         if self.get == "embedded":
             return [path for part in self._parts(split) for path in _embedded(part)]
         return sorted({path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)})
@@ -138,13 +143,13 @@ def find(name: str) -> DataSet:
     """The data set of that name.
 
     Raises:
-        KeyError: no such set; the message names the nearest.
+        Refused: no such set; the message names the nearest.
     """
     from difflib import get_close_matches
 
     if name not in catalogue():
         near = get_close_matches(name, catalogue(), n=1, cutoff=0)
-        raise KeyError(f"no data set '{name}'; did you mean '{near[0]}'?")
+        raise Refused(f"no data set '{name}'; did you mean '{near[0]}'?")
     return catalogue()[name]
 
 
@@ -157,7 +162,7 @@ def locate(spec: str, scale: int | None = None) -> list[Path]:
 
     Raises:
         MissingData: the set is absent or not complete, or the folder holds no pictures.
-        KeyError: neither a folder nor a known set.
+        Refused: neither a folder nor a known set.
     """
     if is_folder(spec):
         from datamodules.images import list_images

@@ -1,5 +1,6 @@
 """Reading pictures: every file either gives clean 8-bit pixels or is named in one line that says what is wrong with it."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -8,10 +9,15 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from datamodules.refused import Refused
+
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what the last bytes of a whole file hold
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such a picture is refused here
 
 
-class BadImage(ValueError):
+class BadImage(Refused):
     """A file that cannot be used as a picture; the message names it and says why."""
 
 
@@ -25,22 +31,20 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise BadImage(f"{path}: empty file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
+        with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            image.load()
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise BadImage(f"{path}: no such file") from None
     except PermissionError:
         raise BadImage(f"{path}: not readable (permissions)") from None
     except UnidentifiedImageError:
         raise BadImage(f"{path}: not an image in a known format") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise BadImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, BadImage):
-            raise
         raise BadImage(f"{path}: cut short or damaged ({error})") from None
 
 
@@ -77,8 +81,31 @@ def list_images(folder: str | Path) -> list[Path]:
     )
 
 
-def check_size(image: Tensor, path: str | Path, minimum: int) -> None:
-    """Raise BadImage if a (C, H, W) picture is narrower or lower than `minimum` pixels."""
-    height, width = image.shape[-2:]
+def survey_image(path: str | Path, minimum: int) -> str:
+    """Look at a file's header and its last bytes; what cannot be judged from them is decoded.
+
+    Returns:
+        Size of the picture and of the file: "500x375 10964".
+
+    Raises:
+        BadImage: see `open_image` and `check_size`.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            width, height = image.size
+            length = file.seek(0, 2)
+            file.seek(max(0, length - 64))
+            whole = image.format in ENDS and ENDS[image.format] in file.read()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        whole = False  # `open_image` says what is wrong
+    if not whole:
+        width, height = open_image(path).size
+    check_size(width, height, path, minimum)
+    return f"{width}x{height} {path.stat().st_size}"
+
+
+def check_size(width: int, height: int, path: str | Path, minimum: int) -> None:
+    """Raise BadImage if a picture is narrower or lower than `minimum` pixels."""
     if min(height, width) < minimum:
         raise BadImage(f"{path}: {width}x{height} pixels, too small: at least {minimum}x{minimum} are needed")

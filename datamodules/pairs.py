@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from datamodules.catalogue import catalogue
 from datamodules.colour import luma
 from datamodules.images import read_image
+from datamodules.pictures import Picture
 from datamodules.randomness import below, draws
 from datamodules.resize import imresize
 from datamodules.store import ImageStore
@@ -82,11 +83,11 @@ class Pictures(Dataset[dict[str, Any]]):
     """Whole pictures in the setting of the tables: crop, luma, shrink in floating point without quantising.
 
     Args:
-        pictures: (name of the data set, file) each.
+        pictures: of any data sets.
         scale: how much smaller the input is.
     """
 
-    def __init__(self, pictures: Sequence[tuple[str, Path]], scale: int) -> None:
+    def __init__(self, pictures: Sequence[Picture], scale: int) -> None:
         self.pictures, self.scale = pictures, scale
 
     def __len__(self) -> int:
@@ -94,11 +95,12 @@ class Pictures(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}."""
-        data_set, path = self.pictures[index]
-        known = catalogue().get(data_set)
-        target = read_luma(path, self.scale, known.equal_is_grey if known else False).double() / 255
+        picture = self.pictures[index]
+        known = catalogue().get(picture.data_set)
+        target = read_luma(picture.path, self.scale, known.equal_is_grey if known else False).double() / 255
         low = imresize(target, (target.shape[-2] // self.scale, target.shape[-1] // self.scale))
-        return {"input": low.float()[None], "target": target.float()[None], "name": [path.stem], "dataset": [data_set]}
+        names = {"name": [picture.name], "dataset": [picture.data_set]}
+        return {"input": low.float()[None], "target": target.float()[None], **names}
 
 
 def read_luma(path: Path, multiple: int, equal_is_grey: bool = False) -> Tensor:

@@ -31,16 +31,17 @@ class EndlessBatches(Sampler[tuple[int, np.ndarray]]):
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (global position of the first sample of this process's slice, its items (batch_size / world,))."""
         start = self.position() + self.rank * self.share
-        orders: dict[int, np.ndarray] = {}
+        passes, orders = range(0), np.empty(0, dtype=np.int64)
         while True:
-            epochs, places = np.divmod(np.arange(start, start + self.share), self.length)
-            orders = {e: orders[e] if e in orders else self.order(e) for e in np.unique(epochs).tolist()}
-            yield start, np.array([orders[e][i] for e, i in zip(epochs.tolist(), places.tolist(), strict=True)])
+            needed = range(start // self.length, (start + self.share - 1) // self.length + 1)
+            if needed != passes:
+                passes, orders = needed, np.concatenate([self.order(number) for number in needed])
+            yield start, orders[start - passes[0] * self.length :][: self.share]
             start += self.batch_size
 
-    def order(self, epoch: int) -> np.ndarray:
+    def order(self, number: int) -> np.ndarray:
         """The order of the items in that pass."""
-        return permutation(self.seed, "order", epoch, self.length)
+        return permutation(self.seed, "order", number, self.length)
 
 
 class Slice(Sampler[int]):

@@ -18,11 +18,14 @@ class ImageStore:
         self.heights = np.array([image.shape[-2] for image in images], dtype=np.int64)
         self.widths = np.array([image.shape[-1] for image in images], dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.heights * self.widths)])
-        # Shared memory: loader workers, forked or spawned, read this one copy.
-        self.pixels = torch.cat([image.reshape(-1) for image in images]).share_memory_()
+        self.pixels = torch.cat([image.reshape(-1) for image in images])
 
     def __len__(self) -> int:
         return len(self.heights)
+
+    def share(self) -> None:
+        """Move the buffer to shared memory, so that loader workers, forked or spawned, read this one copy."""
+        self.pixels.share_memory_()
 
     def patches(self, which: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, symmetry: np.ndarray) -> Tensor:
         """Cut one square patch from each of the named images, turned and mirrored on the way.

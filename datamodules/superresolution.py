@@ -1,20 +1,17 @@
 """Super-resolution of luma: patches to train on, whole pictures to measure on, in the setting of the papers' tables."""
 
-import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.catalogue import MissingData, catalogue, locate, pixel_hash
-from datamodules.images import BadImage, check_size, read_image
+from datamodules.catalogue import MissingData
+from datamodules.loading import load
 from datamodules.pairs import REACH, Pictures, StoredPatches, StreamedPatches, read_luma
+from datamodules.pictures import Picture, Survey, pictures_of, slug
+from datamodules.refused import Refused
 from datamodules.resize import imresize
 from datamodules.sampler import EndlessBatches, Slice
 from datamodules.store import ImageStore
@@ -60,11 +57,10 @@ class SuperResolution(L.LightningDataModule):
         super().__init__()
         self.scale, self.train, self.kept, self.val, self.test = scale, train, kept, val, test
         self.batch_size, self.patch_size, self.overhang = batch_size, patch_size, overhang
-        self.streaming, self.workers, self.skip_bad, self.seed = streaming, workers, skip_bad, seed
+        self.streaming, self.workers, self.seed = streaming, workers, seed
         self.position = 0  # samples taken so far, by all processes together
-        self.left_out: list[str] = []
+        self.survey = Survey(skip_bad)
         self.absent: list[str] = []
-        self.contents: dict[str, dict[str, str]] = {}
 
     # What is where
 
@@ -74,22 +70,23 @@ class SuperResolution(L.LightningDataModule):
         Raises:
             MissingData: what is to be trained or measured on is not here.
             BadImage: files are unusable; the message names each of them.
-            ValueError: keys do not fit together.
+            Refused: keys do not fit together.
         """
         world = self.trainer.world_size if self.trainer else 1
         if self.batch_size % world:
-            raise ValueError(f"data.batch_size: {self.batch_size} is not divisible by {world} processes")
+            raise Refused(f"data.batch_size: {self.batch_size} is not divisible by {world} processes")
         if stage == "fit":
             self._setup_training()
         smallest = 11 + 2 * self.scale  # SSIM's window, inside a shaved border
         if stage in ("fit", "validate"):
-            self.val_pictures = Pictures(self._usable(self._validation(), smallest), self.scale)
+            self.val_pictures = Pictures(self.survey.usable(self._validation(), smallest), self.scale)
         if stage == "test":
-            self.test_pictures = Pictures(self._usable(self._tests(), smallest), self.scale)
+            self.test_pictures = Pictures(self.survey.usable(self._tests(), smallest), self.scale)
 
     def _setup_training(self) -> None:
         smallest = (self.patch_size - 2 * self.overhang) * self.scale
-        files = [path for _, path in self._usable([(slug(self.train), path) for path in self._split_train()[0]], smallest)]
+        pictures = self.survey.usable(self._split_train()[0], smallest, whole=not self.streaming)
+        files = [picture.path for picture in pictures]
         place = {
             "seed": self.seed,
             "size": (self.patch_size + 2 * REACH) * self.scale,
@@ -102,52 +99,36 @@ class SuperResolution(L.LightningDataModule):
         else:
             self.patches = StoredPatches(ImageStore([read_luma(path, self.scale) for path in files]), **place)
 
-    def _split_train(self) -> tuple[list[Path], list[Path]]:
-        """The files to train on and those kept from training."""
-        files = locate(self.train, self.scale)
-        kept = set(files[self.kept // 2 :: self.kept]) if self.kept else set()
-        return [path for path in files if path not in kept], sorted(kept)
+    def _split_train(self) -> tuple[list[Picture], list[Picture]]:
+        """The pictures to train on and those kept from training."""
+        pictures = pictures_of(self.train, self.scale)
+        if not self.kept:
+            return pictures, []
+        kept = range(self.kept // 2, len(pictures), self.kept)
+        if not kept:
+            raise Refused(f"data.kept: every {self.kept}th of {len(pictures)} pictures is none")
+        return [picture for i, picture in enumerate(pictures) if i not in kept], [pictures[i] for i in kept]
 
-    def _validation(self) -> list[tuple[str, Path]]:
+    def _validation(self) -> list[Picture]:
         if self.kept:
-            return [(f"{slug(self.train)}-kept", path) for path in self._split_train()[1]]
+            return [picture._replace(data_set=f"{picture.data_set}-kept") for picture in self._split_train()[1]]
         if self.val is None:
-            raise ValueError("data.val: name a set to choose the checkpoint on, or keep pictures by data.kept")
-        return [(slug(self.val), path) for path in locate(self.val, self.scale)]
+            raise Refused("data.val: name a set to choose the checkpoint on, or keep pictures by data.kept")
+        return pictures_of(self.val, self.scale)
 
-    def _tests(self) -> list[tuple[str, Path]]:
-        pictures: list[tuple[str, Path]] = []
+    def _tests(self) -> list[Picture]:
+        names = [slug(spec) for spec in self.test]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise Refused(f"data.test: two sets would both be called {twice[0]}; rename one of the folders")
+        pictures: list[Picture] = []
         for spec in self.test:
             try:
-                pictures += [(slug(spec), path) for path in locate(spec, self.scale)]
+                pictures += pictures_of(spec, self.scale)
             except MissingData as error:
                 self.absent.append(str(error))
-            except KeyError:  # the set has no pictures for this scale
-                if spec.partition("/")[0] not in catalogue():
-                    raise
-                self.absent.append(f"{spec} has no pictures for scale {self.scale}")
         if not pictures:
             raise MissingData("; ".join(self.absent) or "data.test: names no data set")
         return pictures
-
-    def _usable(self, pictures: list[tuple[str, Path]], minimum: int) -> list[tuple[str, Path]]:
-        """The pictures that can be used; unusable ones are refused, or left out if that is asked for."""
-        with ThreadPoolExecutor() as pool:
-            looks = list(pool.map(partial(_look_at, minimum=minimum), [path for _, path in pictures]))
-        reasons = [reason for reason, _ in looks]
-        for (data_set, path), (_, pixels) in zip(pictures, looks, strict=True):
-            self.contents.setdefault(data_set, {})[path.name] = pixels
-        self.left_out += [reason for reason in reasons if reason]
-        usable = [picture for picture, reason in zip(pictures, reasons, strict=True) if not reason]
-        bad = len(pictures) - len(usable)
-        if bad and not self.skip_bad:
-            raise BadImage(
-                f"{bad} of {len(pictures)} pictures cannot be used (--data.skip_bad true leaves them out): "
-                + "; ".join(reason for reason in reasons if reason)
-            )
-        if not usable:
-            raise BadImage("no picture can be used: " + "; ".join(self.left_out))
-        return usable
 
     # Loaders
 
@@ -155,14 +136,9 @@ class SuperResolution(L.LightningDataModule):
         """Endless batches of uint8 patches, (N, 1, P, P) each; `on_after_batch_transfer` makes the pairs."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EndlessBatches(len(self.patches), self.batch_size, self.seed, lambda: self.position, rank, world)
-        return DataLoader(
-            self.patches,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        if self.workers and not self.streaming:
+            self.patches.store.share()
+        return load(self.patches, sampler, self.workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The pictures that choose the checkpoint, one at a time."""
@@ -172,9 +148,9 @@ class SuperResolution(L.LightningDataModule):
         """The pictures of all test sets, one at a time."""
         return self._pictures_loader(self.test_pictures)
 
-    def _pictures_loader(self, pictures: "Pictures") -> DataLoader[dict[str, Any]]:
+    def _pictures_loader(self, pictures: Pictures) -> DataLoader[dict[str, Any]]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(pictures, sampler=Slice(len(pictures), rank, world), batch_size=None)
+        return load(pictures, Slice(len(pictures), rank, world))
 
     # A training batch on its way
 
@@ -195,13 +171,6 @@ class SuperResolution(L.LightningDataModule):
 
     # Resume and record
 
-    def fingerprints(self) -> dict[str, str]:
-        """For each data set in use, a hash over the names and pixels of its pictures."""
-        return {
-            data_set: hashlib.sha256(repr(sorted(pixels.items())).encode()).hexdigest()[:16]
-            for data_set, pixels in self.contents.items()
-        }
-
     def state_dict(self) -> dict[str, int]:
         """Where the stream of samples stands."""
         return {"position": self.position, "batch_size": self.batch_size, "seed": self.seed}
@@ -210,24 +179,9 @@ class SuperResolution(L.LightningDataModule):
         """Go on there.
 
         Raises:
-            ValueError: another batch size or seed than the checkpoint's: the run would not be the same run.
+            Refused: another batch size or seed than the checkpoint's: the run would not be the same run.
         """
         for key in ("batch_size", "seed"):
             if state[key] != getattr(self, key):
-                raise ValueError(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
+                raise Refused(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
         self.position = state["position"]
-
-
-def slug(spec: str) -> str:
-    """What a data key is called in logs and records: "photographs/test" gives "photographs-test", a folder its name."""
-    return Path(spec).name if Path(spec).is_absolute() else spec.strip("./").replace("/", "-")
-
-
-def _look_at(path: Path, minimum: int) -> tuple[str, str]:
-    """Why a picture cannot be used (empty if it can), and the hash of its pixels."""
-    try:
-        pixels = read_image(path)
-        check_size(pixels, path, minimum)
-    except BadImage as error:
-        return str(error), ""
-    return "", pixel_hash(pixels)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks.run_record import cpu_name, peak_memory_mib
 from datamodules.catalogue import MissingData, locate
 from datamodules.pairs import Pictures
+from datamodules.pictures import pictures_of
 from datamodules.superresolution import SuperResolution
 from experiments.cli import DarkroomCLI, loggers, prepare, quieten, settle_memory
 from experiments.recipes import Recipe
@@ -233,11 +234,11 @@ def inference_figures(method: Any) -> dict[str, Any]:
     """Milliseconds to enlarge a picture, mean over Set14 (else the embedded test photographs), and SRCNN 9-5-5 beside it."""
     name = "set14"
     try:
-        paths = locate(name)
+        found = pictures_of(name)
     except MissingData:
         name = "photographs/test"
-        paths = locate(name)
-    pictures = Pictures([(name, path) for path in paths], method.scale)
+        found = pictures_of(name)
+    pictures = Pictures(found, method.scale)
     lows = [pictures[i]["input"] for i in range(len(pictures))]
     ours, srcnn = (_milliseconds(network, lows) for network in (method, SRCNN(method.scale, "9-5-5").eval()))
     return {"inference_set": name, "inference_ms": ours, "inference_ms_srcnn": srcnn, "srcnn_to_ours": srcnn / ours}

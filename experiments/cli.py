@@ -3,12 +3,10 @@
 import gc
 import logging
 import os
-import pickle
 import re
 import shlex
 import shutil
 import warnings
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -21,23 +19,23 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 
 from callbacks.checkpoints import Checkpoints, load_weights
 from callbacks.csv_log import CSVLog
 from callbacks.preemption import Preemption
+from callbacks.preflight import Preflight
 from callbacks.progress import ProgressBar
 from callbacks.run_record import RunRecord
 from callbacks.samples import Samples
 from callbacks.write_photos import WritePhotos
 from datamodules.catalogue import MissingData
-from datamodules.images import BadImage
+from datamodules.loading import load
 from datamodules.photos import Photos, photo_files
+from datamodules.refused import Refused
 from datamodules.sampler import Slice
 from experiments import records
 from experiments.complaints import explain, parameters
-from experiments.recipes import Recipe, Refused
+from experiments.recipes import Recipe
 from experiments.runs import Run, newest_finished, open_run
 from modules.lightning_adapter import NoProfiler
 from modules.method import Method
@@ -114,19 +112,19 @@ class DarkroomCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer, with the run's callbacks and loggers."""
+        self.trainer_defaults["callbacks"] = [Preflight()]
         if self.command == "test" and self.config.record:
-            self.trainer_defaults["callbacks"] = [RunRecord(Path(self.config.record), self.facts())]
+            self.trainer_defaults["callbacks"].append(RunRecord(Path(self.config.record), self.facts()))
         if self.command != "fit":
             return super().instantiate_trainer(logger=False)
         self.run = open_run(self.recipe, self.config.run)
-        callbacks = [
+        self.trainer_defaults["callbacks"] += [
             ProgressBar(self.config.monitor),
             Samples(self.run.samples),
             RunRecord(self.run.record, self.facts()),
             Checkpoints(self.run.checkpoints, self.config.monitor),
             Preemption(self.run.checkpoints / "last.ckpt", f"Go on with: {self.again()}"),
         ]
-        self.trainer_defaults["callbacks"] = callbacks
         profiler = self.config_init.trainer.profiler or NoProfiler()
         return super().instantiate_trainer(logger=False, default_root_dir=str(self.run.folder), profiler=profiler)
 
@@ -164,7 +162,10 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
         raise Refused(" ".join(str(error).split())) from None
     except ValueError as error:  # of a constructor of ours; jsonargparse wraps it into many lines
         raise Refused(str(error.__cause__ or error)) from None
-    COMMANDS[command](cli)
+    try:
+        COMMANDS[command](cli)
+    except MisconfigurationException as error:
+        raise Refused(" ".join(str(error).split())) from None
     return cli
 
 
@@ -177,7 +178,7 @@ def fit(cli: DarkroomCLI) -> None:
     trainer.loggers = loggers(cli, run, resumed_at)
     measurable = can_be_measured(cli)
     settle_memory()
-    start(cli, lambda: trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True))
+    trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     if not measurable:
         tell(f"run       {run.folder}")
         return
@@ -193,11 +194,8 @@ def can_be_measured(cli: DarkroomCLI) -> bool:
     if not cli.datamodule.test:
         return False
 
-    def look() -> None:
-        deepcopy(cli.datamodule).setup("test")
-
     try:
-        start(cli, look, passing=MissingData)
+        deepcopy(cli.datamodule).setup("test")
     except MissingData as error:
         tell(f"not measured after training: {error}")
         return False
@@ -275,7 +273,7 @@ def measure(cli: DarkroomCLI) -> None:
     path = ready(cli)
     tell(f"weights   {path or 'none needed'}")
     run = cli.trainer.test if cli.command == "test" else cli.trainer.validate
-    start(cli, lambda: run(cli.model, cli.datamodule, verbose=False))
+    run(cli.model, cli.datamodule, verbose=False)
     say_results(cli.trainer, cli)
 
 
@@ -286,12 +284,12 @@ def predict(cli: DarkroomCLI) -> None:
     try:
         files = photo_files(cli.config.input)
         output.mkdir(parents=True, exist_ok=True)
-    except (BadImage, OSError) as error:
-        raise Refused(str(error)) from None
+    except OSError as error:
+        raise Refused(f"cannot write to {output}: {error.strerror}") from None
     tell(f"weights   {path or 'none needed'}")
     targets = output_paths(files, Path(cli.config.input), output)
     rank, world = cli.trainer.global_rank, cli.trainer.world_size
-    loader = DataLoader(Photos(files), sampler=Slice(len(files), rank, world), batch_size=None)
+    loader = load(Photos(files), Slice(len(files), rank, world))
     cli.trainer.callbacks.append(WritePhotos(targets))
     cli.trainer.predict(cli.model, loader, return_predictions=False)
 
@@ -315,10 +313,7 @@ def ready(cli: DarkroomCLI) -> Path | None:
     """Fill the model with the weights to use; their path."""
     path = weights(cli)
     if path is not None:
-        try:
-            load_weights(cli.model, path)
-        except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
-            raise Refused(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+        load_weights(cli.model, path)
     return path
 
 
@@ -339,22 +334,6 @@ def weights(cli: DarkroomCLI) -> Path | None:
     if cli.recipe.weights.exists():
         return cli.recipe.weights
     raise Refused(f"no weights for {cli.recipe.name} yet: darkroom fit {cli.recipe.name}, or name some by --ckpt")
-
-
-def start(cli: DarkroomCLI, action: Callable[[], Any], passing: type[Exception] | tuple[()] = ()) -> None:
-    """Run; what goes wrong before the first step is the user's to mend and is said in one line, but for `passing`."""
-    try:
-        action()
-    except passing:
-        raise
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        if cli.trainer.global_step:
-            raise
-        raise Refused(str(error.args[0] if isinstance(error, KeyError) else error)) from None
-    except MisconfigurationException as error:
-        raise Refused(" ".join(str(error).split())) from None
-    except ArithmeticError as error:
-        raise Refused(str(error)) from None
 
 
 def say_results(trainer: Any, cli: DarkroomCLI) -> None:

@@ -1,7 +1,5 @@
 """`darkroom demo`: from photographs to a network that enlarges them, a table and a picture to look at, in two minutes."""
 
-from pathlib import Path
-
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -9,11 +7,11 @@ from rich.table import Table
 from torch import Tensor
 
 from callbacks.image_quality import protocols, psnr_y
-from datamodules.catalogue import locate
 from datamodules.colour import rgb_to_ycbcr
 from datamodules.images import read_image
 from datamodules.pairs import Pictures
 from datamodules.photos import put_together
+from datamodules.pictures import Picture, pictures_of
 from datamodules.resize import imresize
 from experiments.cli import execute
 from experiments.recipes import find_recipe
@@ -39,7 +37,7 @@ def demo() -> None:
     console = Console()
     console.print(table)
     picture = cli.run.folder / "comparison.png"
-    comparison(network, locate(TEST)).save(picture)
+    comparison(network, pictures_of(TEST)).save(picture)
     console.print(f"look at   {picture}  (input, bicubic, ESPCN, original)", soft_wrap=True)
     console.print(f"run       {cli.run.folder}  (configuration, figures, samples, weights, record)", soft_wrap=True)
     console.print("next      darkroom predict espcn --input YOUR_PHOTO.jpg --output out/", soft_wrap=True)
@@ -49,7 +47,7 @@ def demo() -> None:
 
 def measure(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
     """Each protocol's mean over the test photographs."""
-    pictures = Pictures([(TEST, path) for path in locate(TEST)], scale)
+    pictures = Pictures(pictures_of(TEST), scale)
     means = {}
     for name, protocol in protocols(scale).items():
         values = []
@@ -60,18 +58,18 @@ def measure(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
     return means
 
 
-def comparison(network: SuperResolutionMethod, paths: list[Path]) -> Image.Image:
+def comparison(network: SuperResolutionMethod, pictures: list[Picture]) -> Image.Image:
     """One row a photograph: the whole with its detail marked, then the detail as input, bicubic, ESPCN and original."""
-    rows = [_row(network, path) for path in paths]
+    rows = [_row(network, picture) for picture in pictures]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for i, row in enumerate(rows):
         sheet.paste(row, (0, sum(other.height for other in rows[:i])))
     return sheet
 
 
-def _row(network: SuperResolutionMethod, path: Path) -> Image.Image:
+def _row(network: SuperResolutionMethod, picture: Picture) -> Image.Image:
     scale, zoom, gap, caption = network.scale, 3, 8, 24
-    pixels = read_image(path)
+    pixels = read_image(picture.path)
     height, width = (length - length % scale for length in pixels.shape[-2:])
     original = pixels[:, :height, :width].float() / 255
     low = imresize(original, (height // scale, width // scale)).clamp(0, 1)
@@ -82,7 +80,7 @@ def _row(network: SuperResolutionMethod, path: Path) -> Image.Image:
             "bicubic": put_together(Bicubic(scale)(luma[None])[0], chroma, empty),
             "ESPCN": put_together(network(luma[None])[0], chroma, empty),
         }
-    batch = Pictures([(TEST, path)], scale)[0]
+    batch = Pictures([picture], scale)[0]
     with torch.no_grad():
         decibels = {
             name: psnr_y(method(batch["input"]), batch["target"], scale).item()
@@ -94,7 +92,7 @@ def _row(network: SuperResolutionMethod, path: Path) -> Image.Image:
         **enlarged,
         "original": whole,
     }
-    left, top, side = DETAILS[path.stem]
+    left, top, side = DETAILS[picture.name]
     box = (left, top, left + side, top + side)
     tile = side * zoom
     thumbnail = whole.copy()
@@ -104,7 +102,7 @@ def _row(network: SuperResolutionMethod, path: Path) -> Image.Image:
     row = Image.new("RGB", (tile * 4 // 3 + 4 * (tile + gap), tile + caption + gap), "white")
     row.paste(thumbnail, (0, caption))
     draw, font = ImageDraw.Draw(row), ImageFont.load_default(size=16)
-    draw.text((2, 2), path.stem, "black", font)
+    draw.text((2, 2), picture.name, "black", font)
     for i, (name, view) in enumerate(views.items()):
         x = tile * 4 // 3 + gap + i * (tile + gap)
         row.paste(view.crop(box).resize((tile, tile), Image.Resampling.NEAREST), (x, caption))

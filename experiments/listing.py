@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.catalogue import MissingData, catalogue, data_root, download, find, verify
-from experiments.recipes import Refused, methods, recipes
+from datamodules.catalogue import catalogue, data_root, download, find, verify
+from experiments.recipes import methods, recipes
 from experiments.tables import cells
 
 
@@ -38,24 +38,18 @@ def show_data(console: Console | None = None) -> None:
 
 def get_data(name: str) -> int:
     """Download a data set, or tell how it is had."""
-    try:
-        data_set = find(name)
-        if data_set.get == "embedded":
-            print(f"{name} comes with the installed packages; nothing to do")
-            return 0
-        count = download(data_set)
-    except (KeyError, MissingData) as error:
-        raise Refused(str(error.args[0])) from None
+    data_set = find(name)
+    if data_set.get == "embedded":
+        print(f"{name} comes with the installed packages; nothing to do")
+        return 0
+    count = download(data_set)
     print(f"{name}: {count} files in {data_set.path}")
     return 0
 
 
 def verify_data(name: str) -> int:
     """Compare a data set with its manifest; status 1 if a file differs, is missing or cannot be read."""
-    try:
-        data_set = find(name)
-    except KeyError as error:
-        raise Refused(str(error.args[0])) from None
+    data_set = find(name)
     problems = list(verify(data_set))
     for problem in problems:
         print(problem)

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from typing import NoReturn
 
-from experiments.recipes import Refused, find_recipe
+from datamodules.refused import Refused
+from experiments.recipes import find_recipe
 
 HELP = """\
 usage: darkroom COMMAND ...

@@ -7,11 +7,9 @@ from typing import Any
 
 import yaml
 
+from datamodules.refused import Refused
+
 HERE = Path(__file__).parent
-
-
-class Refused(Exception):
-    """A command cannot be carried out; the message says in one line what is wrong and what to do."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def facts(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
         "overrides": overrides,
         "fingerprints": fingerprints(recipe),
         "commit": commit(),
-        "versions": {name: version(name) for name in ("torch", "lightning", "torchmetrics")},
+        "versions": {name: version(name) for name in ("torch", "lightning", "pytorch-optimizer")},
         "python": platform.python_version(),
     }
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from datamodules.catalogue import MissingData, locate
-from experiments.recipes import HERE, Recipe, Refused, find_recipe, methods
+from datamodules.refused import Refused
+from experiments.recipes import HERE, Recipe, find_recipe, methods
 from experiments.records import ROOT, committed_records, fingerprints
 from experiments.runs import Run, runs_root
 from experiments.tables import cells, ours, render, spec
@@ -110,7 +111,7 @@ def unmeasured(recipe: Recipe, record: dict[str, Any]) -> list[str]:
 def _here(name: str, scale: int) -> bool:
     try:
         return bool(locate(name, scale))
-    except (MissingData, KeyError):
+    except MissingData:
         return False
 
 
@@ -127,6 +128,8 @@ def keep(run: Run, recipe: Recipe) -> None:
     changed = [part for part, value in fingerprints(recipe).items() if record["fingerprints"].get(part) != value]
     if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
         raise Refused(f"{run.folder} is not a run of {recipe.name} as it stands: {changed or record['overrides']}")
+    if any(leg["fingerprints"] != record["fingerprints"] for leg in record["earlier_legs"]):
+        raise Refused(f"{run.folder} was begun by other code than it was ended by; its figures belong to neither")
     path = record_path(recipe, record["seed"])
     path.parent.mkdir(exist_ok=True)
     shutil.copyfile(run.record, path)

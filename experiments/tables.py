@@ -81,7 +81,8 @@ def figure(record: dict[str, Any], data_set: str, metric: str, average: dict[str
     measured = metrics.get(name, {}).get(metric)
     if measured is None:
         return None
-    return measured["pictures"].get(picture) if picture else measured["mean"]
+    value = measured["pictures"].get(picture) if picture else measured["mean"]
+    return None if value is None else float(value)
 
 
 def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]]) -> str:

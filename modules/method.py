@@ -7,12 +7,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from datamodules.refused import Refused
 from modules.lightning_adapter import align_log_axis, log_every
 
 Batch = dict[str, Any]
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(Refused):
     """The loss has become infinite or not a number; the message names the term and the images seen."""
 
 
@@ -32,7 +33,7 @@ class Method(L.LightningModule):
     def __init__(self, images: int, learning_rate: float, warmup: int = 0) -> None:
         super().__init__()
         if images < 1:
-            raise ValueError(f"model.images: {images} is not a budget, at least 1 image is needed")
+            raise Refused(f"model.images: {images} is not a budget, at least 1 image is needed")
         self.automatic_optimization = False
         self.images = images
         self.learning_rate = learning_rate

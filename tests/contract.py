@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from callbacks.csv_log import read_log
+from datamodules.refused import Refused
 from datamodules.superresolution import SuperResolution
 from experiments.cli import execute
-from experiments.recipes import Refused, find_recipe
+from experiments.recipes import find_recipe
 from experiments.records import ROOT
 from tests.forked import forked, write_recipe
 

@@ -8,6 +8,7 @@ import pytest
 
 from datamodules import catalogue as module
 from datamodules.catalogue import MissingData, catalogue, download, find, locate, verify
+from datamodules.refused import Refused
 
 
 def test_every_entry_says_what_it_is_and_how_it_is_had():
@@ -31,10 +32,12 @@ def test_embedded_photographs_are_here_and_intact():
 
 
 def test_a_mistyped_name_is_answered_with_the_nearest():
-    with pytest.raises(KeyError, match="did you mean 'set14'"):
+    with pytest.raises(Refused, match="did you mean 'set14'"):
         find("sett14")
-    with pytest.raises(KeyError, match="has no split 'tset': train, val, test"):
+    with pytest.raises(Refused, match="has no split 'tset': train, val, test"):
         locate("photographs/tset")
+    with pytest.raises(Refused, match="digits is not a set of picture files"):
+        locate("digits")
 
 
 def test_absent_data_say_how_they_are_had(workplace):
@@ -42,7 +45,7 @@ def test_absent_data_say_how_they_are_had(workplace):
         locate("t91")
     with pytest.raises(MissingData, match="darkroom data get bsd100"):
         locate("bsd100")
-    with pytest.raises(KeyError, match="no pictures for scale 3: 2, 4"):
+    with pytest.raises(MissingData, match="no pictures for scale 3: 2, 4"):
         locate("urban100", 3)
 
 

@@ -5,15 +5,16 @@ import torch.multiprocessing as mp
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from callbacks.image_quality import ImageQuality, psnr_y, ssim_y
-from datamodules.catalogue import locate
 from datamodules.pairs import Pictures
+from datamodules.pictures import pictures_of
+from datamodules.refused import Refused
 from modules.bicubic import Bicubic
 
 
 @pytest.fixture(scope="module")
 def pair():
     """Three equally large cuttings of photographs, enlarged bicubically, beside their originals."""
-    pictures = Pictures([("test", path) for path in locate("photographs/test")], 3)
+    pictures = Pictures(pictures_of("photographs/test"), 3)
     batches = [pictures[i] for i in range(3)]
     prediction = torch.cat([Bicubic(3)(batch["input"])[..., 30:189, 30:201] for batch in batches])
     return prediction, torch.cat([batch["target"][..., 30:189, 30:201] for batch in batches])
@@ -46,7 +47,7 @@ def test_a_perfect_picture(pair):
 
 
 def test_too_small_for_a_window_is_said():
-    with pytest.raises(ValueError, match="11x11 pixels"):
+    with pytest.raises(Refused, match="11x11 pixels"):
         ssim_y(torch.zeros(1, 1, 16, 40), torch.zeros(1, 1, 16, 40), 3)
 
 
@@ -119,7 +120,7 @@ def test_earlier_figures_are_forgotten(pair):
 def test_published_bicubic_rows(with_real_data, scale, set5, set14, set14_grey):
     """The SRCNN, VDSR and ESPCN papers' rows; the last column counts `man` as grey."""
     for name, published in {"set5": set5, "set14": set14, "set14-grey": set14_grey}.items():
-        pictures = Pictures([(name, path) for path in locate(name)], scale)
+        pictures = Pictures(pictures_of(name), scale)
         batches = [pictures[i] for i in range(len(pictures))]
         values = [psnr_y(Bicubic(scale)(batch["input"]), batch["target"], scale).item() for batch in batches]
         assert np.mean(values) == pytest.approx(published, abs=0.006)

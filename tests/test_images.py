@@ -34,7 +34,7 @@ def test_bad_files_are_named_with_the_reason(tmp_path, rgb):
 
 def test_too_small_pictures_are_named(tmp_path):
     with pytest.raises(BadImage, match=r"small.png: 8x5 pixels, too small: at least 9x9"):
-        check_size(torch.zeros(3, 5, 8), tmp_path / "small.png", 9)
+        check_size(8, 5, tmp_path / "small.png", 9)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "YCbCr"])

@@ -130,7 +130,7 @@ def test_code_fingerprint_ignores_what_cannot_move_a_figure(tmp_path, monkeypatc
 
 
 def test_a_run_of_another_recipe_is_not_kept(tmp_path):
-    from experiments.recipes import Refused
+    from datamodules.refused import Refused
     from experiments.runs import Run
 
     recipe = find_recipe("espcn/t91_x3")

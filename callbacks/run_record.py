@@ -56,7 +56,7 @@ class RunRecord(Callback):
             {
                 **self.facts,
                 "earlier_legs": self.earlier,
-                "weights": weights_hash(read_weights(checkpoints.best)),
+                "weights": weights_hash(read_weights(checkpoints.best)) if checkpoints.best.exists() else None,
                 "data": trainer.datamodule.survey.fingerprints(),
                 "left_out": trainer.datamodule.survey.left_out,
                 "hardware": hardware(trainer),

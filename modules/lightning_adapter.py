@@ -1,11 +1,17 @@
 """All that leans on Lightning's private or untyped parts; tests/test_lightning_adapter.py checks each assumption."""
 
+from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any
 
+import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch.amp import GradScaler
 
 NOTHING = nullcontext()
+BETWEEN_HOOKS = ("_current_fx_name",)  # what Lightning sets on the module some thirty times a step
 
 
 class NoProfiler(PassThroughProfiler):
@@ -14,6 +20,56 @@ class NoProfiler(PassThroughProfiler):
     def profile(self, action_name: str) -> Any:
         """Nothing to measure."""
         return NOTHING
+
+
+class LeanModule(L.LightningModule):
+    """A LightningModule on which Lightning notes quickly where it is; `nn.Module` looks for parameters at each assignment."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in BETWEEN_HOOKS:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class Replicas(DDPStrategy):
+    """Several processes that begin with the same weights; the method itself averages the gradients of its steps.
+
+    Lightning's DDP wraps the module and expects every backward pass to reach every parameter: with networks that alternate
+    it must send each gradient twice. Registered as "ddp", which is what Lightning takes for more than one device.
+    """
+
+    def configure_ddp(self) -> None:
+        """Give every process the weights and buffers of the first, and wrap nothing."""
+        assert self.model is not None
+        for tensor in self.model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+StrategyRegistry.register("ddp", Replicas, override=True)
+
+
+def lean_loop(trainer: Any) -> None:
+    """Take out of the training loop what a step does not need (asked in `on_train_start`).
+
+    Lightning inspects the signature of `training_step` at every step, and with several processes broadcasts at every step
+    whether one has got SIGTERM, which `callbacks/preemption.py` sees to.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._build_kwargs = lambda kwargs, batch, batch_idx: OrderedDict(batch=batch, batch_idx=batch_idx)
+    loop._broadcast_sigterm_tensor = lambda: None
+
+
+def count_step(trainer: Any) -> None:
+    """Let `trainer.global_step` and `max_steps` count this batch, however many optimizers stepped in it."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()
+
+
+def grad_scaler(trainer: Any) -> GradScaler | None:
+    """What scales losses under fp16; None in other precisions."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def log_every(trainer: Any) -> int:

@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
-import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from datamodules.refused import Refused
-from modules.lightning_adapter import align_log_axis, log_every
+from modules.gradients import step
+from modules.lightning_adapter import LeanModule, align_log_axis, count_step, lean_loop, log_every
 
 Batch = dict[str, Any]
 
@@ -17,7 +18,7 @@ class NonFiniteLoss(Refused):
     """The loss has become infinite or not a number; the message names the term and the images seen."""
 
 
-class Method(L.LightningModule):
+class Method(LeanModule):
     """A network with its loss, trained by manual optimization.
 
     A method defines `losses` and `configure_optimizers`; what a training step does around them stands here. Progress is
@@ -53,18 +54,15 @@ class Method(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on one batch."""
-        optimizer: Any = self.optimizers()
+        (optimizer,) = self.trainer.optimizers
         learning_rate = self.schedule(self.images_seen)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
         terms = self.losses({key: self._cast(value) for key, value in batch.items()})
-        optimizer.zero_grad()
-        self.manual_backward(torch.stack(list(terms.values())).sum())
-        # Lightning's autocast is around the whole step; an optimizer that multiplies matrices must not see it.
-        with torch.autocast(self.device.type, enabled=False):
-            optimizer.step()
+        step(self.trainer, optimizer, torch.stack(list(terms.values())).sum())
 
+        count_step(self.trainer)
         self.images_seen += len(batch["input"]) * self.trainer.world_size
         if self.images_seen >= self.images:
             self.trainer.should_stop = True
@@ -77,16 +75,22 @@ class Method(L.LightningModule):
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _log(self, terms: dict[str, Tensor], learning_rate: float) -> None:
-        for name, value in terms.items():
-            if not torch.isfinite(value):
+        values = torch.stack([value.detach() for value in terms.values()])
+        if self.trainer.world_size > 1:  # shares are equal: the mean is the whole batch's
+            dist.all_reduce(values)
+            values /= self.trainer.world_size
+        for name, value in zip(terms, values.tolist(), strict=True):
+            if not math.isfinite(value):  # every process sees the same value, and all of them stop
                 raise NonFiniteLoss(
-                    f"loss '{name}' is {value.item()} after {self.images_seen} images; "
+                    f"loss '{name}' is {value} after {self.images_seen} images; "
                     f"lower model.learning_rate (now {self.learning_rate})"
                 )
-        values = {f"train/{name}": value.detach() for name, value in terms.items()}
-        progress = {"learning_rate": learning_rate, "images": float(self.images_seen)}
-        self.log_dict(values, sync_dist=self.trainer.world_size > 1)  # shares are equal: the mean is the whole batch's
-        self.log_dict(progress)
+            self.log(f"train/{name}", value)
+        self.log_dict({"learning_rate": learning_rate, "images": float(self.images_seen)})
+
+    def on_train_start(self) -> None:
+        """A step does what it must."""
+        lean_loop(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The logged step is the batch, in a resumed run too."""

@@ -60,11 +60,23 @@ class Checkpoints(Callback):
 
 
 def save(trainer: Any, path: Path) -> None:
-    """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole."""
+    """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole.
+
+    Raises:
+        Refused: a weight has become infinite or not a number; the older checkpoint stays.
+    """
+    module = trainer.lightning_module
+    for name, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise Refused(
+                f"'{name}' has values that are not finite after {module.images_seen} images; {path} stays as it was. "
+                f"Lower model.learning_rate (now {module.learning_rate})"
+            )
     beside = path.with_suffix(".part")
     trainer.save_checkpoint(beside)
     if trainer.is_global_zero:
         beside.replace(path)
+    trainer.strategy.barrier("the checkpoint is in its place")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -28,21 +28,30 @@ class Preemption(Callback):
         self.path, self.advice = path, advice
         self.status = 0
         self.handlers: dict[int, Any] = {}
+        self.asked: tuple[Any, torch.Tensor] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the signals over from Lightning, whose own handlers save in the middle of a step."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.handlers[number] = signal.signal(number, self._raise_flag)
+        if trainer.world_size > 1:
+            self.group: Any = dist.new_group(backend="gloo")  # on the host: asking must not wait for the devices
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Give the signals back."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
+        if self.asked is not None:
+            self.asked[0].wait()
+            self.asked = None
+        self._give_back()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """See `on_train_end`."""
-        self.on_train_end(trainer, pl_module)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.status == INTERRUPTED:
@@ -61,15 +70,21 @@ class Preemption(Callback):
             self._stop(trainer, status)
 
     def _agreed(self, trainer: Any) -> int:
-        """The flag, once it is up in any process."""
+        """The flag, once it is up in any process; with several, as it was a step ago, so that none waits for another."""
         if trainer.world_size == 1:
             return self.status
-        flag = torch.tensor(self.status, device=trainer.strategy.root_device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+        answer = 0
+        if self.asked is not None:
+            work, flag = self.asked
+            work.wait()
+            answer = int(flag)
+        flag = torch.tensor(self.status)
+        self.asked = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag
+        return answer
 
     def _stop(self, trainer: Any, status: int) -> NoReturn:
         save(trainer, self.path)
         if trainer.is_global_zero:
             print(f"\nStopped; nothing is lost. {self.advice}", flush=True)
-        raise SystemExit(status)
+        # The first process's status is the run's; Lightning kills it when another one's is not 0.
+        raise SystemExit(status if trainer.is_global_zero else 0)

@@ -1,4 +1,4 @@
-"""One progress bar in images: how far, how fast, how good, how long still."""
+"""One progress bar: how far, how fast, how good, how long still."""
 
 import time
 from typing import Any
@@ -24,10 +24,13 @@ class ProgressBar(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Draw the bar."""
         self.started, self.images_at_start = time.monotonic(), pl_module.images_seen
+        self._open(trainer, "images", pl_module.images, pl_module.images_seen)
+
+    def _open(self, trainer: Any, unit: str, total: int, completed: int = 0) -> None:
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
         self.progress = Progress(
-            TextColumn("images"),
+            TextColumn(unit),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.completed:,.0f} of {task.total:,.0f}  {task.fields[text]}"),
@@ -36,7 +39,7 @@ class ProgressBar(Callback):
             console=self.console,
             auto_refresh=False,  # a refreshing thread would take the interpreter from the training loop
         )
-        self.task = self.progress.add_task("", total=pl_module.images, completed=pl_module.images_seen, text="")
+        self.task = self.progress.add_task("", total=total, completed=completed, text="")
         self.progress.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -48,6 +51,8 @@ class ProgressBar(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Say how good it is by now."""
+        if trainer.state.fn == "validate":
+            self._close()
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking and self.progress is None:
             done = f"{pl_module.images_seen:,} of {pl_module.images:,} images"
             print(f"{done}  {self._text(trainer, pl_module)}", flush=True)
@@ -56,13 +61,43 @@ class ProgressBar(Callback):
         """Leave the full bar standing."""
         if self.progress is not None:
             self.progress.update(self.task, completed=pl_module.images_seen, text=self._text(trainer, pl_module))
+        self._close()
+
+    def _close(self) -> None:
+        if self.progress is not None:
             self.progress.refresh()
             self.progress.stop()
             self.progress = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Free the terminal."""
-        self.on_train_end(trainer, pl_module)
+        self._close()
+
+    # Measuring: `test`, and `validate` outside of training
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Draw a bar over this process's share of the pictures."""
+        self._open(trainer, "pictures", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(self, trainer: Any, *args: Any) -> None:
+        """One more."""
+        if self.progress is not None:
+            self.progress.advance(self.task)
+            self.progress.refresh()
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the full bar standing."""
+        self._close()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """See `on_test_start`."""
+        if trainer.state.fn == "validate":
+            self._open(trainer, "pictures", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        """See `on_test_batch_end`."""
+        if trainer.state.fn == "validate":
+            self.on_test_batch_end(trainer)
 
     def _text(self, trainer: Any, pl_module: Any) -> str:
         rate = (pl_module.images_seen - self.images_at_start) / (time.monotonic() - self.started)

@@ -86,7 +86,9 @@ class RunRecord(Callback):
             known = {**self.facts, "weights": weights, "hardware": hardware(trainer)}
         known["data"] = {**known.get("data", {}), **trainer.datamodule.survey.fingerprints()}
         metrics = {**known.get("metrics", {}), **metrics}  # a set that is not here today may have been measured before
-        self._write(trainer, {**known, "absent": trainer.datamodule.absent, "metrics": metrics})
+        self._write(
+            trainer, {**known, "absent": [line.partition(":")[0] for line in trainer.datamodule.absent], "metrics": metrics}
+        )
 
     def _write(self, trainer: Any, record: dict[str, Any]) -> None:
         if trainer.is_global_zero:

@@ -52,6 +52,8 @@ class DataSet:
     count: dict[str, int] = field(default_factory=dict)
     arrays: str = ""
     equal_is_grey: bool = False
+    manifest_of: str = ""
+    large: bool = False
 
     @property
     def path(self) -> Path:
@@ -101,7 +103,7 @@ class DataSet:
 
     def manifest(self) -> dict[str, tuple[str, str]]:
         """What the set must hold: file name to (sha256 of its decoded pixels, sha256 of the file or '-')."""
-        path = MANIFESTS / f"{self.name}.txt"
+        path = MANIFESTS / f"{self.manifest_of or self.name}.txt"
         if not path.exists():
             return {}
         rows = (line.split(maxsplit=2) for line in path.read_text().splitlines() if not line.startswith("#"))
@@ -111,6 +113,9 @@ class DataSet:
         """In a word whether the set is here: 'here', 'absent', or '201 of 400' files."""
         if self.arrays:
             return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
+        if self.large:
+            first = next((path for pattern in self._patterns(None, None) for path in self.path.glob(pattern)), None)
+            return "here" if first else "absent"
         found, wanted = len(self.files()), self.wanted()
         return "absent" if not found else "here" if found >= wanted else f"{found} of {wanted}"
 
@@ -239,10 +244,12 @@ def download(data_set: DataSet) -> int:
     if data_set.get != "files":
         raise MissingData(f"{data_set.name} cannot be downloaded: {data_set.how()}")
     import pooch
+    from rich.console import Console
+    from rich.progress import track
 
     registry = {name: f"sha256:{whole}" for name, (_, whole) in data_set.manifest().items()}
     store = pooch.create(path=data_set.path, base_url=data_set.url, registry=registry, retry_if_failed=3)
-    for name in registry:
+    for name in track(registry, description=data_set.name, disable=not Console().is_terminal):
         try:
             store.fetch(name)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong checksum

@@ -46,7 +46,8 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         budget = recipe.content["data"]["init_args"].get("batch_size", 16) * steps * (pairs + 1)
-        overrides = ["--model.images", str(budget), "--validate_every", str(budget), "--run", "bench", "--data.test", "[]"]
+        overrides = ["--model.images", str(budget), "--validate_every", str(budget), "--run", "bench"]
+        overrides += ["--data.test", "[]", "--trainer.devices", "1"]
         cli = DarkroomCLI("fit", recipe, overrides)
         cli.trainer.limit_val_batches = 0
         cli.trainer.num_sanity_val_steps = 0

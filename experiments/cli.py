@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,10 @@ import jsonargparse
 import lightning as L
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -36,8 +40,8 @@ from datamodules.sampler import Slice
 from experiments import records
 from experiments.complaints import explain, parameters
 from experiments.recipes import Recipe
-from experiments.runs import Run, newest_finished, open_run
-from modules.lightning_adapter import NoProfiler
+from experiments.runs import Run, newest_finished, open_run, own_name
+from modules.lightning_adapter import NoProfiler, Replicas
 from modules.method import Method
 
 known_options: list[str] = []  # of the parser that was built last, to name the nearest to a mistyped one
@@ -107,26 +111,39 @@ class DarkroomCLI(LightningCLI):
         for key in sorted(set(vars(model)) & set(vars(data))):
             if model[key] != data[key]:
                 raise Refused(f"model.{key} is {model[key]}, but data.{key} is {data[key]}")
+        if data.batch_size < 1:
+            raise Refused(f"data.batch_size: {data.batch_size} is not a batch")
+        if any(re.match(r"--data\.(init_args\.)?seed\b", word) for word in self.overrides):
+            raise Refused("data.seed follows seed_everything: take --seed_everything")
         self.config.trainer.val_check_interval = max(1, self.config.validate_every // data.batch_size)
         self.config.trainer.check_val_every_n_epoch = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer, with the run's callbacks and loggers."""
-        self.trainer_defaults["callbacks"] = [Preflight()]
+        self.trainer_defaults["callbacks"] = [Preflight(), ProgressBar(self.config.monitor)]
         if self.command == "test" and self.config.record:
             self.trainer_defaults["callbacks"].append(RunRecord(Path(self.config.record), self.facts()))
         if self.command != "fit":
-            return super().instantiate_trainer(logger=False)
+            return self.checked_trainer()
         self.run = open_run(self.recipe, self.config.run)
         self.trainer_defaults["callbacks"] += [
-            ProgressBar(self.config.monitor),
             Samples(self.run.samples),
             RunRecord(self.run.record, self.facts()),
             Checkpoints(self.run.checkpoints, self.config.monitor),
             Preemption(self.run.checkpoints / "last.ckpt", f"Go on with: {self.again()}"),
         ]
         profiler = self.config_init.trainer.profiler or NoProfiler()
-        return super().instantiate_trainer(logger=False, default_root_dir=str(self.run.folder), profiler=profiler)
+        return self.checked_trainer(default_root_dir=str(self.run.folder), profiler=profiler)
+
+    def checked_trainer(self, **settings: Any) -> L.Trainer:
+        """The Trainer, unless its gradients would not be averaged as `modules/gradients.py` does it."""
+        try:
+            trainer = super().instantiate_trainer(logger=False, **settings)
+        except ValueError as error:  # Lightning's own words about settings that do not go together
+            raise Refused(" ".join(str(error).split())) from None
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | Replicas):
+            raise Refused(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; take 'auto' or 'ddp'")
+        return trainer
 
     def facts(self) -> dict[str, Any]:
         """What the record of this run can say before it starts."""
@@ -140,7 +157,7 @@ class DarkroomCLI(LightningCLI):
             at = typed.index("--run")
             del typed[at : at + 2]
         name = self.recipe.name if self.recipe.path.parent.name == "recipes" else str(self.recipe.path)
-        return "darkroom " + shlex.join(["fit", name, *typed, "--run", self.run.folder.name])
+        return f"{own_name()} " + shlex.join(["fit", name, *typed, "--run", self.run.folder.name])
 
 
 def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
@@ -160,8 +177,10 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
         raise Refused(explain(str(error), known_options)) from None
     except (yaml.YAMLError, MisconfigurationException) as error:
         raise Refused(" ".join(str(error).split())) from None
-    except ValueError as error:  # of a constructor of ours; jsonargparse wraps it into many lines
-        raise Refused(str(error.__cause__ or error)) from None
+    except ValueError as error:
+        if isinstance(error.__cause__, Refused):  # of a constructor of ours; jsonargparse wraps it into many lines
+            raise error.__cause__ from None
+        raise
     try:
         COMMANDS[command](cli)
     except MisconfigurationException as error:
@@ -174,19 +193,32 @@ def fit(cli: DarkroomCLI) -> None:
     run, trainer, model = cli.run, cli.trainer, cli.model
     if not list(model.parameters()):
         raise Refused(f"{type(model).__name__} has nothing to train: darkroom test {cli.recipe.name} measures it")
-    resumed_at, checkpoint = prepare(cli, run)
-    trainer.loggers = loggers(cli, run, resumed_at)
-    measurable = can_be_measured(cli)
-    settle_memory()
-    trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    if not measurable:
-        tell(f"run       {run.folder}")
-        return
-    load_weights(model, run.checkpoints / "best.ckpt")
-    trainer.loggers = []
-    trainer.test(model, cli.datamodule, verbose=False)
-    say_results(trainer, cli)
+    with alone(cli, run):
+        resumed_at, checkpoint = prepare(cli, run)
+        trainer.loggers = loggers(cli, run, resumed_at)
+        measurable = can_be_measured(cli)
+        settle_memory()
+        trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        if measurable:
+            load_weights(model, run.checkpoints / "best.ckpt")
+            trainer.loggers = []
+            trainer.test(model, cli.datamodule, verbose=False)
+            say_results(trainer, cli)
     tell(f"run       {run.folder}")
+
+
+@contextmanager
+def alone(cli: DarkroomCLI, run: Run) -> Iterator[None]:
+    """Make the run's folder and hold it against other commands; the system frees it when this process ends."""
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not cli.trainer.is_global_zero:
+            yield
+            return
+        with FileLock(run.folder / ".lock", blocking=False):
+            yield
+    except Timeout:
+        raise Refused(f"run '{run.folder.name}' is being written by another process; another --run starts anew") from None
 
 
 def can_be_measured(cli: DarkroomCLI) -> bool:
@@ -209,7 +241,7 @@ def settle_memory() -> None:
 
 
 def prepare(cli: DarkroomCLI, run: Run) -> tuple[int, Path | None]:
-    """Make the run's folder, or find where the run that stands in it goes on: images seen, and the checkpoint."""
+    """Find where the run that stands in the folder goes on: images seen, and the checkpoint; leave the configuration there."""
     last = run.checkpoints / "last.ckpt"
     resumed_at, checkpoint = 0, None
     if last.exists():
@@ -222,11 +254,7 @@ def prepare(cli: DarkroomCLI, run: Run) -> tuple[int, Path | None]:
         refuse_another_network(cli, run)
         checkpoint = last
         tell(f"going on with {run.folder} after {resumed_at:,} images")
-    try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_config(cli, run)
-    except OSError as error:
-        raise Refused(f"cannot write to {run.folder}: {error.strerror}") from None
+    write_config(cli, run)
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
         raise Refused(f"only {free // 2**20} MiB are free at {run.folder}; at least 256 are needed")
     return resumed_at, checkpoint
@@ -237,6 +265,8 @@ def refuse_another_network(cli: DarkroomCLI, run: Run) -> None:
     began = yaml.safe_load(run.config.read_text())
     now = yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True))
     free = {"images", "learning_rate", "warmup", "workers", "test", "skip_bad"}
+    if began["monitor"] != now["monitor"]:
+        raise Refused(f"run '{run.folder.name}' began with monitor {began['monitor']}, not {now['monitor']}")
     for part in ("model", "data"):
         old, new = ({"class_path": side[part]["class_path"], **side[part]["init_args"]} for side in (began, now))
         for key in sorted((old.keys() | new.keys()) - free):
@@ -250,7 +280,9 @@ def refuse_another_network(cli: DarkroomCLI, run: Run) -> None:
 @rank_zero_only
 def write_config(cli: DarkroomCLI, run: Run) -> None:
     """Leave the resolved configuration in the run's folder; `darkroom fit <it>` repeats the run."""
-    run.config.write_text(cli.parser.dump(cli.config, skip_link_targets=True))
+    config = cli.config.clone()
+    config.pop("run")
+    run.config.write_text(cli.parser.dump(config, skip_link_targets=True, skip_validation=True))
 
 
 def loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:

@@ -15,6 +15,7 @@ from datamodules.pictures import Picture, pictures_of
 from datamodules.resize import imresize
 from experiments.cli import execute
 from experiments.recipes import find_recipe
+from experiments.runs import own_name
 from modules.bicubic import Bicubic
 from modules.superresolution import SuperResolutionMethod
 
@@ -25,7 +26,7 @@ DETAILS = {"astronaut": (168, 60, 108), "chelsea": (120, 75, 108), "china": (150
 
 def demo() -> None:
     """Train ESPCN x3 on the embedded photographs, measure it beside bicubic on three others, and paint the difference."""
-    cli = execute("fit", find_recipe("espcn/demo"), [])
+    cli = execute("fit", find_recipe("espcn/demo"), ["--trainer.devices", "1"])
     network = cli.model.cpu().eval()
     scale = network.scale
     figures = {"bicubic": measure(Bicubic(scale), scale), "ESPCN": measure(network, scale)}
@@ -40,9 +41,10 @@ def demo() -> None:
     comparison(network, pictures_of(TEST)).save(picture)
     console.print(f"look at   {picture}  (input, bicubic, ESPCN, original)", soft_wrap=True)
     console.print(f"run       {cli.run.folder}  (configuration, figures, samples, weights, record)", soft_wrap=True)
-    console.print("next      darkroom predict espcn --input YOUR_PHOTO.jpg --output out/", soft_wrap=True)
-    console.print("          darkroom reproduce espcn      the paper's tables, our figures beside theirs", soft_wrap=True)
-    console.print("          darkroom list                 all recipes, and which data are here", soft_wrap=True)
+    command = own_name()
+    console.print(f"next      {command} predict espcn --input YOUR_PHOTO.jpg --output out/", soft_wrap=True)
+    console.print(f"          {command} reproduce espcn      the paper's tables, our figures beside theirs", soft_wrap=True)
+    console.print(f"          {command} list                 all recipes, and which data are here", soft_wrap=True)
 
 
 def measure(method: SuperResolutionMethod, scale: int) -> dict[str, float]:

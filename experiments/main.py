@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
+import time
 from difflib import get_close_matches
 from importlib.metadata import version
 from typing import NoReturn
 
 from datamodules.refused import Refused
-from experiments.recipes import find_recipe
+from experiments.recipes import find_recipe, recipes
 
 HELP = """\
 usage: darkroom COMMAND ...
@@ -36,6 +37,19 @@ environment
   DARKROOM_RUNS              where runs are kept (now: {runs})
 """
 
+RUN_HELP = """\
+usage: darkroom {command} RECIPE [--KEY VALUE ...]
+
+  RECIPE is one of: {recipes}
+  or a path to a YAML file. darkroom list tells what each is.
+
+  darkroom {command} RECIPE --help lists every key that can be given anew.
+"""
+
+
+PARENT = os.getppid()
+PATIENCE = 8  # seconds that the first process of a run has to end when the others have
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out a command line.
@@ -47,11 +61,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return dispatch(words)
     except Refused as error:
-        print(f"darkroom: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except BrokenPipeError:  # `darkroom list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def complain(error: Refused) -> None:
+    """Say it once: what is wrong in one process of a run is, as a rule, wrong in all, and the first has said it and ended."""
+    if (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
+        print(f"darkroom: {error}", file=sys.stderr)
+        return
+    time.sleep(PATIENCE)
+    if os.getppid() == PARENT:
+        print(f"darkroom: process {rank}: {error}", file=sys.stderr)
 
 
 def dispatch(words: list[str]) -> int:
@@ -76,7 +100,8 @@ def dispatch(words: list[str]) -> int:
 
 def _run(command: str, rest: list[str]) -> int:
     if rest[:1] in (["-h"], ["--help"]):
-        raise Refused(f"darkroom {command} RECIPE --help lists the keys of that recipe; darkroom list shows the recipes")
+        print(RUN_HELP.format(command=command, recipes=" ".join(recipe.name for recipe in recipes())))
+        return 0
     if not rest or rest[0].startswith("-"):
         raise Refused(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")
     recipe = find_recipe(rest[0])

@@ -62,8 +62,10 @@ def find_recipe(name: str) -> Recipe:
     if full in known:
         return known[full]
     if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
+        path = Path(name)
+        if not path.is_file():
             raise Refused(f"no recipe file {name}")
-        return Recipe(Path(name).stem, Path(name))
+        shipped = (recipe for recipe in known.values() if recipe.path.resolve() == path.resolve())
+        return next(shipped, Recipe(path.stem, path))
     near = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
     raise Refused(f"no recipe '{name}'; did you mean '{near[0]}'? (darkroom list shows all)")

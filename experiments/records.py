@@ -29,7 +29,7 @@ CHECKED_OTHERWISE = {
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Hash of what the recipe decides; comments, the order of keys, and which sets are measured afterwards do not count."""
     content = recipe.content
-    content["data"]["init_args"].pop("test", None)
+    content["data"].get("init_args", {}).pop("test", None)
     return _hash(json.dumps(content, sort_keys=True))
 
 
@@ -41,7 +41,11 @@ def code_fingerprint(module: str) -> str:
         name = pending.pop()
         if name in seen or name in CHECKED_OTHERWISE:
             continue
-        tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        if not path.exists():  # a class of the user's own, or of a library
+            seen[name] = ""
+            continue
+        tree = ast.parse(path.read_text())
         pending += [
             node.module
             for node in ast.walk(tree)
@@ -73,7 +77,8 @@ class _Essence(ast.NodeTransformer):
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """What a record of this recipe must carry to be current: of the recipe, of the method's, data's and protocols' code."""
     content = recipe.content
-    parts = {"method": [content["model"]], "data": [content["data"]], "protocol": content["trainer"]["callbacks"]}
+    callbacks = content.get("trainer", {}).get("callbacks", [])
+    parts = {"method": [content["model"]], "data": [content["data"]], "protocol": callbacks}
     code = {
         part: _hash("".join(code_fingerprint(entry["class_path"].rpartition(".")[0]) for entry in entries))
         for part, entries in parts.items()

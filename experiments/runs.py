@@ -3,10 +3,13 @@
 import itertools
 import json
 import os
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.refused import Refused
 from experiments.recipes import Recipe
 
 
@@ -47,6 +50,15 @@ class Run:
         return self.record.exists() and "images" in json.loads(self.record.read_text())
 
 
+def own_name() -> str:
+    """How the user calls this command: "darkroom" where that is on the path."""
+    if shutil.which("darkroom"):
+        return "darkroom"
+    if Path(sys.argv[0]).name == "darkroom":
+        return sys.argv[0]
+    return f"{Path(sys.executable).name} -m experiments"
+
+
 def runs_root() -> Path:
     """Where runs are kept: the environment variable DARKROOM_RUNS, else `runs` in the current folder."""
     return Path(os.environ.get("DARKROOM_RUNS", "runs"))
@@ -61,6 +73,8 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
     if folder and os.environ.get("LOCAL_RANK", "0") != "0":
         return Run(Path(folder))
     name = name or os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":  # torchrun's own default: every such run would be the same
+        raise Refused("under torchrun, name the run: --run NAME, or torchrun --rdzv-id NAME")
     parent = runs_root() / recipe.name
     run = Run(parent / name if name else _new_folder(parent))
     os.environ["DARKROOM_RUN_FOLDER"] = str(run.folder)

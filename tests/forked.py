@@ -1,34 +1,64 @@
-"""Runs in a process of their own, forked from this one: everything is imported already, and a SIGKILL kills only them."""
+"""Runs in a process of their own, forked from a server that has imported everything and computed nothing.
 
+A SIGKILL kills only them, they start at once, and torch's threads (which a fork does not survive) are not there yet.
+"""
+
+import contextlib
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from experiments.records import ROOT
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.preloaded"])
+with contextlib.chdir(ROOT):  # where it finds that module
+    forkserver.ensure_running()
+
 
 def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -> int:
-    """Call a function in a child process; its exit status (negative: killed by that signal)."""
+    """Call a function of a module in a child process, in this one's folder and environment.
 
-    def child() -> None:
-        os.environ.pop("DARKROOM_RUN_FOLDER", None)
-        if output is not None:
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-            os.dup2(1, 2)
-            sys.stdout = sys.stderr = os.fdopen(1, "w")  # pytest's own stdout writes elsewhere
-        action(*args)
+    Args:
+        action: returns nothing or its exit status.
+        args: its arguments.
+        output: file for what it prints; else that is printed here, when it has ended.
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(timeout=300)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        raise TimeoutError(f"{action} took more than five minutes")
+    Returns:
+        Its exit status (negative: killed by that signal).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [str(output or Path(folder, name)) for name in ("stdout", "stderr")]
+        process = SERVER.Process(target=_child, args=(action, args, streams, str(Path.cwd()), dict(os.environ)))
+        process.start()
+        process.join(timeout=300)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise TimeoutError(f"{action} took more than five minutes")
+        if output is None:
+            for stream, name in zip((sys.stdout, sys.stderr), streams, strict=True):
+                stream.flush()
+                os.write(1 if stream is sys.stdout else 2, Path(name).read_bytes())
     return process.exitcode
+
+
+def _child(action: Callable[..., Any], args: Any, streams: list[str], folder: str, environment: dict[str, str]) -> None:
+    for number, name in enumerate(streams, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.pop("DARKROOM_RUN_FOLDER", None)
+    os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run of its own
+    sys.exit(action(*args))
 
 
 def write_recipe(path: Path, photos: Path, model: dict[str, Any], **data: Any) -> Path:

@@ -77,7 +77,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
 def test_mistakes_are_answered_in_one_line(workplace, monkeypatch, capfd, words, says):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(workplace))
-    status = forked(lambda: sys.exit(main(words)))
+    status = forked(main, words)
     error = capfd.readouterr().err
     assert status == 2
     lines = [line for line in error.splitlines() if line.startswith("darkroom: ")]
@@ -90,7 +90,7 @@ def test_an_unknown_key_in_a_file_is_named_too(workplace, capfd):
     content = find_recipe(DEMO).content
     content["model"]["init_args"]["scael"] = 3
     (workplace / "mine.yaml").write_text(yaml.safe_dump(content))
-    assert forked(lambda: sys.exit(main(["fit", "mine.yaml"]))) == 2
+    assert forked(main, ["fit", "mine.yaml"]) == 2
     assert "unknown key 'model.scael' of modules.espcn.ESPCN; did you mean 'model.scale'?" in capfd.readouterr().err
 
 
@@ -109,6 +109,7 @@ def test_a_run_leaves_its_folder(workplace, recipe):
     folder = workplace / "runs/tiny/one"
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert left == {
+        ".lock",
         "config.yaml",
         "metrics.csv",
         "record.json",
@@ -160,14 +161,14 @@ def test_what_is_typed_wins_over_the_checkpoint(workplace, recipe):
 def test_another_network_or_data_is_another_run(workplace, recipe, capfd, change, says):
     words = ["fit", str(recipe), "--run", "one", "--data.test", "[]"]
     assert forked(main, words) == 0
-    assert forked(lambda: sys.exit(main([*words, "--model.images", "80", *change]))) == 2
+    assert forked(main, [*words, "--model.images", "80", *change]) == 2
     assert says in capfd.readouterr().err
 
 
 def test_damaged_test_pictures_stop_the_run_before_it_trains(workplace, recipe, photos, capfd):
     (workplace / "mine").mkdir()
     (workplace / "mine/cut.png").write_bytes(sorted(photos.glob("*.png"))[0].read_bytes()[:2000])
-    assert forked(lambda: sys.exit(main(["fit", str(recipe), "--data.test", "[mine]"]))) == 2
+    assert forked(main, ["fit", str(recipe), "--data.test", "[mine]"]) == 2
     output = capfd.readouterr()
     assert "mine/cut.png: cut short" in output.err
     assert "images" not in output.out
@@ -255,7 +256,7 @@ def test_predict_is_the_network_and_bicubic_chroma(workplace, photos):
 def test_predict_names_what_it_cannot_read(workplace, capfd, make, says):
     (workplace / "in").mkdir()
     make(workplace / "in")
-    assert forked(lambda: sys.exit(main(["predict", "espcn/t91_x3", "--input", "in"]))) == 2
+    assert forked(main, ["predict", "espcn/t91_x3", "--input", "in"]) == 2
     assert says in capfd.readouterr().err
 
 
@@ -264,7 +265,7 @@ def test_predict_does_not_write_over_its_inputs(workplace, photos, capfd):
     (workplace / "in").mkdir()
     Image.open(source).convert("RGB").save(workplace / "in/a.jpg")
     (workplace / "in/a.png").write_bytes(source.read_bytes())
-    assert forked(lambda: sys.exit(main(["predict", "espcn/t91_x3", "--input", "in", "--output", "in"]))) == 2
+    assert forked(main, ["predict", "espcn/t91_x3", "--input", "in", "--output", "in"]) == 2
     assert (workplace / "in/a.png").read_bytes() == source.read_bytes()
     assert "would be overwritten" in capfd.readouterr().err
 
@@ -278,7 +279,7 @@ def test_weights_that_do_not_fit_are_named(workplace, capfd):
         "--ckpt",
         str(ROOT / "experiments/espcn/weights/t91_x3.safetensors"),
     ]
-    assert forked(lambda: sys.exit(main(words))) == 2
+    assert forked(main, words) == 2
     assert "does not fit this model: 'network.4.bias' is (9,) there, the model needs (16,)" in capfd.readouterr().err
 
 
@@ -286,7 +287,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(workplace, capfd):
     import pickle
 
     (workplace / "evil.ckpt").write_bytes(pickle.dumps(print))
-    assert forked(lambda: sys.exit(main(["test", "espcn/t91_x3", "--ckpt", "evil.ckpt"]))) == 2
+    assert forked(main, ["test", "espcn/t91_x3", "--ckpt", "evil.ckpt"]) == 2
     assert "evil.ckpt" in capfd.readouterr().err
 
 

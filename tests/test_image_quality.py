@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from callbacks.image_quality import ImageQuality, psnr_y, ssim_y
@@ -9,6 +8,7 @@ from datamodules.pairs import Pictures
 from datamodules.pictures import pictures_of
 from datamodules.refused import Refused
 from modules.bicubic import Bicubic
+from tests.forked import SERVER
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,8 @@ def _process(rank, pair, store, queue):
 
 
 def test_two_processes_with_uneven_shares_give_the_same_figures(pair, tmp_path):
-    context = mp.get_context("fork")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_process, args=(r, pair, tmp_path / "store", queue)) for r in (0, 1)]
+    queue = SERVER.SimpleQueue()
+    processes = [SERVER.Process(target=_process, args=(r, pair, tmp_path / "store", queue)) for r in (0, 1)]
     for process in processes:
         process.start()
     results = [queue.get(), queue.get()]

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -36,7 +35,7 @@ def test_command(command, workplace, capfd):
     extra = {"fit": SHORT, "bench": ["--pairs", "2", "--steps", "2"]}.get(words[1], [])
     if words[1] == "predict":
         Image.open(locate("photographs/test")[0]).resize((60, 50)).save(words[words.index("--input") + 1])
-    assert forked(lambda: sys.exit(main(words[1:] + extra))) == 0, capfd.readouterr().err
+    assert forked(main, words[1:] + extra) == 0, capfd.readouterr().err
 
 
 def test_commands_within_sentences_exist():

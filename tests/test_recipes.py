@@ -2,7 +2,6 @@
 
 import importlib
 import shutil
-import sys
 
 import pytest
 import torch
@@ -32,13 +31,14 @@ def test_header_states_cell_figure_time_and_command(recipe):
     assert any(line.startswith("Command:") and recipe.name in line for line in header)
 
 
+def build(recipe):
+    cli = DarkroomCLI("fit", recipe, [])
+    assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
+
+
 @pytest.mark.parametrize("recipe", ALL, ids=names)
 def test_parses_and_builds_without_memory(recipe, workplace):
-    def build():
-        cli = DarkroomCLI("fit", recipe, [])
-        assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
-
-    assert forked(build) == 0
+    assert forked(build, recipe) == 0
     module, _, name = recipe.content["model"]["class_path"].rpartition(".")
     with torch.device("meta"):
         model = getattr(importlib.import_module(module), name)(**recipe.content["model"]["init_args"])
@@ -72,14 +72,14 @@ def test_a_few_real_steps_on_its_data_sets_layout(recipe, workplace):
         shrunk += ["--data.kept", "3"]
     monitor = "photographs-test" if data["train"] == "photographs/train" else f"{data['train']}-kept"
     shrunk += ["--monitor", f"{monitor}/psnr/y-shave{data['scale']}"]
-    assert forked(lambda: sys.exit(main(["fit", recipe.name, "--run", "short", *shrunk]))) == 0
+    assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
     assert (workplace / "runs" / recipe.name / "short/record.json").exists()
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=names)
 def test_what_is_not_trained_is_measured(recipe, workplace):
     words = ["test", recipe.name, "--record", "record.json", "--data.test", "[photographs/test]"]
-    assert forked(lambda: sys.exit(main(words))) == 0
+    assert forked(main, words) == 0
     assert (workplace / "record.json").exists()
 
 
@@ -99,7 +99,7 @@ def test_table_rows_name_recipes_that_exist():
 
 @pytest.mark.slow
 def test_the_demo_as_it_is(workplace, capfd):
-    assert forked(lambda: sys.exit(main(["demo"]))) == 0
+    assert forked(main, ["demo"]) == 0
     output = capfd.readouterr().out
     figures = {line.split()[1]: float(line.split()[3]) for line in output.splitlines() if " dB " in line}
     assert figures["ESPCN"] > figures["bicubic"] + 0.5

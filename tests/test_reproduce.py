@@ -1,7 +1,6 @@
 """Records, fingerprints, and the tables rendered from them."""
 
 import json
-import sys
 
 import pytest
 import yaml
@@ -143,7 +142,7 @@ def test_a_run_of_another_recipe_is_not_kept(tmp_path):
 def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workplace, monkeypatch, capfd):
     """Without data, nothing of the paper's is feasible; current records stay as they are."""
     before = {path: path.read_bytes() for path in (ROOT / "experiments").glob("*/records/*.json")}
-    assert forked(lambda: sys.exit(main(["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]))) == 0
+    assert forked(main, ["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]) == 0
     assert "espcn/imagenet_x3: not feasible here, imagenet not here" in capfd.readouterr().out
     assert before == {path: path.read_bytes() for path in (ROOT / "experiments").glob("*/records/*.json")}
 
@@ -175,7 +174,7 @@ def test_committed_weights_give_the_recorded_figures(with_real_data, tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_RUNS", str(tmp_path / "runs"))
     words = ["test", "espcn/t91_x3", "--record", "record.json", "--data.test", "[set5]"]
-    assert forked(lambda: sys.exit(main(words))) == 0
+    assert forked(main, words) == 0
     measured = json.loads((tmp_path / "record.json").read_text())["metrics"]["set5"]["psnr/y-shave3"]["mean"]
     recorded = committed_records("espcn/t91_x3")[0]["metrics"]["set5"]["psnr/y-shave3"]["mean"]
     assert measured == pytest.approx(recorded, abs=1e-3)

@@ -1,9 +1,8 @@
 """The contract that every method passes, inherited by its test class."""
 
+import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +14,7 @@ from datamodules.refused import Refused
 from datamodules.superresolution import SuperResolution
 from experiments.cli import execute
 from experiments.recipes import find_recipe
-from experiments.records import ROOT
-from tests.forked import forked, write_recipe
+from tests.forked import forked, launched, write_recipe
 
 
 def fit(recipe: Path, *overrides: str) -> None:
@@ -86,7 +84,7 @@ class Contract:
         expected = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 85, "SIGINT": 130}[signal_at.partition("@")[0]]
         assert status == expected, output.read_text()
         if expected > 0:
-            assert f"darkroom fit {recipe} {loader} --run broken" in output.read_text()
+            assert f" fit {recipe} {loader} --run broken" in output.read_text()
         assert checkpoint(workplace, recipe, "broken")["images_seen"] < 60
         monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
         assert forked(fit, recipe, "--run", "broken", loader) == 0
@@ -114,13 +112,9 @@ class Contract:
         assert_equal(checkpoint(workplace, recipe, "house")["state_dict"], method.state_dict())
 
     def test_two_processes_with_half_the_batch_equal_one(self, workplace, recipe):
-        exact = ["--model", self.steady, "--trainer.precision", "64-true"]
+        exact = ["--model", self.steady, "--trainer.precision", "64-true", "--data.test", "[photographs/test]"]
         assert forked(fit, recipe, "--run", "one", *exact) == 0
-        words = ["fit", str(recipe), "--run", "two", "--trainer.devices", "2", *exact]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments", *words], env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = launched("fit", recipe, "--run", "two", "--trainer.devices", "2", *exact)
         assert done.returncode == 0, done.stderr
         left, right = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("one", "two"))
         for name in left:
@@ -128,6 +122,9 @@ class Contract:
         logs = [read_log(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in ("one", "two")]
         figures = [[float(row["value"]) for row in log] for log in logs]
         assert figures[0] == pytest.approx(figures[1], abs=1e-6)
+        one, two = (json.loads((workplace / "runs" / recipe.stem / run / "record.json").read_text()) for run in ("one", "two"))
+        for protocol, of_one in one["metrics"]["photographs-test"].items():  # three pictures: the shares are uneven
+            assert of_one["pictures"] == pytest.approx(two["metrics"]["photographs-test"][protocol]["pictures"], abs=1e-5)
 
     def test_bf16_stays_near_fp32(self, workplace, recipe):
         assert forked(fit, recipe, "--run", "own optimizer", "--trainer.precision", "bf16-mixed") == 0

@@ -3,13 +3,12 @@
 A SIGKILL kills only them, they start at once, and torch's threads (which a fork does not survive) are not there yet.
 """
 
-import contextlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from experiments.records import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preloaded"])
-with contextlib.chdir(ROOT):  # where it finds that module
-    forkserver.ensure_running()
 
 
 def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -> int:
@@ -59,6 +56,13 @@ def _child(action: Callable[..., Any], args: Any, streams: list[str], folder: st
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run of its own
     sys.exit(action(*args))
+
+
+def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A darkroom command in a process of its own, which may launch others."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments", *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def write_recipe(path: Path, photos: Path, model: dict[str, Any], **data: Any) -> Path:

@@ -1,0 +1,70 @@
+"""What several processes do together, and what a run does when its numbers break."""
+
+import pytest
+import torch
+from filelock import FileLock
+
+from callbacks.csv_log import read_log
+from experiments.main import main
+from modules.gradients import buckets
+from tests.contract import assert_equal, checkpoint
+from tests.forked import forked, launched, write_recipe
+
+TWO = ["--trainer.devices", "2"]
+
+
+@pytest.fixture
+def recipe(workplace, photos):
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60, "warmup": 8}}
+    return write_recipe(workplace / "tiny.yaml", photos, model)
+
+
+def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterrupted_one(workplace, recipe, monkeypatch):
+    assert launched("fit", recipe, "--run", "whole", *TWO).returncode == 0
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@1")
+    broken = launched("fit", recipe, "--run", "broken", *TWO)
+    assert broken.returncode == 85, broken.stderr
+    assert broken.stdout.count("nothing is lost") == 1
+    assert 24 < checkpoint(workplace, recipe, "broken")["images_seen"] < 40  # a step after the signal, or two
+    monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
+    assert launched("fit", recipe, "--run", "broken", *TWO).returncode == 0
+    left, right = (checkpoint(workplace, recipe, run) for run in ("whole", "broken"))
+    for key in ("state_dict", "optimizer_states", "images_seen", "SuperResolution", "global_step"):
+        assert_equal(left[key], right[key], key)
+    logs = [read_log(workplace / "runs/tiny" / run / "metrics.csv") for run in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("processes", [[], TWO], ids=["one", "two"])
+def test_a_loss_that_breaks_stops_the_run_in_one_line(workplace, recipe, processes):
+    ended = launched("fit", recipe, "--run", "broken", "--model.learning_rate", "1e30", *processes)
+    assert ended.returncode == 2, ended.stderr
+    complaints = [line for line in ended.stderr.splitlines() if line.startswith("darkroom: ")]
+    assert len(complaints) == 1
+    assert "loss 'mse' is" in complaints[0]
+    assert "lower model.learning_rate" in complaints[0]
+    assert not (workplace / "runs/tiny/broken/checkpoints/last.ckpt").exists()
+
+
+def test_weights_that_broke_between_two_logged_steps_are_not_saved(workplace, recipe, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "broken", "--model.images", "20"]) == 0
+    before = (workplace / "runs/tiny/broken/checkpoints/last.ckpt").read_bytes()
+    seldom = ["--trainer.log_every_n_steps", "1000", "--model.learning_rate", "1e30"]
+    assert forked(main, ["fit", str(recipe), "--run", "broken", *seldom]) == 2
+    assert "has values that are not finite after 40 images" in capfd.readouterr().err
+    assert (workplace / "runs/tiny/broken/checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_a_run_that_another_process_writes_is_refused(workplace, recipe, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--model.images", "20"]) == 0
+    with FileLock(workplace / "runs/tiny/one/.lock"):
+        assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
+    assert "darkroom: run 'one' is being written by another process; another --run starts anew" in capfd.readouterr().err
+
+
+def test_gradients_travel_in_buckets_of_one_type():
+    tensors = [
+        torch.zeros(n, dtype=dtype)
+        for n, dtype in ((3, torch.float32), (2, torch.float32), (9, torch.float32), (1, torch.float64))
+    ]
+    assert [[t.numel() for t in bucket] for bucket in buckets(tensors, size=24)] == [[3, 2], [9], [1]]

@@ -33,7 +33,7 @@ from modules.srcnn import SRCNN
 Step = Callable[[], None]
 
 
-def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool) -> None:
+def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float) -> None:
     """Time training in interleaved stretches, and one enlargement; print the figures by name.
 
     Args:
@@ -41,6 +41,7 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool) -> None:
         pairs: stretches of each kind.
         steps: training steps in a stretch.
         as_json: print JSON instead of a table.
+        started: `time.perf_counter()` when the command began.
     """
     quieten()
     with tempfile.TemporaryDirectory() as folder:
@@ -52,10 +53,9 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool) -> None:
         cli.trainer.limit_val_batches = 0
         cli.trainer.num_sanity_val_steps = 0
         cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
-        stopwatch = Stopwatch(cli.model, cli.datamodule, steps)
+        stopwatch = Stopwatch(cli.model, cli.datamodule, steps, started)
         cli.trainer.callbacks.append(stopwatch)
         settle_memory()
-        stopwatch.begun = time.perf_counter()
         cli.trainer.fit(cli.model, cli.datamodule)
     figures = {**training_figures(stopwatch, cli), **inference_figures(cli.model.cpu().eval())}
     if as_json:
@@ -71,14 +71,15 @@ class Stopwatch(Callback):
         method: the method under the Trainer; copies of it train in the loops.
         data: its data.
         steps: of a stretch.
+        begun: when the command began.
     """
 
-    def __init__(self, method: Method, data: SuperResolution, steps: int) -> None:
-        self.steps, self.data = steps, data
+    def __init__(self, method: Method, data: SuperResolution, steps: int, begun: float) -> None:
+        self.steps, self.data, self.begun = steps, data, begun
         self.methods = {"bare": deepcopy(method), "pil": deepcopy(method)}
         self.loops: dict[str, Step] = {}
         self.seconds: dict[str, list[float]] = {"ours": [], "bare": [], "pil": []}
-        self.begun = self.started = 0.0
+        self.started = 0.0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """At the end of a stretch, stop the clock, let the others run theirs, start it anew."""
@@ -121,6 +122,29 @@ def loop(method: Method, batches: Iterator[dict[str, Tensor]]) -> Step:
         seen += len(batch["input"])
 
     return step
+
+
+def parts(method: Method, data: SuperResolution, steps: int) -> dict[str, float]:
+    """Where a bare step's time goes: milliseconds for data, for the network forwards and backwards, for the optimizer."""
+    optimizer: Any = method.configure_optimizers()
+    batches = bare_batches(data, method.device)
+    spent = {"data_ms": 0.0, "network_ms": 0.0, "optimizer_ms": 0.0}
+    for number in range(-10, steps):  # the first ones warm up
+        optimizer.zero_grad()
+        clock = [time.perf_counter()]
+        batch = next(batches)
+        wait(method.device)
+        clock.append(time.perf_counter())
+        torch.stack(list(method.losses(batch).values())).sum().backward()
+        wait(method.device)
+        clock.append(time.perf_counter())
+        optimizer.step()
+        wait(method.device)
+        clock.append(time.perf_counter())
+        if number >= 0:
+            for name, begun, ended in zip(spent, clock, clock[1:], strict=False):
+                spent[name] += 1000 * (ended - begun) / steps
+    return spent
 
 
 def bare_batches(data: SuperResolution, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -177,6 +201,8 @@ def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
     to_pil = [pil / ours for ours, pil in zip(seconds["ours"], seconds["pil"], strict=True)]
     extra = [(ours - bare) / stopwatch.steps * 1000 for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
     device = cli.model.device
+    shares = parts(stopwatch.methods["bare"], cli.datamodule, 5 * stopwatch.steps)
+    pil_ms = 1000 * statistics.median(seconds["pil"]) / stopwatch.steps
     gflops = rate["ours"] * flops_per_image(stopwatch.methods["bare"], stopwatch.example) / 1e9
     peak = convolution_peak(device)
     return {
@@ -194,6 +220,8 @@ def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
         "step_ms": 1000 * statistics.median(seconds["ours"]) / stopwatch.steps,
         "extra_ms_per_step": statistics.median(extra),
         "extra_ms_per_step_quartiles": quartiles(extra),
+        **shares,
+        "ratio_to_pil_without_overhead": pil_ms / (shares["network_ms"] + shares["optimizer_ms"]),
         "gflops": gflops,
         "peak_gflops": peak,
         "share_of_peak": gflops / peak,
@@ -241,8 +269,23 @@ def inference_figures(method: Any) -> dict[str, Any]:
         found = pictures_of(name)
     pictures = Pictures(found, method.scale)
     lows = [pictures[i]["input"] for i in range(len(pictures))]
-    ours, srcnn = (_milliseconds(network, lows) for network in (method, SRCNN(method.scale, "9-5-5").eval()))
-    return {"inference_set": name, "inference_ms": ours, "inference_ms_srcnn": srcnn, "srcnn_to_ours": srcnn / ours}
+    networks = (method, SRCNN(method.scale, "9-5-5").eval())
+    ours, srcnn = (_milliseconds(network, lows) for network in networks)
+    flops, flops_srcnn = (_flops(network, lows[0]) for network in networks)
+    return {
+        "inference_set": name,
+        "inference_ms": ours,
+        "inference_ms_srcnn": srcnn,
+        "srcnn_to_ours": srcnn / ours,
+        "srcnn_to_ours_flops": flops_srcnn / flops,
+        "srcnn_to_ours_theory": 2.5 * method.scale**2,  # ESPCN paper, Section 1
+    }
+
+
+def _flops(network: Any, low: Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(low)
+    return counter.get_total_flops()
 
 
 def _milliseconds(network: Any, lows: list[Tensor]) -> float:
@@ -264,4 +307,13 @@ def show(recipe: Recipe, figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         shown = " ... ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else value
         table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(shown))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(
+        "What is left. Beside the bare loop: the Trainer's hooks and counters, {extra_ms_per_step:.2f} ms of Python a step. "
+        "Beside the PIL-fed loop: the network and its optimizer take {0:.1f} of our {step_ms:.1f} ms, so that data for nothing "
+        "would give {ratio_to_pil_without_overhead:.1f} times its rate. Beside the peak: small pictures and few channels; "
+        "the optimizer's {optimizer_ms:.1f} ms do not count as the network's work.".format(
+            figures["network_ms"] + figures["optimizer_ms"], **figures
+        )
+    )

@@ -47,6 +47,7 @@ usage: darkroom {command} RECIPE [--KEY VALUE ...]
 """
 
 
+STARTED = time.perf_counter()
 PARENT = os.getppid()
 PATIENCE = 8  # seconds that the first process of a run has to end when the others have
 
@@ -167,7 +168,7 @@ def _bench(rest: list[str]) -> int:
     recipe = find_recipe(chosen.recipe)
     from experiments.bench import bench
 
-    bench(recipe, chosen.pairs, chosen.steps, chosen.json)
+    bench(recipe, chosen.pairs, chosen.steps, chosen.json, STARTED)
     return 0
 
 

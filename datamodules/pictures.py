@@ -56,8 +56,8 @@ class Survey:
         Args:
             pictures: what to look at.
             minimum: pixels that each must be wide and high.
-            whole: decode each. Else headers and ends of the files are read, which takes a tenth of a millisecond a file
-                and finds all that is empty, cut short, too small, or no picture.
+            whole: decode each. Else headers and ends of the files are read, in a fraction of a millisecond each,
+                which finds all that is empty, cut short, too small, or no picture.
 
         Raises:
             BadImage: some cannot be used, and that was not allowed for; or none can.

@@ -25,7 +25,7 @@ from datamodules.catalogue import MissingData, locate
 from datamodules.pairs import Pictures
 from datamodules.pictures import pictures_of
 from datamodules.superresolution import SuperResolution
-from experiments.cli import DarkroomCLI, loggers, prepare, quieten, settle_memory
+from experiments.cli import DarkroomCLI, alone, loggers, prepare, quieten, settle_memory
 from experiments.recipes import Recipe
 from modules.method import Method
 from modules.srcnn import SRCNN
@@ -52,11 +52,12 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         cli = DarkroomCLI("fit", recipe, overrides)
         cli.trainer.limit_val_batches = 0
         cli.trainer.num_sanity_val_steps = 0
-        cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
         stopwatch = Stopwatch(cli.model, cli.datamodule, steps, started)
         cli.trainer.callbacks.append(stopwatch)
-        settle_memory()
-        cli.trainer.fit(cli.model, cli.datamodule)
+        with alone(cli, cli.run):
+            cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
+            settle_memory()
+            cli.trainer.fit(cli.model, cli.datamodule)
     figures = {**training_figures(stopwatch, cli), **inference_figures(cli.model.cpu().eval())}
     if as_json:
         print(json.dumps(figures, indent=1))

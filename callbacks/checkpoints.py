@@ -83,7 +83,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint (.ckpt) or of committed weights (.safetensors), by name."""
     if path.suffix == ".safetensors":
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ValueError("not a checkpoint, which has a state_dict")
+    return content["state_dict"]
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
@@ -91,7 +94,7 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+        digest.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -103,8 +106,9 @@ def load_weights(module: L.LightningModule, path: Path) -> None:
     """
     try:
         weights = read_weights(path)
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError, RuntimeError) as error:
-        raise Refused(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Refused(f"{path} cannot be read as weights: {reason}") from None
     wanted = module.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = (tuple(side[name].shape) if name in side else "nothing" for side in (weights, wanted))

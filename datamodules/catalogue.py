@@ -176,6 +176,8 @@ def locate(spec: str, scale: int | None = None) -> list[Path]:
             raise MissingData(f"{spec}: no pictures in this folder")
         return found
     name, _, split = spec.partition("/")
+    if name not in catalogue() and (Path(spec).is_absolute() or spec.startswith(".")):
+        raise MissingData(f"no folder {spec}")
     data_set = find(name)
     if not (found := data_set.files(split or None, scale)):
         raise MissingData(f"{spec} is not here: {data_set.how()}")

@@ -24,8 +24,10 @@ from callbacks.run_record import cpu_name, peak_memory_mib
 from datamodules.catalogue import MissingData, locate
 from datamodules.pairs import Pictures
 from datamodules.pictures import pictures_of
+from datamodules.refused import Refused
 from datamodules.superresolution import SuperResolution
-from experiments.cli import DarkroomCLI, alone, loggers, prepare, quieten, settle_memory
+from experiments.cli import DarkroomCLI, build
+from experiments.fit import alone, loggers, prepare, settle_memory
 from experiments.recipes import Recipe
 from modules.method import Method
 from modules.srcnn import SRCNN
@@ -43,13 +45,14 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         as_json: print JSON instead of a table.
         started: `time.perf_counter()` when the command began.
     """
-    quieten()
+    if "images" not in recipe.content["model"].get("init_args", {}):
+        raise Refused(f"{recipe.name} has nothing to train, and so nothing to time")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         budget = recipe.content["data"]["init_args"].get("batch_size", 16) * steps * (pairs + 1)
         overrides = ["--model.images", str(budget), "--validate_every", str(budget), "--run", "bench"]
         overrides += ["--data.test", "[]", "--trainer.devices", "1"]
-        cli = DarkroomCLI("fit", recipe, overrides)
+        cli = build("fit", recipe, overrides)
         cli.trainer.limit_val_batches = 0
         cli.trainer.num_sanity_val_steps = 0
         stopwatch = Stopwatch(cli.model, cli.datamodule, steps, started)

@@ -14,6 +14,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: of jsonargparse's ArgumentError.
         options: the valid option names of the command, without dashes.
     """
+    if "arguments are required: input" in message:
+        return "predict needs --input PICTURE_OR_FOLDER"
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         return f"unknown argument {match[1]}{_nearest(match[1].lstrip('-').partition('=')[0], options, '--')}"
     outer = _first(r'Parser key "([^"]+)"', message)
@@ -32,9 +34,17 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         if choices := [c for group in re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", message) for c in _words(group)]:
             return f"{key}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
         kinds = [kind for kind in re.findall(r"Expected an? <class '([^']+)'>", message) if kind != "NoneType"]
+        if any("Sequence" in kind for kind in kinds):
+            return f"{key}: '{value}' is not a list; write [{value}]"
         if kinds:
             return f"{key}: '{value}' is not of type {' or '.join(kinds)}"
     return " ".join(message.split())
+
+
+def one_line(message: str) -> str:
+    """A message without the traceback that a loader worker wraps around it."""
+    lines = message.strip().splitlines() or [""]
+    return lines[0] if len(lines) == 1 else lines[-1].partition(": ")[2]
 
 
 def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -13,7 +13,7 @@ from datamodules.pairs import Pictures
 from datamodules.photos import put_together
 from datamodules.pictures import Picture, pictures_of
 from datamodules.resize import imresize
-from experiments.cli import execute
+from experiments.execute import execute
 from experiments.recipes import find_recipe
 from experiments.runs import own_name
 from modules.bicubic import Bicubic

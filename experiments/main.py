@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from difflib import get_close_matches
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from datamodules.refused import Refused
+from experiments.complaints import one_line
 from experiments.recipes import find_recipe, recipes
 
 HELP = """\
@@ -64,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as error:
         complain(error)
         return 2
+    except KeyboardInterrupt:
+        print("darkroom: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `darkroom list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -72,11 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
 def complain(error: Refused) -> None:
     """Say it once: what is wrong in one process of a run is, as a rule, wrong in all, and the first has said it and ended."""
     if (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
-        print(f"darkroom: {error}", file=sys.stderr)
+        print(f"darkroom: {one_line(str(error))}", file=sys.stderr)
         return
     time.sleep(PATIENCE)
     if os.getppid() == PARENT:
-        print(f"darkroom: process {rank}: {error}", file=sys.stderr)
+        print(f"darkroom: process {rank}: {one_line(str(error))}", file=sys.stderr)
 
 
 def dispatch(words: list[str]) -> int:
@@ -106,7 +111,7 @@ def _run(command: str, rest: list[str]) -> int:
     if not rest or rest[0].startswith("-"):
         raise Refused(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")
     recipe = find_recipe(rest[0])
-    from experiments.cli import execute
+    from experiments.execute import execute
 
     execute(command, recipe, rest[1:])
     return 0
@@ -165,6 +170,8 @@ def _bench(rest: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=40, metavar="N", help="steps of a measurement")
     parser.add_argument("--json", action="store_true", help="the figures, for programs")
     chosen = parser.parse_args(rest)
+    if chosen.pairs < 1 or chosen.steps < 1:
+        raise Refused("bench: --pairs and --steps are at least 1")
     recipe = find_recipe(chosen.recipe)
     from experiments.bench import bench
 
@@ -176,7 +183,10 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse in one line."""
+        """Refuse in one line, with the nearest option."""
+        if mistyped := re.match(r"unrecognized arguments: (\S+)", message):
+            near = get_close_matches(mistyped[1], self._option_string_actions, n=1, cutoff=0.4)
+            message = f"unknown argument {mistyped[1]}" + (f"; did you mean '{near[0]}'?" if near else "")
         raise Refused(f"{self.prog.removeprefix('darkroom ')}: {message}")
 
 

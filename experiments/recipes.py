@@ -21,8 +21,28 @@ class Recipe:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The parsed YAML."""
-        return yaml.safe_load(self.path.read_text())
+        """The parsed YAML.
+
+        Raises:
+            Refused: it is not a recipe.
+        """
+        try:
+            content = yaml.safe_load(self.path.read_text())
+        except yaml.YAMLError as error:
+            raise Refused(f"{self.path}: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict) or not {"model", "data"} <= content.keys():
+            raise Refused(f"{self.path}: not a recipe, which has `model` and `data`")
+        return content
+
+    def class_path(self, part: str) -> str:
+        """The class that is its "model" or its "data"; empty if the file does not say it as it should."""
+        entry = self.content[part]
+        return entry.get("class_path", "") if isinstance(entry, dict) else ""
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it comes with the project."""
+        return self.path.is_relative_to(HERE)
 
     @property
     def header(self) -> list[str]:
@@ -45,9 +65,9 @@ def methods() -> list[str]:
     return sorted(path.parent.name for path in HERE.glob("*/recipes"))
 
 
-def recipes(method: str | None = None) -> list[Recipe]:
-    """The shipped recipes, of one method or of all."""
-    paths = sorted(HERE.glob(f"{method or '*'}/recipes/*.yaml"))
+def recipes() -> list[Recipe]:
+    """The shipped recipes."""
+    paths = sorted(HERE.glob("*/recipes/*.yaml"))
     return [Recipe(f"{path.parent.parent.name}/{path.stem}", path) for path in paths]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from experiments.records import ROOT, committed_records, fingerprints
 from experiments.runs import Run, runs_root
 from experiments.tables import cells, ours, render, spec
 
+PREEMPTED, INTERRUPTED = 85, 130  # exit statuses of a run that has saved, see callbacks/preemption.py
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 RESULTS = HERE / "RESULTS.md"
 
@@ -32,6 +34,8 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
     tabled = [name for name in methods() if spec(name)["tables"]]
     if method not in tabled:
         raise Refused(f"no tables for '{method}'; there are some for: {', '.join(tabled)}")
+    if not run and (only or seeds != 1):
+        raise Refused("--seeds and --only say what --run runs; give --run too")
     if run:
         for recipe in wanted(method, only):
             run_recipe(recipe, seeds)
@@ -70,7 +74,7 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
             version = "-".join(fingerprints(recipe).values())  # what is stale by now is another run
             name = f"reproduce-seed{seed}-{hashlib.sha256(version.encode()).hexdigest()[:8]}"
             run = Run(runs_root() / recipe.name / name)
-            if not run.finished:
+            if not run.measured:
                 darkroom("fit", recipe.name, "--seed_everything", str(seed), "--run", name)
             keep(run, recipe)
         else:
@@ -84,12 +88,30 @@ def darkroom(*words: str) -> None:
 
     Raises:
         Refused: it failed; it has said why.
+        SystemExit: it was interrupted; it has said how to go on.
     """
     environment = {key: value for key, value in os.environ.items() if key != "DARKROOM_RUN_FOLDER"}
     print("darkroom " + " ".join(words), flush=True)
-    status = subprocess.run([sys.executable, "-m", "experiments", *words], env=environment).returncode
+    process = subprocess.Popen([sys.executable, "-m", "experiments", *words], env=environment)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
+        status = _end_of(process)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status in (PREEMPTED, INTERRUPTED):
+        print("so does the same darkroom reproduce command", flush=True)
+        raise SystemExit(status)
     if status:
-        raise Refused(f"darkroom {' '.join(words)} ended with status {status}; nothing of it is kept")
+        raise Refused(f"darkroom {' '.join(words)} ended with status {status}")
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> int:
+    """A process's exit status; Ctrl-C reaches it too, and it is given the time to save."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def lacking(recipe: Recipe, learns: bool) -> list[str]:
@@ -128,6 +150,8 @@ def keep(run: Run, recipe: Recipe) -> None:
     changed = [part for part, value in fingerprints(recipe).items() if record["fingerprints"].get(part) != value]
     if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
         raise Refused(f"{run.folder} is not a run of {recipe.name} as it stands: {changed or record['overrides']}")
+    if "metrics" not in record:
+        raise Refused(f"{run.folder} has not been measured")
     if any(leg["fingerprints"] != record["fingerprints"] for leg in record["earlier_legs"]):
         raise Refused(f"{run.folder} was begun by other code than it was ended by; its figures belong to neither")
     path = record_path(recipe, record["seed"])

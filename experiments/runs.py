@@ -47,7 +47,13 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether training has reached its budget."""
-        return self.record.exists() and "images" in json.loads(self.record.read_text())
+        record = json.loads(self.record.read_text()) if self.record.exists() else {}
+        return "images" in record and record["images"] >= record["config"]["model"]["init_args"]["images"]
+
+    @property
+    def measured(self) -> bool:
+        """Whether its best weights have been measured."""
+        return self.finished and "metrics" in json.loads(self.record.read_text())
 
 
 def own_name() -> str:
@@ -72,7 +78,11 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
     folder = os.environ.get("DARKROOM_RUN_FOLDER")
     if folder and os.environ.get("LOCAL_RANK", "0") != "0":
         return Run(Path(folder))
-    name = name or os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    if not name and "SLURM_PROCID" in os.environ:  # a batch job or a step, not a shell inside an allocation
+        name = os.environ["SLURM_JOB_ID"]
+    name = name or os.environ.get("TORCHELASTIC_RUN_ID")
+    if name and Path(name).name != name:
+        raise Refused(f"--run {name}: a name, not a path (DARKROOM_RUNS is the folder of all runs)")
     if name == "none":  # torchrun's own default: every such run would be the same
         raise Refused("under torchrun, name the run: --run NAME, or torchrun --rdzv-id NAME")
     parent = runs_root() / recipe.name
@@ -83,7 +93,10 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
 
 def _new_folder(parent: Path) -> Path:
     """A folder named by the time, made here and now, so that no other run takes it."""
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot write to {parent}: {error.strerror} (DARKROOM_RUNS is the folder of all runs)") from None
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count():
         folder = parent / (f"{stamp}_{number}" if number else stamp)
@@ -95,11 +108,8 @@ def _new_folder(parent: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def newest_finished(recipe: Recipe) -> Run | None:
-    """The newest run of a recipe that has reached the end of its training and still has its best weights."""
+def finished_runs(recipe: Recipe) -> list[Run]:
+    """The runs of a recipe that have reached the end of their training and still have their best weights, newest first."""
     records = (runs_root() / recipe.name).glob("*/record.json")
-    for record in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
-        run = Run(record.parent)
-        if run.finished and (run.checkpoints / "best.ckpt").exists():
-            return run
-    return None
+    runs = [Run(path.parent) for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True)]
+    return [run for run in runs if run.finished and (run.checkpoints / "best.ckpt").exists()]

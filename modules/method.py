@@ -89,16 +89,18 @@ class Method(LeanModule):
         self.log_dict({"learning_rate": learning_rate, "images": float(self.images_seen)})
 
     def on_train_start(self) -> None:
-        """A step does what it must."""
+        """A step does what it must; a run that has seen all its images takes none."""
         lean_loop(self.trainer)
+        self.trainer.should_stop = self.images_seen >= self.images
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The logged step is the batch, in a resumed run too."""
         align_log_axis(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The images seen travel with the weights."""
+        """The images seen travel with the weights, and by how many processes."""
         checkpoint["images_seen"] = self.images_seen
+        checkpoint["processes"] = self.trainer.world_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `on_save_checkpoint`."""

@@ -12,7 +12,7 @@ import torch
 from callbacks.csv_log import read_log
 from datamodules.refused import Refused
 from datamodules.superresolution import SuperResolution
-from experiments.cli import execute
+from experiments.execute import execute
 from experiments.recipes import find_recipe
 from tests.forked import forked, launched, write_recipe
 

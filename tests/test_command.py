@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from experiments.complaints import explain
+from experiments.complaints import explain, one_line
 from experiments.main import main
 from experiments.recipes import find_recipe
 from experiments.records import ROOT
@@ -72,6 +72,22 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["data", "gte", "t91"], "data: argument action: invalid choice: 'gte'"),
         (["reproduce", "espnc"], "no tables for 'espnc'"),
         (["bench", "espnc"], "no recipe 'espnc'"),
+        (["bench", "bicubic/x3"], "bicubic/x3 has nothing to train"),
+        (["bench", DEMO, "--pairs", "0"], "--pairs and --steps are at least 1"),
+        (["bench", DEMO, "--piars", "2"], "unknown argument --piars; did you mean '--pairs'?"),
+        (["reproduce", "espcn", "--seeds", "3"], "give --run too"),
+        (["predict", "espcn/t91_x3"], "predict needs --input"),
+        (["fit", DEMO, "--data.workers", "-1"], "data.workers: -1 is not a number of processes"),
+        (["fit", DEMO, "--data.batch_size", "0"], "data.batch_size: 0 is not a batch"),
+        (["fit", DEMO, "--data.kept", "3"], "data.val and data.kept both name what chooses the checkpoint"),
+        (["fit", DEMO, "--data.seed", "3"], "--data.seed is set by Darkroom; take --seed_everything"),
+        (["fit", DEMO, "--data.test", "set5"], "data.test: 'set5' is not a list; write [set5]"),
+        (["fit", DEMO, "--data.train", "./nowhere"], "no folder ./nowhere"),
+        (["fit", DEMO, "--run", "a/b"], "--run a/b: a name, not a path"),
+        (["fit", DEMO, "--trainer.devices", "two"], "devices"),
+        (["fit", DEMO, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "DDPStrategy is not supported; take 'auto' or 'ddp'"),
+        (["fit", DEMO, "--trainer.val_check_interval", "5"], "--trainer.val_check_interval is set by Darkroom; take --validate_every"),
+        (["test", "espcn/t91_x3_relu", "--record", "/nowhere/r.json"], "--record: cannot write to /nowhere"),
     ],
 )  # fmt: skip
 def test_mistakes_are_answered_in_one_line(workplace, monkeypatch, capfd, words, says):
@@ -92,6 +108,23 @@ def test_an_unknown_key_in_a_file_is_named_too(workplace, capfd):
     (workplace / "mine.yaml").write_text(yaml.safe_dump(content))
     assert forked(main, ["fit", "mine.yaml"]) == 2
     assert "unknown key 'model.scael' of modules.espcn.ESPCN; did you mean 'model.scale'?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "model: modules.espcn.ESPCN\n", "model: [\n", "- 1\n"])
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(workplace, capfd, text):
+    (workplace / "mine.yaml").write_text(text)
+    assert forked(main, ["fit", "mine.yaml"]) == 2
+    assert capfd.readouterr().err.startswith("darkroom: mine.yaml: ")
+
+
+def test_a_refused_run_leaves_no_folder(workplace):
+    assert forked(main, ["fit", DEMO, "--data.train", "./nowhere"]) == 2
+    assert not list((workplace / "runs").rglob("*.*"))
+
+
+def test_a_message_from_a_loader_worker_is_one_line():
+    wrapped = "Caught BadImage in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\ndatamodules.images.BadImage: a.png: empty file"
+    assert one_line(wrapped) == "a.png: empty file"
 
 
 def test_what_is_not_understood_is_still_one_line():
@@ -289,6 +322,32 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(workplace, capfd):
     (workplace / "evil.ckpt").write_bytes(pickle.dumps(print))
     assert forked(main, ["test", "espcn/t91_x3", "--ckpt", "evil.ckpt"]) == 2
     assert "evil.ckpt" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["metrics", "record"])
+def test_a_run_that_ended_before_it_was_measured_goes_on_with_that(workplace, recipe, lost):
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
+    folder = workplace / "runs/tiny/one"
+    record, last = json.loads((folder / "record.json").read_text()), (folder / "checkpoints/last.ckpt").read_bytes()
+    log = (folder / "metrics.csv").read_text()
+    if lost == "metrics":
+        (folder / "record.json").write_text(json.dumps({key: value for key, value in record.items() if key != "metrics"}))
+    else:
+        (folder / "record.json").unlink()
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
+    again = json.loads((folder / "record.json").read_text())
+    for key in ("metrics", "images", "weights", "fingerprints", "best_images"):
+        assert again[key] == record[key], key
+    assert (folder / "checkpoints/last.ckpt").read_bytes() == last
+    assert (folder / "metrics.csv").read_text() == log
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
+
+
+def test_a_run_of_another_network_is_not_taken_for_its_weights(workplace, recipe, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "relu", "--model.activation", "relu", "--data.test", "[]"]) == 0
+    assert forked(main, ["validate", str(recipe)]) == 2
+    assert "no weights for tiny yet" in capfd.readouterr().err
+    assert forked(main, ["validate", str(recipe), "--model.activation", "relu"]) == 0
 
 
 def test_the_newest_finished_run_goes_before_committed_weights(workplace, recipe, capfd):

@@ -1,0 +1,31 @@
+"""A recipe and overrides become a Trainer's run."""
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.refused import Refused
+from experiments.cli import DarkroomCLI, build
+from experiments.fit import fit
+from experiments.measure import measure
+from experiments.predict import predict
+from experiments.recipes import Recipe
+
+
+def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
+    """Carry out a command.
+
+    Returns:
+        What carried it out, with its model and its run.
+
+    Raises:
+        Refused: something is wrong with what was asked for.
+        SystemExit: the run was interrupted.
+    """
+    cli = build(command, recipe, overrides)
+    try:
+        COMMANDS[command](cli)
+    except MisconfigurationException as error:
+        raise Refused(" ".join(str(error).split())) from None
+    return cli
+
+
+COMMANDS = {"fit": fit, "validate": measure, "test": measure, "predict": predict}

@@ -1,0 +1,43 @@
+"""`darkroom predict`: enlarge a user's own pictures."""
+
+from pathlib import Path
+
+from callbacks.write_photos import WritePhotos
+from datamodules.loading import load
+from datamodules.photos import Photos, photo_files
+from datamodules.refused import Refused
+from datamodules.sampler import Slice
+from experiments.cli import DarkroomCLI, tell
+from experiments.weights import fill
+
+
+def predict(cli: DarkroomCLI) -> None:
+    """Enlarge a user's own pictures into the output folder."""
+    path = fill(cli)
+    output = Path(cli.config.output)
+    files = photo_files(cli.config.input, leaving_out=output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot write to {output}: {error.strerror}") from None
+    tell(f"weights   {path or 'none needed'}")
+    targets = output_paths(files, Path(cli.config.input), output)
+    rank, world = cli.trainer.global_rank, cli.trainer.world_size
+    loader = load(Photos(files), Slice(len(files), rank, world))
+    cli.trainer.callbacks.append(WritePhotos(targets))
+    cli.trainer.predict(cli.model, loader, return_predictions=False)
+
+
+def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Path]:
+    """Where each enlarged picture goes: the folders below `source` are kept, everything is PNG."""
+    base = source if source.is_dir() else source.parent
+    inputs = {file.resolve() for file in files}
+    targets: dict[str, Path] = {}
+    for file in files:
+        target = output / file.relative_to(base).with_suffix(".png")
+        if target in targets.values():  # photo.jpg and photo.png side by side
+            target = target.with_name(f"{file.name}.png")
+        if target.resolve() in inputs:
+            raise Refused(f"{target} is one of the inputs and would be overwritten; name another --output")
+        targets[str(file)] = target
+    return targets

@@ -1,0 +1,36 @@
+"""Which weights a command uses: those named, else the newest finished run's, else those committed, else none."""
+
+from pathlib import Path
+
+from callbacks.checkpoints import load_weights
+from datamodules.refused import Refused
+from experiments.cli import DarkroomCLI
+from experiments.runs import finished_runs
+
+
+def fill(cli: DarkroomCLI) -> Path | None:
+    """Fill the model with the weights to use; their path."""
+    path = weights(cli)
+    if path is not None:
+        load_weights(cli.model, path)
+    return path
+
+
+def weights(cli: DarkroomCLI) -> Path | None:
+    """The weights to use: those named, else of the newest finished run, else those committed; None if there are none to learn.
+
+    Raises:
+        Refused: there are none.
+    """
+    if cli.config.ckpt:
+        if not Path(cli.config.ckpt).is_file():
+            raise Refused(f"--ckpt: no file {cli.config.ckpt}")
+        return Path(cli.config.ckpt)
+    if not list(cli.model.parameters()):
+        return None
+    for run in finished_runs(cli.recipe):
+        if not cli.differences(run, "model"):
+            return run.checkpoints / "best.ckpt"
+    if cli.recipe.weights.exists():
+        return cli.recipe.weights
+    raise Refused(f"no weights for {cli.recipe.name} yet: darkroom fit {cli.recipe.name}, or name some by --ckpt")

@@ -121,6 +121,8 @@ class DataSet:
 
     def how(self) -> str:
         """How to get the set, in one line."""
+        if self.get == "embedded":
+            return "with the installed packages"
         if self.get == "files":
             return f"darkroom data get {self.name}"
         return f"by hand, below {data_root()}: {self.instructions}"

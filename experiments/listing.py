@@ -23,17 +23,20 @@ def show_all() -> None:
             counts = [states.count(state) for state in ("reproduced", "short", "stale", "not")]
             table.add_row(method, *map(str, (len(states), *counts)))
     console.print(table)
-    show_data(console)
+
+    table = Table("data set", "here?", "what", title=f"Data below {data_root()}", title_justify="left")
+    for name, data_set in catalogue().items():
+        table.add_row(name, data_set.state(), data_set.title)
+    console.print(table)
 
 
-def show_data(console: Console | None = None) -> None:
-    """The catalogue: which sets are here, and how the others are had."""
+def show_data() -> None:
+    """The catalogue: which sets are here, on what terms, and how the others are had."""
     table = Table("data set", "here?", "what", "terms", "how", title=f"Data below {data_root()}", title_justify="left")
     for name, data_set in catalogue().items():
         state = data_set.state()
-        how = {"embedded": "with the package", "files": f"darkroom data get {name}", "hand": f"darkroom data get {name} tells"}
-        table.add_row(name, state, data_set.title, data_set.licence, "" if state == "here" else how[data_set.get])
-    (console or Console()).print(table)
+        table.add_row(name, state, data_set.title, data_set.licence, "" if state == "here" else data_set.how())
+    Console().print(table)
 
 
 def get_data(name: str) -> int:

@@ -5,11 +5,13 @@ import json
 import pytest
 import yaml
 
+from datamodules.refused import Refused
 from experiments import records, reproduce, tables
 from experiments.main import main
 from experiments.recipes import find_recipe, methods
 from experiments.records import ROOT, code_fingerprint, committed_records, fingerprints, recipe_fingerprint
-from tests.forked import forked
+from experiments.runs import Run
+from tests.forked import forked, write_recipe
 
 
 def test_committed_pages_are_what_the_records_say():
@@ -129,9 +131,6 @@ def test_code_fingerprint_ignores_what_cannot_move_a_figure(tmp_path, monkeypatc
 
 
 def test_a_run_of_another_recipe_is_not_kept(tmp_path):
-    from datamodules.refused import Refused
-    from experiments.runs import Run
-
     recipe = find_recipe("espcn/t91_x3")
     record = {"fingerprints": fingerprints(recipe), "overrides": ["--model.images", "3"], "seed": 0}
     (tmp_path / "record.json").write_text(json.dumps(record))
@@ -162,6 +161,40 @@ def test_sets_that_have_come_since_are_measured_into_the_record(workplace, monke
     renewed = json.loads(path.read_text())["metrics"]
     assert renewed["photographs-test"] == photographs
     assert renewed["set5"] == record["metrics"]["set5"]
+
+
+def test_an_interrupted_reproduction_ends_as_its_run_does(workplace, photos, monkeypatch, capfd):
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60}}
+    recipe = write_recipe(workplace / "tiny.yaml", photos, model)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@0")
+    with pytest.raises(SystemExit) as ended:
+        reproduce.darkroom("fit", str(recipe), "--run", "one")
+    assert ended.value.code == 85
+    assert "nothing is lost" in capfd.readouterr().out
+    assert (workplace / "runs/tiny/one/checkpoints/last.ckpt").exists()
+
+
+def test_a_run_that_was_not_measured_is_not_kept(tmp_path):
+    recipe = find_recipe("espcn/t91_x3")
+    record = {"fingerprints": fingerprints(recipe), "overrides": [], "seed": 0, "earlier_legs": []}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(Refused, match="has not been measured"):
+        reproduce.keep(Run(tmp_path), recipe)
+
+
+def test_a_run_that_other_code_began_is_not_kept(tmp_path):
+    recipe = find_recipe("espcn/t91_x3")
+    record = {
+        "fingerprints": fingerprints(recipe),
+        "overrides": [],
+        "seed": 0,
+        "metrics": {},
+        "earlier_legs": [{"fingerprints": {}}],
+    }
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(Refused, match="was begun by other code"):
+        reproduce.keep(Run(tmp_path), recipe)
 
 
 def test_reproduce_only_names_rows(capsys):

@@ -70,7 +70,11 @@ class DarkroomCLI(LightningCLI):
                 "enable_progress_bar": False,
                 "use_distributed_sampler": False,  # our samplers neither repeat nor shuffle
             },
-            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"darkroom {command} RECIPE"},
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "usage": f"darkroom {command} {recipe.name} [--KEY VALUE ...]",
+            },
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

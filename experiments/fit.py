@@ -107,8 +107,9 @@ def prepare(cli: DarkroomCLI, run: Run, measurable: bool = False) -> tuple[int, 
             )
         refuse_another_run(cli, run)
         tell(f"going on with {run.folder} after {resumed_at:,} images")
-        if (before := found["processes"]) != (now := cli.trainer.world_size):
-            tell(f"with {now} processes instead of {before}: no longer bit for bit the uninterrupted run")
+        for key, now in (("processes", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
+            if found[key] != now:
+                tell(f"{key} {now} instead of {found[key]}: no longer bit for bit the uninterrupted run")
         if run.record.exists() and resumed_at < cli.model.images and cli.trainer.is_global_zero:
             run.record.rename(run.folder / f"record-{resumed_at}.json")  # what follows is another result
     write_config(cli, run)

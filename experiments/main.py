@@ -40,14 +40,20 @@ environment
 """
 
 RUN_HELP = """\
-usage: darkroom {command} RECIPE [--KEY VALUE ...]
+usage: darkroom {command} RECIPE {own} [--KEY VALUE ...]
 
   RECIPE is one of: {recipes}
   or a path to a YAML file. darkroom list tells what each is.
 
   darkroom {command} RECIPE --help lists every key that can be given anew.
 """
-
+# What each command has beside the keys of a recipe.
+OWN = {
+    "fit": "[--run NAME] [--wandb offline|online]",
+    "validate": "[--ckpt FILE]",
+    "test": "[--ckpt FILE] [--record FILE]",
+    "predict": "--input PICTURE_OR_FOLDER [--output FOLDER] [--ckpt FILE]",
+}
 
 STARTED = time.perf_counter()
 PARENT = os.getppid()
@@ -106,7 +112,7 @@ def dispatch(words: list[str]) -> int:
 
 def _run(command: str, rest: list[str]) -> int:
     if rest[:1] in (["-h"], ["--help"]):
-        print(RUN_HELP.format(command=command, recipes=" ".join(recipe.name for recipe in recipes())))
+        print(RUN_HELP.format(command=command, own=OWN[command], recipes=" ".join(recipe.name for recipe in recipes())))
         return 0
     if not rest or rest[0].startswith("-"):
         raise Refused(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")

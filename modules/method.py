@@ -98,9 +98,10 @@ class Method(LeanModule):
         align_log_axis(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The images seen travel with the weights, and by how many processes."""
+        """The images seen travel with the weights, and what else a run must share to be the same run bit for bit."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["processes"] = self.trainer.world_size
+        checkpoint["precision"] = str(self.trainer.precision)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `on_save_checkpoint`."""

@@ -156,7 +156,9 @@ class DarkroomCLI(LightningCLI):
     def facts(self) -> dict[str, Any]:
         """What the record of this run can say before it starts."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
-        return {**records.facts(self.recipe, self.overrides), "seed": self.config.seed_everything, "config": config}
+        config.pop("record", None)  # where the record goes is no part of it
+        typed = without(self.overrides, "--record")
+        return {**records.facts(self.recipe, typed), "seed": self.config.seed_everything, "config": config}
 
     def differences(self, run: Run, part: str) -> list[tuple[str, Any, Any]]:
         """Keys of "model" or "data" in which a run began otherwise than is asked for now, with both values."""
@@ -168,12 +170,18 @@ class DarkroomCLI(LightningCLI):
 
     def again(self) -> str:
         """The command that goes on with this run."""
-        typed = [word for word in self.overrides if not word.startswith("--run=")]
-        if "--run" in typed:
-            at = typed.index("--run")
-            del typed[at : at + 2]
+        typed = without(self.overrides, "--run")
         name = self.recipe.name if self.recipe.shipped else str(self.recipe.path)
         return f"{own_name()} " + shlex.join(["fit", name, *typed, "--run", self.run.folder.name])
+
+
+def without(words: list[str], option: str) -> list[str]:
+    """A command line without one of its options and that option's value."""
+    kept = [word for word in words if not word.startswith(f"{option}=")]
+    if option in kept:
+        at = kept.index(option)
+        del kept[at : at + 2]
+    return kept
 
 
 def build(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:

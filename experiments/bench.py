@@ -33,6 +33,7 @@ from modules.method import Method
 from modules.srcnn import SRCNN
 
 Step = Callable[[], None]
+SETTLE = 0.5  # seconds: the PIL-fed loader's workers fill their queue again, and must not do it on our time
 
 
 def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float) -> None:
@@ -106,6 +107,7 @@ class Stopwatch(Callback):
             wait(pl_module.device)
             if batch_idx + 1 > self.steps:
                 self.seconds[name].append(time.perf_counter() - started)
+        time.sleep(SETTLE)
         self.started = time.perf_counter()
 
 

@@ -33,6 +33,7 @@ from modules.method import Method
 from modules.srcnn import SRCNN
 
 Step = Callable[[], None]
+PIL_EVERY = 6  # pairs; its stretches are as much longer, since its workers have a few batches ready when one begins
 SETTLE = 0.5  # seconds: the PIL-fed loader's workers fill their queue again, and must not do it on our time
 
 
@@ -83,7 +84,8 @@ class Stopwatch(Callback):
         self.steps, self.data, self.begun = steps, data, begun
         self.methods = {"bare": deepcopy(method), "pil": deepcopy(method)}
         self.loops: dict[str, Step] = {}
-        self.seconds: dict[str, list[float]] = {"ours": [], "bare": [], "pil": []}
+        self.milliseconds: dict[str, list[float]] = {"ours": [], "bare": [], "pil": []}  # a step, stretch by stretch
+        self.beside_pil: list[float] = []  # ours, just before each stretch of the PIL-fed loop
         self.started = 0.0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -98,17 +100,27 @@ class Stopwatch(Callback):
         if (batch_idx + 1) % self.steps:
             return
         wait(pl_module.device)
-        if batch_idx + 1 > self.steps:  # the first stretch warms up
-            self.seconds["ours"].append(time.perf_counter() - self.started)
-        for name, step in self.loops.items():
-            started = time.perf_counter()
-            for _ in range(self.steps):
-                step()
-            wait(pl_module.device)
-            if batch_idx + 1 > self.steps:
-                self.seconds[name].append(time.perf_counter() - started)
-        time.sleep(SETTLE)
+        stretch = (batch_idx + 1) // self.steps - 1  # number 0 warms up
+        ours = 1000 * (time.perf_counter() - self.started) / self.steps
+        bare = self.time("bare", self.steps, pl_module.device)
+        if stretch > 0:
+            self.milliseconds["ours"].append(ours)
+            self.milliseconds["bare"].append(bare)
+        if stretch % PIL_EVERY == 0:
+            pil = self.time("pil", PIL_EVERY * self.steps, pl_module.device)
+            if stretch > 0:
+                self.milliseconds["pil"].append(pil)
+                self.beside_pil.append(ours)
+            time.sleep(SETTLE)
         self.started = time.perf_counter()
+
+    def time(self, name: str, steps: int, device: torch.device) -> float:
+        """Milliseconds a step of one of the loops."""
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.loops[name]()
+        wait(device)
+        return 1000 * (time.perf_counter() - started) / steps
 
 
 def loop(method: Method, batches: Iterator[dict[str, Tensor]]) -> Step:
@@ -200,15 +212,14 @@ def wait(device: torch.device) -> None:
 
 def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
     """Rates are medians over the stretches, ratios medians over pairs of neighbours with their quartiles."""
-    seconds = stopwatch.seconds
-    images = stopwatch.steps * cli.datamodule.batch_size
-    rate = {name: images / statistics.median(values) for name, values in seconds.items()}
-    to_bare = [bare / ours for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
-    to_pil = [pil / ours for ours, pil in zip(seconds["ours"], seconds["pil"], strict=True)]
-    extra = [(ours - bare) / stopwatch.steps * 1000 for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
+    spent = stopwatch.milliseconds
+    rate = {name: 1000 * cli.datamodule.batch_size / statistics.median(values) for name, values in spent.items()}
+    to_bare = [bare / ours for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
+    to_pil = [pil / ours for ours, pil in zip(stopwatch.beside_pil, spent["pil"], strict=True)]
+    extra = [ours - bare for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     device = cli.model.device
-    shares = parts(stopwatch.methods["bare"], cli.datamodule, 5 * stopwatch.steps)
-    pil_ms = 1000 * statistics.median(seconds["pil"]) / stopwatch.steps
+    shares = parts(stopwatch.methods["bare"], cli.datamodule, 10 * stopwatch.steps)
+    pil_ms = statistics.median(spent["pil"])
     gflops = rate["ours"] * flops_per_image(stopwatch.methods["bare"], stopwatch.example) / 1e9
     peak = convolution_peak(device)
     return {
@@ -223,7 +234,7 @@ def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
         "ratio_to_bare_quartiles": quartiles(to_bare),
         "ratio_to_pil": statistics.median(to_pil),
         "ratio_to_pil_quartiles": quartiles(to_pil),
-        "step_ms": 1000 * statistics.median(seconds["ours"]) / stopwatch.steps,
+        "step_ms": statistics.median(spent["ours"]),
         "extra_ms_per_step": statistics.median(extra),
         "extra_ms_per_step_quartiles": quartiles(extra),
         **shares,

@@ -172,12 +172,14 @@ def _reproduce(rest: list[str]) -> int:
 def _bench(rest: list[str]) -> int:
     parser = Parser(prog="darkroom bench", description="Training speed beside a bare loop and a PIL-fed loader, in one run.")
     parser.add_argument("recipe", help="what to time")
-    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="interleaved measurements of each kind")
-    parser.add_argument("--steps", type=int, default=40, metavar="N", help="steps of a measurement")
+    parser.add_argument(
+        "--pairs", type=int, default=60, metavar="N", help="interleaved stretches, ours and bare; one with PIL every six"
+    )
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of a stretch")
     parser.add_argument("--json", action="store_true", help="the figures, for programs")
     chosen = parser.parse_args(rest)
-    if chosen.pairs < 1 or chosen.steps < 1:
-        raise Refused("bench: --pairs and --steps are at least 1")
+    if chosen.pairs < 6 or chosen.steps < 1:
+        raise Refused("bench: --pairs is at least 6, and --steps at least 1")
     recipe = find_recipe(chosen.recipe)
     from experiments.bench import bench
 

@@ -73,7 +73,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["reproduce", "espnc"], "no tables for 'espnc'"),
         (["bench", "espnc"], "no recipe 'espnc'"),
         (["bench", "bicubic/x3"], "bicubic/x3 has nothing to train"),
-        (["bench", DEMO, "--pairs", "0"], "--pairs and --steps are at least 1"),
+        (["bench", DEMO, "--pairs", "0"], "--pairs is at least 6"),
         (["bench", DEMO, "--piars", "2"], "unknown argument --piars; did you mean '--pairs'?"),
         (["reproduce", "espcn", "--seeds", "3"], "give --run too"),
         (["predict", "espcn/t91_x3"], "predict needs --input"),
@@ -358,7 +358,7 @@ def test_the_newest_finished_run_goes_before_committed_weights(workplace, recipe
 
 
 def test_bench_names_its_figures(workplace, recipe, capfd):
-    assert forked(main, ["bench", str(recipe), "--pairs", "2", "--steps", "3", "--json"]) == 0
+    assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "2", "--json"]) == 0
     figures = json.loads(capfd.readouterr().out)
     assert figures["pairs"] == 2
     for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", "share_of_peak", "srcnn_to_ours"):

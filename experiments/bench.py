@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from datamodules.pictures import pictures_of
 from datamodules.refused import Refused
 from datamodules.superresolution import SuperResolution
 from experiments.cli import DarkroomCLI, build
+from experiments.complaints import parameters
 from experiments.fit import alone, loggers, prepare, settle_memory
 from experiments.recipes import Recipe
 from modules.method import Method
@@ -47,7 +49,7 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         as_json: print JSON instead of a table.
         started: `time.perf_counter()` when the command began.
     """
-    if "images" not in recipe.content["model"].get("init_args", {}):
+    if "images" not in parameters(recipe.class_path("model")):
         raise Refused(f"{recipe.name} has nothing to train, and so nothing to time")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
@@ -102,19 +104,19 @@ class Stopwatch(Callback):
         wait(pl_module.device)
         stretch = (batch_idx + 1) // self.steps - 1  # number 0 warms up
         ours = 1000 * (time.perf_counter() - self.started) / self.steps
-        bare = self.time("bare", self.steps, pl_module.device)
+        bare = self.run("bare", self.steps, pl_module.device)
         if stretch > 0:
             self.milliseconds["ours"].append(ours)
             self.milliseconds["bare"].append(bare)
         if stretch % PIL_EVERY == 0:
-            pil = self.time("pil", PIL_EVERY * self.steps, pl_module.device)
+            pil = self.run("pil", PIL_EVERY * self.steps, pl_module.device)
             if stretch > 0:
                 self.milliseconds["pil"].append(pil)
                 self.beside_pil.append(ours)
             time.sleep(SETTLE)
         self.started = time.perf_counter()
 
-    def time(self, name: str, steps: int, device: torch.device) -> float:
+    def run(self, name: str, steps: int, device: torch.device) -> float:
         """Milliseconds a step of one of the loops."""
         started = time.perf_counter()
         for _ in range(steps):
@@ -220,7 +222,12 @@ def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
     device = cli.model.device
     shares = parts(stopwatch.methods["bare"], cli.datamodule, 10 * stopwatch.steps)
     pil_ms = statistics.median(spent["pil"])
-    gflops = rate["ours"] * flops_per_image(stopwatch.methods["bare"], stopwatch.example) / 1e9
+    method = stopwatch.methods["bare"]
+
+    def one_patch() -> None:  # forwards and backwards
+        torch.stack(list(method.losses(stopwatch.example).values())).sum().backward()
+
+    gflops = rate["ours"] * flops_of(one_patch) / 1e9
     peak = convolution_peak(device)
     return {
         "recipe": cli.recipe.name,
@@ -255,10 +262,10 @@ def quartiles(values: list[float]) -> list[float]:
     return [lower, upper]
 
 
-def flops_per_image(method: Method, example: dict[str, Tensor]) -> int:
-    """Floating-point operations of a training step on one patch, forwards and backwards, counted by torch."""
+def flops_of(work: Callable[[], Any]) -> int:
+    """Floating-point operations of some work, counted by torch."""
     with FlopCounterMode(display=False) as counter:
-        torch.stack(list(method.losses(example).values())).sum().backward()
+        work()
     return counter.get_total_flops()
 
 
@@ -288,7 +295,7 @@ def inference_figures(method: Any) -> dict[str, Any]:
     lows = [pictures[i]["input"] for i in range(len(pictures))]
     networks = (method, SRCNN(method.scale, "9-5-5").eval())
     ours, srcnn = (_milliseconds(network, lows) for network in networks)
-    flops, flops_srcnn = (_flops(network, lows[0]) for network in networks)
+    flops, flops_srcnn = (flops_of(partial(network, lows[0])) for network in networks)
     return {
         "inference_set": name,
         "inference_ms": ours,
@@ -297,12 +304,6 @@ def inference_figures(method: Any) -> dict[str, Any]:
         "srcnn_to_ours_flops": flops_srcnn / flops,
         "srcnn_to_ours_theory": 2.5 * method.scale**2,  # ESPCN paper, Section 1
     }
-
-
-def _flops(network: Any, low: Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(low)
-    return counter.get_total_flops()
 
 
 def _milliseconds(network: Any, lows: list[Tensor]) -> float:

@@ -79,8 +79,9 @@ class DarkroomCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Answer a mistyped key or value with the nearest valid one."""
-        if typed := next((word for word in self.overrides if word.partition("=")[0] in INSTEAD), None):
-            raise Refused(f"{typed.partition('=')[0]} is set by Darkroom; take {INSTEAD[typed.partition('=')[0]]}")
+        typed = (word.partition("=")[0] for word in self.overrides)
+        if option := next((word for word in typed if word in INSTEAD), None):
+            raise Refused(f"{option} is set by Darkroom; take {INSTEAD[option]}")
         try:
             super().parse_arguments(parser, args)
         except jsonargparse.ArgumentError as error:
@@ -143,11 +144,7 @@ class DarkroomCLI(LightningCLI):
         """The Trainer, unless its gradients would not be averaged as `modules/gradients.py` does it."""
         try:
             trainer = super().instantiate_trainer(logger=False, **settings)
-        except (
-            ValueError,
-            TypeError,
-            MisconfigurationException,
-        ) as error:  # its words on what does not go together
+        except (ValueError, TypeError, MisconfigurationException) as error:  # settings that do not go together
             raise Refused(" ".join(str(error).split())) from None
         if not isinstance(trainer.strategy, SingleDeviceStrategy | Replicas):
             raise Refused(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; take 'auto' or 'ddp'")

@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.amp import GradScaler
 
 NOTHING = nullcontext()
-BETWEEN_HOOKS = ("_current_fx_name",)  # what Lightning sets on the module some thirty times a step
 
 
 class NoProfiler(PassThroughProfiler):
@@ -26,7 +25,7 @@ class LeanModule(L.LightningModule):
     """A LightningModule on which Lightning notes quickly where it is; `nn.Module` looks for parameters at each assignment."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in BETWEEN_HOOKS:
+        if name == "_current_fx_name":  # some thirty times a step
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

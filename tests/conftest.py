@@ -4,8 +4,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes must not fight for two cores
 
-import contextlib
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +12,14 @@ import torch
 from PIL import Image
 
 from datamodules.catalogue import locate
-from experiments.records import ROOT
-from tests import forked  # noqa: F401
+from tests.forked import start_server
 
 torch.set_num_threads(1)
 
 
 def pytest_sessionstart() -> None:
-    """Start the server of `tests/forked.py` where it finds the modules to import."""
-    with contextlib.chdir(ROOT):
-        forkserver.ensure_running()
+    """Before anything has been computed here."""
+    start_server()
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,14 @@
 A SIGKILL kills only them, they start at once, and torch's threads (which a fork does not survive) are not there yet.
 """
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,13 @@ import yaml
 from experiments.records import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.preloaded"])
+
+
+def start_server() -> None:
+    """Start the server, once for all tests."""
+    SERVER.set_forkserver_preload(["tests.preloaded"])
+    with contextlib.chdir(ROOT):  # where it finds that module
+        forkserver.ensure_running()
 
 
 def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -> int:

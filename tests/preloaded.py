@@ -1,11 +1,9 @@
 """What the server of `tests/forked.py` imports once for all runs."""
 
-import pytorch_optimizer  # noqa: F401
+import importlib
+
 import torch
 
-import experiments.bench
-import experiments.demo
-import experiments.reproduce  # noqa: F401
-import tests.contract  # noqa: F401
-
+for name in ("pytorch_optimizer", "experiments.bench", "experiments.demo", "experiments.reproduce", "tests.contract"):
+    importlib.import_module(name)
 torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from datamodules.refused import Refused
+from modules.gradients import share_buffers
 
 
 class Checkpoints(Callback):
@@ -66,6 +67,8 @@ def save(trainer: Any, path: Path) -> None:
         Refused: a weight has become infinite or not a number; the older checkpoint stays.
     """
     module = trainer.lightning_module
+    if trainer.world_size > 1:
+        share_buffers(module)
     for name, value in module.state_dict().items():
         if not torch.isfinite(value).all():
             raise Refused(

@@ -1,4 +1,4 @@
-"""A picture to look at after every validation: input, prediction, original side by side."""
+"""Pictures to look at: what a network learns from, and what it makes of it by and by."""
 
 from pathlib import Path
 from typing import Any
@@ -7,26 +7,36 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
 
 class Samples(Callback):
-    """Writes the first validation pictures of this run as `<images seen>.png`, one row each.
+    """Writes a picture after every validation as `<images seen>.png`, and to the loggers that take pictures.
 
-    Expects the outputs {"input", "prediction", "target"}, NCHW in [0, 1]; a smaller input is shown with its own pixels.
+    Outputs with a "target" become one row a picture: input, prediction, original; a smaller input is shown with its own
+    pixels. Without one they are samples, always of the same numbers, and become a square sheet; the real images that they
+    are to resemble are written as `reals.png` before the first step.
+
+    All are NCHW in [0, 1].
 
     Args:
         folder: where they go.
-        count: how many pictures.
+        rows: how many pictures with a target.
+        sheet: how many samples.
     """
 
-    def __init__(self, folder: Path, count: int = 3) -> None:
-        self.folder, self.count = folder, count
-        self.rows: list[Tensor] = []
+    def __init__(self, folder: Path, rows: int = 3, sheet: int = 64) -> None:
+        self.folder, self.rows, self.sheet = folder, rows, sheet
+        self.shown: list[Tensor] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Show what is to be imitated."""
+        if trainer.is_global_zero and pl_module.images_seen == 0 and hasattr(trainer.datamodule, "examples"):
+            self._write(trainer, "reals", sheet(trainer.datamodule.examples(self.sheet)))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start a new picture."""
-        self.rows = []
+        self.shown = []
 
     def on_validation_batch_end(
         self,
@@ -37,17 +47,34 @@ class Samples(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take a row from the first batches of the main process."""
-        if trainer.is_global_zero and not trainer.sanity_checking and len(self.rows) < self.count:
+        """Take what is shown from the first batches of the main process."""
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        if "target" not in outputs:
+            if batch_idx == 0:
+                self.shown = [sheet(outputs["prediction"][: self.sheet])]
+        elif len(self.shown) < self.rows:
             target = outputs["target"][:1].float()
             shown = F.interpolate(outputs["input"][:1].float(), size=target.shape[-2:], mode="nearest")
-            row = torch.cat([shown, outputs["prediction"][:1].float(), target], dim=3)
-            self.rows.append(row.clamp(0, 1).cpu())
+            self.shown.append(torch.cat([shown, outputs["prediction"][:1].float(), target], dim=3).clamp(0, 1).cpu())
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write it."""
-        if self.rows and trainer.state.fn == "fit":
-            self.folder.mkdir(parents=True, exist_ok=True)
-            width = max(row.shape[3] for row in self.rows)
-            rows = [F.pad(row, (0, width - row.shape[3], 0, 4), value=1.0) for row in self.rows]
-            save_image(torch.cat(rows, dim=2), self.folder / f"{pl_module.images_seen:09d}.png")
+        if self.shown and trainer.state.fn == "fit":
+            width = max(row.shape[3] for row in self.shown)
+            rows = [F.pad(row, (0, width - row.shape[3], 0, 4), value=1.0) for row in self.shown]
+            self._write(trainer, f"{pl_module.images_seen:09d}", torch.cat(rows, dim=2))
+
+    def _write(self, trainer: Any, name: str, picture: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.png"
+        save_image(picture, path)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples" if name.isdigit() else name, [str(path)])
+
+
+def sheet(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) as one picture (1, 3, H', W'), as square as may be."""
+    columns = max(1, round(len(images) ** 0.5))
+    return make_grid(images.float().clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)[None]

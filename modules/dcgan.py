@@ -1,0 +1,137 @@
+"""DCGAN: deep convolutional generative adversarial networks.
+
+A. Radford, L. Metz, S. Chintala. Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks.
+ICLR 2016. arXiv:1511.06434.
+
+What we do differently, and why:
+
+1. Kernels are 5 x 5 as in the paper, or 4 x 4 as in its authors' Torch version (dcgan.torch) and most since: with stride 2,
+   4 x 4 covers every pixel equally often in the interior, 5 x 5 leaves a checkerboard.
+2. Samples are made with the running statistics of batch normalisation, so that a sample does not depend on those made with
+   it; the authors' code takes the batch's.
+3. No weight decay: the authors' code for faces has 1e-5, the paper none.
+4. Sizes from 28 to 128 pixels: a block more or fewer, the width of the widest stays in proportion.
+5. The generator moves after the discriminator on the same fakes; both in one step, as in the paper.
+"""
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.refused import Refused
+from modules.adversarial import called_fake, called_real, initialise
+from modules.generative import GenerativeMethod
+from modules.phases import Batch, Phase
+
+SIZES = {28: 7, 32: 4, 64: 4, 128: 4}  # an image's side: that of the smallest feature maps
+
+
+class DCGAN(GenerativeMethod):
+    """Section 3: strided convolutions up and down, batch normalisation, no pooling, no fully connected hidden layer.
+
+    Args:
+        channels: of an image, 1 or 3.
+        size: an image's side in pixels: 28, 32, 64 or 128.
+        kernel: 5 (the paper's) or 4.
+        width: channels at half of the image's size; they double with every halving. The paper's is 128 (1024 at 4 x 4).
+        latent_size: numbers that an image is made from.
+        latent: "uniform" in (-1, 1) as in the paper, or "normal".
+        images: training budget.
+        learning_rate: of Adam, for both networks.
+        seed: of the noise in training.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        size: Literal[28, 32, 64, 128] = 64,
+        kernel: Literal[4, 5] = 5,
+        width: int = 128,
+        latent_size: int = 100,
+        latent: Literal["uniform", "normal"] = "uniform",
+        images: int = 8_750_000,
+        learning_rate: float = 2e-4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(latent_size, latent, images, learning_rate, seed)
+        self.save_hyperparameters()
+        if size not in SIZES:
+            raise Refused(f"model.size: {size}; DCGAN makes images of {', '.join(map(str, SIZES))} pixels")
+        self.generator = generator(latent_size, channels, size, kernel, width)
+        self.discriminator = discriminator(channels, size, kernel, width)
+        for network in (self.generator, self.discriminator):
+            initialise(network)  # Section 4
+            network.to(memory_format=torch.channels_last)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Images (N, channels, size, size) in [-1, 1], as the networks have them."""
+        return self.generator(latents)
+
+    def sample(self, latents: Tensor) -> Tensor:
+        """Images in [0, 1]."""
+        return (self.generator(latents) + 1) / 2
+
+    # Section 4: both with the same Adam
+
+    def phases(self) -> list[Phase]:
+        """D, then G."""
+        return [
+            Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, self.constant),
+            Phase("generator", [self.generator], self.adam, self.generator_losses, self.constant),
+        ]
+
+    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """A beta of 0.5 instead of 0.9 "helped stabilize training"."""
+        return torch.optim.Adam(parameters, betas=(0.5, 0.999), fused=True)
+
+    def constant(self, images_seen: int) -> dict[str, float]:
+        """The same learning rate throughout."""
+        return {"lr": self.learning_rate}
+
+    def shared(self, batch: Batch) -> Batch:
+        """The fakes: G stands still while D moves, so that the same ones serve both."""
+        return {"fake": self.generator(self.training_latents(batch))}
+
+    def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Reals and fakes pass apart: batch normalisation must not mix them."""
+        real = self.discriminator(batch["image"] * 2 - 1)
+        fake = self.discriminator(batch["fake"].detach())
+        return {"real": called_real(real), "fake": called_fake(fake)}
+
+    def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Non-saturating."""
+        return {"adversarial": called_real(self.discriminator(batch["fake"]))}
+
+
+def widths(size: int, width: int) -> list[int]:
+    """Channels from the smallest feature maps to those of half the image's size."""
+    levels = int(math.log2(size // SIZES[size]))
+    return [width * 2**level for level in reversed(range(levels))]
+
+
+def generator(latent_size: int, channels: int, size: int, kernel: int, width: int) -> nn.Sequential:
+    """Figure 1: project and reshape, then fractionally strided convolutions."""
+    side, maps, padding = SIZES[size], widths(size, width), (kernel - 1) // 2
+    layers: list[nn.Module] = [
+        nn.Linear(latent_size, maps[0] * side**2, bias=False),
+        nn.Unflatten(1, (maps[0], side, side)),
+        nn.BatchNorm2d(maps[0]),
+        nn.ReLU(),
+    ]
+    for into, out in pairwise(maps):
+        layers += [nn.ConvTranspose2d(into, out, kernel, 2, padding, kernel % 2, bias=False)]
+        layers += [nn.BatchNorm2d(out), nn.ReLU()]
+    layers.append(nn.ConvTranspose2d(maps[-1], channels, kernel, 2, padding, kernel % 2, bias=False))
+    return nn.Sequential(*layers, nn.Tanh())
+
+
+def discriminator(channels: int, size: int, kernel: int, width: int) -> nn.Sequential:
+    """The mirror image; no batch normalisation at its input, LeakyReLU throughout."""
+    side, maps, padding = SIZES[size], widths(size, width)[::-1], (kernel - 1) // 2
+    layers: list[nn.Module] = [nn.Conv2d(channels, maps[0], kernel, 2, padding, bias=False), nn.LeakyReLU(0.2)]
+    for into, out in pairwise(maps):
+        layers += [nn.Conv2d(into, out, kernel, 2, padding, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(maps[-1] * side**2, 1, bias=False))

@@ -24,7 +24,7 @@ from datamodules.refused import Refused
 Measure = Literal["frechet", "floor", "kernel", "inception-score", "precision-recall", "confidence", "balance"]
 Parts = dict[str, Tensor]  # "features" (N, F), perhaps "logits" (N, K)
 AT_ONCE = 100  # images looked at together
-FEWEST = 1000  # samples, and the size of a kernel distance's subsets
+SUBSET = 1000  # images of each of a kernel distance's subsets
 
 
 class GenerativeQuality(GeneratedImages):
@@ -145,9 +145,9 @@ def measured(measure: str, made: Parts, real: Parts) -> dict[str, float]:
     if measure == "floor":
         return {"floor": frechet(real["features"][::2], real["features"][1::2])}
     if measure == "kernel":
-        if min(len(made["features"]), len(real["features"])) < FEWEST:
-            raise Refused(f"measures: kernel needs at least {FEWEST} samples and real images (data.test_samples)")
-        found = kid_features_to_metric(made["features"], real["features"], verbose=False)
+        if min(len(made["features"]), len(real["features"])) < SUBSET:
+            raise Refused(f"measures: kernel needs at least {SUBSET} samples and real images (data.test_samples)")
+        found = kid_features_to_metric(made["features"], real["features"], kid_subset_size=SUBSET, verbose=False)
         return {"kernel": found["kernel_inception_distance_mean"]}
     if measure == "inception-score":
         found = isc_features_to_metric(made["logits"])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.checkpoints import save
-from modules.lightning_adapter import validation_is_due, write_pending_figures
+from modules.lightning_adapter import validation_is_due
 
 PREEMPTED = 85  # exit status after SIGTERM or SIGUSR1: the scheduler may requeue
 INTERRUPTED = 130  # after Ctrl-C, as shells have it
@@ -61,7 +61,6 @@ class Preemption(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here, unless a validation belongs to this step: then after it."""
         if not validation_is_due(trainer) and (status := self._agreed(trainer)):
-            write_pending_figures(trainer)
             self._stop(trainer, status)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

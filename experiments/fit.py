@@ -150,8 +150,8 @@ def refuse_another_run(cli: DarkroomCLI, run: Run) -> None:
         for key, old, new in cli.differences(run, part):
             raise Refused(f"run '{run.folder.name}' began with {key} {old}, not {new}; another --run starts anew")
     began = yaml.safe_load(run.config.read_text())
-    if began["monitor"] != cli.config.monitor:
-        raise Refused(f"run '{run.folder.name}' began with monitor {began['monitor']}, not {cli.config.monitor}")
+    if began.get("monitor") != cli.config.monitor:
+        raise Refused(f"run '{run.folder.name}' began with monitor {began.get('monitor')}, not {cli.config.monitor}")
 
 
 @rank_zero_only

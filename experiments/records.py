@@ -24,6 +24,7 @@ CHECKED_OTHERWISE = {
     "modules.lightning_adapter": "as modules.method",
     "datamodules.catalogue": "a record carries the hash of the pixels that were read",
     "datamodules.images": "as datamodules.catalogue",
+    "datamodules.array_files": "as datamodules.catalogue",
 }
 
 

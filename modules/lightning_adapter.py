@@ -96,11 +96,3 @@ def validation_is_due(trainer: Any) -> bool:
     if trainer.should_stop:
         return True
     return bool(interval) and interval != float("inf") and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
-
-
-def write_pending_figures(trainer: Any) -> None:
-    """Hand the figures of the batch that has just ended to the loggers (asked in `on_train_batch_end`).
-
-    Lightning does so only after that hook; a run that stops there would never write them.
-    """
-    trainer._logger_connector.update_train_step_metrics()

@@ -172,7 +172,8 @@ class Method(LeanModule):
             name = f"learning_rate/{player.phase.name}" if player.phase.name else "learning_rate"
             figures[name] = player.optimizer.param_groups[0]["lr"]
             self._check_gradient(player)
-        self.log_dict({**figures, "images": float(self.images_seen)})
+        for logger in self.trainer.loggers:  # not self.log, which repeats a figure until there is a newer one
+            logger.log_metrics({**figures, "images": self.images_seen}, step=self.trainer.fit_loop.total_batch_idx)
 
     def _check_gradient(self, player: Player) -> None:
         """Refuse a gradient that is not finite, unless the scaler has refused it already."""

@@ -14,8 +14,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments.records import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -71,35 +69,3 @@ def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments", *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def write_recipe(path: Path, photos: Path, model: dict[str, Any], **data: Any) -> Path:
-    """A recipe of 15 steps with a validation every 5, on a folder of small pictures."""
-    scale = model["init_args"].get("scale", 3)
-    recipe = {
-        "model": model,
-        "data": {
-            "class_path": "datamodules.superresolution.SuperResolution",
-            "init_args": {
-                "scale": scale,
-                "train": str(photos),
-                "kept": 4,
-                "batch_size": 4,
-                "patch_size": 17,
-                "overhang": 4,
-                **data,
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "log_every_n_steps": 1,
-            "callbacks": [
-                {"class_path": "callbacks.image_quality.ImageQuality", "init_args": {"shave": scale}},
-                {"class_path": "tests.signals.SignalAt"},
-            ],
-        },
-        "monitor": f"{photos.name}-kept/psnr/y-shave{scale}",
-        "validate_every": 20,
-    }
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path

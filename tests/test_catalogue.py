@@ -16,7 +16,7 @@ def test_every_entry_says_what_it_is_and_how_it_is_had():
         assert data_set.title
         assert data_set.origin
         assert data_set.licence
-        assert data_set.get in ("embedded", "files", "hand")
+        assert data_set.get in ("embedded", "files", "torchvision", "hand")
         assert data_set.how()
         if data_set.get == "files":
             assert data_set.url.startswith("https://")

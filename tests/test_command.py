@@ -14,7 +14,8 @@ from experiments.complaints import explain, one_line
 from experiments.main import main
 from experiments.recipes import find_recipe
 from experiments.records import ROOT
-from tests.forked import forked, write_recipe
+from tests.forked import forked
+from tests.tiny import write_recipe
 
 DEMO = "espcn/demo"
 

@@ -3,10 +3,10 @@ import torch
 
 from modules.espcn import ESPCN
 from modules.superresolution import in_bands
-from tests.contract import Contract
+from tests.contract import SuperResolutionContract
 
 
-class TestESPCN(Contract):
+class TestESPCN(SuperResolutionContract):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3}}
     steady = "tests.steady.SteadyESPCN"
     learns = ["--model.images", "1600", "--validate_every", "400", "--model.warmup", "160"]

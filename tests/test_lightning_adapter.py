@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from types import SimpleNamespace
 
-import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -20,7 +19,6 @@ from modules.lightning_adapter import (
     lean_loop,
     log_every,
     validation_is_due,
-    write_pending_figures,
 )
 
 
@@ -82,20 +80,6 @@ def test_the_logged_step_is_the_batch_whatever_was_restored():
 
     run(Watch(), max_epochs=1)
     assert steps == list(range(12))
-
-
-def test_pending_figures_reach_the_loggers(tmp_path):
-    from callbacks.csv_log import CSVLog, read_log
-
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer, *args):
-            if args[-1] == 3:
-                write_pending_figures(trainer)
-                raise SystemExit
-
-    with pytest.raises(SystemExit):
-        run(Stop(), logger=CSVLog(tmp_path / "log.csv"), max_epochs=1, log_every_n_steps=2)
-    assert [(row["step"], row["value"]) for row in read_log(tmp_path / "log.csv")] == [("1", "1.0"), ("3", "3.0")]
 
 
 def test_profiler_and_log_interval():

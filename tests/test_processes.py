@@ -10,7 +10,8 @@ from callbacks.csv_log import read_log
 from experiments.main import main
 from modules.gradients import buckets, step
 from tests.contract import assert_equal, checkpoint
-from tests.forked import forked, launched, write_recipe
+from tests.forked import forked, launched
+from tests.tiny import write_recipe
 
 TWO = ["--trainer.devices", "2"]
 

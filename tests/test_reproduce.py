@@ -11,7 +11,8 @@ from experiments.main import main
 from experiments.recipes import find_recipe, methods
 from experiments.records import ROOT, code_fingerprint, committed_records, fingerprints, recipe_fingerprint
 from experiments.runs import Run
-from tests.forked import forked, write_recipe
+from tests.forked import forked
+from tests.tiny import write_recipe
 
 
 def test_committed_pages_are_what_the_records_say():

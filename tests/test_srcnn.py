@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from modules.srcnn import SRCNN
-from tests.contract import Contract
+from tests.contract import SuperResolutionContract
 
 
-class TestSRCNN(Contract):
+class TestSRCNN(SuperResolutionContract):
     model = {"class_path": "modules.srcnn.SRCNN", "init_args": {"scale": 3}}
     steady = "tests.steady.SteadySRCNN"
     learns = ["--model.images", "800", "--validate_every", "200", "--model.warmup", "80"]

@@ -1,0 +1,81 @@
+"""Recipes of 15 steps with a batch of 4 and a validation every 5, on small real pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+Model = dict[str, Any]
+
+
+def write_recipe(path: Path, photos: Path, model: Model, **data: Any) -> Path:
+    """For a method that enlarges pictures, on a folder of them."""
+    scale = model["init_args"].get("scale", 3)
+    init_args = {
+        "scale": scale,
+        "train": str(photos),
+        "kept": 4,
+        "batch_size": 4,
+        "patch_size": 17,
+        "overhang": 4,
+        **data,
+    }
+    data = {"class_path": "datamodules.superresolution.SuperResolution", "init_args": init_args}
+    quality = {"class_path": "callbacks.image_quality.ImageQuality", "init_args": {"shave": scale}}
+    return _write(path, model, data, [quality], f"{photos.name}-kept/psnr/y-shave{scale}")
+
+
+def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
+    """For a method that makes grey 28 x 28 images from noise, on the embedded digits."""
+    projection = path.with_name("projection.pth")
+    torch.save(torch.randn(784, 24, generator=torch.Generator().manual_seed(0)) / 28, projection)
+    init_args = {
+        "train": "digits/train",
+        "size": 28,
+        "channels": 1,
+        "val": "digits/val",
+        "test": ["digits/test"],
+        "samples": 230,
+        "test_samples": 230,
+        "batch_size": 4,
+        **data,
+    }
+    data = {"class_path": "datamodules.generation.Generation", "init_args": init_args}
+    quality = {
+        "class_path": "callbacks.generative_quality.GenerativeQuality",
+        "init_args": {
+            "measures": ["frechet", "floor"],
+            "extractor": "tests.tiny.Projection",
+            "weights": str(projection),
+            "while_training": True,
+        },
+    }
+    return _write(path, model, data, [quality])
+
+
+def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:
+    watching = [{"class_path": f"tests.watching.{name}"} for name in ("SignalAt", "RanksAgree")]
+    recipe = {
+        "model": model,
+        "data": data,
+        "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, "callbacks": [*callbacks, *watching]},
+        "monitor": monitor,
+        "validate_every": 20,
+    }
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+class Projection:
+    """Features for tests: 24 random projections of a 28 x 28 image."""
+
+    name = "projection"
+    url = None
+
+    def __init__(self, weights: Path) -> None:
+        self.matrix = torch.load(weights, weights_only=True)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        return {"features": images.flatten(1).float() / 255 @ self.matrix}

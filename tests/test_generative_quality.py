@@ -1,9 +1,13 @@
 """Figures of generated images, beside torch-fidelity's own command on the same saved files and other independent values."""
 
+import functools
+import hashlib
+import http.server
 import json
 import math
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +17,15 @@ from PIL import Image
 from torch import nn
 
 from callbacks import generative_quality
-from callbacks.generative_quality import GenerativeQuality
+from callbacks.features import VGG16, Inception, MnistLeNet, find_weights
+from callbacks.generated import eight_bit
+from callbacks.generative_quality import GenerativeQuality, frechet, measured
+from callbacks.parzen import best_sigma, log_likelihood
+from datamodules.array_files import read_part
+from datamodules.image_arrays import read_images
+from datamodules.pictures import Survey
+from datamodules.refused import Refused
+from tests.tiny import Projection
 
 
 def random_weights(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -117,3 +129,129 @@ def test_figures_are_those_of_torch_fidelitys_command(folders, inception_weights
     again = quality_of(GenerativeQuality(measures, weights=str(inception_weights)), sets, batch=20)
     assert again == pytest.approx(expected, rel=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_precision_and_recall_are_those_of_torch_fidelitys_command(folders, tmp_path, monkeypatch):
+    import torchvision
+
+    root, sets = folders
+    monkeypatch.setenv("DARKROOM_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "vgg16.pth"
+    torch.save(random_weights(torchvision.models.vgg16()), weights)  # 528 MiB
+    words = [
+        "--input1",
+        root / "made",
+        "--input2",
+        root / "real",
+        "--prc",
+        "--prc-neighborhood",
+        "3",
+        "--feature-extractor",
+        "vgg16",
+    ]
+    words += ["--feature-extractor-weights-path", weights, "--cpu", "--json", "--silent", "--no-cache", "--batch-size", "7"]
+    program = [sys.executable, "-m", "torch_fidelity.fidelity", *map(str, words)]
+    theirs = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    quality = GenerativeQuality(["precision-recall"], "callbacks.features.VGG16", str(weights))
+    assert quality_of(quality, sets) == {"precision/vgg16-20": theirs["precision"], "recall/vgg16-20": theirs["recall"]}
+    assert 0 < theirs["precision"] < 1
+
+
+def test_without_weights_a_run_is_refused_or_goes_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(Inception, "url", "http://127.0.0.1:9/inception-6726825d.pth")
+    with pytest.raises(Refused, match=r"inception-tf could not be fetched from http://127.0.0.1:9/.*set `missing: skip`"):
+        GenerativeQuality(["frechet"]).setup(SimpleNamespace(is_global_zero=True), None, "fit")
+    GenerativeQuality(["frechet"], missing="skip").setup(SimpleNamespace(is_global_zero=True), None, "fit")
+    assert "without   frechet: weights of inception-tf could not be fetched" in capsys.readouterr().out
+    with pytest.raises(Refused, match=r"no file nowhere\.pth, neither here nor below"):
+        GenerativeQuality(["frechet"], weights="nowhere.pth").setup(None, None, "fit")
+    with pytest.raises(Refused, match=r"no class callbacks\.features\.Incepton"):
+        GenerativeQuality(["frechet"], extractor="callbacks.features.Incepton").setup(None, None, "fit")
+    (tmp_path / "bad.pth").write_bytes(b"not weights")
+    with pytest.raises(Refused, match=r"bad.pth cannot be read as weights"):
+        GenerativeQuality(["frechet"], weights=str(tmp_path / "bad.pth")).setup(None, None, "fit")
+
+
+def test_downloaded_weights_must_have_the_checksum_of_their_name(tmp_path, monkeypatch):
+    (tmp_path / "host").mkdir()
+    torch.save({"weight": torch.ones(1)}, tmp_path / "host/whole.pth")
+    content = (tmp_path / "host/whole.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    for name in (f"right-{digest}.pth", "wrong-00000000.pth"):
+        (tmp_path / "host" / name).write_bytes(content)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "host"))
+    monkeypatch.setattr(handler.func, "log_message", lambda *args: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(VGG16, "url", f"http://127.0.0.1:{server.server_port}/wrong-00000000.pth")
+    with pytest.raises(Refused, match="invalid hash value"):
+        find_weights(VGG16, None)
+    monkeypatch.setattr(VGG16, "url", f"http://127.0.0.1:{server.server_port}/right-{digest}.pth")
+    assert find_weights(VGG16, None).read_bytes() == content
+    server.shutdown()
+
+
+def test_eight_bits_are_those_of_a_saved_file(tmp_path):
+    from torchvision.utils import save_image
+
+    image = torch.rand(3, 9, 9) * 1.2 - 0.1
+    save_image(image, tmp_path / "image.png")
+    assert torch.equal(torch.from_numpy(np.array(Image.open(tmp_path / "image.png"))).permute(2, 0, 1), eight_bit(image))
+
+
+def test_a_frechet_distance_is_the_closed_form_of_its_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(4000, 3, generator=generator).double()
+    made = (made - made.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(made.T))).T  # covariance 1, mean 0
+    scale = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert frechet(made, made * scale + 2) == pytest.approx(3 * 4 + 0 + 1 + 4, rel=1e-6)
+
+
+def test_balance_and_confidence_have_their_extremes():
+    even = {"logits": 50 * torch.eye(10).repeat(3, 1)}
+    assert measured("balance", even, {})["balance"] == pytest.approx(10)
+    assert measured("confidence", even, {})["confidence"] == pytest.approx(1)
+    one = {"logits": torch.zeros(30, 10)}
+    assert measured("balance", one, {})["balance"] == pytest.approx(1)
+    assert measured("confidence", one, {})["confidence"] == pytest.approx(0.1)
+    with pytest.raises(Refused, match="confidence needs a classifier's logits"):
+        measured("confidence", {"features": torch.zeros(3, 2)}, {})
+
+
+def test_a_parzen_window_is_scipys_density():
+    from scipy.special import logsumexp
+    from scipy.stats import multivariate_normal
+
+    samples, images = torch.rand(7, 5).double(), torch.rand(4, 5).double()
+    densities = np.array([[multivariate_normal(s, 0.2**2).logpdf(x) for s in samples.numpy()] for x in images.numpy()])
+    expected = logsumexp(densities, axis=1) - math.log(7)
+    assert log_likelihood(samples, images, 0.2, at_once=3).numpy() == pytest.approx(expected)
+
+
+def test_parzens_reference_points(with_real_data):
+    """Fact sheet: 10,000 training digits give 243.6 +/- 2.1 on the 10,000 test digits; here are two thirds of those."""
+    digits = read_part("mnist/train")[0][:10_000].double().flatten(1) / 255
+    held_out, test = (read_part(f"mnist/{part}")[0].double().flatten(1) / 255 for part in ("val", "test"))
+    sigma = best_sigma(digits, held_out[:1000])
+    assert sigma == pytest.approx(0.1668, abs=1e-4)
+    likelihood = log_likelihood(digits, test, sigma)
+    assert likelihood.mean().item() == pytest.approx(243.6, abs=6)
+
+
+def test_the_digits_classifier_is_as_good_as_it_says(with_real_data):
+    weights = "weights/mnist-lenet/lenet_epoch12_acc0.991.pth"
+    images = read_images("mnist/test", 28, 1, None, Survey())
+    network = MnistLeNet(find_weights(MnistLeNet, weights))
+    right = generative_quality.look(network, images.pixels)["logits"].argmax(1) == images.labels
+    assert right.double().mean().item() == pytest.approx(0.991, abs=0.001)
+
+
+def test_a_projection_is_an_extractor(tmp_path):
+    torch.save(torch.ones(784, 2), tmp_path / "p.pth")
+    looked = generative_quality.look(
+        Projection(find_weights(Projection, str(tmp_path / "p.pth"))), torch.ones(3, 1, 28, 28).byte()
+    )
+    assert looked["features"].tolist() == [[pytest.approx(784 / 255)] * 2] * 3

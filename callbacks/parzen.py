@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from callbacks.generated import GeneratedImages
+from datamodules.image_arrays import read_images
 
 SIGMAS = torch.logspace(-1, 0, 10, dtype=torch.float64)
 
@@ -16,8 +17,18 @@ class Parzen(GeneratedImages):
 
     log p(x) = log mean_i exp(-|x - s_i|**2 / (2 sigma**2)) - D log(sigma sqrt(2 pi)), pixels in [0, 1]; sigma is the best of
     ten between 0.1 and 1 on the first 1000 held-out images of the datamodule. As goodfeli/adversarial (parzen_ll.py); table
-    figures have 10,000 samples. In tests alone. The measure prefers smooth samples, even k-means centroids, to real images.
+    figures have 10,000 samples. In tests alone.
+
+    The measure prefers smooth images to real ones. Two figures beside the samples' show it: those of as many real images, and
+    of as many k-means centroids of real images.
+
+    Args:
+        beside: the set whose images these are.
     """
+
+    def __init__(self, beside: str | None = None) -> None:
+        super().__init__()
+        self.beside = beside
 
     def keep(self, images: Tensor) -> Tensor:
         """All pixels: float64 (N, D); not rounded, as the samples of that protocol are not."""
@@ -25,15 +36,30 @@ class Parzen(GeneratedImages):
 
     def measure(self, made: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """The mean, its standard error over the real images, and sigma."""
-        held_out = _flat(trainer.datamodule.held_out.pixels[:1000])
-        sigma = best_sigma(made, held_out)
-        likelihood = log_likelihood(made, _flat(real), sigma)
-        protocol = f"{len(made)}-samples"
-        return {
-            f"parzen/{protocol}": likelihood.mean().item(),
-            f"parzen-error/{protocol}": (likelihood.std(correction=0) / len(real) ** 0.5).item(),
-            f"parzen-sigma/{protocol}": sigma,
-        }
+        held_out, real = _flat(trainer.datamodule.held_out.pixels[:1000]), _flat(real)
+        figures = likelihood(f"parzen/{len(made)}-samples", made, held_out, real)
+        if self.beside is not None:
+            data = trainer.datamodule
+            images = _flat(read_images(self.beside, data.size, data.channels, data.crop, data.survey).pixels)
+            figures |= likelihood(f"parzen/{len(made)}-images", images[: len(made)], held_out, real)
+            figures |= likelihood(f"parzen/{len(made)}-centroids", centroids(images, len(made)), held_out, real)
+        return figures
+
+
+def likelihood(protocol: str, samples: Tensor, held_out: Tensor, real: Tensor) -> dict[str, float]:
+    """The mean log-likelihood of the real images, its standard error over them, and sigma; images are (N, D)."""
+    sigma = best_sigma(samples, held_out)
+    of_each = log_likelihood(samples, real, sigma)
+    error = of_each.std(correction=0) / len(real) ** 0.5
+    return {protocol: of_each.mean().item(), f"{protocol}/error": error.item(), f"{protocol}/sigma": sigma}
+
+
+def centroids(images: Tensor, count: int) -> Tensor:
+    """Centres of `count` clusters of images (N, D), after five rounds of Lloyd's algorithm from random images."""
+    from sklearn.cluster import KMeans
+
+    found = KMeans(count, init="random", n_init=1, max_iter=5, random_state=0).fit(images.float().numpy())
+    return torch.from_numpy(found.cluster_centers_).double()
 
 
 def best_sigma(samples: Tensor, held_out: Tensor) -> float:

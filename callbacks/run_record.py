@@ -82,13 +82,21 @@ class RunRecord(Callback):
                     }
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
         weights = weights_hash(pl_module.state_dict())
-        if known.get("fingerprints") != self.facts["fingerprints"] or known.get("weights") != weights:
+        if known.get("weights") != weights or not self._trained_alike(known):
             known = {**self.facts, "weights": weights, "hardware": hardware(trainer)}
+        elif known["fingerprints"] != self.facts["fingerprints"]:  # measured before by other protocols
+            known = {**known, **{key: self.facts[key] for key in ("fingerprints", "config")}, "metrics": {}}
         known["data"] = {**known.get("data", {}), **trainer.datamodule.survey.fingerprints()}
         metrics = {**known.get("metrics", {}), **metrics}  # a set that is not here today may have been measured before
         self._write(
             trainer, {**known, "absent": [line.partition(":")[0] for line in trainer.datamodule.absent], "metrics": metrics}
         )
+
+    def _trained_alike(self, known: dict[str, Any]) -> bool:
+        """Whether what a record says of its training holds for the recipe as it stands."""
+        now = self.facts
+        code = all(known.get("fingerprints", {}).get(part) == now["fingerprints"][part] for part in ("method", "data"))
+        return code and known["config"]["model"] == now["config"]["model"]
 
     def _write(self, trainer: Any, record: dict[str, Any]) -> None:
         if trainer.is_global_zero:

@@ -1,14 +1,14 @@
-"""`darkroom bench`: how fast training is, beside a bare PyTorch loop and beside a loader that opens a file per item."""
+"""`darkroom bench`: how fast training is, beside a bare PyTorch loop and beside one whose loader makes item by item by PIL."""
 
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy, deepcopy
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.run_record import cpu_name, peak_memory_mib
 from datamodules.catalogue import MissingData, locate
+from datamodules.generation import Generation
 from datamodules.pairs import Pictures
 from datamodules.pictures import pictures_of
 from datamodules.refused import Refused
@@ -31,7 +32,9 @@ from experiments.cli import DarkroomCLI, build
 from experiments.complaints import parameters
 from experiments.fit import alone, loggers, prepare, settle_memory
 from experiments.recipes import Recipe
+from modules.generative import GenerativeMethod
 from modules.method import Method
+from modules.phases import Batch, size_of
 from modules.srcnn import SRCNN
 
 Step = Callable[[], None]
@@ -65,7 +68,9 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
             cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
             settle_memory()
             cli.trainer.fit(cli.model, cli.datamodule)
-    figures = {**training_figures(stopwatch, cli), **inference_figures(cli.model.cpu().eval())}
+    method = cli.model.cpu().eval()
+    use = sampling_figures if isinstance(method, GenerativeMethod) else inference_figures
+    figures = {**training_figures(stopwatch, cli), **use(method)}
     if as_json:
         print(json.dumps(figures, indent=1))
     else:
@@ -82,7 +87,7 @@ class Stopwatch(Callback):
         begun: when the command began.
     """
 
-    def __init__(self, method: Method, data: SuperResolution, steps: int, begun: float) -> None:
+    def __init__(self, method: Method, data: Any, steps: int, begun: float) -> None:
         self.steps, self.data, self.begun = steps, data, begun
         self.methods = {"bare": deepcopy(method), "pil": deepcopy(method)}
         self.loops: dict[str, Step] = {}
@@ -94,10 +99,9 @@ class Stopwatch(Callback):
         """At the end of a stretch, stop the clock, let the others run theirs, start it anew."""
         if batch_idx == 0:
             self.seconds_to_first_step = time.perf_counter() - self.begun
-            self.example = {key: value[:1] for key, value in batch.items()}
             self.loops = {
-                "bare": loop(self.methods["bare"].to(pl_module.device), bare_batches(self.data, pl_module.device)),
-                "pil": loop(self.methods["pil"].to(pl_module.device), pil_batches(self.data, pl_module.device)),
+                name: loop(method.to(pl_module.device), batches(self.data, pl_module.device), optimizers_of(method))
+                for (name, method), batches in zip(self.methods.items(), (bare_batches, pil_batches), strict=True)
             }
         if (batch_idx + 1) % self.steps:
             return
@@ -125,85 +129,132 @@ class Stopwatch(Callback):
         return 1000 * (time.perf_counter() - started) / steps
 
 
-def loop(method: Method, batches: Iterator[dict[str, Tensor]]) -> Step:
-    """A training step as one would write it by hand."""
-    optimizer: Any = method.configure_optimizers()
-    seen = 0
+def loop(method: Method, batches: Iterator[Batch], optimizers: Sequence[Any]) -> Step:
+    """A training step as one would write it by hand: each network's optimizer in turn, the other networks frozen."""
+    phases = method.phases()
+    seen = turn = 0
 
     def step() -> None:
-        nonlocal seen
-        for group in optimizer.param_groups:
-            group["lr"] = method.schedule(seen)
+        nonlocal seen, turn
         batch = next(batches)
-        loss = torch.stack(list(method.losses(batch).values())).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seen += len(batch["input"])
+        size = size_of(batch)
+        batch = {**batch, "positions": range(seen, seen + size), "repetition": 0}
+        batch.update(method.shared(batch))
+        turn += 1
+        for phase, optimizer in zip(phases, optimizers, strict=True):
+            if turn % phase.every:
+                continue
+            others = [p for other in phases if other is not phase for p in other.parameters]
+            for parameter in others:
+                parameter.requires_grad = False
+            for group in optimizer.param_groups:
+                group.update(phase.schedule(seen))
+            optimizer.zero_grad()
+            torch.stack(list(phase.losses(batch).values())).sum().backward()
+            optimizer.step()
+            for parameter in others:
+                parameter.requires_grad = True
+        seen += size
 
     return step
 
 
-def parts(method: Method, data: SuperResolution, steps: int) -> dict[str, float]:
-    """Where a bare step's time goes: milliseconds for data, for the network forwards and backwards, for the optimizer."""
-    optimizer: Any = method.configure_optimizers()
-    batches = bare_batches(data, method.device)
+def optimizers_of(method: Method) -> list[Any]:
+    """New ones, of a method that may have but one."""
+    found = method.configure_optimizers()
+    return found if isinstance(found, list) else [found]
+
+
+def parts(method: Method, data: Any, steps: int) -> dict[str, float]:
+    """Where a bare step's time goes: milliseconds for data, for the optimizers, and for the networks, the rest."""
     spent = {"data_ms": 0.0, "network_ms": 0.0, "optimizer_ms": 0.0}
-    for number in range(-10, steps):  # the first ones warm up
-        optimizer.zero_grad()
-        clock = [time.perf_counter()]
-        batch = next(batches)
-        wait(method.device)
-        clock.append(time.perf_counter())
-        torch.stack(list(method.losses(batch).values())).sum().backward()
-        wait(method.device)
-        clock.append(time.perf_counter())
-        optimizer.step()
-        wait(method.device)
-        clock.append(time.perf_counter())
-        if number >= 0:
-            for name, begun, ended in zip(spent, clock, clock[1:], strict=False):
-                spent[name] += 1000 * (ended - begun) / steps
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*inputs: Any, **named: Any) -> Any:
+            wait(method.device)
+            begun = time.perf_counter()
+            result = work(*inputs, **named)
+            wait(method.device)
+            spent[name] += 1000 * (time.perf_counter() - begun) / steps
+            return result
+
+        return measured
+
+    batches = bare_batches(data, method.device)
+    following = timed("data_ms", lambda: next(batches))
+    optimizers = [
+        SimpleNamespace(param_groups=o.param_groups, zero_grad=o.zero_grad, step=timed("optimizer_ms", o.step))
+        for o in optimizers_of(method)
+    ]
+    step = loop(method, iter(following, None), optimizers)
+    for _ in range(10):
+        step()
+    spent.update(dict.fromkeys(spent, 0.0))
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait(method.device)
+    spent["network_ms"] = 1000 * (time.perf_counter() - begun) / steps - spent["data_ms"] - spent["optimizer_ms"]
     return spent
 
 
-def bare_batches(data: SuperResolution, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def bare_batches(data: Any, device: torch.device) -> Iterator[Batch]:
     """Our batches, without a Trainer."""
+    data = copy(data)  # whose position in the stream is its own
     for batch in data.train_dataloader():
-        yield data.pairs(batch["patches"].to(device))
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        yield data.on_after_batch_transfer(moved, 0)
 
 
-def pil_batches(data: SuperResolution, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Batches as most repositories make them: each item opens a file, and PIL crops and shrinks it; a worker a core."""
-    files = PilPatches(locate(data.train, data.scale), data.scale, data.patch_size)
+def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
+    """Batches as most repositories make them: PIL opens, cuts and shrinks each item by itself; a worker a core."""
+    items = PilPatches(data) if isinstance(data, SuperResolution) else PilImages(data)
     loader = DataLoader(
-        files, data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+        items, data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
     )
     while True:
-        for low, high in loader:
-            yield {"input": low.to(device), "target": high.to(device)}
+        for batch in loader:
+            yield {key: value.to(device) for key, value in batch.items()}
 
 
-class PilPatches(Dataset[tuple[Tensor, Tensor]]):
+class PilPatches(Dataset[dict[str, Tensor]]):
     """A pair of patches an item, cut from a file opened for it."""
 
-    def __init__(self, files: list[Path], scale: int, patch_size: int) -> None:
-        self.files, self.scale = files, scale
-        self.size = scale * patch_size
+    def __init__(self, data: SuperResolution) -> None:
+        self.files, self.scale = locate(data.train, data.scale), data.scale
+        self.size = data.scale * data.patch_size
 
     def __len__(self) -> int:
         return 100 * len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = Image.open(self.files[index % len(self.files)]).convert("YCbCr").getchannel(0)
         left, top = (int(torch.randint(max(1, length - self.size + 1), ())) for length in image.size)
         high = image.crop((left, top, left + self.size, top + self.size))
         low = high.resize((self.size // self.scale,) * 2, Image.Resampling.BICUBIC)
-        return _to_tensor(low), _to_tensor(high)
+        return {"input": to_tensor(low), "target": to_tensor(high)}
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).float().div(255).unsqueeze(0)
+class PilImages(Dataset[dict[str, Tensor]]):
+    """An image an item, through PIL and torchvision's transforms."""
+
+    def __init__(self, data: Generation) -> None:
+        self.data, self.items = data, data.items
+
+    def __len__(self) -> int:
+        return max(len(self.items), self.data.batch_size)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        found = self.items[0, np.array([index % len(self.items)])]
+        image = Image.fromarray(found["image"][0].permute(1, 2, 0).numpy().squeeze())
+        image = image.resize((self.data.size,) * 2, Image.Resampling.BILINEAR)
+        return {"image": to_tensor(image), "label": found["label"][0]}
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A PIL image of mode L or RGB as float32 (C, H, W) in [0, 1]."""
+    pixels = torch.from_numpy(np.array(image)).float().div(255)
+    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def wait(device: torch.device) -> None:
@@ -222,12 +273,7 @@ def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
     device = cli.model.device
     shares = parts(stopwatch.methods["bare"], cli.datamodule, 10 * stopwatch.steps)
     pil_ms = statistics.median(spent["pil"])
-    method = stopwatch.methods["bare"]
-
-    def one_patch() -> None:  # forwards and backwards
-        torch.stack(list(method.losses(stopwatch.example).values())).sum().backward()
-
-    gflops = rate["ours"] * flops_of(one_patch) / 1e9
+    gflops = rate["ours"] * flops_of(stopwatch.loops["bare"]) / cli.datamodule.batch_size / 1e9
     peak = convolution_peak(device)
     return {
         "recipe": cli.recipe.name,
@@ -281,6 +327,18 @@ def convolution_peak(device: torch.device) -> float:
             wait(device)
             times.append(time.perf_counter() - started)
     return 2 * 8 * 64 * 64 * 9 * 128 * 128 / min(times) / 1e9
+
+
+def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:
+    """Images made a second, 64 at once."""
+    latents = method.latents(range(64))
+    times = []
+    with torch.no_grad():
+        for _ in range(6):  # the first one warms up
+            started = time.perf_counter()
+            method.sample(latents)
+            times.append(time.perf_counter() - started)
+    return {"samples_per_second": 64 / statistics.median(times[1:])}
 
 
 def inference_figures(method: Any) -> dict[str, Any]:

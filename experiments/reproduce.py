@@ -13,15 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from datamodules.catalogue import MissingData, locate
+from datamodules.catalogue import MissingData, catalogue, locate
 from datamodules.refused import Refused
 from experiments.recipes import HERE, Recipe, find_recipe, methods
 from experiments.records import ROOT, committed_records, fingerprints
 from experiments.runs import Run, runs_root
-from experiments.tables import cells, ours, render, spec
+from experiments.tables import cells, ours, paper, render, spec
 
 PREEMPTED, INTERRUPTED = 85, 130  # exit statuses of a run that has saved, see callbacks/preemption.py
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+LARGEST = 4 * 2**20  # bytes of weights that are committed; larger ones everyone trains
 RESULTS = HERE / "RESULTS.md"
 
 
@@ -118,19 +119,22 @@ def lacking(recipe: Recipe, learns: bool) -> list[str]:
     """What a recipe needs and cannot find: its training data, or all of its test sets."""
     data: dict[str, Any] = recipe.content["data"]["init_args"]
     needed = [name for name in (data.get("train"), data.get("val")) if name and learns]
-    absent = [name for name in needed if not _here(name, data["scale"])]
+    absent = [name for name in needed if not _here(name, data.get("scale"))]
     tests = data.get("test", [])
-    return absent or ([] if any(_here(name, data["scale"]) for name in tests) else tests)
+    return absent or ([] if any(_here(name, data.get("scale")) for name in tests) else tests)
 
 
 def unmeasured(recipe: Recipe, record: dict[str, Any]) -> list[str]:
     """The recipe's test sets that are here but not yet in its record."""
     data: dict[str, Any] = recipe.content["data"]["init_args"]
     names = [name for name in data.get("test", []) if name.replace("/", "-") not in record["metrics"]]
-    return [name for name in names if _here(name, data["scale"])]
+    return [name for name in names if _here(name, data.get("scale"))]
 
 
-def _here(name: str, scale: int) -> bool:
+def _here(name: str, scale: int | None) -> bool:
+    data_set = catalogue().get(name.partition("/")[0])
+    if data_set and data_set.arrays:
+        return data_set.state() == "here"
     try:
         return bool(locate(name, scale))
     except MissingData:
@@ -157,9 +161,9 @@ def keep(run: Run, recipe: Recipe) -> None:
     path = record_path(recipe, record["seed"])
     path.parent.mkdir(exist_ok=True)
     shutil.copyfile(run.record, path)
-    if record["seed"] == 0:
+    weights = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= LARGEST:
         recipe.weights.parent.mkdir(exist_ok=True)
-        weights = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)
         recipe.weights.chmod(0o644)  # safetensors writes files that only their owner reads
 
@@ -192,9 +196,7 @@ def summary() -> str:
         for cell in cells(method):
             if cell["ours"] is not None and "/" not in cell["dataset"]:
                 row, data_set, metric = cell["row"], cell["dataset"], cell["metric"]
-                lines.append(
-                    f"| {method} | {cell['table']}: {row} | {data_set} | `{metric}` | {cell['paper']:.2f} | {ours(cell)} |"
-                )
+                lines.append(f"| {method} | {cell['table']}: {row} | {data_set} | `{metric}` | {paper(cell)} | {ours(cell)} |")
     return "\n".join(lines)
 
 

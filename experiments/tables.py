@@ -29,7 +29,8 @@ def spec(method: str) -> dict[str, Any]:
 def cells(method: str) -> list[Cell]:
     """All cells of a method's tables.
 
-    Each has `table`, `row`, `dataset`, `metric` (the protocol's name), `paper`, `mark` (how sure the paper's figure is),
+    A table says what is `better`, "higher" (the default) or "lower"; a row's figure of the paper may be null: it has none.
+    Each cell has `table`, `row`, `dataset`, `metric` (the protocol's name), `paper`, `mark` (how sure the paper's figure is),
     `ours`, `std` and `seeds` (None and 0 without a record), `difference`, `state` and `record` (the files).
     """
     return [
@@ -40,7 +41,7 @@ def cells(method: str) -> list[Cell]:
     ]
 
 
-def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: float) -> Cell:
+def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: float | None) -> Cell:
     metric = row.get("metric", table["metric"])
     found = []
     for record in _records(row):
@@ -58,10 +59,10 @@ def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: floa
         "ours": None if mean is None else round(mean, 4),
         "std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
         "seeds": len(values),
-        "difference": None if mean is None else round(mean - paper, 4),
+        "difference": None if mean is None or paper is None else round(mean - paper, 4),
         "record": [record["file"] for record, _ in found],
     }
-    return {**cell, "state": _state(cell, row, [record for record, _ in found])}
+    return {**cell, "state": _state(cell, row, [record for record, _ in found], table.get("better", "higher"))}
 
 
 def _records(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -85,18 +86,21 @@ def figure(record: dict[str, Any], data_set: str, metric: str, average: dict[str
     return None if value is None else float(value)
 
 
-def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]]) -> str:
+def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]], better: str) -> str:
     if not records:
         return f"not run: {_why_not(cell, row)}"
     current = fingerprints(find_recipe(row["recipe"]))
     changed = sorted({part for record in records for part in current if record["fingerprints"].get(part) != current[part]})
     if changed:
         return f"stale: {', '.join(changed)} changed since"
-    difference = round(cell["ours"], 2) - cell["paper"]
-    if row.get("exact") and difference > 0.02 + 1e-9:
-        return f"over by {difference:.2f}"
-    missed = difference < (-0.02 if row.get("exact") else 0) - 1e-9
-    return f"short by {cell['paper'] - cell['ours']:.2f}" if missed else "reproduced"
+    if cell["paper"] is None:
+        return "measured"
+    sign = -1 if better == "lower" else 1
+    ahead = sign * (round(cell["ours"], 2) - cell["paper"])
+    if row.get("exact") and ahead > 0.02 + 1e-9:
+        return f"over by {ahead:.2f}"
+    missed = ahead < (-0.02 if row.get("exact") else 0) - 1e-9
+    return f"short by {sign * (cell['paper'] - cell['ours']):.2f}" if missed else "reproduced"
 
 
 def _why_not(cell: Cell, row: dict[str, Any]) -> str:
@@ -106,6 +110,11 @@ def _why_not(cell: Cell, row: dict[str, Any]) -> str:
     if _records(row):
         return "not all of its sets are measured" if cell["dataset"] == "average" else "its pictures were not at hand"
     return f"no record of {row['recipe']} yet"
+
+
+def paper(cell: Cell) -> str:
+    """The paper's figure; empty if it has none."""
+    return "" if cell["paper"] is None else f"{cell['paper']:.2f}"
 
 
 def ours(cell: Cell) -> str:
@@ -123,11 +132,11 @@ def render(method: str) -> str:
         lines += [f"**{table['table']}.** {table['caption']} Protocol: `{table['metric']}`.", ""]
         lines += ["| row | data set | paper | ours | difference | state |", "|---|---|---:|---:|---:|---|"]
         for cell in (cell for cell in of_method if cell["table"] == table["table"]):
-            mark = {"V": "", "M": " (unverified)"}.get(cell["mark"], f" [{cell['mark']}]")
+            mark = {"V": "", "M": " (unverified)"}.get(cell["mark"], f" [{cell['mark']}]") if cell["paper"] is not None else ""
             difference = "" if cell["difference"] is None else f"{cell['difference']:+.2f}"
-            paper = f"{cell['paper']:.2f}{mark}"
-            lines.append(f"| {cell['row']} | {cell['dataset']} | {paper} | {ours(cell)} | {difference} | {cell['state']} |")
+            figures = f"{paper(cell)}{mark} | {ours(cell)} | {difference}"
+            lines.append(f"| {cell['row']} | {cell['dataset']} | {figures} | {cell['state']} |")
         lines += ["", *([table["note"].strip(), ""] if "note" in table else [])]
-    used = {cell["mark"] for cell in of_method}
+    used = {cell["mark"] for cell in of_method if cell["paper"] is not None}
     lines.append("How sure the paper's figures are: " + "; ".join(MARKS[mark] for mark in MARKS if mark in used) + ".")
     return "\n".join(lines)

@@ -22,6 +22,9 @@ train, measure and use
   validate RECIPE            measure on the pictures that choose the checkpoint
   test RECIPE                measure on the test sets that are here
   predict RECIPE --input PICTURE_OR_FOLDER --output FOLDER
+  sample RECIPE --output FOLDER              images made from noise (--count N)
+  interpolate RECIPE --between 3 17 42       the way through latent space between samples, as a picture
+  arithmetic RECIPE --plus 1 2 --minus 3 4   sums of samples' latents, as a picture
 
   RECIPE is a name (espcn/t91_x3; espcn for its demo) or a path to a YAML file.
   Any key can be given anew: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
@@ -187,6 +190,54 @@ def _bench(rest: list[str]) -> int:
     return 0
 
 
+def _sample(rest: list[str]) -> int:
+    parser = _of_latents("sample", "Make images from noise, one file each.", "samples")
+    parser.add_argument("--count", type=int, default=64, metavar="N", help="how many (default 64)")
+    chosen = parser.parse_args(rest)
+    if chosen.count < 1:
+        raise Refused(f"sample: --count {chosen.count}: at least 1")
+    recipe = find_recipe(chosen.recipe)
+    from experiments.sampling import sample
+
+    sample(recipe, chosen.ckpt, chosen.count, chosen.seed, chosen.output)
+    return 0
+
+
+def _interpolate(rest: list[str]) -> int:
+    parser = _of_latents("interpolate", "The straight way through latent space between samples.", "interpolation.png")
+    parser.add_argument("--between", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of samples")
+    parser.add_argument("--steps", type=int, default=9, metavar="N", help="from one to the next (default 9)")
+    chosen = parser.parse_args(rest)
+    recipe = find_recipe(chosen.recipe)
+    from experiments.sampling import interpolate
+
+    interpolate(recipe, chosen.ckpt, chosen.between, chosen.steps, chosen.seed, chosen.output)
+    return 0
+
+
+def _arithmetic(rest: list[str]) -> int:
+    parser = _of_latents("arithmetic", "Sums of concepts, each the mean latent of some samples.", "arithmetic.png")
+    for sign in ("plus", "minus"):
+        parser.add_argument(
+            f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="samples of a concept"
+        )
+    chosen = parser.parse_args(rest)
+    recipe = find_recipe(chosen.recipe)
+    from experiments.sampling import arithmetic
+
+    arithmetic(recipe, chosen.ckpt, chosen.plus, chosen.minus, chosen.seed, chosen.output)
+    return 0
+
+
+def _of_latents(command: str, description: str, output: str) -> "Parser":
+    parser = Parser(prog=f"darkroom {command}", description=description)
+    parser.add_argument("recipe", help="whose network: darkroom list shows them")
+    parser.add_argument("--ckpt", metavar="FILE", help="weights to use: a .ckpt or .safetensors file")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the numbered samples (default 0)")
+    parser.add_argument("--output", default=output, metavar="PATH", help=f"where the result goes (default {output})")
+    return parser
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line."""
 
@@ -198,4 +249,13 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{self.prog.removeprefix('darkroom ')}: {message}")
 
 
-COMMANDS = {"demo": _demo, "list": _list, "data": _data, "reproduce": _reproduce, "bench": _bench}
+COMMANDS = {
+    "demo": _demo,
+    "list": _list,
+    "data": _data,
+    "reproduce": _reproduce,
+    "bench": _bench,
+    "sample": _sample,
+    "interpolate": _interpolate,
+    "arithmetic": _arithmetic,
+}

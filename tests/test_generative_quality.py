@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from callbacks import generative_quality
 from callbacks.features import VGG16, Inception, MnistLeNet, find_weights
@@ -25,34 +24,13 @@ from datamodules.array_files import read_part
 from datamodules.image_arrays import read_images
 from datamodules.pictures import Survey
 from datamodules.refused import Refused
-from tests.tiny import Projection
-
-
-def random_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Values of a scale that keeps the signal alive through the layers, so that images are told apart."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, value in network.state_dict().items():
-        if name.endswith("running_var") or (value.ndim == 1 and name.endswith("bn.weight")):
-            weights[name] = torch.ones_like(value)
-        elif value.ndim > 1:
-            deviation = math.sqrt(2 / value[0].numel())
-            weights[name] = torch.randn(value.shape, generator=generator) * deviation
-        else:
-            weights[name] = torch.zeros_like(value)
-    return weights
+from tests.tiny import Projection, inception_weights, random_weights
 
 
 @pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+def weights_of_inception(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save({}, path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = FeatureExtractorInceptionV3("inception", ["64"], feature_extractor_weights_path=str(path))
-    torch.save(random_weights(network), path)
+    torch.save(inception_weights(), path)
     return path
 
 
@@ -98,7 +76,7 @@ def quality_of(callback, sets, batch=7):
     return callback.figures["real"]["all"]
 
 
-def test_figures_are_those_of_torch_fidelitys_command(folders, inception_weights, tmp_path, monkeypatch):
+def test_figures_are_those_of_torch_fidelitys_command(folders, weights_of_inception, tmp_path, monkeypatch):
     root, sets = folders
     monkeypatch.setenv("DARKROOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(generative_quality, "SUBSET", 10)
@@ -123,10 +101,10 @@ def test_figures_are_those_of_torch_fidelitys_command(folders, inception_weights
         "inception-score/inception-tf-20": theirs["inception_score_mean"],
         "inception-score-std/inception-tf-20": theirs["inception_score_std"],
     }
-    first = quality_of(GenerativeQuality(measures, weights=str(inception_weights)), sets)
+    first = quality_of(GenerativeQuality(measures, weights=str(weights_of_inception)), sets)
     assert first == pytest.approx(expected, rel=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    again = quality_of(GenerativeQuality(measures, weights=str(inception_weights)), sets, batch=20)
+    again = quality_of(GenerativeQuality(measures, weights=str(weights_of_inception)), sets, batch=20)
     assert again == pytest.approx(expected, rel=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -5,17 +5,22 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 
-from datamodules.catalogue import find, locate
+from callbacks.features import Inception
 from experiments.cli import DarkroomCLI
 from experiments.main import main
-from experiments.recipes import recipes
+from experiments.recipes import methods, recipes
 from experiments.tables import spec
 from tests.forked import forked
+from tests.layouts import accept_laid_out_cifar10, lay_out
+from tests.tiny import inception_weights
 
 ALL = recipes()
 TRAINED = [recipe for recipe in ALL if "images" in recipe.content["model"]["init_args"]]
+
+
+def kind(recipe):
+    return recipe.class_path("data").rpartition(".")[2]
 
 
 def names(recipe):
@@ -45,22 +50,10 @@ def test_parses_and_builds_without_memory(recipe, workplace):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def lay_out(name):
-    """Embedded photographs, small, where the data set's files lie."""
-    data_set = find(name.partition("/")[0])
-    photographs = locate("photographs/train")[:4] + locate("photographs/test")
-    cuttings = [Image.open(path).crop((100, 60, 220, 180)).convert("RGB") for path in photographs]
-    targets = list(data_set.manifest()) or [data_set.images.replace("*", f"picture{i}") for i in range(7)]
-    for i, target in enumerate(targets):
-        path = data_set.path / target
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cuttings[i % 7].save(path)
-
-
-@pytest.mark.parametrize("recipe", TRAINED, ids=names)
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if kind(recipe) == "SuperResolution"], ids=names)
 def test_a_few_real_steps_on_its_data_sets_layout(recipe, workplace):
     data = recipe.content["data"]["init_args"]
-    for name in {data["train"], *data.get("test", [])} - {"photographs/train", "photographs/test"}:
+    for name in {data["train"], *data.get("test", [])}:
         lay_out(name)
     batch = min(data.get("batch_size", 16), 4)
     shrunk = ["--model.images", str(3 * batch), "--data.batch_size", str(batch), "--validate_every", str(2 * batch)]
@@ -74,6 +67,42 @@ def test_a_few_real_steps_on_its_data_sets_layout(recipe, workplace):
     shrunk += ["--monitor", f"{monitor}/psnr/y-shave{data['scale']}"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
     assert (workplace / "runs" / recipe.name / "short/record.json").exists()
+
+
+@pytest.fixture(scope="session")
+def torch_home(tmp_path_factory):
+    """A cache of torch's with weights of Inception in it, random ones."""
+    home = tmp_path_factory.mktemp("torch")
+    (home / "hub/checkpoints").mkdir(parents=True)
+    torch.save(inception_weights(), home / "hub/checkpoints" / Inception.url.rpartition("/")[2])
+    return home
+
+
+def run_with_laid_out_cifar10(words):
+    with pytest.MonkeyPatch.context() as patch:
+        accept_laid_out_cifar10(patch)
+        return main(words)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if kind(recipe) == "Generation"], ids=names)
+def test_a_few_real_steps_of_making_images(recipe, workplace, torch_home, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
+    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+    data = recipe.content["data"]["init_args"]
+    for name in {data["train"], *data.get("test", [])}:
+        lay_out(name)
+    shrunk = ["--model.images", "12", "--data.batch_size", "4", "--validate_every", "8", "--data.samples", "10"]
+    if data.get("test", [""])[0].startswith("mnist"):
+        shrunk += ["--data.test_samples", "60"]
+    else:
+        shrunk += ["--data.test", "[]"]  # random weights of Inception say nothing, and take long
+    if data.get("workers"):
+        shrunk += ["--data.workers", "1"]
+    run = run_with_laid_out_cifar10 if data["train"].startswith("cifar10") else main
+    assert forked(run, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
+    folder = workplace / "runs" / recipe.name / "short"
+    assert (folder / "record.json").exists()
+    assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000008.png", "000000012.png"}
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=names)
@@ -92,9 +121,10 @@ def test_every_method_has_a_page_and_a_demo_or_nothing_to_train():
 
 def test_table_rows_name_recipes_that_exist():
     known = set(map(names, ALL))
-    for table in spec("espcn")["tables"]:
-        for row in table["rows"]:
-            assert row.get("recipe") in known or "why" in row
+    for method in methods():
+        for table in spec(method)["tables"]:
+            for row in table["rows"]:
+                assert row.get("recipe") in known or "why" in row
 
 
 @pytest.mark.slow

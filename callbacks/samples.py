@@ -17,7 +17,7 @@ class Samples(Callback):
     pixels. Without one they are samples, always of the same numbers, and become a square sheet; the real images that they
     are to resemble are written as `reals.png` before the first step.
 
-    All are NCHW in [0, 1].
+    All are NCHW in [0, 1]. Samples that are points of the plane, (N, 2), are drawn over the real ones.
 
     Args:
         folder: where they go.
@@ -28,15 +28,18 @@ class Samples(Callback):
     def __init__(self, folder: Path, rows: int = 3, sheet: int = 64) -> None:
         self.folder, self.rows, self.sheet = folder, rows, sheet
         self.shown: list[Tensor] = []
+        self.points: list[Tensor] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Show what is to be imitated."""
         if trainer.is_global_zero and pl_module.images_seen == 0 and hasattr(trainer.datamodule, "examples"):
-            self._write(trainer, "reals", sheet(trainer.datamodule.examples(self.sheet)))
+            real = trainer.datamodule.examples(self.sheet)
+            if real.ndim == 4:
+                self._write(trainer, "reals", sheet(real))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start a new picture."""
-        self.shown = []
+        self.shown, self.points = [], []
 
     def on_validation_batch_end(
         self,
@@ -51,7 +54,10 @@ class Samples(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         if "target" not in outputs:
-            if batch_idx == 0:
+            if outputs["prediction"].ndim == 2:  # points, which belong into one picture
+                self.points.append(outputs["prediction"].float().cpu())
+                self.shown = [plot(torch.cat(self.points), trainer.datamodule.examples(1000))]
+            elif batch_idx == 0:
                 self.shown = [sheet(outputs["prediction"][: self.sheet])]
         elif len(self.shown) < self.rows:
             target = outputs["target"][:1].float()
@@ -78,3 +84,15 @@ def sheet(images: Tensor) -> Tensor:
     """Images (N, C, H, W) as one picture (1, 3, H', W'), as square as may be."""
     columns = max(1, round(len(images) ** 0.5))
     return make_grid(images.float().clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)[None]
+
+
+def plot(points: Tensor, real: Tensor, side: int = 360) -> Tensor:
+    """Points (N, 2), red, over real ones, grey, as a picture (1, 3, side, side); the origin is in the middle."""
+    reach = 1.2 * torch.cat([points, real]).abs().max().clamp(min=1e-6)
+    picture = torch.ones(3, side, side)
+    for shown, colour in ((real, (0.7, 0.7, 0.7)), (points, (0.8, 0.1, 0.1))):
+        columns, rows = ((shown * torch.tensor([1, -1]) / reach + 1) / 2 * (side - 2)).long().T
+        for down in (0, 1):
+            for across in (0, 1):
+                picture[:, rows + down, columns + across] = torch.tensor(colour)[:, None]
+    return picture[None]

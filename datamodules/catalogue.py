@@ -92,6 +92,8 @@ class DataSet:
         return sum(any(fnmatch(name, pattern) for pattern in patterns) for name in self.manifest())
 
     def _parts(self, split: str | None) -> list[Any]:
+        if self.arrays:  # whose splits are no patterns
+            return [self.images]
         return [self.splits[split]] if split else list(self.splits.values()) or [self.images]
 
     def _patterns(self, split: str | None, scale: int | None) -> list[str]:

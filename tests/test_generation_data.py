@@ -1,0 +1,164 @@
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.array_files import read_idx, read_part
+from datamodules.catalogue import MissingData, find, verify
+from datamodules.generation import Generation
+from datamodules.image_arrays import read_images, resized
+from datamodules.images import BadImage
+from datamodules.noise import normal, number, uniform
+from datamodules.pictures import Survey
+from datamodules.refused import Refused
+from tests.layouts import accept_laid_out_cifar10, lay_out
+
+
+def digits(**settings):
+    data = Generation("digits/train", 28, 1, batch_size=10, **settings)
+    data.setup("fit")
+    return data
+
+
+def take(data, count):
+    return [data.floats(batch) for _, batch in zip(range(count), data.train_dataloader(), strict=False)]
+
+
+def test_batches_are_the_fields_words_and_range():
+    (batch,) = take(digits(), 1)
+    assert batch.keys() == {"image", "label"}
+    assert batch["image"].shape == (10, 1, 28, 28)
+    assert batch["image"].dtype == torch.float32
+    assert 0 <= batch["image"].min() < 0.01
+    assert 0.99 < batch["image"].max() <= 1
+    assert batch["label"].dtype == torch.int64
+
+
+def test_images_and_labels_belong_together():
+    """A nearest neighbour among the first 2,000 knows nine of ten of the others."""
+    images, labels = read_part("digits")
+    flat = images.flatten(1).float()
+    nearest = torch.cdist(flat[4500:], flat[:2000]).argmin(1)
+    assert (labels[nearest] == labels[4500:]).float().mean() > 0.88
+
+
+def test_a_pass_shows_every_image_once():
+    data = digits()
+    seen = torch.cat([batch["image"] for batch in take(data, 400)]).flatten(1)
+    assert len({row.numpy().tobytes() for row in seen}) == len({r.numpy().tobytes() for r in data.items.images.pixels})
+
+
+def test_the_stream_goes_on_where_it_stood():
+    whole = take(digits(flip=True), 5)
+    data = digits(flip=True)
+    data.load_state_dict({"position": 30, "batch_size": 10, "seed": 0})
+    for left, right in zip(whole[3:], take(data, 2), strict=True):
+        assert torch.equal(left["image"], right["image"])
+    with pytest.raises(Refused, match=r"data.seed: 0, but the checkpoint's run had 1"):
+        data.load_state_dict({"position": 30, "batch_size": 10, "seed": 1})
+
+
+def test_half_of_the_images_are_mirrored():
+    plain, flipped = take(digits(), 30), take(digits(flip=True), 30)
+    pairs = [(p, f) for a, b in zip(plain, flipped, strict=True) for p, f in zip(a["image"], b["image"], strict=True)]
+    mirrored = [torch.equal(p.flip(2), f) for p, f in pairs]
+    assert all(m or torch.equal(p, f) for m, (p, f) in zip(mirrored, pairs, strict=True))
+    assert 110 < sum(mirrored) < 190
+
+
+def test_a_folder_of_pictures_streamed_or_stored_is_the_same(photos):
+    settings = {"size": 32, "batch_size": 4, "crop": 60}
+    stored, streamed = (Generation(str(photos), streaming=streaming, **settings) for streaming in (False, True))
+    for data in (stored, streamed):
+        data.setup("fit")
+    for left, right in zip(take(stored, 3), take(streamed, 3), strict=True):
+        assert torch.equal(left["image"], right["image"])
+    pixels = np.asarray(Image.open(sorted(photos.iterdir())[0]).convert("RGB").crop((18, 15, 78, 75)))
+    theirs = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    ours = stored.items.images.pixels[0].permute(1, 2, 0).numpy().astype(int)
+    assert abs(ours - theirs).max() <= 1
+
+
+def test_labels_are_the_folders(tmp_path, photos):
+    for i, path in enumerate(sorted(photos.iterdir())):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.open(path).save(tmp_path / "ab"[i % 2] / path.name)
+    assert read_images(str(tmp_path), 16, 3, None, Survey()).labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_bad_pictures_are_named_or_left_out(tmp_path, photos):
+    for path in photos.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "cut.png").write_bytes((tmp_path / "camera0.png").read_bytes()[:999])
+    data = Generation(str(tmp_path), 16, batch_size=2)
+    with pytest.raises(BadImage, match=r"cut\.png"):
+        data.setup("fit")
+    data = Generation(str(tmp_path), 16, batch_size=2, skip_bad=True)
+    data.setup("fit")
+    assert len(data.survey.left_out) == 1
+    with pytest.raises(Refused, match=r"data.channels: 1, but .*astronaut0\.png is in colour"):
+        Generation(str(photos), 16, channels=1).setup("fit")
+    with pytest.raises(Refused, match=r"data\.channels: 3, but the images of digits have 1"):
+        Generation("digits", 28).setup("fit")
+
+
+def test_mnist_is_read_packed_or_not_and_damage_is_named(workplace):
+    lay_out("mnist")
+    images, labels = read_part("mnist/val")
+    assert images.shape == (100, 1, 28, 28)
+    assert torch.equal(labels, read_part("digits")[1][:100])  # the embedded ones again and again
+    assert list(verify(find("mnist"))) == ["train: 50100 of 60000 images", "test: 200 of 10000 images"]
+    file = find("mnist").path / "raw/t10k-images-idx3-ubyte"
+    content = file.read_bytes()
+    file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(content))
+    file.unlink()
+    assert read_idx(file).tobytes() == content[16:]
+    file.write_bytes(content[:-1])
+    with pytest.raises(BadImage, match="cut short, or not an IDX file"):
+        read_idx(file)
+    with pytest.raises(MissingData, match="darkroom data get mnist"):
+        read_idx(file.with_name("nothing"))
+    with pytest.raises(Refused, match="mnist has no split 'tset': all, train, val, test"):
+        read_part("mnist/tset")
+
+
+def test_cifar10_is_read_through_torchvision_which_checks_it(workplace, monkeypatch):
+    with pytest.raises(MissingData, match="cifar10 is not here, or damaged: darkroom data get cifar10"):
+        read_part("cifar10/train")
+    lay_out("cifar10")
+    with pytest.raises(MissingData, match="or damaged"):  # not the files whose MD5 torchvision knows
+        read_part("cifar10/train")
+    accept_laid_out_cifar10(monkeypatch)
+    images, labels = read_part("cifar10/train")
+    assert images.shape == (500, 3, 32, 32)
+    assert labels[:12].tolist() == [*range(10), 0, 1]
+    with pytest.raises(MissingData, match="svhn is not here, or damaged: darkroom data get svhn"):
+        read_part("svhn")
+
+
+def test_real_mnist_is_intact(with_real_data):
+    assert [line for line in verify(find("mnist")) if line.startswith("train")] == []
+
+
+def test_enlarging_is_pils_bilinear():
+    pixels = read_part("digits")[0][:3]
+    theirs = [np.asarray(Image.fromarray(image[0].numpy()).resize((32, 32), Image.Resampling.BILINEAR)) for image in pixels]
+    assert abs(resized(pixels, 32)[:, 0].numpy().astype(int) - np.stack(theirs).astype(int)).max() <= 1
+
+
+def test_noise_is_a_function_of_its_number():
+    whole = normal(3, "z", range(100, 110), 7)
+    assert (normal(3, "z", [109, 100], 7) == whole[[9, 0]]).all()
+    assert (normal(3, "z", range(104, 106), 7) == whole[4:6]).all()
+    assert not (normal(4, "z", range(100, 110), 7) == whole).any()
+    assert not (normal(3, "y", range(100, 110), 7) == whole).any()
+    assert number(0, "a") != number(0, "b")
+
+
+def test_noise_is_distributed_as_it_says():
+    from scipy.stats import kstest
+
+    assert kstest(normal(0, "z", range(2000), 10).ravel(), "norm").pvalue > 0.01
+    assert kstest(uniform(0, "u", range(2000), 10).ravel(), "uniform").pvalue > 0.01

@@ -16,11 +16,12 @@ def show_all() -> None:
         table.add_row(recipe.name, recipe.header[0] if recipe.header else "", "committed" if recipe.weights.exists() else "")
     console.print(table)
 
-    table = Table("method", "cells", "reproduced", "short", "stale", "not run", title="Table cells", title_justify="left")
+    states_shown = ("reproduced", "measured", "short", "stale", "not run")
+    table = Table("method", "cells", *states_shown, title="Table cells", title_justify="left")
     for method in methods():
         states = [cell["state"].partition(" ")[0].rstrip(":") for cell in cells(method)]
         if states:
-            counts = [states.count(state) for state in ("reproduced", "short", "stale", "not")]
+            counts = [states.count(state.partition(" ")[0]) for state in states_shown]
             table.add_row(method, *map(str, (len(states), *counts)))
     console.print(table)
 

@@ -115,7 +115,8 @@ class Method(LeanModule):
         for player in moving:
             for repetition in range(player.phase.times):
                 self._move(player, chunks, joined if repetition == 0 else None, repetition)
-        end_of_steps(self.trainer)
+        if moving:
+            end_of_steps(self.trainer)
         for average in self.children():
             if isinstance(average, Average):
                 average.update(images)

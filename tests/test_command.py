@@ -62,7 +62,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--model.images", "0"], "model.images: 0 is not a budget"),
         (["fit", "espcn/t91_x3"], "t91 is not here: by hand"),
         (["fit", DEMO, "--monitor", "nothing"], "monitor: no figure 'nothing' is logged; these are: "),
-        (["fit", DEMO, "--trainer.gradient_clip_val", "1"], "radient clipping"),
+        (["fit", DEMO, "--trainer.gradient_clip_val", "1"], "is set by Darkroom; take a phase's clip, in the method's file"),
         (["fit", DEMO, "--trainer.accelerator", "gpu"], "No supported gpu backend found"),
         (["fit", DEMO, "--wandb", "online"], "--wandb online needs an account"),
         (["test", "espcn/t91_x3_relu", "--ckpt", "none.ckpt"], "--ckpt: no file none.ckpt"),
@@ -364,3 +364,19 @@ def test_bench_names_its_figures(workplace, recipe, capfd):
     assert figures["pairs"] == 6
     for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", "share_of_peak", "srcnn_to_ours"):
         assert figures[name] > 0
+
+
+def test_bench_of_networks_that_alternate_names_its_figures(workplace, capfd):
+    small = ["--pairs", "6", "--steps", "1", "--json"]
+    assert forked(main, ["bench", "gan/demo", *small]) == 0
+    figures = json.loads(capfd.readouterr().out)
+    for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", "share_of_peak", "samples_per_second"):
+        assert figures[name] > 0
+    # A step's products, by hand: G forwards and backwards (its input needs no gradient), D on reals and fakes likewise, D on
+    # fakes for G without its weights' gradients; 2 operations a multiplication, 100 images.
+    generator = 400 * (100 + 400 + 784)
+    discriminator = 400 * (784 + 80) + 80
+    of_first = 400 * 100, 400 * 784
+    expected = 2 * 100 * (3 * generator - of_first[0] + 2 * (3 * discriminator - of_first[1]) + 2 * discriminator)
+    step = 100 / figures["images_per_second"]
+    assert figures["gflops"] * step * 1e9 == pytest.approx(expected, rel=1e-3)

@@ -79,6 +79,15 @@ def test_gradients_are_clipped_in_their_own_scale_under_fp16():
     assert moved[0, 0] / moved[0, 1] == pytest.approx(0.75, rel=1e-4)
 
 
+def test_a_scaled_loss_steps_as_an_unscaled_one_does():
+    weight = nn.Parameter(torch.tensor([2.0, -1.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
+    gradients.backward(fp16, (weight**2).sum())
+    gradients.step(fp16, optimizer, [weight])
+    assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
+
+
 def test_a_step_that_overflows_is_skipped_and_the_scale_halved_once_for_all_phases():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     fp16 = trainer(scaler)

@@ -1,14 +1,12 @@
 """What several processes do together, and what a run does when its numbers break."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from filelock import FileLock
 
 from callbacks.csv_log import read_log
 from experiments.main import main
-from modules.gradients import buckets, step
+from modules.gradients import buckets
 from tests.contract import assert_equal, checkpoint
 from tests.forked import forked, launched
 from tests.tiny import write_recipe
@@ -63,21 +61,6 @@ def test_a_run_that_another_process_writes_is_refused(workplace, recipe, capfd):
     with FileLock(workplace / "runs/tiny/one/.lock"):
         assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
     assert "darkroom: run 'one' is being written by another process; another --run starts anew" in capfd.readouterr().err
-
-
-def test_a_scaled_loss_steps_as_an_unscaled_one_does_and_an_overflow_is_skipped():
-    """fp16 as on a GPU, with torch's own scaler; without one, the same step in closed form."""
-    weight = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    trainer = SimpleNamespace(world_size=1, precision_plugin=SimpleNamespace(scaler=scaler))
-    step(trainer, optimizer, (weight**2).sum())
-    assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
-    with torch.no_grad():
-        weight.copy_(torch.tensor([1.0, 1.0]))
-    step(trainer, optimizer, (weight * 1e38).sum())  # times the scale, beyond float32
-    assert weight.tolist() == [1.0, 1.0]
-    assert scaler.get_scale() == 2.0**9
 
 
 def test_gradients_travel_in_buckets_of_one_type():

@@ -17,6 +17,8 @@ MAY_IMPORT = {
         "datamodules.refused",
         "datamodules.photos",
         "datamodules.catalogue",
+        "datamodules.image_arrays",
+        "datamodules.noise",
     },
     "experiments": {"experiments", "modules", "datamodules", "callbacks"},
 }

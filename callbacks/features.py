@@ -19,7 +19,7 @@ class Extractor(Protocol):
     Its constructor takes the file of its weights.
     """
 
-    name: str  # in protocols: fid/<name>-50k
+    name: str  # in protocols: fid/<name>-50000
     url: str | None  # where its weights can be had, their names ending with the first digits of their sha256
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ class GeneratedImages(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def _idle(self, trainer: Any) -> bool:
-        return trainer.sanity_checking or (trainer.state.fn == "fit" and not self.while_training)
+        return trainer.sanity_checking or (trainer.state.fn != "test" and not self.while_training)
 
 
 def in_order(shares: Sequence[tuple[Tensor, Tensor]], world_size: int) -> Tensor:

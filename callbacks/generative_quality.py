@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -81,7 +82,11 @@ class GenerativeQuality(GeneratedImages):
             if trainer.is_global_zero:
                 print(f"without   {', '.join(self.measures)}: {error}", flush=True)
             return
-        self.network = kind(path)
+        try:
+            self.network = kind(path)
+        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+            raise Refused(f"{path} does not hold the weights of {kind.name}: {str(error).splitlines()[0]}") from None
+        writable_cache()
         self.identity = f"{self.extractor} {file_hash(path)} {version('torch-fidelity')}"
 
     def keep(self, images: Tensor) -> Tensor:
@@ -89,15 +94,15 @@ class GenerativeQuality(GeneratedImages):
         if self.network is None:
             return torch.empty(len(images), 0)
         parts = look(self.network, eight_bit(images))
-        self.widths = {name: part.shape[1] for name, part in parts.items()}
-        return torch.cat(list(parts.values()), dim=1)
+        return torch.cat([parts[name] for name in sorted(parts)], dim=1)
 
     def measure(self, made: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """See the class."""
         if self.network is None:
             return {}
-        parts = dict(zip(self.widths, made.split(list(self.widths.values()), dim=1), strict=True))
         real_parts = self.look_at_real(real, trainer)
+        widths = [part.shape[1] for part in real_parts.values()]
+        parts = dict(zip(real_parts, made.split(widths, dim=1), strict=True))
         protocol = f"{self.network.name}-{len(made)}"
         figures: dict[str, float] = {}
         for measure in self.measures:
@@ -111,19 +116,37 @@ class GenerativeQuality(GeneratedImages):
         assert self.network is not None
         content = hashlib.sha256(f"{self.identity} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
         path = cache() / f"{self.network.name}-{content[:32]}.safetensors"
-        if not path.exists():
+        if not everywhere(path.exists(), trainer.world_size):
             numbers = torch.arange(trainer.global_rank, -(-len(real) // AT_ONCE), trainer.world_size)
             shares: dict[str, list[tuple[Tensor, Tensor]]] = {}
             for number in numbers.tolist():
                 items = torch.arange(number * AT_ONCE, min(len(real), (number + 1) * AT_ONCE))
                 for name, part in look(self.network, real[items].to(trainer.strategy.root_device)).items():
                     shares.setdefault(name, []).append((items, part))
-            found = {name: in_order(share, trainer.world_size).contiguous() for name, share in shares.items()}
+            found = in_order_by_name(shares, trainer.world_size)
             if trainer.is_global_zero:
                 write_whole(found, path)
-            trainer.strategy.barrier("the features of real images are in their place")
-            return found
-        return load_file(path)
+        else:
+            found = load_file(path)
+        return {name: found[name] for name in sorted(found)}
+
+
+def in_order_by_name(shares: dict[str, list[tuple[Tensor, Tensor]]], world_size: int) -> Parts:
+    """Parts of all processes, see `in_order`; a process may have none, and not know their names."""
+    if world_size > 1:
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, shares)
+        shares = {name: [part for share in gathered for part in share.get(name, [])] for name in gathered[0]}
+    return {name: in_order(share, world_size=1).contiguous() for name, share in shares.items()}
+
+
+def everywhere(here: bool, world_size: int) -> bool:
+    """Whether something holds in all processes, so that all do the same."""
+    if world_size == 1:
+        return here
+    answers: list[Any] = [None] * world_size
+    dist.all_gather_object(answers, here)
+    return all(answers)
 
 
 def look(network: Extractor, images: Tensor) -> Parts:
@@ -173,6 +196,15 @@ def cache() -> Path:
     import pooch
 
     return Path(os.environ.get("DARKROOM_CACHE") or pooch.os_cache("darkroom"))
+
+
+def writable_cache() -> None:
+    """Refuse a cache that cannot be written, before anything is put into it."""
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache()).close()
+    except OSError as error:
+        raise Refused(f"cannot write to {cache()}: {error.strerror} (DARKROOM_CACHE names another folder)") from None
 
 
 def write_whole(tensors: Parts, path: Path) -> None:

@@ -1,6 +1,7 @@
 """How well a linear classifier tells classes apart by a discriminator's features."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from datamodules.refused import Refused
 
 COSTS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # C of the SVM, as the authors search it
 AT_ONCE = 100  # images looked at together
+STATISTICS = 10_000  # images that batch normalisation sees
 Look = Callable[[Tensor], Tensor]
 Labelled = tuple[np.ndarray, np.ndarray]
 
@@ -26,6 +28,9 @@ class LinearProbe(Callback):
     Trained on some labelled images of each class, drawn anew `repeats` times; C is the one of seven with the least error on
     the held-out images. Logged for the set `test`, in percent: `svm-error/<labels>-labels` with its deviation over the draws
     under `.../std`, and `svm-error-of-pixels/<labels>-labels`, the same of the images themselves. In tests alone.
+
+    The running statistics of batch normalisation, which in training have seen fakes too, are made anew from images of `train`.
+    The authors choose one C for all draws, and test on a hundred others.
 
     Args:
         train: labelled images to train on, such as "svhn/train".
@@ -40,13 +45,20 @@ class LinearProbe(Callback):
         self.per_class, self.repeats = per_class, repeats
         self.figures: dict[str, dict[str, dict[str, float]]] = {}
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a discriminator whose features are not maps, before anything is done."""
+        layers = getattr(pl_module, "discriminator", None)
+        if not isinstance(layers, nn.Sequential) or not any(isinstance(layer, nn.Conv2d) for layer in layers):
+            raise Refused(f"LinearProbe: {type(pl_module).__name__} has no convolutional discriminator")
+
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure, on every process alike."""
         data = trainer.datamodule
         train, held_out, test = (read_images(spec, data.size, data.channels, data.crop, data.survey) for spec in self.specs)
+        discriminator = refreshed(pl_module.discriminator, train.pixels[:STATISTICS], pl_module.device)
         draws = [balanced(train.labels.numpy(), self.per_class, repeat) for repeat in range(self.repeats)]
         looks: dict[str, Look] = {
-            "svm-error": partial(features, pl_module.discriminator),
+            "svm-error": partial(features, discriminator),
             "svm-error-of-pixels": pixels,
         }
         figures: dict[str, float] = {}
@@ -103,6 +115,19 @@ def features(discriminator: nn.Sequential, images: Tensor) -> Tensor:
         if isinstance(layer, nn.LeakyReLU):
             found.append(F.adaptive_max_pool2d(maps, 4).flatten(1))
     return torch.cat(found, dim=1)
+
+
+def refreshed(discriminator: nn.Sequential, images: Tensor, device: torch.device) -> nn.Sequential:
+    """A copy whose batch normalisation has the mean statistics of batches of these uint8 images."""
+    copy = deepcopy(discriminator).train()
+    for layer in copy:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain mean over the batches
+    with torch.no_grad():
+        for part in images.split(AT_ONCE):
+            copy(part.to(device).float() / 255 * 2 - 1)
+    return copy.eval()
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class MultiScaleSSIM(GeneratedImages):
     """Mean MS-SSIM (Wang et al., 2003) of disjoint pairs of samples, 0 and 1, 2 and 3, ...; lower is more diverse.
 
     As in Odena et al., arXiv:1610.09585, in ProGAN's version (Karras et al., arXiv:1710.10196, Section 5). Logged as
-    `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. Table figures have 10,000 pairs.
+    `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. The paper's figures have 10,000 pairs.
     """
 
     def keep(self, images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from callbacks.generated import GeneratedImages
 from datamodules.image_arrays import read_images
+from datamodules.refused import Refused
 
 SIGMAS = torch.logspace(-1, 0, 10, dtype=torch.float64)
 
@@ -19,8 +20,8 @@ class Parzen(GeneratedImages):
     ten between 0.1 and 1 on the first 1000 held-out images of the datamodule. As goodfeli/adversarial (parzen_ll.py); table
     figures have 10,000 samples. In tests alone.
 
-    The measure prefers smooth images to real ones. Two figures beside the samples' show it: those of as many real images, and
-    of as many k-means centroids of real images.
+    The measure prefers smooth images to real ones. Two figures beside the samples' show it: those of as many real images (or of
+    all there are), and of as many k-means centroids of real images.
 
     Args:
         beside: the set whose images these are.
@@ -29,6 +30,11 @@ class Parzen(GeneratedImages):
     def __init__(self, beside: str | None = None) -> None:
         super().__init__()
         self.beside = beside
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a run that has no images to choose sigma on, before it begins."""
+        if trainer.datamodule.val is None:
+            raise Refused("data.val: name the held-out images that the Parzen window's sigma is chosen on")
 
     def keep(self, images: Tensor) -> Tensor:
         """All pixels: float64 (N, D); not rounded, as the samples of that protocol are not."""
@@ -41,8 +47,9 @@ class Parzen(GeneratedImages):
         if self.beside is not None:
             data = trainer.datamodule
             images = _flat(read_images(self.beside, data.size, data.channels, data.crop, data.survey).pixels)
-            figures |= likelihood(f"parzen/{len(made)}-images", images[: len(made)], held_out, real)
-            figures |= likelihood(f"parzen/{len(made)}-centroids", centroids(images, len(made)), held_out, real)
+            count = min(len(made), len(images))
+            figures |= likelihood(f"parzen/{count}-images", images[:count], held_out, real)
+            figures |= likelihood(f"parzen/{count}-centroids", centroids(images, count), held_out, real)
         return figures
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from callbacks.generated import GeneratedImages, eight_bit
+from datamodules.refused import Refused
 
 PATCH = 7  # pixels
 PATCHES = 128  # of each image at each level
@@ -20,8 +21,16 @@ class SlicedWasserstein(GeneratedImages):
 
     At each level 128 patches of 7 x 7 pixels an image, of as many images as both sets have, are standardised by colour within
     their set, projected onto 512 random directions, and sorted; the distance is the mean difference of the sorted values (W1).
-    Logged as `swd/<side of the level>-<images>` and `swd/mean-<images>`. Table figures have 16,384 images.
+    Logged as `swd/<side of the level>-<images>` and `swd/mean-<images>`. The paper's figures have 16,384 images.
     """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse images that cannot be halved to 16 pixels, before anything is made."""
+        side = trainer.datamodule.size
+        while side > SMALLEST and side % 2 == 0:
+            side //= 2
+        if side != SMALLEST:
+            raise Refused(f"data.size: {trainer.datamodule.size}; the sliced Wasserstein distance needs 16, 32, 64, ...")
 
     def keep(self, images: Tensor) -> Tensor:
         """All of them, as files hold them: uint8 (N, C, H, W)."""

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def read_idx(path: Path) -> np.ndarray:
         raise MissingData(f"{path} is not here: {find('mnist').how()}")
     try:
         content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadImage(f"{packed}: cut short or damaged ({error})") from None
     dimensions = content[3] if content[:3] == b"\0\0\x08" else 0  # two zeros, the type (bytes), how many dimensions
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]

@@ -34,7 +34,7 @@ from experiments.fit import alone, loggers, prepare, settle_memory
 from experiments.recipes import Recipe
 from modules.generative import GenerativeMethod
 from modules.method import Method
-from modules.phases import Batch, size_of
+from modules.phases import Batch, Player, only, size_of
 from modules.srcnn import SRCNN
 
 Step = Callable[[], None]
@@ -56,10 +56,10 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         raise Refused(f"{recipe.name} has nothing to train, and so nothing to time")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
-        budget = recipe.content["data"]["init_args"].get("batch_size", 16) * steps * (pairs + 1)
-        overrides = ["--model.images", str(budget), "--validate_every", str(budget), "--run", "bench"]
-        overrides += ["--data.test", "[]", "--trainer.devices", "1"]
-        cli = build("fit", recipe, overrides)
+        cli = build("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
+        if not isinstance(cli.datamodule, SuperResolution | Generation):
+            raise Refused(f"{recipe.name} is a toy; bench times methods that make or enlarge images")
+        cli.model.images = cli.datamodule.batch_size * steps * (pairs + 1)
         cli.trainer.limit_val_batches = 0
         cli.trainer.num_sanity_val_steps = 0
         stopwatch = Stopwatch(cli.model, cli.datamodule, steps, started)
@@ -131,29 +131,29 @@ class Stopwatch(Callback):
 
 def loop(method: Method, batches: Iterator[Batch], optimizers: Sequence[Any]) -> Step:
     """A training step as one would write it by hand: each network's optimizer in turn, the other networks frozen."""
-    phases = method.phases()
+    players = [Player(*pair) for pair in zip(method.phases(), optimizers, strict=True)]
     seen = turn = 0
 
     def step() -> None:
         nonlocal seen, turn
         batch = next(batches)
         size = size_of(batch)
-        batch = {**batch, "positions": range(seen, seen + size), "repetition": 0}
-        batch.update(method.shared(batch))
         turn += 1
-        for phase, optimizer in zip(phases, optimizers, strict=True):
-            if turn % phase.every:
-                continue
-            others = [p for other in phases if other is not phase for p in other.parameters]
-            for parameter in others:
-                parameter.requires_grad = False
-            for group in optimizer.param_groups:
-                group.update(phase.schedule(seen))
-            optimizer.zero_grad()
-            torch.stack(list(phase.losses(batch).values())).sum().backward()
-            optimizer.step()
-            for parameter in others:
-                parameter.requires_grad = True
+        moving = [player for player in players if not turn % player.phase.every]
+        for player in moving:
+            for repetition in range(player.phase.times):
+                if player is moving[0] or repetition:
+                    with only([player] if repetition else moving, players):
+                        joined = {**batch, "positions": range(seen, seen + size), "repetition": repetition}
+                        joined.update(method.shared(joined))
+                with only([player], players):
+                    for group in player.optimizer.param_groups:
+                        group.update(player.phase.schedule(seen))
+                    player.optimizer.zero_grad()
+                    torch.stack(list(player.phase.losses(joined).values())).sum().backward()
+                    if player.phase.clip is not None:
+                        torch.nn.utils.clip_grad_norm_(player.parameters, player.phase.clip)
+                    player.optimizer.step()
         seen += size
 
     return step

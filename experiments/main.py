@@ -208,6 +208,7 @@ def _interpolate(rest: list[str]) -> int:
     parser.add_argument("--between", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of samples")
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="from one to the next (default 9)")
     chosen = parser.parse_args(rest)
+    _no_negative("interpolate: --between", chosen.between)
     recipe = find_recipe(chosen.recipe)
     from experiments.sampling import interpolate
 
@@ -222,11 +223,17 @@ def _arithmetic(rest: list[str]) -> int:
             f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="samples of a concept"
         )
     chosen = parser.parse_args(rest)
+    _no_negative("arithmetic", [number for numbers in (*chosen.plus, *chosen.minus) for number in numbers])
     recipe = find_recipe(chosen.recipe)
     from experiments.sampling import arithmetic
 
     arithmetic(recipe, chosen.ckpt, chosen.plus, chosen.minus, chosen.seed, chosen.output)
     return 0
+
+
+def _no_negative(where: str, numbers: list[int]) -> None:
+    if bad := [number for number in numbers if number < 0]:
+        raise Refused(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
 
 
 def _of_latents(command: str, description: str, output: str) -> "Parser":

@@ -1,5 +1,6 @@
 """`darkroom sample`, `interpolate` and `arithmetic`: pictures made from latents."""
 
+import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +86,10 @@ def trained(recipe: Recipe, ckpt: str | None) -> GenerativeMethod:
     if not isinstance(cli.model, GenerativeMethod):
         raise Refused(f"{recipe.name} makes no images from latents")
     tell(f"weights   {fill(cli)}")
-    return cli.model.eval()
+    method = cli.model.eval()
+    if made(method, method.latents([0])).ndim != 4:
+        raise Refused(f"{recipe.name} makes points, not images; its runs leave a picture of them")
+    return method
 
 
 def made(method: GenerativeMethod, latents: Tensor) -> Tensor:
@@ -103,6 +107,7 @@ def writable(folder: Path) -> Path:
     """A folder, made if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise Refused(f"cannot write to {folder}: {error.strerror}") from None
     return folder

@@ -11,7 +11,9 @@ What we do differently, and why:
    it; the authors' code takes the batch's.
 3. No weight decay: the authors' code for faces has 1e-5, the paper none.
 4. Sizes from 28 to 128 pixels: a block more or fewer, the width of the widest stays in proportion.
-5. The generator moves after the discriminator on the same fakes; both in one step, as in the paper.
+5. Both networks move on every batch, the generator after the discriminator and on the same fakes, as in dcgan.torch; the
+   authors' code for faces gives every second batch to one of them.
+6. The batch normalisation after the projection is by channel; the authors' code normalises each unit before the reshaping.
 """
 
 import math

@@ -6,7 +6,8 @@ goodfeli/adversarial (mnist.yaml), from which they are taken.
 
 What we do differently, and why:
 
-1. The players move in turn, as Algorithm 1 has it; the code differentiates both losses at the same weights.
+1. The players move in turn, as Algorithm 1 has it, and on the same fakes, for which Algorithm 1 draws anew; the code
+   differentiates both losses at the same weights.
 2. The generator's last bias begins at zero, not at what gives the training set's mean: a method does not know the data.
 3. The learning rate and the momentum are functions of the images seen, not of batches and epochs: the same curves.
 4. Each process drops units of its own choice; with several, that is another (equally distributed) run.

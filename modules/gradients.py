@@ -47,8 +47,8 @@ def step(trainer: Any, optimizer: Optimizer, parameters: Sequence[nn.Parameter],
             scaler.step(optimizer)
 
 
-def end_of_steps(trainer: Any) -> None:
-    """Let the scale of losses grow or shrink, once all optimizers of a training step have stepped."""
+def end_of_step(trainer: Any) -> None:
+    """Let the scale of fp16 losses grow or shrink, after each step of an optimizer and before the next backward pass."""
     if (scaler := grad_scaler(trainer)) is not None:
         scaler.update()
 

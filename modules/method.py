@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from datamodules.noise import normal, number, uniform
 from datamodules.refused import Refused
 from modules.average import Average
-from modules.gradients import backward, end_of_steps, share_buffers, step
+from modules.gradients import backward, end_of_step, share_buffers, step
 from modules.lightning_adapter import LeanModule, align_log_axis, count_step, grad_scaler, lean_loop, log_every
 from modules.phases import Batch, Phase, Player, chunks_of, only, size_of
+
+SMALLEST_SCALE = 2.0**-14  # of fp16 losses; torch begins with 2**16 and halves it at each overflow
 
 
 class NonFiniteLoss(Refused):
@@ -44,6 +46,8 @@ class Method(LeanModule):
         warmup: images over which the learning rate rises linearly from zero; it then falls to zero along a half cosine.
         seed: of the noise in training.
     """
+
+    differentiated_twice: ClassVar[Sequence[str]] = ()  # names of networks under a gradient penalty
 
     def __init__(self, images: int, learning_rate: float, warmup: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -75,7 +79,11 @@ class Method(LeanModule):
         return [phase.optimizer(phase.parameters) for phase in self.phases()]
 
     def shared(self, batch: Batch) -> Batch:
-        """What more than one phase needs, computed once for all of them (the fakes of a step); it joins the batch."""
+        """What more than one phase needs, computed once for all of them (the fakes of a step); it joins the batch.
+
+        It holds until a network that it comes from has moved: then no later phase may differentiate through it, and only one
+        phase may at all. A phase that moves several times, and each part of an accumulated batch, gets it computed anew.
+        """
         return {}
 
     def schedule(self, images_seen: int) -> float:
@@ -96,7 +104,8 @@ class Method(LeanModule):
         """
         draw = {"normal": normal, "uniform": uniform}[kind]
         values = draw(self.seed, f"train/{stream}/{batch['repetition']}", batch["positions"], size)
-        return torch.from_numpy(values).to(self.dtype).to(self.device)
+        made = torch.from_numpy(values).to(self.dtype)
+        return made.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else made.to(self.device)
 
     # The training step
 
@@ -115,8 +124,6 @@ class Method(LeanModule):
         for player in moving:
             for repetition in range(player.phase.times):
                 self._move(player, chunks, joined if repetition == 0 else None, repetition)
-        if moving:
-            end_of_steps(self.trainer)
         for average in self.children():
             if isinstance(average, Average):
                 average.update(images)
@@ -126,7 +133,8 @@ class Method(LeanModule):
         if self.images_seen >= self.images:
             self.trainer.should_stop = True
         # Reading a loss makes the host wait for the device, so it is done only when it is logged.
-        if self.trainer.should_stop or (batch_idx + 1) % log_every(self.trainer) == 0:
+        every = log_every(self.trainer)
+        if self.trainer.should_stop or (every and (batch_idx + 1) % every == 0):
             self._log()
 
     def _move(self, player: Player, chunks: list[Batch], joined: Batch | None, repetition: int) -> None:
@@ -143,6 +151,7 @@ class Method(LeanModule):
                 backward(self.trainer, values.sum() if len(chunks) == 1 else values.sum() / len(chunks))
                 moves.append(values.detach())
             step(self.trainer, optimizer, player.parameters, phase.clip)
+            end_of_step(self.trainer)
         images = self.images_seen + len(chunks) * size_of(chunks[0]) * self.trainer.world_size
         mean = moves[0] if len(moves) == 1 else torch.stack(moves).mean(0)
         self.since_log.append(Terms(images, phase, list(terms), mean))
@@ -157,17 +166,7 @@ class Method(LeanModule):
 
     def _log(self) -> None:
         """Log the newest terms, after a look at all since the last time."""
-        values = torch.cat([terms.values for terms in self.since_log])
-        if self.trainer.world_size > 1:  # shares are equal: the mean is the whole batch's
-            dist.all_reduce(values)
-            values /= self.trainer.world_size
-        found = iter(values.tolist())
-        figures: dict[str, float] = {}
-        for terms in self.since_log:
-            for name, value in zip(terms.names, found, strict=False):
-                figures[f"train/{terms.phase.prefix}{name}"] = value
-                if not math.isfinite(value):  # every process sees the same value, and all of them stop
-                    raise self._not_finite(f"loss '{terms.phase.prefix}{name}' is {value}", terms.images)
+        figures = self._look_at_terms()
         self.since_log = []
         for player in self.players:
             name = f"learning_rate/{player.phase.name}" if player.phase.name else "learning_rate"
@@ -176,11 +175,41 @@ class Method(LeanModule):
         for logger in self.trainer.loggers:  # not self.log, which repeats a figure until there is a newer one
             logger.log_metrics({**figures, "images": self.images_seen}, step=self.trainer.fit_loop.total_batch_idx)
 
+    def _look_at_terms(self) -> dict[str, float]:
+        """The newest value of each term since the last log, by its name in logs.
+
+        Raises:
+            NonFiniteLoss: the first that is not finite.
+        """
+        self._share_terms()
+        figures: dict[str, float] = {}
+        for terms in self.since_log:
+            for name, value in zip(terms.names, terms.values.tolist(), strict=True):
+                figures[f"train/{terms.phase.prefix}{name}"] = value
+                if not math.isfinite(value):  # every process sees the same value, and all of them stop
+                    raise self._not_finite(f"loss '{terms.phase.prefix}{name}' is {value}", terms.images)
+        return figures
+
+    def _share_terms(self) -> None:
+        """Make each term since the last log the mean of all processes, and bring it to the host, all in one go."""
+        if not self.since_log:
+            return
+        values = torch.cat([terms.values.to(self.device) for terms in self.since_log])
+        if self.trainer.world_size > 1:  # shares are equal: the mean is the whole batch's
+            dist.all_reduce(values)
+            values /= self.trainer.world_size
+        parts = values.cpu().split([len(terms.names) for terms in self.since_log])
+        self.since_log = [terms._replace(values=part) for terms, part in zip(self.since_log, parts, strict=True)]
+
     def _check_gradient(self, player: Player) -> None:
-        """Refuse a gradient that is not finite, unless the scaler has refused it already."""
+        """Refuse a gradient that is not finite; under fp16, where the scaler skips such a step, one that never is."""
+        of_phase = f" of '{player.phase.name}'" if player.phase.name else ""
+        if (scaler := grad_scaler(self.trainer)) is not None:
+            if scaler.get_scale() < SMALLEST_SCALE:
+                raise self._not_finite(f"the gradient{of_phase} overflows in fp16 at any scale", self.images_seen)
+            return
         gradients = [parameter.grad for parameter in player.parameters if parameter.grad is not None]
-        if grad_scaler(self.trainer) is None and not (norm := nn.utils.get_total_norm(gradients)).isfinite():
-            of_phase = f" of '{player.phase.name}'" if player.phase.name else ""
+        if not (norm := nn.utils.get_total_norm(gradients)).isfinite():
             raise self._not_finite(f"the gradient's norm{of_phase} is {norm.item()}", self.images_seen)
 
     def _not_finite(self, what: str, images: int) -> NonFiniteLoss:
@@ -194,6 +223,13 @@ class Method(LeanModule):
         optimizers: list[Optimizer] = self.trainer.optimizers
         self.players = [Player(*pair) for pair in zip(self.phases(), optimizers, strict=True)]
         phases = {player.phase.name: player.phase for player in self.players}
+        if len(phases) < len(self.players):
+            raise TypeError(
+                f"{type(self).__name__} has two phases of one name: {', '.join(p.phase.name for p in self.players)}"
+            )
+        trained = {parameter for player in self.players for parameter in player.parameters}
+        for parameter in self.parameters():  # a network that no phase trains, such as one whose features are compared
+            parameter.requires_grad = parameter in trained
         self.since_log = [Terms(images, phases[name], *rest) for images, name, *rest in self.resumed_terms]
         self.trainer.should_stop = self.images_seen >= self.images
 
@@ -206,15 +242,18 @@ class Method(LeanModule):
             torch.cuda.manual_seed(seed)
 
     def on_validation_start(self) -> None:
-        """All processes measure the same network."""
+        """All processes measure the same network, and none that has broken since the last log."""
         if self.trainer.world_size > 1:
             share_buffers(self)
+        if self.trainer.state.fn == "fit":
+            self._look_at_terms()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The images seen travel with the weights, and what else a run must share to be the same run bit for bit."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["processes"] = self.trainer.world_size
         checkpoint["precision"] = str(self.trainer.precision)
+        self._share_terms()  # this hook runs in every process
         checkpoint["terms"] = [[terms.images, terms.phase.name, *terms[2:]] for terms in self.since_log]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -224,8 +263,8 @@ class Method(LeanModule):
     def compile_networks(self) -> None:
         """Let torch compile the networks in place; names in checkpoints stay as they are.
 
-        A method that differentiates a network twice leaves that network out: torch cannot do it through compiled code.
+        Those named in `differentiated_twice` are left out: torch cannot do that through compiled code.
         """
-        for network in self.children():
-            if not isinstance(network, Average):
+        for name, network in self.named_children():
+            if not isinstance(network, Average) and name not in self.differentiated_twice:
                 network.compile()

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from datamodules.refused import Refused
+
 Batch = dict[str, Any]
 
 
@@ -35,10 +37,15 @@ class Phase:
     times: int = 1
     clip: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is no number of steps."""
+        if min(self.every, self.times) < 1:
+            raise Refused(f"phase '{self.name}' cannot move {self.times} times every {self.every} steps; both are at least 1")
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Of its networks."""
-        return [parameter for network in self.networks for parameter in network.parameters()]
+        return list(dict.fromkeys(parameter for network in self.networks for parameter in network.parameters()))
 
     @property
     def prefix(self) -> str:

@@ -4,15 +4,16 @@ V(x, y) = x y is from Section 7 of Goodfellow's tutorial (arXiv:1701.00160, 2016
 Unrolled Generative Adversarial Networks (arXiv:1611.02163, 2017), Section 3.1.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from datamodules.refused import Refused
 from modules.adversarial import called_fake, called_real
 from modules.generative import GenerativeMethod
 from modules.method import Method
-from modules.phases import Batch, Phase
+from modules.phases import Batch, Phase, size_of
 
 
 class BilinearGame(Method):
@@ -36,6 +37,12 @@ class BilinearGame(Method):
             nn.init.ones_(player.weight)
         self.register_buffer("path", torch.ones(images + 1, 2))  # where the players were after each step
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Refuse a step that counts for several."""
+        super().on_train_batch_start(batch, batch_idx)
+        if size_of(batch) * self.trainer.world_size != 1:
+            raise Refused("data.batch_size: a step of the game counts for one; take 1, and one device")
+
     def phases(self) -> list[Phase]:
         """Both with plain gradient descent."""
         return [
@@ -51,8 +58,9 @@ class BilinearGame(Method):
         """The same learning rate throughout."""
         return {"lr": self.learning_rate}
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Take note of where the players are."""
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take note of where the players are after it."""
+        super().training_step(batch, batch_idx)
         self.path[self.images_seen] = torch.stack([self.x.weight, self.y.weight]).detach().view(2)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
@@ -61,7 +69,10 @@ class BilinearGame(Method):
 
 
 class RingGAN(GenerativeMethod):
-    """A GAN on points of the plane, as in Metz et al., Appendix A: its generator falls onto one mode after another.
+    """A GAN on points of the plane, whose generator falls onto one mode after another, as in Metz et al., Figure 2.
+
+    Networks after their Appendix A; the learning rates, 1e-3 and 1e-4, are those of the authors' notebook, which make the
+    collapse plain within a minute.
 
     Args:
         loss: of the generator: "saturating", as there, or "non-saturating".

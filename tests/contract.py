@@ -82,33 +82,33 @@ class Contract:
             for key in left.keys() - {"callbacks", "loops"}:  # wall times
                 assert_equal(left[key], right[key], key)
         logs = [read_log(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in (one, other)]
-        assert len(logs[0]) > 30
+        assert len(logs[0]) > 6
         assert logs[0] == logs[1]
 
     @pytest.mark.parametrize(
-        ("signal_at", "workers"),
+        ("signal_at", "workers", "log_every"),
         [
-            pytest.param("SIGKILL@32@0", 2, id="killed in mid-interval"),
-            pytest.param("SIGKILL@32@0", 0, id="killed in mid-interval, no workers", marks=pytest.mark.slow),
-            pytest.param("SIGKILL@44@0", 0, id="killed a step after a checkpoint", marks=pytest.mark.slow),
-            pytest.param("SIGTERM@32@0", 0, id="terminated in mid-interval"),
-            pytest.param("SIGTERM@40@0", 2, id="terminated where a validation is due", marks=pytest.mark.slow),
-            pytest.param("SIGINT@20@0", 0, id="interrupted at the first validation", marks=pytest.mark.slow),
+            pytest.param("SIGKILL@32@0", 2, 1, id="killed in mid-interval"),
+            pytest.param("SIGKILL@32@0", 0, 1, id="killed in mid-interval, no workers", marks=pytest.mark.slow),
+            pytest.param("SIGKILL@44@0", 0, 1, id="killed a step after a checkpoint", marks=pytest.mark.slow),
+            pytest.param("SIGTERM@32@0", 0, 7, id="terminated between two logs"),
+            pytest.param("SIGTERM@40@0", 2, 7, id="terminated where a validation is due", marks=pytest.mark.slow),
+            pytest.param("SIGINT@20@0", 0, 1, id="interrupted at the first validation", marks=pytest.mark.slow),
         ],
     )
-    def test_resumed_run_is_the_uninterrupted_one(self, workplace, recipe, monkeypatch, signal_at, workers):
-        loader = f"--data.workers={workers}"
-        assert forked(fit, recipe, "--run", "whole", loader) == 0
+    def test_resumed_run_is_the_uninterrupted_one(self, workplace, recipe, monkeypatch, signal_at, workers, log_every):
+        settings = [f"--data.workers={workers}", f"--trainer.log_every_n_steps={log_every}"]
+        assert forked(fit, recipe, "--run", "whole", *settings) == 0
         monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signal_at)
         output = workplace / "output.txt"
-        status = forked(fit, recipe, "--run", "broken", loader, output=output)
+        status = forked(fit, recipe, "--run", "broken", *settings, output=output)
         expected = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 85, "SIGINT": 130}[signal_at.partition("@")[0]]
         assert status == expected, output.read_text()
         if expected > 0:
-            assert f" fit {recipe} {loader} --run broken" in output.read_text()
+            assert f" fit {recipe} {' '.join(settings)} --run broken" in output.read_text()
         assert checkpoint(workplace, recipe, "broken")["images_seen"] < 60
         monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-        assert forked(fit, recipe, "--run", "broken", loader) == 0
+        assert forked(fit, recipe, "--run", "broken", *settings) == 0
         self.assert_same_run(workplace, recipe, "whole", "broken")
 
     def test_trains_as_a_hand_written_loop_does(self, workplace, recipe):
@@ -241,7 +241,6 @@ class GenerativeContract(Contract):
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         distances = [float(row["value"]) for row in log if "/frechet/" in row["name"]]
-        print(distances)
         return distances[-1] < self.nearer * distances[0]
 
     def example(self) -> torch.Tensor:

@@ -10,7 +10,9 @@ from modules.phases import Batch, Phase
 
 
 class WGANGP(GenerativeMethod):
-    """Two critic steps for a generator's, which moves twice every other step; clipped; with averaged weights."""
+    """The generator moves twice at every other step; the critic is clipped; the generator's weights are averaged."""
+
+    differentiated_twice = ("critic",)
 
     def __init__(self, images: int = 60, learning_rate: float = 1e-3, seed: int = 0) -> None:
         super().__init__(16, "normal", images, learning_rate, seed)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from callbacks.csv_log import read_log
@@ -88,7 +89,7 @@ def test_a_scaled_loss_steps_as_an_unscaled_one_does():
     assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
 
 
-def test_a_step_that_overflows_is_skipped_and_the_scale_halved_once_for_all_phases():
+def test_a_step_that_overflows_is_skipped_and_the_next_phases_is_not():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     fp16 = trainer(scaler)
     layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
@@ -97,7 +98,7 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_halved_once_for_all_phas
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         gradients.backward(fp16, layer(torch.ones(1, 1)).sum() * size)
         gradients.step(fp16, optimizer, list(layer.parameters()))
-    gradients.end_of_steps(fp16)
+        gradients.end_of_step(fp16)
     assert scaler.get_scale() == 512
     assert layers[0].weight.item() == before[0]
     assert layers[1].weight.item() == pytest.approx(before[1] - 1)
@@ -154,7 +155,7 @@ class Explodes(WGANGP):
 @pytest.mark.parametrize(
     ("name", "interval", "message"),
     [
-        ("Breaks", "7", "loss 'generator/adversarial' is nan after 48 images; lower model.learning_rate (now 0.001)"),
+        ("Breaks", "50", "loss 'generator/adversarial' is nan after 48 images; lower model.learning_rate (now 0.001)"),
         ("Explodes", "1", "the gradient's norm of 'critic' is nan after 4 images; lower model.learning_rate (now 0.001)"),
     ],
 )
@@ -185,6 +186,23 @@ def test_the_count_that_users_see_is_one_a_batch(workplace, monkeypatch):
     assert moves["generator/adversarial"] == [1, 3, 5, 7, 9]
     steps = [int(state["step"]) for optimizer in kept["optimizer_states"] for state in optimizer["state"].values()]
     assert set(steps) == {10}  # 10 steps of the critic; 5 times 2 of the generator
+
+
+def test_fp16_trains_and_skips_what_overflows(workplace, monkeypatch):
+    """Lightning takes fp16 on a CPU only with a scaler of one's own; its first scale overflows in every phase."""
+    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+    recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.critic.WGANGP", "init_args": {}})
+    content = yaml.safe_load(recipe.read_text())
+    scaler = {"class_path": "torch.amp.GradScaler", "init_args": {"device": "cpu", "init_scale": 2.0**120}}
+    plugin = {"precision": "16-mixed", "device": "cpu", "scaler": scaler}
+    path = "lightning.pytorch.plugins.precision.MixedPrecision"
+    content["trainer"]["plugins"] = [{"class_path": path, "init_args": plugin}]
+    recipe.write_text(yaml.safe_dump(content))
+    assert forked(fit, recipe, "--run", "r", "--model.images", "400") == 0
+    kept = checkpoint(workplace, recipe, "r")
+    assert 1 < kept["MixedPrecision"]["scale"] < 2.0**40
+    moves = [int(state["step"]) for optimizer in kept["optimizer_states"] for state in optimizer["state"].values()]
+    assert all(20 < steps < 100 for steps in moves)  # of 100; the first ones overflowed
 
 
 @pytest.mark.slow

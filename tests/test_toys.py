@@ -39,7 +39,7 @@ def test_modes_are_counted():
 
 
 def test_the_ring_loses_modes(workplace):
-    """The lecture's point: with the paper's rates the generator sits on a mode or two, although it has seen all eight."""
+    """The lecture's point: the generator sits on a mode or two, although it has seen all eight."""
     words = ["--model.images", "400000", "--validate_every", "100000", "--run", "r"]
     assert forked(fit, find_recipe("gan/ring").path, *words) == 0
     log = (workplace / "runs/gan/ring/r/metrics.csv").read_text().splitlines()

@@ -161,8 +161,9 @@ class DarkroomCLI(LightningCLI):
     def facts(self) -> dict[str, Any]:
         """What the record of this run can say before it starts."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
-        config.pop("record", None)  # where the record goes is no part of it
-        typed = without(self.overrides, "--record")
+        for key in ("record", "ckpt"):  # where the record goes and the weights lie is no part of it
+            config.pop(key, None)
+        typed = without(without(self.overrides, "--record"), "--ckpt")
         return {**records.facts(self.recipe, typed), "seed": self.config.seed_everything, "config": config}
 
     def differences(self, run: Run, part: str) -> list[tuple[str, Any, Any]]:

@@ -21,20 +21,21 @@ def measure(cli: DarkroomCLI) -> None:
 
 
 def say_results(trainer: Any, cli: DarkroomCLI) -> None:
-    """Print the measured figures, a row a data set, and which sets are not here."""
+    """Print the measured figures, a row a protocol, and which sets are not here."""
     if not trainer.is_global_zero:
         return
     from rich.console import Console
     from rich.table import Table
 
-    rows: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for name, value in trainer.callback_metrics.items():
         data_set, _, protocol = name.partition("/")
         if protocol:
-            rows.setdefault(data_set, {})[protocol] = float(value)
-    table = Table("data set", *(columns := sorted({protocol for row in rows.values() for protocol in row})))
-    for data_set, row in rows.items():
-        table.add_row(data_set, *(f"{row[column]:.4f}" if column in row else "" for column in columns))
+            found.setdefault(protocol, {})[data_set] = float(value)
+    data_sets = sorted({data_set for of_protocol in found.values() for data_set in of_protocol})
+    table = Table("protocol", *data_sets)
+    for protocol, of_protocol in sorted(found.items()):
+        table.add_row(protocol, *(f"{of_protocol[name]:.4f}" if name in of_protocol else "" for name in data_sets))
     Console().print(table)
     for line in cli.datamodule.absent:
         print(f"not measured: {line}")

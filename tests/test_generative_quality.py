@@ -83,7 +83,7 @@ def test_figures_are_those_of_torch_fidelitys_command(folders, weights_of_incept
     words = ["--input1", root / "made", "--input2", root / "real", "--fid", "--kid", "--isc", "--kid-subset-size", "10"]
     words += [
         "--feature-extractor-weights-path",
-        inception_weights,
+        weights_of_inception,
         "--cpu",
         "--json",
         "--silent",
@@ -92,7 +92,9 @@ def test_figures_are_those_of_torch_fidelitys_command(folders, weights_of_incept
         "7",
     ]
     program = [sys.executable, "-m", "torch_fidelity.fidelity", *map(str, words)]
-    theirs = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
     assert theirs["frechet_inception_distance"] > 1
     measures = ["frechet", "kernel", "inception-score"]
     expected = {
@@ -130,7 +132,9 @@ def test_precision_and_recall_are_those_of_torch_fidelitys_command(folders, tmp_
     ]
     words += ["--feature-extractor-weights-path", weights, "--cpu", "--json", "--silent", "--no-cache", "--batch-size", "7"]
     program = [sys.executable, "-m", "torch_fidelity.fidelity", *map(str, words)]
-    theirs = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
     quality = GenerativeQuality(["precision-recall"], "callbacks.features.VGG16", str(weights))
     assert quality_of(quality, sets) == {"precision/vgg16-20": theirs["precision"], "recall/vgg16-20": theirs["recall"]}
     assert 0 < theirs["precision"] < 1

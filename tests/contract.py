@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from callbacks.csv_log import read_log
 from datamodules.noise import number
-from datamodules.refused import Refused
 from experiments.execute import execute
 from experiments.recipes import find_recipe
 from modules.average import Average
@@ -144,14 +142,16 @@ class Contract:
                     mine.data = mine.lerp(theirs.detach(), 1 - kept)
         assert_equal(checkpoint(workplace, recipe, "house")["state_dict"], method.state_dict())
 
-    def test_two_processes_with_half_the_batch_equal_one(self, workplace, recipe):
+    def test_two_processes_with_half_the_batch_equal_one_and_so_do_parts(self, workplace, recipe):
         exact = ["--model", self.steady, "--trainer.precision", "64-true"]
         assert forked(fit, recipe, "--run", "one", *exact) == 0
         done = launched("fit", recipe, "--run", "two", "--trainer.devices", "2", *exact)
         assert done.returncode == 0, done.stderr
-        left, right = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("one", "two"))
-        for name in left:
-            assert (left[name] - right[name]).abs().max() < 1e-9, name
+        assert forked(fit, recipe, "--run", "parts", "--accumulate", "2", *exact) == 0
+        whole, *others = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("one", "two", "parts"))
+        for other in others:
+            for name in whole:
+                assert (whole[name] - other[name]).abs().max() < 1e-9, name
         logs = [read_log(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in ("one", "two")]
         figures = [[float(row["value"]) for row in log] for log in logs]
         assert figures[0] == pytest.approx(figures[1], abs=1e-6)
@@ -160,18 +160,6 @@ class Contract:
         for data_set, protocols in one["metrics"].items():  # an odd number of pictures or batches: the shares are uneven
             for protocol, of_one in protocols.items():
                 assert of_one["pictures"] == pytest.approx(two["metrics"][data_set][protocol]["pictures"], abs=1e-5)
-
-    def test_two_processes_with_their_own_statistics_have_the_same_weights(self, workplace, recipe):
-        done = launched("fit", recipe, "--run", "two", "--trainer.devices", "2")
-        assert done.returncode == 0, done.stderr  # tests.watching.RanksAgree looks after every step and in validations
-
-    def test_parts_of_a_batch_equal_the_whole(self, workplace, recipe):
-        exact = ["--model", self.steady, "--trainer.precision", "64-true"]
-        assert forked(fit, recipe, "--run", "whole", *exact) == 0
-        assert forked(fit, recipe, "--run", "parts", "--accumulate", "2", *exact) == 0
-        left, right = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("whole", "parts"))
-        for name in left:
-            assert (left[name] - right[name]).abs().max() < 1e-9, name
 
     def test_bf16_stays_near_fp32(self, workplace, recipe):
         assert forked(fit, recipe, "--run", "own optimizer", "--trainer.precision", "bf16-mixed") == 0
@@ -188,12 +176,6 @@ class Contract:
     def test_learns(self, workplace, recipe):
         assert forked(fit, recipe, "--run", "long", *self.learns) == 0
         assert self.has_learned(read_log(workplace / "runs" / recipe.stem / "long" / "metrics.csv"))
-
-    def test_a_finished_run_is_not_trained_further_by_accident(self, workplace, recipe):
-        assert forked(fit, recipe, "--run", "done") == 0
-        with pytest.raises(Refused, match="is finished after 60 images"):
-            os.environ.pop("DARKROOM_RUN_FOLDER", None)
-            fit(recipe, "--run", "done")
 
     def test_exports_to_onnx(self, workplace):
         import onnxruntime

@@ -52,8 +52,14 @@ def test_weights_that_broke_between_two_logged_steps_are_not_saved(workplace, re
     before = (workplace / "runs/tiny/broken/checkpoints/last.ckpt").read_bytes()
     seldom = ["--trainer.log_every_n_steps", "1000", "--model.learning_rate", "1e30"]
     assert forked(main, ["fit", str(recipe), "--run", "broken", *seldom]) == 2
-    assert "has values that are not finite after 40 images" in capfd.readouterr().err
+    assert "darkroom: loss 'mse' is " in capfd.readouterr().err
     assert (workplace / "runs/tiny/broken/checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_a_finished_run_is_not_trained_further_by_accident(workplace, recipe, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "done"]) == 0
+    assert forked(main, ["fit", str(recipe), "--run", "done"]) == 2
+    assert "is finished after 60 images" in capfd.readouterr().err
 
 
 def test_a_run_that_another_process_writes_is_refused(workplace, recipe, capfd):

@@ -56,7 +56,6 @@ class Samples(Callback):
         if "target" not in outputs:
             if outputs["prediction"].ndim == 2:  # points, which belong into one picture
                 self.points.append(outputs["prediction"].float().cpu())
-                self.shown = [plot(torch.cat(self.points), trainer.datamodule.examples(1000))]
             elif batch_idx == 0:
                 self.shown = [sheet(outputs["prediction"][: self.sheet])]
         elif len(self.shown) < self.rows:
@@ -66,6 +65,8 @@ class Samples(Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write it."""
+        if self.points:
+            self.shown = [plot(torch.cat(self.points), trainer.datamodule.examples(1000))]
         if self.shown and trainer.state.fn == "fit":
             width = max(row.shape[3] for row in self.shown)
             rows = [F.pad(row, (0, width - row.shape[3], 0, 4), value=1.0) for row in self.shown]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,29 +51,25 @@ def made(entry: dict[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)(**entry["init_args"])
 
 
-class Contract:
-    """Subclasses name the model; 15 steps of 4 samples each, a validation every 5 steps."""
+class Contract(ABC):
+    """Subclasses name the model, and have its `recipe`: 15 steps of 4 samples each, a validation every 5 steps."""
 
     model: ClassVar[dict[str, Any]]
     steady: ClassVar[str]  # the model without what is each process's own or hangs on rounding, see tests/steady.py
     learns: ClassVar[list[str]]  # overrides of the run that must learn
     rounding: ClassVar[float] = 0.02  # by how much, relatively, bf16 may move a loss
 
-    @pytest.fixture
-    def recipe(self, workplace: Path, photos: Path) -> Path:
-        raise NotImplementedError
-
+    @abstractmethod
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
         """The training batches as the method gets them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         """Whether the log of the long run shows it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def example(self) -> torch.Tensor:
         """An input of the feed-forward part."""
-        raise NotImplementedError
 
     def assert_same_run(self, workplace: Path, recipe: Path, one: str, other: str) -> None:
         for name in ("last", "best"):

@@ -1,5 +1,6 @@
 """What all measures of generated images share: what is kept of each sample, gathered from all processes, measured once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 
-class GeneratedImages(Callback):
+class GeneratedImages(Callback, ABC):
     """Measures the samples of a validation or test against the real sets of the datamodule; logs `<data set>/<protocol>`.
 
     Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and of the datamodule `real`, uint8 images by
@@ -25,10 +26,11 @@ class GeneratedImages(Callback):
         self.figures: dict[str, dict[str, dict[str, float]]] = {}
         self.kept: list[tuple[Tensor, Tensor]] = []
 
+    @abstractmethod
     def keep(self, images: Tensor) -> Tensor:
         """What is kept of images (N, C, H, W) in [0, 1], on the CPU: (N, ...)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, made: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """The figures by their protocols.
 
@@ -37,7 +39,6 @@ class GeneratedImages(Callback):
             real: uint8 images (N, C, H, W).
             trainer: whose datamodule and processes these are.
         """
-        raise NotImplementedError
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget earlier samples, those of the sanity check too."""

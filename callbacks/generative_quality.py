@@ -67,7 +67,8 @@ class GenerativeQuality(GeneratedImages):
         Raises:
             Refused: there are none.
         """
-        if self.network is not None:
+        nothing_to_measure = stage == "fit" and not self.while_training and not trainer.datamodule.test
+        if self.network is not None or nothing_to_measure:
             return
         module, _, name = self.extractor.rpartition(".")
         try:

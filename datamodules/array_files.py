@@ -6,9 +6,11 @@ import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from datamodules.catalogue import MissingData, data_root, find
@@ -91,6 +93,24 @@ def read_cifar10(part: str) -> Labelled:
     return found.data.transpose(0, 3, 1, 2), np.asarray(found.targets)
 
 
+def read_cifar10_jpeg(part: str) -> Labelled:
+    """CIFAR-10 as JPEGs in an archive with a folder a class, dealt out so that each ten images have all classes."""
+    path = find("cifar10-jpeg").path / f"{part}.zip"
+    if not path.exists():
+        raise MissingData(f"{path} is not here: {find('cifar10-jpeg').how()}")
+    try:
+        with ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+            images = np.stack([np.asarray(Image.open(archive.open(name)).convert("RGB")) for name in names])
+    except (BadZipFile, OSError, ValueError) as error:
+        raise BadImage(f"{path}: damaged, or not CIFAR-10's images ({error})") from None
+    _, labels, counts = np.unique([Path(name).parent.name for name in names], return_inverse=True, return_counts=True)
+    if len(set(counts)) != 1:
+        raise BadImage(f"{path}: its {len(counts)} classes have {counts.min()} to {counts.max()} images")
+    order = np.arange(len(names)).reshape(len(counts), -1).T.reshape(-1)
+    return images[order].transpose(0, 3, 1, 2), labels[order]
+
+
 def read_svhn(part: str) -> Labelled:
     """SVHN's cropped digits through torchvision, which checks its files' MD5."""
     from torchvision.datasets import SVHN
@@ -106,6 +126,7 @@ READERS: dict[str, Callable[[str], Labelled]] = {
     "digits": read_digits,
     "mnist": read_mnist,
     "cifar10": read_cifar10,
+    "cifar10-jpeg": read_cifar10_jpeg,
     "svhn": read_svhn,
 }
 

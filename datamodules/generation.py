@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,16 +10,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.catalogue import MissingData
 from datamodules.image_arrays import Images, folder_labels, read_images, square
-from datamodules.loading import load
-from datamodules.pictures import Picture, Survey, pictures_of, slug
+from datamodules.pictures import Picture, pictures_of, slug
 from datamodules.randomness import below, draws
 from datamodules.refused import Refused
-from datamodules.sampler import EndlessBatches, Slice
+from datamodules.sampler import EndlessBatches
+from datamodules.stream import Stream
 
 AT_ONCE = 100  # samples made, and real images read, together
 
 
-class Generation(L.LightningDataModule):
+class Generation(Stream):
     """Images of one size, to be imitated.
 
     Training batches are {"image": (N, channels, size, size) float32 in [0, 1], "label": int64 (N,)}. To measure on there are
@@ -60,13 +59,10 @@ class Generation(L.LightningDataModule):
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, workers, seed, skip_bad)
         self.train, self.size, self.channels, self.val, self.test = train, size, channels, val, test
         self.samples, self.test_samples, self.crop, self.flip = samples, test_samples, crop, flip
-        self.batch_size, self.streaming, self.workers, self.seed = batch_size, streaming, workers, seed
-        self.position = 0  # samples taken so far, by all processes together
-        self.survey = Survey(skip_bad)
-        self.absent: list[str] = []
+        self.streaming = streaming
         self.real: dict[str, Images] = {}
 
     # What is where
@@ -77,13 +73,7 @@ class Generation(L.LightningDataModule):
         Raises:
             MissingData: what is to be imitated or compared with is not here.
             BadImage: files are unusable; the message names each of them.
-            Refused: keys do not fit together.
         """
-        world = self.trainer.world_size if self.trainer else 1
-        if self.batch_size % world:
-            raise Refused(
-                f"data.batch_size: {self.batch_size} cannot be shared by {world} processes; take a multiple of {world}"
-            )
         if stage == "fit":
             if self.streaming:
                 pictures = self.survey.usable(pictures_of(self.train), self.crop or self.size, whole=False)
@@ -120,11 +110,9 @@ class Generation(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches of uint8 images; `on_after_batch_transfer` makes them float."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EndlessBatches(len(self.items), self.batch_size, self.seed, lambda: self.position, rank, world)
         if self.workers and isinstance(self.items, StoredImages):
             self.items.images.pixels.share_memory_()
-        return load(self.items, sampler, self.workers)
+        return self.endless(self.items, len(self.items))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The numbers of the samples that a validation makes."""
@@ -135,9 +123,8 @@ class Generation(L.LightningDataModule):
         return self._numbers(self.test_samples)
 
     def _numbers(self, count: int) -> DataLoader[dict[str, Tensor]]:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        numbers = Numbers(count)
-        return load(numbers, Slice(len(numbers), rank, world))
+        numbers = Numbers(count, self.place[1])
+        return self.dealt(numbers, len(numbers))
 
     # A training batch on its way
 
@@ -156,23 +143,6 @@ class Generation(L.LightningDataModule):
             mirrored = torch.from_numpy(below(words, 2) == 1).to(image.device)
             image = torch.where(mirrored[:, None, None, None], image.flip(3), image)
         return {"image": image, "label": batch["label"]}
-
-    # Resume
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream of samples stands."""
-        return {"position": self.position, "batch_size": self.batch_size, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there.
-
-        Raises:
-            Refused: another batch size or seed than the checkpoint's: the run would not be the same run.
-        """
-        for key in ("batch_size", "seed"):
-            if state[key] != getattr(self, key):
-                raise Refused(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
-        self.position = state["position"]
 
 
 class StoredImages(Dataset[dict[str, Any]]):
@@ -210,16 +180,22 @@ class StreamedImages(Dataset[dict[str, Any]]):
 
 
 class Numbers(Dataset[dict[str, Tensor]]):
-    """The numbers 0 ... count - 1, some at once."""
+    """The numbers 0 ... count - 1, some at once, so that each of several processes gets some.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    Raises:
+        Refused: there are more processes than numbers.
+    """
+
+    def __init__(self, count: int, world: int = 1) -> None:
+        if count < world:
+            raise Refused(f"samples: {count} cannot be made by {world} processes; take at least {world}")
+        self.count, self.at_once = count, min(AT_ONCE, count // world)
 
     def __len__(self) -> int:
-        return -(-self.count // AT_ONCE)
+        return -(-self.count // self.at_once)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """{"index": int64 (B,)}."""
         if index >= len(self):
             raise IndexError(index)
-        return {"index": torch.arange(index * AT_ONCE, min(self.count, (index + 1) * AT_ONCE))}
+        return {"index": torch.arange(index * self.at_once, min(self.count, (index + 1) * self.at_once))}

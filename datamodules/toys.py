@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,15 +9,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.generation import Numbers
 from datamodules.image_arrays import Images
-from datamodules.loading import load
 from datamodules.noise import normal
-from datamodules.pictures import Survey
-from datamodules.sampler import EndlessBatches, Slice
+from datamodules.stream import Stream
 
 PASS = 100_000  # points
 
 
-class Ring(L.LightningDataModule):
+class Ring(Stream):
     """Gaussians evenly on a circle around the origin (Metz et al., arXiv:1611.02163, Section 3.1).
 
     Training batches are {"point": (N, 2) float32}; to measure on there are numbers of samples, {"index": int64 (N,)}, and the
@@ -44,17 +41,14 @@ class Ring(L.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.samples, self.batch_size, self.workers, self.seed = samples, batch_size, workers, seed
+        super().__init__(batch_size, workers, seed)
+        self.samples = samples
         angles = torch.arange(modes) * (2 * torch.pi / modes)
         centres = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
         self.real = {"ring": Images(centres, torch.arange(modes))}
         spread = torch.from_numpy(normal(seed, "ring", range(PASS), 2)).float()
         self.points = centres[torch.arange(PASS) % modes] + deviation * spread
         self.test = ["ring"]
-        self.position = 0  # points taken so far, by all processes together
-        self.survey = Survey()
-        self.absent: list[str] = []
 
     def examples(self, count: int) -> Tensor:
         """Some of the points: (count, 2)."""
@@ -62,15 +56,12 @@ class Ring(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches of points."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EndlessBatches(PASS, self.batch_size, self.seed, lambda: self.position, rank, world)
-        return load(Rows(self.points), sampler, self.workers)
+        return self.endless(Rows(self.points), PASS)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The numbers of the samples to make."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        numbers = Numbers(self.samples)
-        return load(numbers, Slice(len(numbers), rank, world))
+        numbers = Numbers(self.samples, self.place[1])
+        return self.dealt(numbers, len(numbers))
 
     test_dataloader = val_dataloader
 
@@ -79,14 +70,6 @@ class Ring(L.LightningDataModule):
         if "point" in batch:
             self.position += self.batch_size
         return batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream of points stands."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there."""
-        self.position = state["position"]
 
 
 class Rows(Dataset[dict[str, Tensor]]):

@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from callbacks.checkpoints import load_weights
 from callbacks.csv_log import CSVLog
 from datamodules.catalogue import MissingData
-from datamodules.generation import AT_ONCE
 from datamodules.refused import Refused
 from experiments.cli import DarkroomCLI, tell
 from experiments.measure import say_results
@@ -80,12 +79,6 @@ def settle_batch(cli: DarkroomCLI) -> None:
     if parts < 1 or cli.datamodule.batch_size % (parts * cli.trainer.world_size):
         shared = f"{cli.trainer.world_size} processes with --accumulate {parts}"
         raise Refused(f"data.batch_size: {cli.datamodule.batch_size} cannot be cut into equal parts for {shared}")
-    samples = getattr(cli.datamodule, "samples", None)
-    if samples is not None and samples <= AT_ONCE * (cli.trainer.world_size - 1):
-        raise Refused(
-            f"data.samples: {samples} are made {AT_ONCE} at once, and {cli.trainer.world_size} processes need some each; "
-            f"take --data.samples {AT_ONCE * cli.trainer.world_size}"
-        )
     cli.model.accumulate = parts
     if cli.config.compile:
         cli.model.compile_networks()

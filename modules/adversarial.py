@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datamodules.refused import Refused
+
 
 def called_real(logits: Tensor) -> Tensor:
     """Cross-entropy of calling the samples real, mean of -log D: what D pays for reals and, non-saturating, G for fakes.
@@ -15,12 +17,32 @@ def called_real(logits: Tensor) -> Tensor:
     Args:
         logits: (N, ...), of which D is the sigmoid.
     """
-    return F.softplus(-logits.float()).mean()
+    return F.softplus(-in_full(logits)).mean()
 
 
 def called_fake(logits: Tensor) -> Tensor:
     """Cross-entropy of calling the samples fake, mean of -log(1 - D); with its sign turned, G's saturating loss (eq. 1)."""
-    return F.softplus(logits.float()).mean()
+    return F.softplus(in_full(logits)).mean()
+
+
+def generator_loss(logits: Tensor, loss: str) -> Tensor:
+    """The generator's loss on fakes: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
+
+    Goodfellow et al., Section 3: log(1 - D) is flat where D is sure of a fake, -log D is steep there.
+
+    Raises:
+        Refused: it is called otherwise.
+    """
+    if loss == "non-saturating":
+        return called_real(logits)
+    if loss == "saturating":
+        return -called_fake(logits)
+    raise Refused(f"model.loss: {loss}; take non-saturating or saturating")
+
+
+def in_full(logits: Tensor) -> Tensor:
+    """In float32 at least: bf16 has three digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mixing: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modules.adversarial import called_fake, called_real
+from datamodules.refused import Refused
+from modules.adversarial import called_fake, called_real, generator_loss
 from modules.generative import GenerativeMethod
 from modules.phases import Batch, Phase
 
@@ -52,6 +53,8 @@ class GAN(GenerativeMethod):
     ) -> None:
         super().__init__(latent_size, "normal", images, learning_rate, seed)
         self.save_hyperparameters()
+        if discriminator_steps < 1:
+            raise Refused(f"model.discriminator_steps: {discriminator_steps}; the discriminator needs 1 at least")
         self.loss, self.discriminator_steps = loss, discriminator_steps
         pixels = channels * size**2
         self.generator = nn.Sequential(
@@ -112,9 +115,8 @@ class GAN(GenerativeMethod):
         return {"real": called_real(real) / 2, "fake": called_fake(fake) / 2}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Section 3: log(1 - D) is flat where D is sure of a fake, -log D is steep there."""
-        fake = self.discriminator(batch["fake"])
-        return {"adversarial": called_real(fake) if self.loss == "non-saturating" else -called_fake(fake)}
+        """Section 3: one of its two."""
+        return {"adversarial": generator_loss(self.discriminator(batch["fake"]), self.loss)}
 
     def descent(self, images_seen: int) -> dict[str, float]:
         """Of the code: a rate divided by 1.000004 each batch of 100; momentum from 0.5 to 0.7 in 250 epochs of 50,000."""

@@ -1,5 +1,6 @@
 """What the methods share that make images from noise: numbered latents, and their samples."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from datamodules.noise import normal, uniform
 from modules.method import Batch, Method
 
 
-class GenerativeMethod(Method):
+class GenerativeMethod(Method, ABC):
     """A method whose samples are numbered: sample 17 is the same picture however the work is split.
 
     Args:
@@ -35,9 +36,9 @@ class GenerativeMethod(Method):
         drawn = self.noise(batch, "latent", self.latent_size, self.latent)
         return drawn if self.latent == "normal" else 2 * drawn - 1
 
+    @abstractmethod
     def sample(self, latents: Tensor) -> Tensor:
         """The images made from latents (N, latent_size): (N, C, H, W) in [0, 1]."""
-        raise NotImplementedError
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The samples of the numbers in "index" (N,); what they are worth, callbacks say."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
-from modules.adversarial import called_fake, called_real
+from modules.adversarial import called_fake, called_real, generator_loss
 from modules.generative import GenerativeMethod
 from modules.method import Method
 from modules.phases import Batch, Phase, size_of
@@ -132,5 +132,4 @@ class RingGAN(GenerativeMethod):
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """One of the two losses of Goodfellow et al., Section 3."""
-        fake = self.discriminator(batch["fake"] / 4)
-        return {"adversarial": called_real(fake) if self.loss == "non-saturating" else -called_fake(fake)}
+        return {"adversarial": generator_loss(self.discriminator(batch["fake"] / 4), self.loss)}

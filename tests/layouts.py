@@ -2,11 +2,14 @@
 
 import hashlib
 import pickle
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from datamodules.array_files import read_digits
 from datamodules.catalogue import find, locate
@@ -18,7 +21,7 @@ def lay_out(name: str) -> None:
     if data_set.get == "embedded":
         return
     if data_set.arrays:
-        {"mnist": lay_out_mnist, "cifar10": lay_out_cifar10}[data_set.name](data_set.path)
+        LAY_OUT[data_set.name](data_set.path)
         return
     photographs = locate("photographs/train")[:4] + locate("photographs/test")
     cuttings = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
@@ -43,8 +46,7 @@ def lay_out_mnist(folder: Path) -> None:
 
 def lay_out_cifar10(folder: Path) -> None:
     """Batches of cuttings of photographs in the origin's own format."""
-    pixels = np.asarray(Image.open(locate("photographs/test")[0]).convert("RGB").resize((320, 320)))
-    tiles = pixels.reshape(10, 32, 10, 32, 3).transpose(0, 2, 4, 1, 3).reshape(100, 3072)
+    tiles = hundred_tiles().transpose(0, 3, 1, 2).reshape(100, 3072)
     inside = folder / "cifar-10-batches-py"
     inside.mkdir(parents=True, exist_ok=True)
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
@@ -52,11 +54,50 @@ def lay_out_cifar10(folder: Path) -> None:
     (inside / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
 
-def accept_laid_out_cifar10(patch: pytest.MonkeyPatch) -> None:
-    """Let torchvision, which knows the MD5 of the real files, take those that are laid out."""
-    from torchvision.datasets import CIFAR10
+def lay_out_cifar10_jpeg(folder: Path) -> None:
+    """Two archives of JPEGs, a folder a class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "test"):
+        with ZipFile(folder / f"{part}.zip", "w") as archive:
+            for i, tile in enumerate(hundred_tiles()):
+                packed = BytesIO()
+                Image.fromarray(tile).save(packed, "JPEG", quality=95)
+                archive.writestr(f"{part}/{'abcdefghij'[i % 10]}/{i:04d}.jpg", packed.getvalue())
 
+
+def lay_out_svhn(folder: Path) -> None:
+    """Two of MATLAB's files, whose digit 0 has the label 10."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "test"):
+        labels = np.array([[i % 10 or 10] for i in range(100)], np.uint8)
+        savemat(folder / f"{part}_32x32.mat", {"X": hundred_tiles().transpose(1, 2, 3, 0), "y": labels})
+
+
+def hundred_tiles() -> np.ndarray:
+    """Cuttings of a photograph: uint8 (100, 32, 32, 3)."""
+    pixels = np.asarray(Image.open(locate("photographs/test")[0]).convert("RGB").resize((320, 320)))
+    return pixels.reshape(10, 32, 10, 32, 3).swapaxes(1, 2).reshape(100, 32, 32, 3)
+
+
+LAY_OUT = {
+    "mnist": lay_out_mnist,
+    "cifar10": lay_out_cifar10,
+    "cifar10-jpeg": lay_out_cifar10_jpeg,
+    "svhn": lay_out_svhn,
+}
+
+
+def accept_what_is_laid_out(patch: pytest.MonkeyPatch) -> None:
+    """Let torchvision, which knows the MD5 of CIFAR-10's and SVHN's real files, take those that are laid out."""
+    from torchvision.datasets import CIFAR10, SVHN
+
+    for part, (url, name, _) in SVHN.split_list.items():
+        if (path := find("svhn").path / name).exists():
+            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            patch.setitem(SVHN.split_list, part, [url, name, digest])
     inside = find("cifar10").path / "cifar-10-batches-py"
+    if not inside.exists():
+        return
     digest = {path.name: hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in inside.iterdir()}
     patch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", digest[f"data_batch_{i}"]] for i in range(1, 6)])
     patch.setattr(CIFAR10, "test_list", [["test_batch", digest["test_batch"]]])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from datamodules.refused import Refused
 from modules.gan import GAN, Maxout
 from tests.contract import GenerativeContract
 
@@ -48,3 +49,8 @@ def test_where_the_discriminator_is_sure_only_the_non_saturating_loss_is_steep()
         slopes[loss] = logits.grad.item()
     assert slopes["non-saturating"] == pytest.approx(-1, abs=1e-4)  # -(1 - D)
     assert slopes["saturating"] == pytest.approx(-torch.sigmoid(torch.tensor(-12.0)).item())  # -D
+
+
+def test_k_of_nothing_is_refused():
+    with pytest.raises(Refused, match=r"model\.discriminator_steps: 0; the discriminator needs 1 at least"):
+        GAN(width=10, discriminator_steps=0)

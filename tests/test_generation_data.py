@@ -7,13 +7,14 @@ from PIL import Image
 
 from datamodules.array_files import read_idx, read_part
 from datamodules.catalogue import MissingData, find, verify
-from datamodules.generation import Generation
+from datamodules.generation import Generation, Numbers
 from datamodules.image_arrays import read_images, resized
 from datamodules.images import BadImage
 from datamodules.noise import normal, number, uniform
 from datamodules.pictures import Survey
 from datamodules.refused import Refused
-from tests.layouts import accept_laid_out_cifar10, lay_out
+from datamodules.sampler import Slice
+from tests.layouts import accept_what_is_laid_out, hundred_tiles, lay_out
 
 
 def digits(**settings):
@@ -130,12 +131,52 @@ def test_cifar10_is_read_through_torchvision_which_checks_it(workplace, monkeypa
     lay_out("cifar10")
     with pytest.raises(MissingData, match="or damaged"):  # not the files whose MD5 torchvision knows
         read_part("cifar10/train")
-    accept_laid_out_cifar10(monkeypatch)
+    accept_what_is_laid_out(monkeypatch)
     images, labels = read_part("cifar10/train")
     assert images.shape == (500, 3, 32, 32)
     assert labels[:12].tolist() == [*range(10), 0, 1]
+
+
+def test_svhn_is_read_through_torchvision_which_checks_it(workplace, monkeypatch):
     with pytest.raises(MissingData, match="svhn is not here, or damaged: darkroom data get svhn"):
         read_part("svhn")
+    lay_out("svhn")
+    with pytest.raises(MissingData, match="or damaged"):
+        read_part("svhn/test")
+    accept_what_is_laid_out(monkeypatch)
+    images, labels = read_part("svhn/test")
+    assert images.shape == (100, 3, 32, 32)
+    assert labels[:12].tolist() == [*range(10), 0, 1]
+
+
+def test_cifar10_as_jpeg_is_read_class_by_class_in_turn(workplace):
+    with pytest.raises(MissingData, match=r"train\.zip is not here: by hand"):
+        read_part("cifar10-jpeg/train")
+    lay_out("cifar10-jpeg")
+    images, labels = read_part("cifar10-jpeg/train")
+    assert labels[:12].tolist() == [*range(10), 0, 1]
+    difference = images[13].permute(1, 2, 0).int() - torch.from_numpy(hundred_tiles()[13]).int()
+    assert difference.abs().float().mean() < 8  # what JPEG leaves
+    path = find("cifar10-jpeg").path / "test.zip"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadImage, match=r"test\.zip: damaged"):
+        read_part("cifar10-jpeg/test")
+
+
+def test_real_cifar10_as_jpeg_has_ten_equal_classes(with_real_data):
+    images, labels = read_part("cifar10-jpeg/test")
+    assert images.shape == (2000, 3, 32, 32)
+    assert labels.bincount().tolist() == [200] * 10
+
+
+def test_few_samples_are_made_by_several_processes():
+    """Each of them gets some, and together they make each number once."""
+    for count, world in ((100, 2), (150, 2), (100, 3), (7, 7), (10_000, 2)):
+        numbers = Numbers(count, world)
+        dealt = [torch.cat([numbers[i]["index"] for i in Slice(len(numbers), rank, world)]) for rank in range(world)]
+        assert torch.cat(dealt).sort().values.tolist() == list(range(count))
+    with pytest.raises(Refused, match="samples: 3 cannot be made by 4 processes"):
+        Numbers(3, 4)
 
 
 def test_real_mnist_is_intact(with_real_data):

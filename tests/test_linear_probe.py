@@ -52,5 +52,9 @@ def test_a_probe_of_digits_pixels_is_as_good_as_a_linear_svm_is():
     )
     trainer = SimpleNamespace(datamodule=SimpleNamespace(size=28, channels=1, crop=None, survey=Survey()))
     LinearProbe("digits/train", "digits/val", "digits/test", per_class=100, repeats=2).on_test_epoch_end(trainer, module)
+    sets = ("digits/train", "digits/val", "digits/test")
+    LinearProbe(*sets, per_class=None, figure="accuracy").on_test_epoch_end(trainer, module)
     assert 8 < logged["digits-test/svm-error-of-pixels/1000-labels"] < 20
     assert logged["digits-test/svm-error/1000-labels"] < 60
+    assert 85 < logged["digits-test/svm-accuracy-of-pixels/4000-labels"] < 93  # more labels
+    assert logged["digits-test/svm-accuracy/4000-labels/std"] == 0  # of one draw

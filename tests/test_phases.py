@@ -124,6 +124,13 @@ def test_adversarial_losses_are_cross_entropies():
     assert called_fake(logits).item() == pytest.approx(entropy(logits, torch.zeros(3)).item())
 
 
+def test_losses_keep_the_digits_of_their_logits():
+    """float64 stays; bf16 is taken to float32 before the exponentials."""
+    logits = torch.tensor([0.1, -3.0, 40.0], dtype=torch.float64)
+    assert called_fake(logits).item() == pytest.approx(logits.exp().log1p().mean().item(), rel=1e-14)
+    assert called_fake(logits.bfloat16()) == called_fake(logits.bfloat16().float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_penalty_of_a_linear_critic_is_its_slope_even_under_autocast(dtype):
     critic = nn.Linear(4, 1)

@@ -12,7 +12,7 @@ from experiments.main import main
 from experiments.recipes import methods, recipes
 from experiments.tables import spec
 from tests.forked import forked
-from tests.layouts import accept_laid_out_cifar10, lay_out
+from tests.layouts import accept_what_is_laid_out, lay_out
 from tests.tiny import inception_weights
 
 ALL = recipes()
@@ -78,9 +78,9 @@ def torch_home(tmp_path_factory):
     return home
 
 
-def run_with_laid_out_cifar10(words):
+def run_on_what_is_laid_out(words):
     with pytest.MonkeyPatch.context() as patch:
-        accept_laid_out_cifar10(patch)
+        accept_what_is_laid_out(patch)
         return main(words)
 
 
@@ -94,14 +94,13 @@ def test_a_few_real_steps_of_making_images(recipe, workplace, torch_home, monkey
     shrunk = ["--model.images", "12", "--data.batch_size", "4", "--validate_every", "8", "--data.samples", "10"]
     if data.get("test", [""])[0].startswith("mnist"):
         shrunk += ["--data.test_samples", "60"]
+        if "LinearProbe" in recipe.path.read_text():  # the last callback
+            shrunk += ["--trainer.callbacks.init_args.repeats", "1", "--trainer.callbacks.init_args.per_class", "10"]
     else:
         shrunk += ["--data.test", "[]"]  # random weights of Inception say nothing, and take long
     if data.get("workers"):
         shrunk += ["--data.workers", "1"]
-    if "LinearProbe" in recipe.path.read_text():  # the last callback
-        shrunk += ["--trainer.callbacks.init_args.repeats", "1", "--trainer.callbacks.init_args.per_class", "10"]
-    run = run_with_laid_out_cifar10 if data["train"].startswith("cifar10") else main
-    assert forked(run, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
+    assert forked(run_on_what_is_laid_out, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
     folder = workplace / "runs" / recipe.name / "short"
     assert (folder / "record.json").exists()
     assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000008.png", "000000012.png"}

@@ -9,19 +9,22 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from callbacks.overlays import row
+
 
 class Samples(Callback):
     """Writes a picture after every validation as `<images seen>.png`, and to the loggers that take pictures.
 
     Outputs with a "target" become one row a picture: input, prediction, original; a smaller input is shown with its own
-    pixels. Without one they are samples, always of the same numbers, and become a square sheet; the real images that they
-    are to resemble are written as `reals.png` before the first step.
+    pixels. Those with a "mask" become picture, truth, prediction, mistakes. Without either they are samples, always of the
+    same numbers, and become a square sheet; the real images that they are to resemble are written as `reals.png` before the
+    first step.
 
     All are NCHW in [0, 1]. Samples that are points of the plane, (N, 2), are drawn over the real ones.
 
     Args:
         folder: where they go.
-        rows: how many pictures with a target.
+        rows: how many pictures with a target or a mask.
         sheet: how many samples.
     """
 
@@ -53,7 +56,10 @@ class Samples(Callback):
         """Take what is shown from the first batches of the main process."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        if "target" not in outputs:
+        if "mask" in outputs:
+            if len(self.shown) < self.rows:
+                self.shown.append(row(outputs["image"][0], outputs["prediction"][0].argmax(0), outputs["mask"][0]))
+        elif "target" not in outputs:
             if outputs["prediction"].ndim == 2:  # points, which belong into one picture
                 self.points.append(outputs["prediction"].float().cpu())
             elif batch_idx == 0:
@@ -68,8 +74,8 @@ class Samples(Callback):
         if self.points:
             self.shown = [plot(torch.cat(self.points), trainer.datamodule.examples(1000))]
         if self.shown and trainer.state.fn == "fit":
-            width = max(row.shape[3] for row in self.shown)
-            rows = [F.pad(row, (0, width - row.shape[3], 0, 4), value=1.0) for row in self.shown]
+            width = max(shown.shape[3] for shown in self.shown)
+            rows = [F.pad(shown, (0, width - shown.shape[3], 0, 4), value=1.0) for shown in self.shown]
             self._write(trainer, f"{pl_module.images_seen:09d}", torch.cat(rows, dim=2))
 
     def _write(self, trainer: Any, name: str, picture: Tensor) -> None:

@@ -132,7 +132,7 @@ READERS: dict[str, Callable[[str], Labelled]] = {
 
 
 def fetch(name: str) -> None:
-    """Download an array set, or CelebA, by torchvision's class for it, which checks what it gets.
+    """Download a set by torchvision's class for it, which checks what it gets.
 
     Raises:
         MissingData: that failed.
@@ -146,6 +146,11 @@ def fetch(name: str) -> None:
             datasets.MNIST(str(data_root()), download=True)
         elif name == "cifar10":
             datasets.CIFAR10(str(root), download=True)
+        elif name == "voc":
+            datasets.VOCSegmentation(str(root), "2012", download=True)
+        elif name == "pets":
+            for part in ("trainval", "test"):
+                datasets.OxfordIIITPet(str(root), part, target_types="segmentation", download=True)
         elif name == "celeba":
             datasets.CelebA(str(data_root()), split="all", download=True)
         else:

@@ -54,6 +54,7 @@ class DataSet:
     arrays: str = ""
     equal_is_grey: bool = False
     manifest_of: str = ""
+    masks: dict[str, Any] = field(default_factory=dict)
     large: bool = False
 
     @property
@@ -79,7 +80,7 @@ class DataSet:
         if self.scales and scale is not None and scale not in self.scales:
             raise MissingData(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
         if self.get == "embedded":
-            return [path for part in self._parts(split) for path in _embedded(part)]
+            return sorted({path for part in self._parts(split) for path in _embedded(part)})
         return sorted({path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)})
 
     def wanted(self, split: str | None = None, scale: int | None = None) -> int:
@@ -94,7 +95,8 @@ class DataSet:
     def _parts(self, split: str | None) -> list[Any]:
         if self.arrays:  # whose splits are no patterns
             return [self.images]
-        return [self.splits[split]] if split else list(self.splits.values()) or [self.images]
+        parts = [self.splits[split]] if split else list(self.splits.values()) or [self.images]
+        return [pattern for part in parts for pattern in (part if isinstance(part, list) else [part])]
 
     def _patterns(self, split: str | None, scale: int | None) -> list[str]:
         scales = [scale] if scale is not None else (self.scales or [None])

@@ -44,6 +44,28 @@ class Photos(Dataset[dict[str, Any]]):
         return {"input": luma[None], "chroma": chroma, "alpha": alpha, "path": str(self.files[index])}
 
 
+class WholePhotos(Dataset[dict[str, Any]]):
+    """Pictures of any size and mode, with all their colours, or made grey for a network that sees only that.
+
+    Args:
+        files: the pictures; each must be readable.
+        channels: 1 or 3.
+    """
+
+    def __init__(self, files: Sequence[Path], channels: int) -> None:
+        self.files, self.channels = files, channels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": (1, channels, H, W) in [0, 1], "path": str}."""
+        pixels = to_pixels(open_image(self.files[index]), self.files[index]).float() / 255
+        if len(pixels) > self.channels:
+            pixels = pixels.mean(0, keepdim=True) if is_grey(pixels) else rgb_to_ycbcr(pixels)[:1]
+        return {"image": pixels.expand(self.channels, -1, -1)[None], "path": str(self.files[index])}
+
+
 def put_together(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
     """The enlarged picture, 8 bits a channel: L, LA, RGB or RGBA.
 

@@ -1,18 +1,31 @@
-"""`darkroom predict`: enlarge a user's own pictures."""
+"""`darkroom predict`: what a method makes of a user's own pictures."""
 
 from pathlib import Path
+from typing import Any
 
+from torch.utils.data import Dataset
+
+from callbacks.write_masks import WriteMasks
 from callbacks.write_photos import WritePhotos
 from datamodules.loading import load
-from datamodules.photos import Photos, photo_files
+from datamodules.photos import Photos, WholePhotos, photo_files
 from datamodules.refused import Refused
 from datamodules.sampler import Slice
 from experiments.cli import DarkroomCLI, tell
 from experiments.weights import fill
+from modules.segmentation import SegmentationMethod
+from modules.superresolution import SuperResolutionMethod
 
 
 def predict(cli: DarkroomCLI) -> None:
-    """Enlarge a user's own pictures into the output folder."""
+    """Enlarge a user's own pictures, or tell their pixels' classes, into the output folder.
+
+    Raises:
+        Refused: this method makes nothing of pictures.
+    """
+    if not isinstance(cli.model, SuperResolutionMethod | SegmentationMethod):
+        raise Refused(f"{cli.recipe.name} takes no pictures; darkroom sample shows what it makes")
+
     path = fill(cli)
     output = Path(cli.config.output)
     files = photo_files(cli.config.input, leaving_out=output)
@@ -23,13 +36,18 @@ def predict(cli: DarkroomCLI) -> None:
     tell(f"weights   {path or 'none needed'}")
     targets = output_paths(files, Path(cli.config.input), output)
     rank, world = cli.trainer.global_rank, cli.trainer.world_size
-    loader = load(Photos(files), Slice(len(files), rank, world))
-    cli.trainer.callbacks.append(WritePhotos(targets))
+    if isinstance(cli.model, SegmentationMethod):
+        photos: Dataset[Any] = WholePhotos(files, cli.datamodule.channels)
+        cli.trainer.callbacks.append(WriteMasks(targets))
+    else:
+        photos = Photos(files)
+        cli.trainer.callbacks.append(WritePhotos(targets))
+    loader = load(photos, Slice(len(files), rank, world))
     cli.trainer.predict(cli.model, loader, return_predictions=False)
 
 
 def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Path]:
-    """Where each enlarged picture goes: the folders below `source` are kept, everything is PNG."""
+    """Where each result goes: the folders below `source` are kept, everything is PNG."""
     base = source if source.is_dir() else source.parent
     inputs = {file.resolve() for file in files}
     targets: dict[str, Path] = {}

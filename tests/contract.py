@@ -17,7 +17,7 @@ from experiments.execute import execute
 from experiments.recipes import find_recipe
 from modules.average import Average
 from tests.forked import forked, launched
-from tests.tiny import write_generative_recipe, write_recipe
+from tests.tiny import write_generative_recipe, write_recipe, write_segmentation_recipe
 
 
 def fit(recipe: Path, *overrides: str) -> None:
@@ -139,12 +139,12 @@ class Contract(ABC):
                     mine.data = mine.lerp(theirs.detach(), 1 - kept)
         assert_equal(checkpoint(workplace, recipe, "house")["state_dict"], method.state_dict())
 
-    def test_two_processes_with_half_the_batch_equal_one_and_so_do_parts(self, workplace, recipe):
+    def test_two_processes_with_half_the_batch_equal_one_also_in_parts(self, workplace, recipe):
         exact = ["--model", self.steady, "--trainer.precision", "64-true"]
         assert forked(fit, recipe, "--run", "one", *exact) == 0
-        done = launched("fit", recipe, "--run", "two", "--trainer.devices", "2", *exact)
-        assert done.returncode == 0, done.stderr
-        assert forked(fit, recipe, "--run", "parts", "--accumulate", "2", *exact) == 0
+        for run, parts in (("two", "1"), ("parts", "2")):
+            done = launched("fit", recipe, "--run", run, "--trainer.devices", "2", "--accumulate", parts, *exact)
+            assert done.returncode == 0, done.stderr
         whole, *others = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("one", "two", "parts"))
         for other in others:
             for name in whole:
@@ -224,3 +224,26 @@ class GenerativeContract(Contract):
 
     def example(self) -> torch.Tensor:
         return made(self.model).latents(range(3))
+
+
+class SegmentationContract(Contract):
+    """Subclasses name the crop and the margin of their network's training samples too."""
+
+    crop: ClassVar[int]
+    margin: ClassVar[int]
+    mark: ClassVar[float]  # of the coins' mean IoU
+
+    @pytest.fixture
+    def recipe(self, workplace: Path) -> Path:
+        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
+        return write_segmentation_recipe(workplace / "tiny.yaml", model, self.crop, self.margin)
+
+    def batches(self, data: Any) -> Iterator[dict[str, Any]]:
+        return (data.floats(batch) for batch in data.train_dataloader())
+
+    def has_learned(self, log: list[dict[str, str]]) -> bool:
+        return max(float(row["value"]) for row in log if row["name"] == "coins-val/miou/pooled") > self.mark
+
+    def example(self) -> torch.Tensor:
+        side = self.crop + self.margin
+        return torch.rand(1, 1, side, side)

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from modules.dcgan import DCGAN
+from modules.encoder_decoder import EncoderDecoder
 from modules.espcn import ESPCN
 from modules.gan import GAN
 from modules.srcnn import SRCNN
+from modules.unet import UNet
 
 
 class SteadyESPCN(ESPCN):
@@ -32,6 +34,26 @@ class SteadyGAN(GAN):
         for layer in self.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0
+
+
+class SteadyUNet(UNet):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.dropout.p = 0
+
+
+class SteadyEncoderDecoder(EncoderDecoder):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for layer in self.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0
+            for name, child in layer.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(layer, name, nn.GroupNorm(4, child.num_features))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, eps=1e-3)
 
 
 class SteadyDCGAN(DCGAN):

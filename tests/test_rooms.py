@@ -8,7 +8,15 @@ import pytest
 from experiments.records import ROOT
 
 MAY_IMPORT = {
-    "modules": {"modules", "datamodules.refused", "datamodules.resize", "datamodules.colour", "datamodules.noise"},
+    "modules": {
+        "modules",
+        "datamodules.refused",
+        "datamodules.resize",
+        "datamodules.colour",
+        "datamodules.noise",
+        "datamodules.layers",
+        "datamodules.masks",
+    },
     "datamodules": {"datamodules"},
     "callbacks": {
         "callbacks",
@@ -18,6 +26,7 @@ MAY_IMPORT = {
         "datamodules.photos",
         "datamodules.catalogue",
         "datamodules.image_arrays",
+        "datamodules.masks",
         "datamodules.noise",
     },
     "experiments": {"experiments", "modules", "datamodules", "callbacks"},

@@ -57,6 +57,30 @@ def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
     return _write(path, model, data, [quality])
 
 
+def write_segmentation_recipe(path: Path, model: Model, crop: int, margin: int) -> Path:
+    """For a method that tells coins from the ground."""
+    init_args = {
+        "train": "coins/train",
+        "val": "coins/val",
+        "test": ["coins/train", "coins/val"],
+        "classes": 2,
+        "channels": 1,
+        "crop": crop,
+        "margin": margin,
+        "turn": True,
+        "elastic": 3.0,
+        "contrast": 0.2,
+        "separation": 10.0,
+        "batch_size": 4,
+    }
+    data = {"class_path": "datamodules.segmentation.Segmentation", "init_args": init_args}
+    measures = [
+        {"class_path": "callbacks.segmentation_quality.SegmentationQuality"},
+        {"class_path": "callbacks.cell_tracking.CellTracking"},
+    ]
+    return _write(path, model, data, measures, "coins-val/miou/pooled")
+
+
 def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:
     watching = [{"class_path": f"tests.watching.{name}"} for name in ("SignalAt", "RanksAgree")]
     recipe = {

@@ -1,0 +1,114 @@
+"""U-Net: a contracting path, an expanding path, and copies of the one's maps beside the other's.
+
+O. Ronneberger, P. Fischer, T. Brox. U-Net: Convolutional Networks for Biomedical Image Segmentation. MICCAI 2015.
+arXiv:1505.04597.
+
+What we do differently, and why:
+
+1. The loss is the mean over the pixels, not their sum, so that a learning rate does not hang on the tile's size.
+2. The paper names no learning rate; ours is set by recipes, and falls to zero along a half cosine.
+3. The paper averages over seven rotations of the input; we, if so asked, over the eight symmetries of the square, of which
+   none needs interpolation.
+4. Width and depth are parameters; the paper has 64 and 4.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.refused import Refused
+from modules.segmentation import SegmentationMethod
+from modules.superresolution import centre
+from modules.tiles import Tiling
+
+
+class UNet(SegmentationMethod):
+    """Section 2; convolutions without padding, so that every pixel of the output has seen its whole context.
+
+    Args:
+        channels: of an image, 1 or 3.
+        classes: how many.
+        width: channels at full size; they double with every halving.
+        depth: how often the size is halved.
+        dropout: at the end of the contracting path.
+        tile: side of what is predicted at once; 388 from 572 in the paper.
+        symmetries: see `SegmentationMethod`.
+        images: training budget, in tiles.
+        learning_rate: at the start.
+        seed: unused by the network; of the noise in training.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 2,
+        width: int = 64,
+        depth: int = 4,
+        dropout: float = 0.5,
+        tile: int = 388,
+        symmetries: int = 1,
+        images: int = 30_000,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        tiling = Tiling(tile, margin=12 * 2**depth - 8, grid=2**depth, rest=4)
+        super().__init__(classes, tiling, symmetries, images, learning_rate, seed)
+        self.save_hyperparameters()
+        widths = [width * 2**level for level in range(depth + 1)]
+        self.down = nn.ModuleList(two_convolutions(*pair) for pair in pairwise([channels, *widths]))
+        rising = list(pairwise(widths[::-1]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, 2) for wide, narrow in rising)
+        self.merge = nn.ModuleList(two_convolutions(*pair) for pair in rising)
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Conv2d(width, classes, 1)
+        initialise(self)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Figure 1; sides in brackets are the paper's, with a depth of 4.
+
+        Args:
+            image: (N, channels, H, W) in [0, 1]; `tiling` knows which sides are possible.
+
+        Returns:
+            Logits (N, classes, H - margin, W - margin).
+
+        Raises:
+            Refused: a map's side would be odd before a pooling.
+        """
+        if any((side - self.tiling.margin - 4) % self.tiling.grid or side <= self.tiling.margin for side in image.shape[-2:]):
+            fits = self.tiling.side(max(image.shape[-2:]) - self.tiling.margin) + self.tiling.margin
+            raise Refused(f"U-Net: {image.shape[-1]}x{image.shape[-2]} pixels cannot be halved; {fits} could")
+        maps, copies = image, []  # (572)
+        for level, convolve in enumerate(self.down):
+            maps = convolve(F.max_pool2d(maps, 2) if level else maps)  # (568, 280, 136, 64, 28)
+            if level >= len(self.down) - 2:
+                maps = self.dropout(maps)
+            copies.append(maps)
+        maps = copies.pop()
+        for up, merge in zip(self.up, self.merge, strict=True):
+            maps = up(maps)  # (56, 104, 200, 392)
+            maps = merge(torch.cat([centre(copies.pop(), maps.shape[-2:]), maps], dim=1))  # (52, 100, 196, 388)
+        return self.classify(maps)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Section 3: a momentum of 0.99, since a batch is one tile."""
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.99)
+
+
+def two_convolutions(into: int, out: int) -> nn.Sequential:
+    """Twice 3 x 3 and a ReLU: four pixels narrower."""
+    return nn.Sequential(nn.Conv2d(into, out, 3), nn.ReLU(), nn.Conv2d(out, out, 3), nn.ReLU())
+
+
+def initialise(network: nn.Module) -> None:
+    """Section 3: weights N(0, sqrt(2 / N)), N the inputs of a neuron; an up-convolution's has one pixel of each channel."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            inputs = layer.in_channels if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
+            nn.init.normal_(layer.weight, 0, (2 / inputs) ** 0.5)
+    for name, values in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(values)

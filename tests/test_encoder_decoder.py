@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from datamodules.refused import Refused
+from modules.encoder_decoder import EncoderDecoder
+from tests.contract import SegmentationContract
+
+SMALL = {"architecture": "deeplabv3plus", "encoder": "mobilenet_v2", "weights": None}
+
+
+class TestDeepLab(SegmentationContract):
+    model = {
+        "class_path": "modules.encoder_decoder.EncoderDecoder",
+        "init_args": {**SMALL, "channels": 1, "classes": 2, "tile": 64},
+    }
+    steady = "tests.steady.SteadyEncoderDecoder"
+    crop, margin = 64, 0
+    learns = ["--model.images", "320", "--validate_every", "160", "--data.batch_size", "8"]
+    mark = 0.7
+    rounding = 0.05
+
+
+@pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "deeplabv3", "pspnet"])
+def test_any_architecture_tells_a_class_of_every_pixel(architecture):
+    method = EncoderDecoder(architecture, "resnet18", None, 3, 5, tile=64).eval()
+    with torch.no_grad():
+        found = method.probabilities(torch.rand(1, 3, 70, 41))
+    assert found.shape == (1, 5, 70, 41)
+    assert torch.allclose(found.sum(1), torch.ones(1, 70, 41), atol=1e-5)
+
+
+def test_with_a_margin_tiles_have_context_on_every_side():
+    method = EncoderDecoder("unet", "resnet18", None, 3, 2, tile=64, margin=64)
+    assert method(torch.rand(2, 3, 128, 128)).shape == (2, 2, 64, 64)
+
+
+def test_what_does_not_exist_is_named():
+    with pytest.raises(Refused, match=r"model\.architecture unett, model\.encoder resnet18"):
+        EncoderDecoder("unett", "resnet18", None)
+    with pytest.raises(Refused, match=r"model\.architecture unet, model\.encoder resnet17"):
+        EncoderDecoder("unet", "resnet17", None)
+    with pytest.raises(Refused, match=r"model\.tile: 100"):
+        EncoderDecoder("unet", "resnet18", None, tile=100)
+
+
+def test_weights_that_cannot_be_had_are_refused(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    method = EncoderDecoder("unet", "resnet18", "imagenet")
+    method.setup("test")
+    with pytest.raises(Refused, match=r"model\.weights: imagenet weights of resnet18 cannot be had .*--model\.weights null"):
+        method.setup("fit")
+
+
+def test_the_rate_falls_as_deeplabs_does():
+    method = EncoderDecoder("unet", "resnet18", None, images=1000, learning_rate=0.1)
+    assert [method.schedule(seen) for seen in (0, 500, 1000)] == pytest.approx([0.1, 0.1 * 0.5**0.9, 0])

@@ -280,7 +280,7 @@ def test_the_weight_between_cells_is_equation_2():
     assert np.allclose(found[cells == 0], expected[cells == 0], atol=1e-4)
     assert (found[cells > 0] == 0).all()
     assert (separation(np.zeros((5, 5), int)) == 0).all()
-    assert (separation(label(np.eye(9))[0] == 1) < 1e-3).all()  # one cell alone
+    assert (separation((label(np.eye(9))[0] == 1).astype(int)) < 1e-3).all()  # one cell alone
 
 
 def test_class_weights_make_the_classes_equal():

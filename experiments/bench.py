@@ -11,30 +11,30 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.run_record import cpu_name, peak_memory_mib
-from datamodules.catalogue import MissingData, locate
+from datamodules.catalogue import MissingData
 from datamodules.generation import Generation
 from datamodules.pairs import Pictures
 from datamodules.pictures import pictures_of
 from datamodules.refused import Refused
+from datamodules.segmentation import Segmentation
 from datamodules.superresolution import SuperResolution
 from experiments.cli import DarkroomCLI, build
 from experiments.complaints import parameters
 from experiments.fit import alone, loggers, prepare, settle_memory
+from experiments.pil_loaders import pil_batches
 from experiments.recipes import Recipe
 from modules.generative import GenerativeMethod
 from modules.method import Method
 from modules.phases import Batch, Player, only, size_of
+from modules.segmentation import SegmentationMethod
 from modules.srcnn import SRCNN
 
 Step = Callable[[], None]
@@ -57,8 +57,8 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         cli = build("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
-        if not isinstance(cli.datamodule, SuperResolution | Generation):
-            raise Refused(f"{recipe.name} is a toy; bench times methods that make or enlarge images")
+        if not isinstance(cli.datamodule, SuperResolution | Generation | Segmentation):
+            raise Refused(f"{recipe.name} is a toy; bench times methods that make, enlarge or segment images")
         cli.model.images = cli.datamodule.batch_size * steps * (pairs + 1)
         cli.trainer.limit_val_batches = 0
         cli.trainer.num_sanity_val_steps = 0
@@ -69,8 +69,7 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
             settle_memory()
             cli.trainer.fit(cli.model, cli.datamodule)
     method = cli.model.cpu().eval()
-    use = sampling_figures if isinstance(method, GenerativeMethod) else inference_figures
-    figures = {**training_figures(stopwatch, cli), **use(method)}
+    figures = {**training_figures(stopwatch, cli), **use_figures(method, cli.datamodule)}
     if as_json:
         print(json.dumps(figures, indent=1))
     else:
@@ -206,57 +205,6 @@ def bare_batches(data: Any, device: torch.device) -> Iterator[Batch]:
         yield data.on_after_batch_transfer(moved, 0)
 
 
-def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Batches as most repositories make them: PIL opens, cuts and shrinks each item by itself; a worker a core."""
-    items = PilPatches(data) if isinstance(data, SuperResolution) else PilImages(data)
-    loader = DataLoader(
-        items, data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
-    )
-    while True:
-        for batch in loader:
-            yield {key: value.to(device) for key, value in batch.items()}
-
-
-class PilPatches(Dataset[dict[str, Tensor]]):
-    """A pair of patches an item, cut from a file opened for it."""
-
-    def __init__(self, data: SuperResolution) -> None:
-        self.files, self.scale = locate(data.train, data.scale), data.scale
-        self.size = data.scale * data.patch_size
-
-    def __len__(self) -> int:
-        return 100 * len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image = Image.open(self.files[index % len(self.files)]).convert("YCbCr").getchannel(0)
-        left, top = (int(torch.randint(max(1, length - self.size + 1), ())) for length in image.size)
-        high = image.crop((left, top, left + self.size, top + self.size))
-        low = high.resize((self.size // self.scale,) * 2, Image.Resampling.BICUBIC)
-        return {"input": to_tensor(low), "target": to_tensor(high)}
-
-
-class PilImages(Dataset[dict[str, Tensor]]):
-    """An image an item, through PIL and torchvision's transforms."""
-
-    def __init__(self, data: Generation) -> None:
-        self.data, self.items = data, data.items
-
-    def __len__(self) -> int:
-        return max(len(self.items), self.data.batch_size)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        found = self.items[0, np.array([index % len(self.items)])]
-        image = Image.fromarray(found["image"][0].permute(1, 2, 0).numpy().squeeze())
-        image = image.resize((self.data.size,) * 2, Image.Resampling.BILINEAR)
-        return {"image": to_tensor(image), "label": found["label"][0]}
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """A PIL image of mode L or RGB as float32 (C, H, W) in [0, 1]."""
-    pixels = torch.from_numpy(np.array(image)).float().div(255)
-    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-
-
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
@@ -327,6 +275,29 @@ def convolution_peak(device: torch.device) -> float:
             wait(device)
             times.append(time.perf_counter() - started)
     return 2 * 8 * 64 * 64 * 9 * 128 * 128 / min(times) / 1e9
+
+
+def use_figures(method: Method, data: Any) -> dict[str, Any]:
+    """What the trained network's work costs, by its kind."""
+    if isinstance(method, GenerativeMethod):
+        return sampling_figures(method)
+    return segmentation_figures(method, data) if isinstance(method, SegmentationMethod) else inference_figures(method)
+
+
+def segmentation_figures(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:
+    """Millions of pixels segmented a second, over the pictures that choose the checkpoint, in one view each."""
+    method.symmetries = 1
+    data.setup("validate")
+    pictures = [data.val_pictures[i]["image"].float() / 255 for i in range(min(5, len(data.val_pictures)))]
+    pixels = sum(picture.shape[-1] * picture.shape[-2] for picture in pictures)
+    times = []
+    with torch.no_grad():
+        for _ in range(4):  # the first one warms up
+            started = time.perf_counter()
+            for picture in pictures:
+                method.predict_step({"image": picture}, 0)
+            times.append(time.perf_counter() - started)
+    return {"megapixels_per_second": pixels / statistics.median(times[1:]) / 1e6}
 
 
 def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class TestDeepLab(SegmentationContract):
         "init_args": {**SMALL, "channels": 1, "classes": 2, "tile": 64},
     }
     steady = "tests.steady.SteadyEncoderDecoder"
-    crop, margin = 64, 0
+    crop, margin = 32, 0
     learns = ["--model.images", "320", "--validate_every", "160", "--data.batch_size", "8"]
     mark = 0.7
     rounding = 0.05

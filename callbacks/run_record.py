@@ -77,8 +77,8 @@ class RunRecord(Callback):
                 for protocol in next(iter(pictures.values())):
                     values = [pictures[name][protocol] for name in sorted(pictures)]
                     metrics.setdefault(data_set, {})[protocol] = {
-                        "mean": number(sum(values) / len(values), 4),
-                        "pictures": {name: number(value, 6) for name, value in zip(sorted(pictures), values, strict=True)},
+                        "mean": number(sum(values) / len(values), 8),
+                        "pictures": {name: number(value, 8) for name, value in zip(sorted(pictures), values, strict=True)},
                     }
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
         weights = weights_hash(pl_module.state_dict())

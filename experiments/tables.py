@@ -29,9 +29,10 @@ def spec(method: str) -> dict[str, Any]:
 def cells(method: str) -> list[Cell]:
     """All cells of a method's tables.
 
-    A table says what is `better`, "higher" (the default) or "lower"; a row's figure of the paper may be null: it has none.
-    Each cell has `table`, `row`, `dataset`, `metric` (the protocol's name), `paper`, `mark` (how sure the paper's figure is),
-    `ours`, `std` and `seeds` (None and 0 without a record), `difference`, `state` and `record` (the files).
+    A table says what is `better`, "higher" (the default) or "lower", and with how many `decimals` (2) its figures are shown;
+    a row's figure of the paper may be null: it has none. Each cell has `table`, `row`, `dataset`, `metric` (the protocol's
+    name), `decimals`, `paper`, `mark` (how sure the paper's figure is), `ours`, `std` and `seeds` (None and 0 without a
+    record), `difference`, `state` and `record` (the files).
     """
     return [
         _cell(table, row, data_set, paper)
@@ -54,12 +55,13 @@ def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: floa
         "row": row["row"],
         "dataset": data_set,
         "metric": metric,
+        "decimals": table.get("decimals", 2),
         "paper": paper,
         "mark": row.get("marks", {}).get(data_set, table["mark"]),
-        "ours": None if mean is None else round(mean, 4),
-        "std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
+        "ours": None if mean is None else round(mean, 8),
+        "std": round(statistics.stdev(values), 8) if len(values) > 1 else None,
         "seeds": len(values),
-        "difference": None if mean is None or paper is None else round(mean - paper, 4),
+        "difference": None if mean is None or paper is None else round(mean - paper, 8),
         "record": [record["file"] for record, _ in found],
     }
     return {**cell, "state": _state(cell, row, [record for record, _ in found], table.get("better", "higher"))}
@@ -96,11 +98,11 @@ def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]], bette
     if cell["paper"] is None:
         return "measured"
     sign = -1 if better == "lower" else 1
-    ahead = sign * (round(cell["ours"], 2) - cell["paper"])
+    ahead = sign * (round(cell["ours"], cell["decimals"]) - cell["paper"])
     if row.get("exact") and ahead > 0.02 + 1e-9:
         return f"over by {ahead:.2f}"
     missed = ahead < (-0.02 if row.get("exact") else 0) - 1e-9
-    return f"short by {sign * (cell['paper'] - cell['ours']):.2f}" if missed else "reproduced"
+    return f"short by {sign * (cell['paper'] - cell['ours']):.{cell['decimals']}f}" if missed else "reproduced"
 
 
 def _why_not(cell: Cell, row: dict[str, Any]) -> str:
@@ -114,14 +116,16 @@ def _why_not(cell: Cell, row: dict[str, Any]) -> str:
 
 def paper(cell: Cell) -> str:
     """The paper's figure; empty if it has none."""
-    return "" if cell["paper"] is None else f"{cell['paper']:.2f}"
+    return "" if cell["paper"] is None else f"{cell['paper']:.{cell['decimals']}f}"
 
 
 def ours(cell: Cell) -> str:
     """Our figure, with mean and spread where there are several seeds; empty if there is none."""
     if cell["ours"] is None:
         return ""
-    return f"{cell['ours']:.2f}" + (f" ± {cell['std']:.2f} ({cell['seeds']} seeds)" if cell["std"] is not None else "")
+    places = cell["decimals"]
+    spread = f" ± {cell['std']:.{places}f} ({cell['seeds']} seeds)" if cell["std"] is not None else ""
+    return f"{cell['ours']:.{places}f}{spread}"
 
 
 def render(method: str) -> str:
@@ -133,7 +137,7 @@ def render(method: str) -> str:
         lines += ["| row | data set | paper | ours | difference | state |", "|---|---|---:|---:|---:|---|"]
         for cell in (cell for cell in of_method if cell["table"] == table["table"]):
             mark = {"V": "", "M": " (unverified)"}.get(cell["mark"], f" [{cell['mark']}]") if cell["paper"] is not None else ""
-            difference = "" if cell["difference"] is None else f"{cell['difference']:+.2f}"
+            difference = "" if cell["difference"] is None else f"{cell['difference']:+.{cell['decimals']}f}"
             figures = f"{paper(cell)}{mark} | {ours(cell)} | {difference}"
             lines.append(f"| {cell['row']} | {cell['dataset']} | {figures} | {cell['state']} |")
         lines += ["", *([table["note"].strip(), ""] if "note" in table else [])]

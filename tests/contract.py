@@ -227,16 +227,15 @@ class GenerativeContract(Contract):
 
 
 class SegmentationContract(Contract):
-    """Subclasses name the crop and the margin of their network's training samples too."""
+    """Subclasses say too what their network's training samples are: crop, margin, shrink."""
 
-    crop: ClassVar[int]
-    margin: ClassVar[int]
+    samples: ClassVar[dict[str, int]]
     mark: ClassVar[float]  # of the coins' mean IoU
 
     @pytest.fixture
     def recipe(self, workplace: Path) -> Path:
         model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
-        return write_segmentation_recipe(workplace / "tiny.yaml", model, self.crop, self.margin)
+        return write_segmentation_recipe(workplace / "tiny.yaml", model, **self.samples)
 
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
         return (data.floats(batch) for batch in data.train_dataloader())
@@ -245,5 +244,5 @@ class SegmentationContract(Contract):
         return max(float(row["value"]) for row in log if row["name"] == "coins-val/miou/pooled") > self.mark
 
     def example(self) -> torch.Tensor:
-        side = self.crop + self.margin
+        side = self.samples["crop"] + self.samples["margin"]
         return torch.rand(1, 1, side, side)

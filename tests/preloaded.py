@@ -4,6 +4,13 @@ import importlib
 
 import torch
 
-for name in ("pytorch_optimizer", "experiments.bench", "experiments.demo", "experiments.reproduce", "modules.encoder_decoder", "tests.contract"):
+for name in (
+    "pytorch_optimizer",
+    "experiments.bench",
+    "experiments.demo",
+    "experiments.reproduce",
+    "modules.encoder_decoder",
+    "tests.contract",
+):
     importlib.import_module(name)
 torch.set_num_threads(1)

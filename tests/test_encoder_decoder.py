@@ -5,7 +5,7 @@ from datamodules.refused import Refused
 from modules.encoder_decoder import EncoderDecoder
 from tests.contract import SegmentationContract
 
-SMALL = {"architecture": "deeplabv3plus", "encoder": "mobilenet_v2", "weights": None}
+SMALL = {"architecture": "deeplabv3plus", "encoder": "timm-mobilenetv3_small_minimal_100", "weights": None}
 
 
 class TestDeepLab(SegmentationContract):
@@ -14,7 +14,7 @@ class TestDeepLab(SegmentationContract):
         "init_args": {**SMALL, "channels": 1, "classes": 2, "tile": 64},
     }
     steady = "tests.steady.SteadyEncoderDecoder"
-    crop, margin = 32, 0
+    samples = {"crop": 32, "margin": 0, "shrink": 4}
     learns = ["--model.images", "320", "--validate_every", "160", "--data.batch_size", "8"]
     mark = 0.7
     rounding = 0.05

@@ -13,7 +13,7 @@ from tests.contract import SegmentationContract
 class TestUNet(SegmentationContract):
     model = {"class_path": "modules.unet.UNet", "init_args": {"width": 8, "depth": 2, "tile": 44}}
     steady = "tests.steady.SteadyUNet"
-    crop, margin = 28, 40
+    samples = {"crop": 28, "margin": 40}
     learns = ["--model.images", "1600", "--validate_every", "400", "--model.learning_rate", "0.003", "--model.dropout", "0"]
     mark = 0.8
 

@@ -57,7 +57,7 @@ def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
     return _write(path, model, data, [quality])
 
 
-def write_segmentation_recipe(path: Path, model: Model, crop: int, margin: int) -> Path:
+def write_segmentation_recipe(path: Path, model: Model, **data: Any) -> Path:
     """For a method that tells coins from the ground."""
     init_args = {
         "train": "coins/train",
@@ -65,13 +65,12 @@ def write_segmentation_recipe(path: Path, model: Model, crop: int, margin: int) 
         "test": ["coins/train", "coins/val"],
         "classes": 2,
         "channels": 1,
-        "crop": crop,
-        "margin": margin,
         "turn": True,
         "elastic": 3.0,
         "contrast": 0.2,
         "separation": 10.0,
         "batch_size": 4,
+        **data,
     }
     data = {"class_path": "datamodules.segmentation.Segmentation", "init_args": init_args}
     measures = [

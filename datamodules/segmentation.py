@@ -156,7 +156,7 @@ class Segmentation(Stream):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches of tiles."""
-        if self.workers and isinstance(self.tiles, StoredTiles):
+        if self.workers and not self.streaming:
             self.tiles.share()
         return self.endless(self.tiles, len(self.tiles))
 

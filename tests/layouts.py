@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 from io import BytesIO
 from pathlib import Path
 from zipfile import ZipFile
@@ -12,7 +13,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from datamodules.array_files import read_digits
-from datamodules.catalogue import find, locate
+from datamodules.catalogue import DataSet, find, locate
+from datamodules.labelled import labelled_pictures
 
 
 def lay_out(name: str) -> None:
@@ -23,6 +25,9 @@ def lay_out(name: str) -> None:
     if data_set.arrays:
         LAY_OUT[data_set.name](data_set.path)
         return
+    if data_set.masks:
+        lay_out_masks(data_set)
+        return
     photographs = locate("photographs/train")[:4] + locate("photographs/test")
     cuttings = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
     stars = data_set.images.replace("**/", "some/").replace("*", "picture{}")
@@ -31,6 +36,64 @@ def lay_out(name: str) -> None:
         path = data_set.path / target
         path.parent.mkdir(parents=True, exist_ok=True)
         cuttings[i % 7].save(path)
+
+
+def lay_out_masks(data_set: DataSet) -> None:
+    """Three pictures a split, of coins, whose masks have some of the set's values; two for sets that torchvision reads."""
+    sample = labelled_pictures("coins")[0].sample(1)
+    values = list(data_set.masks.get("values", range(len(data_set.masks["classes"]))))
+    values = values if not data_set.masks.get("instances") else list(range(40))
+    deep = data_set.masks.get("instances")
+    for i, (picture, mask) in enumerate(PAIRS.get(data_set.name, pairs_by_pattern)(data_set)):
+        for path in (picture, mask):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        top, left = 20 * (i % 8), 10 * (i % 8)
+        cut = np.s_[top : top + 96, left : left + 80]
+        Image.fromarray(sample.pixels[0].numpy()[cut]).save(picture)
+        shown = np.array(values)[sample.cells[cut] % len(values)]
+        Image.fromarray(shown.astype(np.uint16 if deep else np.uint8)).save(mask)
+
+
+def pairs_by_pattern(data_set: DataSet) -> list[tuple[Path, Path]]:
+    """Paths of pictures and masks where the catalogue looks for them."""
+    pictures = []
+    for pattern in data_set._patterns(None, None):
+        for i in range(data_set.wanted() if data_set.count else 3):
+            name = re.sub(r"\[(\d)-\d\]", lambda found, i=i: str(int(found[1]) + i % 5), pattern)
+            pictures.append(data_set.path / name.replace("*", f"{i:03d}"))
+    pictures = list(dict.fromkeys(pictures))
+    source, target = data_set.masks["replace"]
+    return [(path, data_set.path / re.sub(source, target, path.relative_to(data_set.path).as_posix())) for path in pictures]
+
+
+def pairs_of_voc(data_set: DataSet) -> list[tuple[Path, Path]]:
+    root = data_set.path / "VOCdevkit/VOC2012"
+    (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+    for i, split in enumerate(("train", "val")):
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text(f"2007_00000{i}\n")
+    return [(root / f"JPEGImages/2007_00000{i}.jpg", root / f"SegmentationClass/2007_00000{i}.png") for i in (0, 1)]
+
+
+def pairs_of_pets(data_set: DataSet) -> list[tuple[Path, Path]]:
+    root = data_set.path / "oxford-iiit-pet"
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for i, split in enumerate(("trainval", "test")):
+        (root / f"annotations/{split}.txt").write_text(f"Birman_{i} 1 1 1\n")
+    return [(root / f"images/Birman_{i}.jpg", root / f"annotations/trimaps/Birman_{i}.png") for i in (0, 1)]
+
+
+def pairs_of_cityscapes(data_set: DataSet) -> list[tuple[Path, Path]]:
+    stem = "{kind}/{split}/ulm/ulm_0_{kind}{ending}.png"
+    return [
+        (
+            data_set.path / stem.format(kind="leftImg8bit", split=split, ending=""),
+            data_set.path / stem.format(kind="gtFine", split=split, ending="_labelIds"),
+        )
+        for split in ("train", "val")
+    ]
+
+
+PAIRS = {"voc": pairs_of_voc, "pets": pairs_of_pets, "cityscapes": pairs_of_cityscapes}
 
 
 def lay_out_mnist(folder: Path) -> None:

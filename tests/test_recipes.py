@@ -1,6 +1,7 @@
 """Every shipped recipe: parsed and built, and stepped for real on embedded pictures laid out as its data set."""
 
 import importlib
+import json
 import shutil
 
 import pytest
@@ -104,6 +105,29 @@ def test_a_few_real_steps_of_making_images(recipe, workplace, torch_home, monkey
     folder = workplace / "runs" / recipe.name / "short"
     assert (folder / "record.json").exists()
     assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000008.png", "000000012.png"}
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if kind(recipe) == "Segmentation"], ids=names)
+def test_a_few_real_steps_of_segmenting(recipe, workplace):
+    data, model = (recipe.content[part]["init_args"] for part in ("data", "model"))
+    for name in {data["train"], data["val"], *data.get("test", [])}:
+        lay_out(name)
+    batch = 2 if data.get("batch_size") else 1
+    shrunk = ["--model.images", str(2 * batch), "--validate_every", str(batch)]
+    if batch > 1:
+        shrunk += ["--data.batch_size", "2"]
+    if data.get("workers"):
+        shrunk += ["--data.workers", "1"]
+    if "UNet" in recipe.class_path("model"):
+        crop = 4 + 2 ** model.get("depth", 4)
+        shrunk += ["--model.width", "2", "--model.symmetries", "1", "--model.tile", "100", "--data.crop", str(crop)]
+    else:
+        shrunk += ["--model.weights", "null", "--model.encoder", "tu-mobilenetv3_small_050"]
+        shrunk += ["--model.tile", "96", "--data.crop", "64"]
+    assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
+    folder = workplace / "runs" / recipe.name / "short"
+    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert len(list((folder / "samples").iterdir())) == 2
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=names)

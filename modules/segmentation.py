@@ -8,6 +8,7 @@ from torch import Tensor
 
 from datamodules.masks import IGNORE
 from datamodules.refused import Refused
+from modules.adversarial import in_full
 from modules.method import Batch, Method
 from modules.tiles import Tiling, in_tiles
 
@@ -44,7 +45,7 @@ class SegmentationMethod(Method, ABC):
         if logits.shape[-2:] != mask.shape[-2:]:
             margin = batch["image"].shape[-1] - logits.shape[-1]
             raise Refused(f"data.margin: {batch['image'].shape[-1] - mask.shape[-1]}, but this network takes away {margin}")
-        entropy = F.cross_entropy(full(logits), mask, ignore_index=IGNORE, reduction="none")
+        entropy = F.cross_entropy(in_full(logits), mask, ignore_index=IGNORE, reduction="none")
         return {"entropy": (entropy * batch["weight"] if "weight" in batch else entropy).mean()}
 
     def probabilities(self, image: Tensor) -> Tensor:
@@ -66,13 +67,8 @@ class SegmentationMethod(Method, ABC):
         return {**batch, "prediction": in_tiles(likeliest, batch["image"].to(self.dtype), self.tiling)[:, 0]}
 
     def _mean_over_symmetries(self, tile: Tensor) -> Tensor:
-        found = [turn(full(self(turn(tile, view))), INVERSE.get(view, view)).softmax(1) for view in VIEWS[self.symmetries]]
+        found = [turn(in_full(self(turn(tile, view))), INVERSE.get(view, view)).softmax(1) for view in VIEWS[self.symmetries]]
         return torch.stack(found).mean(0) if len(found) > 1 else found[0]
-
-
-def full(logits: Tensor) -> Tensor:
-    """In float32 at least: bf16 has three digits."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # The symmetries of the square in three bits: mirror rows, mirror columns, then transpose.

@@ -14,9 +14,11 @@ from datamodules.deformation import Deformation
 from datamodules.images import BadImage
 from datamodules.labelled import Labelled, Sample, labelled_pictures
 from datamodules.layers import Layers
+from datamodules.loading import load
 from datamodules.masks import IGNORE
 from datamodules.noise import uniform
 from datamodules.refused import Refused
+from datamodules.sampler import Slice
 from datamodules.stream import Stream
 from datamodules.weight_map import balance, parted, separation
 
@@ -162,11 +164,18 @@ class Segmentation(Stream):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The pictures that choose the checkpoint, one at a time."""
-        return self.dealt(self.val_pictures, len(self.val_pictures))
+        return self._shared(self.val_pictures)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The pictures of all test sets, one at a time."""
-        return self.dealt(self.test_pictures, len(self.test_pictures))
+        return self._shared(self.test_pictures)
+
+    def _shared(self, pictures: "WholePictures") -> DataLoader[dict[str, Any]]:
+        """This process's pictures; where there are fewer than processes, some measure the same ones, which count once."""
+        rank, world = self.place
+        if rank < len(pictures):
+            return self.dealt(pictures, len(pictures))
+        return load(pictures, Slice(len(pictures), rank % len(pictures), world))
 
     # A batch on its way
 

@@ -51,9 +51,8 @@ class Stream(L.LightningDataModule):
         return load(items, sampler, self.workers)
 
     def dealt(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """Items to measure on: those of this process. Where there are fewer than processes, some measure the same ones."""
-        rank, world = self.place
-        return load(items, Slice(length, rank, world) if rank < length else Slice(length, rank % length, length))
+        """Items to measure on, each once: those of this process."""
+        return load(items, Slice(length, *self.place))
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream of samples stands."""

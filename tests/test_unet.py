@@ -1,13 +1,17 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from datamodules.refused import Refused
+from experiments.main import main
 from modules.segmentation import INVERSE, VIEWS, turn
 from modules.tiles import Tiling, in_tiles, piece
 from modules.unet import UNet
 from tests.contract import SegmentationContract
+from tests.forked import forked
 
 
 class TestUNet(SegmentationContract):
@@ -16,6 +20,13 @@ class TestUNet(SegmentationContract):
     samples = {"crop": 28, "margin": 40}
     learns = ["--model.images", "1600", "--validate_every", "400", "--model.learning_rate", "0.003", "--model.dropout", "0"]
     mark = 0.8
+
+    def test_bench_names_its_figures(self, workplace, recipe, capfd):
+        assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "2", "--json"]) == 0
+        figures = json.loads(capfd.readouterr().out)
+        assert figures["megapixels_per_second"] > 0
+        assert figures["ratio_to_bare"] > 0.2
+        assert figures["images_per_second_pil"] > 0
 
 
 @pytest.fixture

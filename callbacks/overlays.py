@@ -5,9 +5,12 @@ from torch import Tensor
 
 from datamodules.masks import IGNORE
 
-COLOURS = torch.tensor(  # of the classes after the first, again and again; distinct for the colour-blind (Okabe and Ito, 2008)
+# Of the classes after the first, again and again. The first seven are distinct for the colour-blind (Okabe and Ito, 2008).
+COLOURS = torch.tensor(
     [(0.90, 0.60, 0.00), (0.34, 0.71, 0.91), (0.00, 0.62, 0.45), (0.94, 0.89, 0.26), (0.00, 0.45, 0.70), (0.84, 0.37, 0.00),
-     (0.80, 0.47, 0.65), (0.60, 0.60, 0.60), (0.55, 0.25, 0.60), (0.75, 0.90, 0.55), (0.45, 0.25, 0.10)]
+     (0.80, 0.47, 0.65), (0.60, 0.60, 0.60), (0.55, 0.25, 0.60), (0.75, 0.90, 0.55), (0.45, 0.25, 0.10), (0.20, 0.20, 0.20),
+     (1.00, 0.75, 0.75), (0.50, 0.00, 0.15), (0.00, 0.25, 0.20), (0.65, 0.55, 0.95), (0.35, 0.35, 0.00), (0.00, 0.90, 0.85),
+     (0.95, 0.10, 0.55), (0.85, 0.80, 0.70)]
 )  # fmt: skip
 RED, BLUE, VIOLET = (torch.tensor(colour) for colour in ((0.9, 0.1, 0.1), (0.1, 0.3, 1.0), (0.7, 0.2, 0.9)))
 

@@ -14,7 +14,7 @@ class SegmentationQuality(PerPicture):
 
     Of TP, FP and FN, the pixels of a class that are found, wrongly taken for it, and missed, `pooled` over all pictures:
 
-    - `iou/<class>`: TP / (TP + FP + FN); absent for a class that is neither in a mask nor predicted anywhere.
+    - `iou/<class>`: TP / (TP + FP + FN); NaN for a class that is neither in a mask nor predicted anywhere.
     - `miou/pooled`: its mean over the classes that have one. The measure of VOC, CamVid and Cityscapes.
     - `miou/per-image`: the same of each picture by itself, over the classes in its mask or its prediction; mean of pictures.
     - `iou/per-image-<class 1>`, of two classes: mean over pictures, 1 where the class is neither there nor predicted.
@@ -56,12 +56,10 @@ def figures(confusions: Tensor, names: list[str]) -> dict[str, float]:
         "pixel-accuracy": (found.sum() / pooled.sum()).item(),
         "class-accuracy": (found / in_masks).nanmean().item(),
     }
+    names = [name.replace(" ", "-") for name in names]
     if len(names) == 2:
         made[f"iou/per-image-{names[1]}"] = each[:, 1].nan_to_num(1.0).mean().item()
-    for name, value in zip(names, known.tolist(), strict=True):
-        if value == value:
-            made[f"iou/{name.replace(' ', '-')}"] = value
-    return made
+    return made | {f"iou/{name}": value for name, value in zip(names, known.tolist(), strict=True)}
 
 
 def intersection_over_union(confusions: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
@@ -12,15 +13,16 @@ from callbacks.overlays import overlay
 
 
 class WriteMasks(BasePredictionWriter):
-    """Writes each picture's class ids as a grey PNG, and beside it a copy of the picture with the classes in colours.
+    """Writes each picture's class ids as a grey PNG, and below `overlays` a copy of the picture with the classes in colours.
 
     Args:
-        targets: where each mask goes, by its picture's "path"; the copy's name ends in "-overlay".
+        targets: where each mask goes, by its picture's "path".
+        output: the folder that they are in.
     """
 
-    def __init__(self, targets: dict[str, Path]) -> None:
+    def __init__(self, targets: dict[str, Path], output: Path) -> None:
         super().__init__("batch")
-        self.targets = targets
+        self.targets, self.output = targets, output
 
     def write_on_batch_end(
         self,
@@ -33,11 +35,12 @@ class WriteMasks(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one picture's two files and say so."""
-        target = self.targets[prediction["path"]]
-        mask = prediction["prediction"][0].cpu()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask.numpy()).save(target)
-        shown = (overlay(prediction["image"][0], mask) * 255).round().byte().permute(1, 2, 0)
-        Image.fromarray(shown.numpy()).save(target.with_name(f"{target.stem}-overlay.png"))
-        height, width = mask.shape
-        print(f"{prediction['path']}  {width}x{height}  ->  {target}", flush=True)
+        target, photo = self.targets[prediction["path"]], prediction["photo"].cpu()
+        found = prediction["prediction"].cpu()[None]  # (1, 1, h, w), perhaps smaller than the photo
+        mask = F.interpolate(found, photo.shape[-2:], mode="nearest-exact")[0, 0]
+        shown = (overlay(photo.float() / 255, mask) * 255).round().byte().permute(1, 2, 0)
+        beside = self.output / "overlays" / target.relative_to(self.output)
+        for path, pixels in ((target, mask), (beside, shown)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(path)
+        print(f"{prediction['path']}  {mask.shape[1]}x{mask.shape[0]}  ->  {target}", flush=True)

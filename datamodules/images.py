@@ -71,6 +71,14 @@ def to_pixels(image: Image.Image, path: str | Path) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
+def with_channels(pixels: Tensor, channels: int) -> Tensor:
+    """uint8 pixels (1 or 3, H, W) with 1 or 3 channels: grey is repeated, of colours the luma is taken (BT.601, full range)."""
+    if len(pixels) > channels:
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        return (pixels.float() * weights).sum(0, keepdim=True).round().to(torch.uint8)
+    return pixels.expand(channels, -1, -1)
+
+
 def list_images(folder: str | Path) -> list[Path]:
     """The picture files in a folder and its sub-folders, sorted by path; hidden files are passed over."""
     folder = Path(folder)

@@ -3,18 +3,17 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from scipy.ndimage import binary_fill_holes, label
 from torch import Tensor
 
 from datamodules.catalogue import MissingData, catalogue, find, is_folder
-from datamodules.images import BadImage, list_images, open_image, read_image
-from datamodules.masks import thinned
+from datamodules.images import BadImage, list_images, open_image, read_image, with_channels
+from datamodules.masks import smaller, thinned
 from datamodules.pictures import Picture, pictures_of, slug
 from datamodules.refused import Refused
 
@@ -60,21 +59,19 @@ class Labelled:
 
         Raises:
             BadImage: they cannot be used.
-            Refused: the picture is in colour, and one channel was asked for.
         """
         pixels, values = read_image(self.picture.path), self.read_mask()
         if pixels.shape[-2:] != values.shape:
             sizes = " but ".join(f"{shape[1]}x{shape[0]}" for shape in (values.shape, pixels.shape[-2:]))
             raise BadImage(f"{self.mask}: {sizes} is its picture's size")
-        if len(pixels) > channels:
-            raise Refused(f"data.channels: {channels}, but {self.picture.path} is in colour")
-        return smaller(pixels.expand(channels, -1, -1), shrink), thinned(values, shrink)
+        return smaller(with_channels(pixels, channels), shrink), thinned(values, shrink)
 
     def sample(self, channels: int, shrink: int = 1) -> Sample:
         """The same with what follows from it."""
         pixels, values = self.read(channels, shrink)
         if self.meaning.instances:
-            return Sample(pixels, (values > 0).astype(np.uint8), values, True)
+            numbers = np.unique(np.append(values, 0), return_inverse=True)[1][:-1]  # without gaps, 0 for the ground
+            return Sample(pixels, (values > 0).astype(np.uint8), numbers.reshape(values.shape).astype(np.int32), True)
         return Sample(pixels, values.astype(np.uint8), label(values == 1)[0].astype(np.int32), False)
 
     def read_mask(self) -> np.ndarray:
@@ -86,17 +83,17 @@ class Labelled:
         values = np.asarray(open_image(self.mask))
         if values.ndim != 2:
             raise BadImage(f"{self.mask}: colours instead of class ids; save one number a pixel")
+        if values.dtype.kind == "f" or values.min() < 0:
+            raise BadImage(f"{self.mask}: fractions or negative numbers instead of ids; save whole ones from 0 on")
         values = values.astype(np.int32)
         if not self.meaning.values:
             return values
-        known = np.array(list(self.meaning.values))
-        strange = np.setdiff1d(values, known)
+        present = np.unique(values)
+        strange = np.setdiff1d(present, list(self.meaning.values))
         if len(strange) and self.meaning.others is None:
-            raise BadImage(f"{self.mask}: the value {strange[0]} is none of {', '.join(map(str, known))}")
-        ids = np.full(values.shape, self.meaning.others or 0, dtype=np.int32)
-        for value, kind in self.meaning.values.items():
-            ids[values == value] = kind
-        return ids
+            raise BadImage(f"{self.mask}: the value {strange[0]} is none of {', '.join(map(str, self.meaning.values))}")
+        kinds = np.array([self.meaning.values.get(int(value), self.meaning.others) for value in present], dtype=np.int32)
+        return kinds[np.searchsorted(present, values)]
 
 
 @dataclass(frozen=True)
@@ -108,22 +105,23 @@ class Coins(Labelled):
     def read(self, channels: int, shrink: int = 1) -> tuple[Tensor, np.ndarray]:
         """See `Labelled`."""
         pixels = read_image(self.picture.path)
-        values = coins_of(pixels[0].numpy())
         part = slice(*self.columns)
-        cut = pixels[..., part].expand(channels, -1, -1)
-        return smaller(cut, shrink), thinned(label(values[:, part])[0].astype(np.int32), shrink)
+        values = label(coins_of(self.picture.path)[:, part])[0].astype(np.int32)
+        return smaller(with_channels(pixels[..., part], channels), shrink), thinned(values, shrink)
 
     def read_mask(self) -> np.ndarray:
         """See `Labelled`."""
         return self.read(1)[1]
 
 
-def coins_of(grey: np.ndarray) -> np.ndarray:
+@cache
+def coins_of(path: Path) -> np.ndarray:
     """Coins, found by flooding the edges from what is surely dark and surely bright: bool (H, W)."""
     from skimage.filters import sobel
     from skimage.morphology import remove_small_objects
     from skimage.segmentation import watershed
 
+    grey = read_image(path)[0].numpy()
     markers = np.select([grey < 30, grey > 150], [1, 2], 0)
     coins = binary_fill_holes(watershed(sobel(grey), markers) == 2)
     return remove_small_objects(coins, max_size=500)
@@ -153,7 +151,7 @@ def labelled_pictures(spec: str, instances: bool = False) -> list[Labelled]:
     source, replace, partly = (rule.pop(key, None) for key in ("torchvision", "replace", "partly"))
     meaning = Meaning(**{**rule, "classes": tuple(rule["classes"])})
     if name == "coins":
-        (path,) = (picture.path for picture in pictures_of(name))
+        (path,) = (picture.path for picture in pictures_of(spec))
         parts = {split: COINS[split]} if split else COINS
         return [Coins(Picture(slug(spec), part, path), path, meaning, columns) for part, columns in parts.items()]
     if source:
@@ -171,17 +169,26 @@ def labelled_pictures(spec: str, instances: bool = False) -> list[Labelled]:
 
 
 def _of_folder(folder: Path, meaning: Meaning) -> list[Labelled]:
-    masks = {path.relative_to(folder / "masks").with_suffix(""): path for path in list_images(folder / "masks")}
+    masks: dict[Path, Path] = {}
+    for path in list_images(folder / "masks"):
+        _only(masks, path.relative_to(folder / "masks").with_suffix(""), path)
     pictures = list_images(folder / "images")
     if not pictures:
         raise MissingData(f"{folder}: no pictures in {folder / 'images'}; their masks belong into {folder / 'masks'}")
-    found = []
+    found, names = [], dict[Path, Path]()
     for path in pictures:
         name = path.relative_to(folder / "images").with_suffix("")
+        _only(names, name, path)
         if name not in masks:
             raise MissingData(f"{path} has no mask {folder / 'masks' / name}.png")
         found.append(Labelled(Picture(slug(str(folder)), name.as_posix(), path), masks[name], meaning))
     return found
+
+
+def _only(known: dict[Path, Path], name: Path, path: Path) -> None:
+    if name in known:
+        raise BadImage(f"{known[name]} and {path} have the same name; rename one")
+    known[name] = path
 
 
 def _of_torchvision(source: str, spec: str, meaning: Meaning) -> list[Labelled]:
@@ -222,11 +229,3 @@ TORCHVISION: dict[str, Callable[[Path, str], tuple[Sequence[Any], Sequence[Any]]
     "cityscapes": _cityscapes,
     "pets": _pets,
 }
-
-
-def smaller(pixels: Tensor, shrink: int) -> Tensor:
-    """uint8 (C, H, W), a whole number of times smaller, antialiased."""
-    if shrink == 1:
-        return pixels
-    size = [side // shrink for side in pixels.shape[-2:]]
-    return F.interpolate(pixels[None].float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)

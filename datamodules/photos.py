@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from datamodules import resize
 from datamodules.colour import is_grey, rgb_to_ycbcr, ycbcr_to_rgb
-from datamodules.images import BadImage, list_images, open_image, to_pixels
+from datamodules.images import BadImage, list_images, open_image, to_pixels, with_channels
+from datamodules.masks import smaller
 from datamodules.resize import imresize
 
 
@@ -50,20 +51,24 @@ class WholePhotos(Dataset[dict[str, Any]]):
     Args:
         files: the pictures; each must be readable.
         channels: 1 or 3.
+        shrink: how many times smaller the network wants them.
     """
 
-    def __init__(self, files: Sequence[Path], channels: int) -> None:
-        self.files, self.channels = files, channels
+    def __init__(self, files: Sequence[Path], channels: int, shrink: int = 1) -> None:
+        self.files, self.channels, self.shrink = files, channels, shrink
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": (1, channels, H, W) in [0, 1], "path": str}."""
-        pixels = to_pixels(open_image(self.files[index]), self.files[index]).float() / 255
-        if len(pixels) > self.channels:
-            pixels = pixels.mean(0, keepdim=True) if is_grey(pixels) else rgb_to_ycbcr(pixels)[:1]
-        return {"image": pixels.expand(self.channels, -1, -1)[None], "path": str(self.files[index])}
+        """{"image": (1, channels, h, w) in [0, 1], "photo": uint8 (1 or 3, H, W), "path": str}."""
+        photo = to_pixels(open_image(self.files[index]), self.files[index])
+        if min(photo.shape[-2:]) < self.shrink:
+            raise BadImage(
+                f"{self.files[index]}: {photo.shape[-1]}x{photo.shape[-2]} pixels, too small to be shrunk by {self.shrink}"
+            )
+        image = smaller(with_channels(photo, self.channels), self.shrink)[None].float() / 255
+        return {"image": image, "photo": photo, "path": str(self.files[index])}
 
 
 def put_together(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:

@@ -17,6 +17,7 @@ from datamodules.layers import Layers
 from datamodules.loading import load
 from datamodules.masks import IGNORE
 from datamodules.noise import uniform
+from datamodules.pictures import slug
 from datamodules.refused import Refused
 from datamodules.sampler import Slice
 from datamodules.stream import Stream
@@ -45,7 +46,7 @@ class Segmentation(Stream):
         separation: w0 of U-Net's eq. 2, the weight between cells that nearly touch; None for no weights at all, not even
             those that make the classes equal. Cells are the objects, or else the connected parts of class 1.
         batch_size: global batch, over all devices.
-        streaming: read pictures as they are needed instead of keeping them decoded in memory; needs `workers`.
+        streaming: read pictures as they are needed instead of keeping them decoded in memory; wants `workers`.
         workers: loader processes; 0 is fastest where pictures are kept in memory.
         seed: of the order and of all deformation.
     """
@@ -78,8 +79,13 @@ class Segmentation(Stream):
         self.crop, self.margin, self.shrink = crop, margin, shrink
         self.deformation = Deformation(turn, mirror, zoom, elastic)
         self.contrast, self.separation, self.streaming = contrast, separation, streaming
+        self.present: dict[str, set[int]] = {}  # classes in the masks of each set
         if separation is not None and streaming:
             raise Refused("data.separation: weights are made of pictures in memory; take --data.streaming false")
+        if not 2 <= classes <= IGNORE or channels not in (1, 3):
+            raise Refused(f"data.classes: {classes} must be 2 to {IGNORE}, data.channels: {channels} 1 or 3")
+        if min(crop, shrink) < 1 or margin < 0 or margin % 2:
+            raise Refused(f"data.crop: {crop} and data.shrink: {shrink} are at least 1, data.margin: {margin} is even")
 
     # What is where
 
@@ -89,9 +95,15 @@ class Segmentation(Stream):
         Raises:
             MissingData: what is to be trained or measured on is not here.
             BadImage: pictures or masks are unusable; the message names each of them.
+            Refused: there is but one class to learn, or two sets have the same name.
         """
         if stage == "fit":
             found = self._checked(self.train)
+            if not found[0].meaning.instances and len(self.present[slug(self.train)] - {IGNORE}) < 2:
+                raise Refused(
+                    f"data.train: the masks of {self.train} have but one class; {IGNORE} means that a pixel does not count: "
+                    "save objects as 1, or set data.instances"
+                )
             self.tiles: StoredTiles | StreamedTiles
             if self.streaming:
                 self.tiles = StreamedTiles(
@@ -118,6 +130,9 @@ class Segmentation(Stream):
 
     def _tests(self) -> list[Labelled]:
         found: list[Labelled] = []
+        names = [slug(spec) for spec in self.test]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise Refused(f"data.test: two sets would both be called {twice[0]}; rename one of the folders")
         for spec in self.test:
             try:
                 found += self._checked(spec)
@@ -132,23 +147,25 @@ class Segmentation(Stream):
         found = labelled_pictures(spec, self.instances)
         with ThreadPoolExecutor() as pool:
             looks = list(pool.map(self._look, found))
-        if reasons := [reason for reason, _ in looks if reason]:
+        if reasons := [reason for reason, *_ in looks if reason]:
             raise BadImage(f"{len(reasons)} of {len(found)} pictures of {spec} cannot be used: {'; '.join(reasons)}")
-        for labelled, (_, content) in zip(found, looks, strict=True):
+        self.present[slug(spec)] = {kind for _, _, kinds in looks for kind in kinds}
+        for labelled, (_, content, _) in zip(found, looks, strict=True):
             self.survey.contents.setdefault(labelled.picture.data_set, {})[labelled.picture.name] = content
         return found
 
-    def _look(self, labelled: Labelled) -> tuple[str, str]:
-        """Why a picture cannot be used (empty if it can), and what identifies it and its mask."""
+    def _look(self, labelled: Labelled) -> tuple[str, str, list[int]]:
+        """Why a picture cannot be used (empty if it can), what identifies it and its mask, and its classes."""
         try:
             pixels, values = labelled.read(self.channels)
-            if not labelled.meaning.instances:
-                ids = np.unique(values)
-                if strange := [int(i) for i in ids if i != IGNORE and not 0 <= i < self.classes]:
-                    return f"{labelled.mask}: the class {strange[0]} is none of 0 ... {self.classes - 1} (data.classes)", ""
+            if min(values.shape) < self.shrink:
+                raise BadImage(f"{labelled.picture.path}: too small to be shrunk by {self.shrink}")
         except BadImage as error:
-            return str(error), ""
-        return "", f"{pixel_hash(pixels)} {pixel_hash(torch.from_numpy(values))}"
+            return str(error), "", []
+        kinds = np.unique(values > 0 if labelled.meaning.instances else values).astype(int).tolist()
+        if strange := [kind for kind in kinds if kind != IGNORE and kind >= self.classes]:
+            return f"{labelled.mask}: the class {strange[0]} is none of 0 ... {self.classes - 1} (data.classes)", "", []
+        return "", f"{pixel_hash(pixels)} {pixel_hash(torch.from_numpy(values))}", kinds
 
     def _read(self, found: Sequence[Labelled]) -> list[Sample]:
         with ThreadPoolExecutor() as pool:
@@ -199,10 +216,16 @@ class Segmentation(Stream):
         return {"image": image, "mask": batch["mask"].long(), **kept}
 
 
+def apart(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """The mask and the cells to train on: where objects touch, a border of ground is put between them."""
+    if not sample.instances:
+        return sample.mask, sample.cells
+    cells = parted(sample.cells)
+    return (cells > 0).astype(np.uint8), cells
+
+
 class StoredTiles(Dataset[dict[str, Any]]):
     """Batches of deformed tiles, by what `EndlessBatches` yields: the first sample's position, and the items.
-
-    Where objects touch, a border of ground is put between them (Section 3 of the U-Net paper).
 
     Args:
         samples: the pictures.
@@ -220,21 +243,17 @@ class StoredTiles(Dataset[dict[str, Any]]):
     ) -> None:
         self.crop, self.margin, self.deformation, self.seed = crop, margin, deformation, seed
         with ThreadPoolExecutor() as pool:
-            cells = list(pool.map(lambda sample: parted(sample.cells) if sample.instances else sample.cells, samples))
+            masks, cells = zip(*pool.map(apart, samples), strict=True)
         self.images = Layers([sample.pixels for sample in samples])
-        masks = [
-            (apart > 0).astype(np.uint8) if sample.instances else sample.mask
-            for sample, apart in zip(samples, cells, strict=True)
-        ]
         self.masks = Layers([torch.from_numpy(mask)[None] for mask in masks])
         self.weights: Layers | None = None
         if weight is not None:
             counts = np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=IGNORE + 1)
             of_class = np.append(balance(counts[:IGNORE]), np.float32(0))
             with ThreadPoolExecutor() as pool:
-                apart_by = list(pool.map(lambda ids: separation(ids, weight), cells))
+                between = list(pool.map(lambda ids: separation(ids, weight), cells))
             self.weights = Layers(
-                [torch.from_numpy(of_class[mask] + apart)[None] for mask, apart in zip(masks, apart_by, strict=True)]
+                [torch.from_numpy(of_class[mask] + added)[None] for mask, added in zip(masks, between, strict=True)]
             )
         share = (self.images.heights * self.images.widths / crop**2).round().long().clamp(min=1)
         self.pictures = torch.repeat_interleave(torch.arange(len(self.images)), share).numpy()
@@ -289,7 +308,7 @@ class StreamedTiles(StoredTiles):
         start, items = slice_
         found = [self.files[item].sample(self.channels, self.shrink) for item in items]
         images = Layers([sample.pixels for sample in found])
-        masks = Layers([torch.from_numpy(sample.mask)[None] for sample in found])
+        masks = Layers([torch.from_numpy(apart(sample)[0])[None] for sample in found])
         return self.cut(images, masks, np.arange(len(items)), start)
 
 

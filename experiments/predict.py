@@ -37,8 +37,8 @@ def predict(cli: DarkroomCLI) -> None:
     targets = output_paths(files, Path(cli.config.input), output)
     rank, world = cli.trainer.global_rank, cli.trainer.world_size
     if isinstance(cli.model, SegmentationMethod):
-        photos: Dataset[Any] = WholePhotos(files, cli.datamodule.channels)
-        cli.trainer.callbacks.append(WriteMasks(targets))
+        photos: Dataset[Any] = WholePhotos(files, cli.datamodule.channels, cli.datamodule.shrink)
+        cli.trainer.callbacks.append(WriteMasks(targets, output))
     else:
         photos = Photos(files)
         cli.trainer.callbacks.append(WritePhotos(targets))

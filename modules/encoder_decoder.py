@@ -8,6 +8,7 @@ What we do differently from DeepLab, and why:
 
 1. AdamW instead of SGD: it needs no search for a rate when encoder or data change. The schedule is DeepLab's "poly".
 2. The loss is at full size, on what the decoder enlarges bilinearly, as in V3 and V3+.
+3. Pictures larger than a tile are predicted in pieces, with `margin` pixels of context; the papers predict them whole.
 """
 
 import segmentation_models_pytorch as smp
@@ -19,7 +20,7 @@ from modules.segmentation import SegmentationMethod
 from modules.tiles import Tiling
 
 STRIDE = 32  # sides that all of the encoders take are multiples of this
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, as the encoders expect them
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of its colours
 
 
 class EncoderDecoder(SegmentationMethod):
@@ -29,6 +30,7 @@ class EncoderDecoder(SegmentationMethod):
         architecture: of segmentation-models-pytorch: "unet", "deeplabv3", "deeplabv3plus", "fpn", ...
         encoder: of the same: "resnet34", "mobilenet_v2", "tu-convnext_tiny", ...
         weights: "imagenet" for what the encoder has learned there (downloaded once), None for random ones.
+        output_stride: how many times smaller DeepLab's encoder makes a picture, 8 or 16; None for the architecture's own.
         channels: of an image, 1 or 3.
         classes: how many.
         tile: side of what is predicted at once; larger pictures come in pieces.
@@ -48,6 +50,7 @@ class EncoderDecoder(SegmentationMethod):
         architecture: str = "deeplabv3plus",
         encoder: str = "resnet34",
         weights: str | None = "imagenet",
+        output_stride: int | None = None,
         channels: int = 3,
         classes: int = 21,
         tile: int = 512,
@@ -61,13 +64,17 @@ class EncoderDecoder(SegmentationMethod):
         super().__init__(classes, Tiling(tile, margin, STRIDE), symmetries, images, learning_rate, seed)
         self.save_hyperparameters()
         self.encoder, self.weights, self.channels, self.weight_decay = encoder, weights, channels, weight_decay
+        if margin % STRIDE:
+            raise Refused(f"model.margin: {margin} is not a multiple of {STRIDE}")
+        stride = {} if output_stride is None else {"encoder_output_stride": output_stride}
         try:
-            self.network = smp.create_model(architecture, encoder, None, channels, classes)
+            self.network = smp.create_model(architecture, encoder, None, channels, classes, **stride)
+            expected = smp.encoders.get_preprocessing_params(encoder, weights) if weights else IMAGENET
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise Refused(f"model.architecture {architecture}, model.encoder {encoder}: {reason}") from None
-        for name, values in (("mean", MEAN), ("deviation", DEVIATION)):
-            known = torch.tensor(values)
+        for name, key in (("mean", "mean"), ("deviation", "std")):
+            known = torch.tensor(expected[key] or IMAGENET[key])
             self.register_buffer(name, (known if channels == 3 else known.mean(0, keepdim=True)).view(1, -1, 1, 1))
 
     def setup(self, stage: str) -> None:
@@ -85,10 +92,18 @@ class EncoderDecoder(SegmentationMethod):
                 f"model.weights: {self.weights} weights of {self.encoder} cannot be had ({str(error).splitlines()[0]}); "
                 "--model.weights null begins with random ones"
             ) from None
-        self.network.encoder.load_state_dict(learned.state_dict(), strict=False)
+        self.network.encoder.load_state_dict(learned.state_dict())
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits of the pixels within the margin: (N, channels, H, W) in [0, 1] to (N, classes, H - margin, W - margin)."""
+        """Logits of the pixels within the margin: (N, channels, H, W) in [0, 1] to (N, classes, H - margin, W - margin).
+
+        Raises:
+            Refused: the sides cannot be halved so often, or a training batch has too few images for its statistics.
+        """
+        if any(side % STRIDE for side in image.shape[-2:]):
+            raise Refused(f"data.crop and data.margin: {image.shape[-1]} together is not a multiple of {STRIDE}")
+        if self.training and len(image) == 1:
+            raise Refused("data.batch_size: batch normalisation needs two images at least in each process and part")
         logits = self.network((image - self.mean) / self.deviation)
         half = self.tiling.margin // 2
         return logits[..., half : logits.shape[-2] - half, half : logits.shape[-1] - half]

@@ -41,10 +41,10 @@ class SegmentationMethod(Method, ABC):
         Raises:
             Refused: the mask is not of the size that the network predicts.
         """
+        margin = batch["image"].shape[-1] - batch["mask"].shape[-1]
+        if margin != self.tiling.margin:
+            raise Refused(f"data.margin: {margin}, but this network takes away {self.tiling.margin}")
         logits, mask = self(batch["image"]), batch["mask"]
-        if logits.shape[-2:] != mask.shape[-2:]:
-            margin = batch["image"].shape[-1] - logits.shape[-1]
-            raise Refused(f"data.margin: {batch['image'].shape[-1] - mask.shape[-1]}, but this network takes away {margin}")
         entropy = F.cross_entropy(in_full(logits), mask, ignore_index=IGNORE, reduction="none")
         return {"entropy": (entropy * batch["weight"] if "weight" in batch else entropy).mean()}
 
@@ -67,7 +67,9 @@ class SegmentationMethod(Method, ABC):
         return {**batch, "prediction": in_tiles(likeliest, batch["image"].to(self.dtype), self.tiling)[:, 0]}
 
     def _mean_over_symmetries(self, tile: Tensor) -> Tensor:
-        found = [turn(in_full(self(turn(tile, view))), INVERSE.get(view, view)).softmax(1) for view in VIEWS[self.symmetries]]
+        found = [
+            symmetry(in_full(self(symmetry(tile, view))), INVERSE.get(view, view)).softmax(1) for view in VIEWS[self.symmetries]
+        ]
         return torch.stack(found).mean(0) if len(found) > 1 else found[0]
 
 
@@ -76,7 +78,7 @@ VIEWS = {1: (0,), 4: (0, 3, 5, 6), 8: tuple(range(8))}
 INVERSE = {5: 6, 6: 5}  # quarter turns; all others are their own
 
 
-def turn(image: Tensor, view: int) -> Tensor:
+def symmetry(image: Tensor, view: int) -> Tensor:
     """One of the eight symmetries of (..., H, W)."""
     mirrored = [dim for bit, dim in ((1, -2), (2, -1)) if view & bit]
     image = image.flip(mirrored) if mirrored else image

@@ -47,7 +47,8 @@ class Tiling:
 def in_tiles(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Tiling) -> Tensor:
     """What a network says of each pixel, tile by tile; beyond the border the picture is continued by its mirror image.
 
-    Tiles lie on the network's grid, so that the result is that of one big pass.
+    Tiles lie on the network's grid: for a network whose margin holds all that a pixel depends on, such as U-Net, the result is
+    that of one big pass. Others know less of what lies beyond a tile.
 
     Args:
         network: (N, C, h + margin, w + margin) to (N, K, h, w).
@@ -60,8 +61,8 @@ def in_tiles(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Tiling)
     height, width = image.shape[-2:]
     high, wide = (min(tiling.largest, tiling.side(length)) for length in (height, width))
     whole: Tensor | None = None
-    for top in range(0, height, high - tiling.rest):
-        for left in range(0, width, wide - tiling.rest):
+    for top in range(0, max(1, height - tiling.rest), high - tiling.rest):
+        for left in range(0, max(1, width - tiling.rest), wide - tiling.rest):
             found = network(piece(image, top, left, (high, wide), tiling.margin))
             if whole is None:
                 whole = found.new_empty((*found.shape[:2], height, width))

@@ -10,6 +10,8 @@ What we do differently, and why:
 3. The paper averages over seven rotations of the input; we, if so asked, over the eight symmetries of the square, of which
    none needs interpolation.
 4. Width and depth are parameters; the paper has 64 and 4.
+5. The weight of eq. 2 between cells is on the ground alone, as in its authors' later code (the paper has it on all pixels), and
+   the class weights have a mean of 1 (datamodules/weight_map.py). Training tiles may be mirrored, if a recipe asks for it.
 """
 
 from itertools import pairwise

@@ -1,4 +1,5 @@
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 
 from datamodules.refused import Refused
@@ -26,7 +27,7 @@ class TestDeepLab(SegmentationContract):
 
 @pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "deeplabv3", "pspnet"])
 def test_any_architecture_tells_a_class_of_every_pixel(architecture):
-    method = EncoderDecoder(architecture, "resnet18", None, 3, 5, tile=64).eval()
+    method = EncoderDecoder(architecture, "resnet18", None, classes=5, tile=64).eval()
     with torch.no_grad():
         found = method.probabilities(torch.rand(1, 3, 70, 41))
     assert found.shape == (1, 5, 70, 41)
@@ -34,8 +35,33 @@ def test_any_architecture_tells_a_class_of_every_pixel(architecture):
 
 
 def test_with_a_margin_tiles_have_context_on_every_side():
-    method = EncoderDecoder("unet", "resnet18", None, 3, 2, tile=64, margin=64)
-    assert method(torch.rand(2, 3, 128, 128)).shape == (2, 2, 64, 64)
+    method = EncoderDecoder("unet", "resnet18", None, classes=2, tile=64, margin=64).eval()
+    image = torch.rand(2, 3, 128, 128)
+    assert torch.equal(method(image), method.network((image - method.mean) / method.deviation)[..., 32:-32, 32:-32])
+
+
+def test_what_the_networks_cannot_take_is_refused():
+    method = EncoderDecoder("deeplabv3plus", "resnet18", None, classes=2, tile=64)
+    with pytest.raises(Refused, match=r"data\.crop and data\.margin: 100 together is not a multiple of 32"):
+        method(torch.rand(2, 3, 100, 100))
+    with pytest.raises(Refused, match=r"data\.batch_size: batch normalisation needs two images"):
+        method(torch.rand(1, 3, 64, 64))
+    with pytest.raises(Refused, match=r"model\.margin: 20 is not a multiple of 32"):
+        EncoderDecoder("unet", "resnet18", None, margin=20)
+
+
+def test_the_encoder_begins_with_what_it_has_learned_elsewhere(monkeypatch):
+    learned = smp.encoders.get_encoder("resnet18", weights=None)
+    monkeypatch.setattr(smp.encoders, "get_encoder", lambda name, in_channels, weights: learned)
+    method = EncoderDecoder("unet", "resnet18", "imagenet")
+    method.setup("fit")
+    assert all(torch.equal(value, learned.state_dict()[name]) for name, value in method.network.encoder.state_dict().items())
+
+
+def test_the_output_stride_is_the_recipes():
+    for stride in (8, 16):
+        method = EncoderDecoder("deeplabv3", "resnet18", None, output_stride=stride, classes=2).eval()
+        assert method.network.encoder(torch.rand(1, 3, 64, 64))[-1].shape[-1] == 64 // stride
 
 
 def test_what_does_not_exist_is_named():

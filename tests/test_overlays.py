@@ -51,7 +51,7 @@ def test_predict_writes_masks_and_overlays_of_whatever_users_bring(workplace, we
     words = ["predict", "unet/demo", "--input", "in", "--output", "out", "--ckpt", str(weights)]
     assert forked(main, words) == 0
     for name, size in {"colour": (201, 150), "deep/tiny": (3, 7), "sixteen": (40, 40)}.items():
-        mask, shown = Image.open(workplace / f"out/{name}.png"), Image.open(workplace / f"out/{name}-overlay.png")
+        mask, shown = Image.open(workplace / f"out/{name}.png"), Image.open(workplace / f"out/overlays/{name}.png")
         assert (mask.mode, mask.size, shown.mode, shown.size) == ("L", size, "RGB", size)
         assert set(np.unique(mask)) <= {0, 1}
     method = UNet(width=8, depth=3, tile=132).eval()

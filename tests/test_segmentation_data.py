@@ -14,7 +14,7 @@ from datamodules.deformation import Deformation
 from datamodules.images import BadImage
 from datamodules.labelled import Labelled, Meaning, labelled_pictures
 from datamodules.layers import Layers
-from datamodules.masks import thinned
+from datamodules.masks import smaller, thinned
 from datamodules.pictures import Picture
 from datamodules.refused import Refused
 from datamodules.segmentation import Segmentation, StreamedTiles
@@ -64,6 +64,12 @@ def test_what_is_wrong_with_a_mask_is_named(folder):
     message = r"1 of 3 pictures of .* b\.png: the class 7 is none of 0 \.\.\. 2 \(data\.classes\)".replace(" b", ".* .*b")
     with spoiled(np.full((40, 50), 7, np.uint8)):
         data_of(folder)
+    message = r"b\.png: fractions or negative numbers"
+    Image.fromarray(np.full((40, 50), 0.5, np.float32)).save(folder / "masks/b.tif")
+    (folder / "masks/b.png").unlink()
+    with pytest.raises(BadImage, match=r"b\.tif: fractions or negative numbers"):
+        data_of(folder)
+    (folder / "masks/b.tif").unlink()
     message = r"b\.png: colours instead of class ids"
     with spoiled(np.zeros((40, 50, 3), np.uint8)):
         data_of(folder)
@@ -156,6 +162,47 @@ def test_real_sets(with_real_data, spec, count, shape, instances):
     assert shape is None or tuple(sample.pixels.shape) == shape
     assert sample.instances == instances
     assert set(np.unique(sample.mask)) <= {*range(12), 255}
+
+
+def test_settings_that_cannot_be_are_refused(folder):
+    for settings in ({"classes": 300}, {"channels": 4}, {"shrink": 0}, {"crop": 0}, {"margin": 3}, {"zoom": 0.5}):
+        with pytest.raises(Refused, match=rf"data\.{next(iter(settings))}: "):
+            Segmentation(str(folder), str(folder), **{"classes": 3, **settings})
+    with pytest.raises(Refused, match="coins has no split 'test': train, val"):
+        labelled_pictures("coins/test")
+    Image.new("RGB", (50, 40)).save(folder / "images/a.bmp")
+    with pytest.raises(BadImage, match=r"a\.bmp and .*a\.jpg have the same name"):
+        labelled_pictures(str(folder))
+
+
+def test_black_and_white_masks_are_not_taken_for_ignored_pixels(folder):
+    for name in ("a", "b", "deep/c"):
+        mask = np.asarray(Image.open(folder / f"masks/{name}.png"))
+        Image.fromarray(np.where(mask > 0, 255, 0).astype(np.uint8)).save(folder / f"masks/{name}.png")
+    with pytest.raises(Refused, match=r"have but one class; 255 means that a pixel does not count: save objects as 1"):
+        data_of(folder)
+    data_of(folder, instances=True)  # one object a picture
+
+
+def test_a_grey_network_gets_the_luma_of_colours(folder):
+    pixels, _ = labelled_pictures(str(folder))[0].read(1)
+    theirs = np.asarray(Image.open(folder / "images/a.jpg").convert("L")).astype(int)
+    assert np.abs(pixels[0].numpy().astype(int) - theirs).max() <= 1
+
+
+def test_streamed_objects_are_parted_too(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    cells = np.kron(np.arange(1, 10).reshape(3, 3), np.ones((12, 12))).astype(np.uint16)
+    Image.fromarray(cells).save(tmp_path / "masks/a.png")
+    Image.fromarray((20 * cells).astype(np.uint8)).save(tmp_path / "images/a.png")
+    masks = []
+    for streaming in (False, True):
+        data = Segmentation(str(tmp_path), str(tmp_path), 2, channels=1, crop=36, instances=True, streaming=streaming)
+        data.setup("fit")
+        masks.append(take(data, 1)[0]["mask"])
+    assert torch.equal(*masks)
+    assert label(masks[0][0])[1] == 9
 
 
 # Tiles
@@ -262,6 +309,8 @@ def test_turns_and_zooms_are_similarities():
 def test_smaller_pictures_have_the_values_in_the_middle_of_blocks(folder):
     pixels, mask = labelled_pictures(str(folder))[0].read(3, shrink=3)
     assert pixels.shape == (3, 13, 16)
+    steps = torch.arange(47, dtype=torch.uint8).view(1, 47, 1).expand(1, 47, 16)  # a picture of its own rows
+    assert (smaller(steps, 8)[0, 1:-1, 0].numpy() == thinned(steps[0].numpy(), 8)[1:-1, 0]).all()
     whole = np.asarray(Image.open(folder / "masks/a.png"))
     assert (mask == whole[1:39:3, 1:48:3]).all()
     assert (thinned(whole, 1) == whole).all()

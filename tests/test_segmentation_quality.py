@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from callbacks.cell_tracking import CellTracking, scores
-from callbacks.em_challenge import EMChallenge, errors, simple_neighbourhoods, warped
+from callbacks.em_challenge import EMChallenge, best_errors, counts, simple_neighbourhoods, warped
 from callbacks.segmentation_quality import SegmentationQuality, confusion, figures
 from tests.forked import SERVER
 
@@ -95,7 +95,7 @@ def test_absent_classes_and_empty_masks_are_as_defined():
     assert logged["iou/per-image-cell"] == pytest.approx((1 + 1 + 0) / 3)  # neither there nor predicted: 1
     assert logged["miou/per-image"] == pytest.approx((1 + 1 + (8 / 9 + 0) / 2) / 3)  # there, of the ground alone
     nowhere = figures(torch.tensor([[[3, 1, 0], [0, 4, 0], [0, 0, 0]]]), NAMES)
-    assert "iou/car" not in nowhere
+    assert nowhere["iou/car"] != nowhere["iou/car"]  # NaN
     assert nowhere["miou/pooled"] == pytest.approx((3 / 4 + 4 / 5) / 2)
     predicted = figures(torch.tensor([[[3, 0, 1], [0, 4, 0], [0, 0, 0]]]), NAMES)  # in no mask, but predicted
     assert predicted["iou/car"] == 0
@@ -168,22 +168,51 @@ def test_seg_of_a_worked_example():
 # The EM challenge
 
 
+def together(numbers):
+    """Which pixels are in one cell with which; where there is membrane, only with themselves."""
+    same = numbers[:, None] == numbers
+    return np.where((numbers == 0)[:, None], np.eye(len(numbers), dtype=bool), same)
+
+
 def rand_error_by_pairs(truth, prediction):
-    """1 - F over all pairs of two pixels of true cells."""
-    true, found = label(truth)[0][truth], label(prediction)[0][truth]
-    same_true, same_found = true[:, None] == true, found[:, None] == found
-    both, in_found, in_true = (pairs.sum() - truth.sum() for pairs in (same_true & same_found, same_found, same_true))
-    precision, recall = both / in_found, both / in_true
+    """1 - F over all pairs of pixels of true cells."""
+    in_truth, in_both = (together(label(picture)[0][truth]) for picture in (truth, prediction))
+    shared = (in_truth & in_both).sum()
+    precision, recall = shared / in_both.sum(), shared / in_truth.sum()
     return 1 - 2 * precision * recall / (precision + recall)
+
+
+def errors(truth, prediction):
+    """At one level, of one slice."""
+    return best_errors(np.array([counts(truth, prediction)]))
 
 
 def test_pixel_and_rand_error_are_their_definitions():
     generator = np.random.default_rng(0)
     for _ in range(5):
         truth, prediction = generator.random((2, 15, 15)) < 0.7
-        pixel, rand, _ = errors(truth, prediction)
-        assert pixel == np.mean(truth ^ prediction)
-        assert rand == pytest.approx(rand_error_by_pairs(truth, prediction), abs=1e-9)
+        found = errors(truth, prediction)
+        assert found["pixel-error"] == np.mean(truth ^ prediction)
+        assert found["pixel-error/f"] == pytest.approx(1 - f1_score(truth.ravel(), prediction.ravel()))
+        assert found["rand-error"] == pytest.approx(rand_error_by_pairs(truth, prediction), abs=1e-9)
+
+
+def test_a_cell_that_is_predicted_to_be_membrane_is_no_cell():
+    truth = np.pad(np.ones((4, 4), dtype=bool), 1)
+    assert errors(truth, truth)["rand-error"] == 0
+    assert errors(truth, np.zeros_like(truth))["rand-error"] == pytest.approx(1 - 2 * 16 / (16 + 256))  # 16 cells of a pixel
+
+
+def test_pairs_of_all_slices_count_together():
+    """Two slices: the sums are added before F is taken."""
+    generator = np.random.default_rng(1)
+    slices = [tuple(generator.random((2, 12, 12)) < 0.7) for _ in range(2)]
+    found = best_errors(np.sum([[counts(*pair)] for pair in slices], axis=0))
+    sums = np.zeros(3)
+    for truth, prediction in slices:
+        in_truth, in_both = (together(label(picture)[0][truth]) for picture in (truth, prediction))
+        sums += [(in_truth & in_both).sum(), in_truth.sum(), in_both.sum()]
+    assert found["rand-error"] == pytest.approx(1 - 2 * sums[0] / (sums[1] + sums[2]))
 
 
 def cells(columns, thickness=4, side=30):
@@ -196,23 +225,28 @@ def cells(columns, thickness=4, side=30):
 
 def test_a_shifted_membrane_costs_no_warping_error():
     assert (warped(cells([10]), cells([12])) == cells([12])).all()
-    assert errors(cells([10]), cells([12]))[0] == pytest.approx(4 / 30)
-    assert errors(cells([10]), cells([12]))[2] == 0
+    found = errors(cells([10]), cells([12]))
+    assert found["pixel-error"] == pytest.approx(4 / 30)
+    assert found["warping-error/all"] == 0
 
 
-def test_a_gap_a_bridge_a_spot_and_a_lost_cell_cost_what_cannot_be_undone():
-    whole, holed = cells([10]), cells([10])
-    holed[12:15] = True  # two cells merged through a gap
-    assert (warped(whole, holed) != holed).sum() == 3  # the gap is closed where it is one pixel thick
-    split = cells([])
+def test_splits_and_mergers_count_and_spots_and_lost_cells_only_among_all():
+    whole, holed, none = cells([10]), cells([10]), cells([])
+    holed[12:15] = True  # two cells merged through a gap: it is closed where it is one pixel thick
+    split, spotted, lonely = cells([]), cells([]), ~cells([])
     split[:, 10] = False
-    assert (warped(cells([]), split) != split).sum() == 1
-    spotted = cells([])
     spotted[5:7, 5:7] = False  # a hole in a cell
-    assert (warped(cells([]), spotted) != spotted).sum() == 4
-    lonely = ~cells([])
-    lonely[5:8, 5:8] = True
-    assert (warped(~cells([]), lonely) != lonely).sum() == 9
+    lonely[5:8, 5:8] = True  # a cell where none is
+    expected = {
+        "gap": (whole, holed, 3, 3),
+        "bridge": (none, split, 1, 1),
+        "hole": (none, spotted, 0, 4),
+        "cell": (~none, lonely, 0, 9),
+    }
+    for name, (truth, prediction, split_or_merged, unlike) in expected.items():
+        found = errors(truth, prediction)
+        assert round(900 * found["warping-error"]) == split_or_merged, name
+        assert round(900 * found["warping-error/all"]) == unlike, name
 
 
 def test_warping_keeps_the_topology_and_only_approaches():
@@ -234,7 +268,7 @@ def test_there_are_116_simple_neighbourhoods():
     assert sum(simple_neighbourhoods()) == 116
 
 
-def test_the_best_level_counts_and_the_mean_is_over_slices():
+def slices():
     made = []
     for level in (0.42, 0.73):  # what is inside lies just above
         inside = torch.where(torch.from_numpy(cells([10, 20])), level, level - 0.1)
@@ -246,6 +280,11 @@ def test_the_best_level_counts_and_the_mean_is_over_slices():
                 "dataset": ["em"],
             }
         )
-    assert measured(EMChallenge(), made[:1]) == {"em/pixel-error": 0, "em/rand-error": pytest.approx(0), "em/warping-error": 0}
-    both = measured(EMChallenge(), made)
-    assert both["em/pixel-error"] == pytest.approx(0.5 * (8 / 30))  # at 0.35 the second slice has no membrane
+    return made
+
+
+def test_the_best_level_counts_and_the_slices_count_together():
+    assert set(measured(EMChallenge(), slices()[:1]).values()) == {0}
+    both = measured(EMChallenge(), slices())
+    assert both["em/pixel-error"] == pytest.approx(0.5 * (8 / 30))  # at 0.4 the second slice has no membrane
+    assert both == measured(EMChallenge(), [joined(slices())])

@@ -7,7 +7,7 @@ from torch import nn
 
 from datamodules.refused import Refused
 from experiments.main import main
-from modules.segmentation import INVERSE, VIEWS, turn
+from modules.segmentation import INVERSE, VIEWS, symmetry
 from modules.tiles import Tiling, in_tiles, piece
 from modules.unet import UNet
 from tests.contract import SegmentationContract
@@ -82,12 +82,12 @@ def test_pieces_beyond_a_picture_are_its_mirror_image():
 
 def test_the_symmetries_are_the_squares_and_are_undone():
     image = torch.rand(3, 5, 5)
-    views = [turn(image, view) for view in VIEWS[8]]
+    views = [symmetry(image, view) for view in VIEWS[8]]
     assert len({view.numpy().tobytes() for view in views}) == 8
     for view, turned in zip(VIEWS[8], views, strict=True):
-        assert torch.equal(turn(turned, INVERSE.get(view, view)), image)
+        assert torch.equal(symmetry(turned, INVERSE.get(view, view)), image)
     quarters = {np.rot90(image.numpy(), k, (1, 2)).tobytes() for k in range(4)}
-    assert {turn(image, view).contiguous().numpy().tobytes() for view in VIEWS[4]} == quarters
+    assert {symmetry(image, view).contiguous().numpy().tobytes() for view in VIEWS[4]} == quarters
 
 
 def test_a_mean_over_symmetries_turns_with_the_picture(network):
@@ -125,10 +125,14 @@ def test_initial_weights_keep_the_signals_size():
     assert 0.3 < maps.square().mean() < 1.5
 
 
-def test_a_4096_pixel_wide_picture_needs_little_memory():
-    network = UNet(width=2, depth=2, tile=252).eval()
-    calls = []
-    in_tiles(
-        lambda tile: calls.append(tuple(tile.shape)) or tile[..., 20:-20, 20:-20], torch.rand(1, 1, 4096, 600), network.tiling
-    )
-    assert set(calls) == {(1, 1, 292, 292)}
+def test_no_tile_is_larger_than_asked_for_and_none_is_needless():
+    tiling = UNet(width=2, depth=2, tile=44).tiling
+    for side, passes in ((44, 1), (45, 4), (84, 4), (85, 9), (7, 1)):
+        calls = []
+        in_tiles(
+            lambda tile, calls=calls: calls.append(tile.shape[-1]) or tile[..., 20:-20, 20:-20],
+            torch.rand(1, 1, side, side),
+            tiling,
+        )
+        assert len(calls) == passes
+        assert max(calls) <= 84

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from callbacks.csv_log import read_log
 from datamodules.catalogue import MissingData, catalogue, locate
 from datamodules.refused import Refused
 from experiments.recipes import HERE, Recipe, find_recipe, methods
@@ -24,6 +25,8 @@ PREEMPTED, INTERRUPTED = 85, 130  # exit statuses of a run that has saved, see c
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 LARGEST = 4 * 2**20  # bytes of weights that are committed; larger ones everyone trains
 RESULTS = HERE / "RESULTS.md"
+REPLAYED = 1_000  # steps that show whether changed code still does the same
+TRAINING = ("train/", "learning_rate")  # figures of training, in a log
 
 
 def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool, as_json: bool) -> None:
@@ -144,6 +147,8 @@ def _here(name: str, scale: int | None) -> bool:
 def keep(run: Run, recipe: Recipe) -> None:
     """Make a finished run's record, and with seed 0 its weights, part of the project.
 
+    A long run may have been begun before a change of the code that moves nothing: `replay` must show that.
+
     Raises:
         Refused: the run is not one of the recipe as it stands.
     """
@@ -157,15 +162,37 @@ def keep(run: Run, recipe: Recipe) -> None:
     if "metrics" not in record:
         raise Refused(f"{run.folder} has not been measured")
     if any(leg["fingerprints"] != record["fingerprints"] for leg in record["earlier_legs"]):
-        raise Refused(f"{run.folder} was begun by other code than it was ended by; its figures belong to neither")
+        record["replayed_images"] = replay(run, recipe, record["seed"])
     path = record_path(recipe, record["seed"])
     path.parent.mkdir(exist_ok=True)
-    shutil.copyfile(run.record, path)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     weights = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= LARGEST:
         recipe.weights.parent.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)
         recipe.weights.chmod(0o644)  # safetensors writes files that only their owner reads
+
+
+def replay(run: Run, recipe: Recipe, seed: int) -> int:
+    """Begin a run anew with the code and the recipe as they stand, and compare the logs digit by digit.
+
+    Returns:
+        How many images were seen by then.
+
+    Raises:
+        Refused: the logs differ, or have nothing in common: the code that began the run did something else.
+    """
+    again = Run(runs_root() / recipe.name / f"replay-of-{run.folder.name}")
+    shutil.rmtree(again.folder, ignore_errors=True)
+    words = ["--seed_everything", str(seed), "--run", again.folder.name, "--data.test", "[]"]
+    darkroom("fit", str(recipe.path), *words, "--trainer.max_steps", str(REPLAYED))
+    rows = [row for row in read_log(again.log) if row["name"].startswith(TRAINING)]
+    shutil.rmtree(again.folder)
+    images = max((int(row["images"]) for row in rows), default=0)
+    began = [row for row in read_log(run.log) if row["name"].startswith(TRAINING) and int(row["images"]) <= images]
+    if not rows or rows != began:
+        raise Refused(f"{run.folder} was begun by other code than it was ended by, and today's does not repeat its first steps")
+    return images
 
 
 def record_path(recipe: Recipe, seed: int) -> Path:

@@ -186,18 +186,37 @@ def test_a_run_that_was_not_measured_is_not_kept(tmp_path):
         reproduce.keep(Run(tmp_path), recipe)
 
 
-def test_a_run_that_other_code_began_is_not_kept(tmp_path):
-    recipe = find_recipe("espcn/t91_x3")
-    record = {
-        "fingerprints": fingerprints(recipe),
-        "overrides": [],
-        "seed": 0,
-        "metrics": {},
-        "earlier_legs": [{"fingerprints": {}}],
-    }
-    (tmp_path / "record.json").write_text(json.dumps(record))
-    with pytest.raises(Refused, match="was begun by other code"):
-        reproduce.keep(Run(tmp_path), recipe)
+@pytest.fixture
+def resumed(workplace, photos, monkeypatch):
+    """A finished, measured run whose first leg was another code's, by its record."""
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60}}
+    recipe = find_recipe(str(write_recipe(workplace / "tiny.yaml", photos, model, test=["photographs/test"])))
+    assert forked(main, ["fit", str(recipe.path), "--run", "long"]) == 0
+    run = Run(workplace / "runs/tiny/long")
+    record = json.loads(run.record.read_text())
+    leg = {"commit": "", "versions": {}, "fingerprints": {**record["fingerprints"], "method": "another"}}
+    run.record.write_text(json.dumps({**record, "earlier_legs": [leg]}))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(reproduce, "REPLAYED", 8)
+    monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: workplace / "kept/record.json")
+    monkeypatch.setattr(reproduce, "LARGEST", 0)
+    return run, recipe
+
+
+def test_a_run_that_other_code_began_is_kept_if_todays_code_repeats_its_first_steps(workplace, resumed):
+    run, recipe = resumed
+    reproduce.keep(run, recipe)
+    assert json.loads((workplace / "kept/record.json").read_text())["replayed_images"] == 32
+
+
+def test_a_run_that_other_code_began_otherwise_is_not_kept(workplace, resumed):
+    run, recipe = resumed
+    lines = run.log.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if "train/" in line)
+    run.log.write_text("\n".join([*lines[:at], lines[at] + "1", *lines[at + 1 :]]) + "\n")
+    with pytest.raises(Refused, match="was begun by other code than it was ended by, and today's does not repeat"):
+        reproduce.keep(run, recipe)
+    assert not (workplace / "kept").exists()
 
 
 def test_reproduce_only_names_rows(capsys):

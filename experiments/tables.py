@@ -102,7 +102,7 @@ def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]], bette
     if row.get("exact") and ahead > 0.02 + 1e-9:
         return f"over by {ahead:.2f}"
     missed = ahead < (-0.02 if row.get("exact") else 0) - 1e-9
-    return f"short by {sign * (cell['paper'] - cell['ours']):.{cell['decimals']}f}" if missed else "reproduced"
+    return f"short by {-sign * cell['difference']:.{cell['decimals']}f}" if missed else "reproduced"
 
 
 def _why_not(cell: Cell, row: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ What we do differently from DeepLab, and why:
 3. Pictures larger than a tile are predicted in pieces, with `margin` pixels of context; the papers predict them whole.
 """
 
+from collections.abc import Sequence
+
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from modules.tiles import Tiling
 
 STRIDE = 32  # sides that all of the encoders take are multiples of this
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of its colours
+BUFFERS = {"mean": "mean", "deviation": "std"}  # what they are called here and there
 
 
 class EncoderDecoder(SegmentationMethod):
@@ -69,16 +72,14 @@ class EncoderDecoder(SegmentationMethod):
         stride = {} if output_stride is None else {"encoder_output_stride": output_stride}
         try:
             self.network = smp.create_model(architecture, encoder, None, channels, classes, **stride)
-            expected = smp.encoders.get_preprocessing_params(encoder, weights) if weights else IMAGENET
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise Refused(f"model.architecture {architecture}, model.encoder {encoder}: {reason}") from None
-        for name, key in (("mean", "mean"), ("deviation", "std")):
-            known = torch.tensor(expected[key] or IMAGENET[key])
-            self.register_buffer(name, (known if channels == 3 else known.mean(0, keepdim=True)).view(1, -1, 1, 1))
+        for name, key in BUFFERS.items():
+            self.register_buffer(name, of_channels(IMAGENET[key], channels))
 
     def setup(self, stage: str) -> None:
-        """Fetch what the encoder has learned elsewhere; a resumed run then takes its checkpoint's weights.
+        """Fetch what the encoder has learned elsewhere, and the colours it expects; a resumed run then takes its checkpoint's.
 
         Raises:
             Refused: it cannot be had.
@@ -87,12 +88,15 @@ class EncoderDecoder(SegmentationMethod):
             return
         try:
             learned = smp.encoders.get_encoder(self.encoder, in_channels=self.channels, weights=self.weights)
+            expected = smp.encoders.get_preprocessing_params(self.encoder, self.weights)
         except (OSError, KeyError, ValueError) as error:
             raise Refused(
                 f"model.weights: {self.weights} weights of {self.encoder} cannot be had ({str(error).splitlines()[0]}); "
                 "--model.weights null begins with random ones"
             ) from None
         self.network.encoder.load_state_dict(learned.state_dict())
+        for name, key in BUFFERS.items():
+            self.get_buffer(name).copy_(of_channels(expected[key] or IMAGENET[key], self.channels))
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of the pixels within the margin: (N, channels, H, W) in [0, 1] to (N, classes, H - margin, W - margin).
@@ -118,3 +122,9 @@ class EncoderDecoder(SegmentationMethod):
     def schedule(self, images_seen: int) -> float:
         """DeepLab's "poly": the rate times (1 - progress)**0.9."""
         return self.learning_rate * (1 - min(1.0, images_seen / self.images)) ** 0.9
+
+
+def of_channels(values: Sequence[float], channels: int) -> Tensor:
+    """A value a colour as (1, channels, 1, 1); of one channel, their mean."""
+    known = torch.tensor(values)
+    return (known if channels == 3 else known.mean(0, keepdim=True)).view(1, -1, 1, 1)

@@ -59,7 +59,11 @@ def pairs_by_pattern(data_set: DataSet) -> list[tuple[Path, Path]]:
     pictures = []
     for pattern in data_set._patterns(None, None):
         for i in range(data_set.wanted() if data_set.count else 3):
-            name = re.sub(r"\[(\d)-\d\]", lambda found, i=i: str(int(found[1]) + i % 5), pattern)
+            name = re.sub(
+                r"\[(\d)-(\d)\]",
+                lambda found, i=i: str(range(int(found[1]), int(found[2]) + 1)[i % (int(found[2]) - int(found[1]) + 1)]),
+                pattern,
+            )
             pictures.append(data_set.path / name.replace("*", f"{i:03d}"))
     pictures = list(dict.fromkeys(pictures))
     source, target = data_set.masks["replace"]

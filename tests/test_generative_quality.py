@@ -144,16 +144,18 @@ def test_without_weights_a_run_is_refused_or_goes_without(tmp_path, monkeypatch,
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(Inception, "url", "http://127.0.0.1:9/inception-6726825d.pth")
     with pytest.raises(Refused, match=r"inception-tf could not be fetched from http://127.0.0.1:9/.*set `missing: skip`"):
-        GenerativeQuality(["frechet"]).setup(SimpleNamespace(is_global_zero=True), None, "fit")
-    GenerativeQuality(["frechet"], missing="skip").setup(SimpleNamespace(is_global_zero=True), None, "fit")
+        GenerativeQuality(["frechet"]).setup(SimpleNamespace(is_global_zero=True), None, "test")
+    GenerativeQuality(["frechet"], missing="skip").setup(SimpleNamespace(is_global_zero=True), None, "test")
     assert "without   frechet: weights of inception-tf could not be fetched" in capsys.readouterr().out
     with pytest.raises(Refused, match=r"no file nowhere\.pth, neither here nor below"):
-        GenerativeQuality(["frechet"], weights="nowhere.pth").setup(None, None, "fit")
+        GenerativeQuality(["frechet"], weights="nowhere.pth").setup(None, None, "test")
     with pytest.raises(Refused, match=r"no class callbacks\.features\.Incepton"):
-        GenerativeQuality(["frechet"], extractor="callbacks.features.Incepton").setup(None, None, "fit")
+        GenerativeQuality(["frechet"], extractor="callbacks.features.Incepton").setup(None, None, "test")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     with pytest.raises(Refused, match=r"bad.pth cannot be read as weights"):
-        GenerativeQuality(["frechet"], weights=str(tmp_path / "bad.pth")).setup(None, None, "fit")
+        GenerativeQuality(["frechet"], weights=str(tmp_path / "bad.pth")).setup(None, None, "test")
+    nothing = SimpleNamespace(datamodule=SimpleNamespace(test=[]))
+    GenerativeQuality(["frechet"], weights="nowhere.pth").setup(nothing, None, "fit")  # there will be nothing to measure
 
 
 def test_downloaded_weights_must_have_the_checksum_of_their_name(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_classes_of_a_picture_are_those_of_its_probabilities(network):
 
 
 def test_the_loss_is_the_weighted_cross_entropy():
-    method = UNet(width=1, depth=1, tile=6)
+    method = UNet(width=1, depth=1, tile=6).eval()
     batch = {"image": torch.rand(2, 1, 22, 22), "mask": torch.randint(0, 2, (2, 6, 6)), "weight": torch.rand(2, 6, 6)}
     batch["mask"][0, 0, :3] = 255
     log = method(batch["image"]).log_softmax(1)

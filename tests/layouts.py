@@ -50,7 +50,7 @@ def lay_out_masks(data_set: DataSet) -> None:
         top, left = 20 * (i % 8), 10 * (i % 8)
         cut = np.s_[top : top + 96, left : left + 80]
         Image.fromarray(sample.pixels[0].numpy()[cut]).save(picture)
-        shown = np.array(values)[sample.cells[cut] % len(values)]
+        shown = np.array(values)[(sample.cells[cut] + np.arange(80) // 16) % len(values)]
         Image.fromarray(shown.astype(np.uint16 if deep else np.uint8)).save(mask)
 
 

@@ -120,8 +120,7 @@ def warped(truth: np.ndarray, towards: np.ndarray) -> np.ndarray:
     for bit, (down, across) in enumerate(AROUND):
         code |= np.roll(image, (-down, -across), (0, 1)) << bit
     codes, pixels = code.ravel().tolist(), image.ravel().tolist()
-    differing = [int(place) for place in np.flatnonzero(image[1:-1, 1:-1] != np.pad(towards, 1)[1:-1, 1:-1])]
-    waiting = [(place // (width - 2) + 1) * width + place % (width - 2) + 1 for place in differing]
+    waiting = [(row + 1) * width + column + 1 for row, column in np.argwhere(truth != towards).tolist()]
     simple = simple_neighbourhoods()
     while waiting:
         left = []

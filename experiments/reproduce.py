@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from callbacks.csv_log import read_log
 from datamodules.catalogue import MissingData, catalogue, locate
 from datamodules.refused import Refused
 from experiments.recipes import HERE, Recipe, find_recipe, methods
@@ -182,6 +181,8 @@ def replay(run: Run, recipe: Recipe, seed: int) -> int:
     Raises:
         Refused: the logs differ, or have nothing in common: the code that began the run did something else.
     """
+    from callbacks.csv_log import read_log
+
     again = Run(runs_root() / recipe.name / f"replay-of-{run.folder.name}")
     shutil.rmtree(again.folder, ignore_errors=True)
     words = ["--seed_everything", str(seed), "--run", again.folder.name, "--data.test", "[]"]

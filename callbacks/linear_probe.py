@@ -99,7 +99,7 @@ def accuracy_of_best_svm(sets: Sequence[Labelled]) -> float:
     from sklearn.svm import LinearSVC
 
     train, held_out, test = sets
-    svms = [LinearSVC(C=cost, random_state=0).fit(*train) for cost in COSTS]
+    svms = [LinearSVC(C=cost, dual="auto", random_state=0).fit(*train) for cost in COSTS]
     best = max(svms, key=lambda svm: svm.score(*held_out))
     return float(best.score(*test))
 

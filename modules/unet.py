@@ -52,7 +52,7 @@ class UNet(SegmentationMethod):
         tile: int = 388,
         symmetries: int = 1,
         images: int = 30_000,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-4,
         seed: int = 0,
     ) -> None:
         tiling = Tiling(tile, margin=12 * 2**depth - 8, grid=2**depth, rest=4)

@@ -9,10 +9,10 @@ demo: .venv/installed  ## two minutes from photographs to a network that enlarge
 	$(BIN)/darkroom demo
 
 test: .venv/installed  ## all tests but the longest; no GPU, no data, under twenty minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 test-all: .venv/installed  ## the longer proofs too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 check: .venv/installed  ## format, lint, types
 	$(BIN)/ruff format --check .

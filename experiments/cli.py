@@ -222,5 +222,6 @@ def quieten() -> None:
         "isinstance.treespec, LeafSpec.",
         "``instantiate_classes`` was deprecated",
         "Couldn't infer the batch indices",
+        "It is recommended to use `self.log",  # our measures have gathered theirs already
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -145,6 +145,7 @@ class Contract(ABC):
         for run, parts in (("two", "1"), ("parts", "2")):
             done = launched("fit", recipe, "--run", run, "--trainer.devices", "2", "--accumulate", parts, *exact)
             assert done.returncode == 0, done.stderr
+            assert "recommended" not in done.stderr
         whole, *others = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("one", "two", "parts"))
         for other in others:
             for name in whole:

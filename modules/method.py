@@ -15,6 +15,7 @@ from modules.average import Average
 from modules.gradients import backward, end_of_step, share_buffers, step
 from modules.lightning_adapter import LeanModule, align_log_axis, count_step, grad_scaler, lean_loop, log_every
 from modules.phases import Batch, Phase, Player, chunks_of, only, size_of
+from modules.pool import Pool
 
 SMALLEST_SCALE = 2.0**-14  # of fp16 losses; torch begins with 2**16 and halves it at each overflow
 
@@ -36,7 +37,8 @@ class Method(LeanModule):
     """Networks with their losses, trained by manual optimization.
 
     A method with one loss defines `losses` and `configure_optimizers`. One whose networks alternate defines `phases`, and in
-    `shared` what several of them need; an `modules.average.Average` that it has is kept up. All else of a training step
+    `shared` what several of them need; what it has of `modules.average.Average` and `modules.pool.Pool`
+    is kept up. All else of a training step
     stands here. Progress is counted in images seen by all processes together, so that a schedule means the same for any
     batch size and any number of devices.
 
@@ -82,7 +84,8 @@ class Method(LeanModule):
         """What more than one phase needs, computed once for all of them (the fakes of a step); it joins the batch.
 
         It holds until a network that it comes from has moved: then no later phase may differentiate through it, and only one
-        phase may at all. A phase that moves several times, and each part of an accumulated batch, gets it computed anew.
+        phase may at all. A phase that moves several times, and each part of an accumulated batch, gets it computed anew,
+        unless the networks that it comes from have moved: later phases then get what the moved one has seen.
         """
         return {}
 
@@ -117,16 +120,18 @@ class Method(LeanModule):
         moving = [player for player in self.players if not turn % player.phase.every]
         batch = {key: self._cast(value) for key, value in batch.items()}
         chunks = chunks_of(batch, self.accumulate, self.images_seen + self.trainer.global_rank * share)
-        joined = None
+        joined: list[Batch] = []
         if len(chunks) == 1:
             with only(moving, self.players):
-                joined = self._joined(chunks[0], 0)
+                joined = [self._joined(chunks[0], 0)]
         for player in moving:
             for repetition in range(player.phase.times):
-                self._move(player, chunks, joined if repetition == 0 else None, repetition)
-        for average in self.children():
-            if isinstance(average, Average):
-                average.update(images)
+                parts = self._move(player, chunks, [] if repetition else joined, repetition)
+                if not repetition:
+                    joined = joined or parts
+        for part in self.children():
+            if isinstance(part, Average | Pool):
+                part.update(images)
 
         count_step(self.trainer)
         self.images_seen += images
@@ -137,24 +142,39 @@ class Method(LeanModule):
         if self.trainer.should_stop or (every and (batch_idx + 1) % every == 0):
             self._log()
 
-    def _move(self, player: Player, chunks: list[Batch], joined: Batch | None, repetition: int) -> None:
-        """One step of a player's optimizer; `joined` is the batch with what the phases share, if that holds for this move."""
+    def _move(self, player: Player, chunks: list[Batch], joined: list[Batch], repetition: int) -> list[Batch]:
+        """One step of a player's optimizer.
+
+        Args:
+            player: who moves.
+            chunks: the batch, in parts.
+            joined: the same with what the phases share, if that holds for this move.
+            repetition: how often it has moved in this training step.
+
+        Returns:
+            The chunks with what the phases share, to look at alone, if it came from networks that have now moved; else none.
+        """
         phase, optimizer = player.phase, player.optimizer
         for group in optimizer.param_groups:
             group.update(phase.schedule(self.images_seen))
         optimizer.zero_grad()
+        before: list[Batch] = []
         with only([player], self.players):
             moves = []
-            for chunk in chunks:
-                terms = phase.losses(self._joined(chunk, repetition) if joined is None else joined)
+            for i, chunk in enumerate(chunks):
+                batch = joined[i] if joined else self._joined(chunk, repetition)
+                terms = phase.losses(batch)
                 values = torch.stack(list(terms.values()))
                 backward(self.trainer, values.sum() if len(chunks) == 1 else values.sum() / len(chunks))
                 moves.append(values.detach())
+                if not joined and any(isinstance(value, Tensor) and value.requires_grad for value in batch.values()):
+                    before.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in batch.items()})
             step(self.trainer, optimizer, player.parameters, phase.clip)
             end_of_step(self.trainer)
         images = self.images_seen + len(chunks) * size_of(chunks[0]) * self.trainer.world_size
         mean = moves[0] if len(moves) == 1 else torch.stack(moves).mean(0)
         self.since_log.append(Terms(images, phase, list(terms), mean))
+        return before
 
     def _joined(self, chunk: Batch, repetition: int) -> Batch:
         batch = {**chunk, "repetition": repetition}

@@ -16,8 +16,9 @@ from datamodules.noise import number
 from experiments.execute import execute
 from experiments.recipes import find_recipe
 from modules.average import Average
+from modules.pool import Pool
 from tests.forked import forked, launched
-from tests.tiny import write_generative_recipe, write_recipe, write_segmentation_recipe
+from tests.tiny import write_generative_recipe, write_recipe, write_segmentation_recipe, write_translation_recipe
 
 
 def fit(recipe: Path, *overrides: str) -> None:
@@ -133,6 +134,9 @@ class Contract(ABC):
                     if phase.clip:
                         torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
                     optimizer.step()
+            for pool in (child for child in method.children() if isinstance(child, Pool)):
+                pool.update(4)
+            method.images_seen += 4
             for average in (child for child in method.children() if isinstance(child, Average)):
                 kept = 0.5 ** (4 / average.half_life)
                 for mine, theirs in zip(average.parameters(), average.source.parameters(), strict=True):
@@ -247,3 +251,16 @@ class SegmentationContract(Contract):
     def example(self) -> torch.Tensor:
         side = self.samples["crop"] + self.samples["margin"]
         return torch.rand(1, 1, side, side)
+
+
+class TranslationContract(Contract):
+    @pytest.fixture
+    def recipe(self, workplace: Path) -> Path:
+        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
+        return write_translation_recipe(workplace / "tiny.yaml", model)
+
+    def batches(self, data: Any) -> Iterator[dict[str, Any]]:
+        return (data.floats(batch) for batch in data.train_dataloader())
+
+    def example(self) -> torch.Tensor:
+        return torch.rand(1, 3, 24, 32)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.cyclegan import CycleGAN
 from modules.dcgan import DCGAN
 from modules.encoder_decoder import EncoderDecoder
 from modules.espcn import ESPCN
@@ -68,5 +69,10 @@ class SteadyDCGAN(DCGAN):
                 if isinstance(layer, nn.BatchNorm2d):
                     network[i] = nn.GroupNorm(4, layer.num_features)
 
+    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, betas=(0.5, 0.999), eps=1e-3)
+
+
+class SteadyCycleGAN(CycleGAN):
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), eps=1e-3)

@@ -80,6 +80,21 @@ def write_segmentation_recipe(path: Path, model: Model, **data: Any) -> Path:
     return _write(path, model, data, measures, "coins-val/miou/pooled")
 
 
+def write_translation_recipe(path: Path, model: Model, **data: Any) -> Path:
+    """For a method that turns grass into gravel and back."""
+    init_args = {
+        "train": "textures/train",
+        "val": "textures/test",
+        "test": ["textures/test"],
+        "crop": 32,
+        "resize": None,
+        "batch_size": 4,
+        **data,
+    }
+    data = {"class_path": "datamodules.unpaired.Unpaired", "init_args": init_args}
+    return _write(path, model, data, [{"class_path": "callbacks.translation_quality.TranslationQuality"}])
+
+
 def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:
     watching = [{"class_path": f"tests.watching.{name}"} for name in ("SignalAt", "RanksAgree")]
     recipe = {

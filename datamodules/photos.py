@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -35,14 +36,18 @@ class Photos(Dataset[dict[str, Any]]):
         resize._placed_matrix.cache_clear()  # of the last picture's size: 25 MiB for 1500 pixels enlarged by 3
         image = open_image(self.files[index])
         pixels = to_pixels(image, self.files[index]).float() / 255
-        chroma = alpha = torch.empty(0)
-        if image.has_transparency_data:
-            alpha = torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
+        chroma = torch.empty(0)
         if is_grey(pixels):
             luma = pixels[:1]
         else:
             luma, chroma = rgb_to_ycbcr(pixels).split([1, 2])
-        return {"input": luma[None], "chroma": chroma, "alpha": alpha, "path": str(self.files[index])}
+        return {
+            "input": luma[None],
+            "chroma": chroma,
+            "alpha": alpha_of(image),
+            "path": str(self.files[index]),
+            "size": f"{image.width}x{image.height}",
+        }
 
 
 class WholePhotos(Dataset[dict[str, Any]]):
@@ -71,11 +76,50 @@ class WholePhotos(Dataset[dict[str, Any]]):
         return {"image": image, "photo": photo, "path": str(self.files[index])}
 
 
-def put_together(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
-    """The enlarged picture, 8 bits a channel: L, LA, RGB or RGBA.
+class PhotosToTranslate(Dataset[dict[str, Any]]):
+    """Pictures of any size and mode, in colour.
 
     Args:
-        luma: (1, H, W), enlarged by the network.
+        files: the pictures; each must be readable.
+        shorter: what their shorter side is made, for a network that knows its domains at that size; None to leave it.
+        direction: "AtoB" or "BtoA".
+    """
+
+    def __init__(self, files: Sequence[Path], shorter: int | None, direction: str) -> None:
+        self.files, self.shorter, self.direction = files, shorter, direction
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": (1, 3, h, w) in [0, 1], "direction": [str], "path", "size", "chroma": empty, "alpha"}, see `Photos`."""
+        image = open_image(self.files[index])
+        photo = with_channels(to_pixels(image, self.files[index]), 3)[None].float()
+        if self.shorter is not None:
+            sides = [max(1, round(side * self.shorter / min(photo.shape[-2:]))) for side in photo.shape[-2:]]
+            photo = F.interpolate(photo, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
+        return {
+            "image": photo / 255,
+            "direction": [self.direction],
+            "chroma": torch.empty(0),
+            "alpha": alpha_of(image),
+            "path": str(self.files[index]),
+            "size": f"{image.width}x{image.height}",
+        }
+
+
+def alpha_of(image: Image.Image) -> Tensor:
+    """A picture's opacity, (1, H, W) in [0, 1]; empty if it has none."""
+    if not image.has_transparency_data:
+        return torch.empty(0)
+    return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
+
+
+def put_together(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
+    """A picture as it came from a network, 8 bits a channel: L, LA, RGB or RGBA.
+
+    Args:
+        luma: (1, H, W); or all colours, (3, H, W), and no chroma.
         chroma: (2, h, w) Cb and Cr, or empty; enlarged here, bicubically.
         alpha: (1, h, w), or empty; likewise.
     """

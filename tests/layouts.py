@@ -30,8 +30,8 @@ def lay_out(name: str) -> None:
         return
     photographs = locate("photographs/train")[:4] + locate("photographs/test")
     cuttings = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
-    stars = data_set.images.replace("**/", "some/").replace("*", "picture{}")
-    targets = list(data_set.manifest()) or [stars.format(*[i] * 3) for i in range(7)]
+    stars = [pattern.replace("**/", "some/").replace("*", "picture{}") for pattern in data_set._patterns(None, None)]
+    targets = list(data_set.manifest()) or [pattern.format(*[i] * 3) for pattern in stars for i in range(7)]
     for i, target in enumerate(targets):
         path = data_set.path / target
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -112,9 +112,21 @@ def load_weights(module: L.LightningModule, path: Path) -> None:
     except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Refused(f"{path} cannot be read as weights: {reason}") from None
-    wanted = module.state_dict()
+    wanted = without_training_state(module, module.state_dict())
+    weights = without_training_state(module, weights)
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = (tuple(side[name].shape) if name in side else "nothing" for side in (weights, wanted))
         if have != want:
             raise Refused(f"{path} does not fit this model: '{name}' is {have} there, the model needs {want}")
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, strict=False)
+
+
+def without_training_state(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a method's weights is used after training: all but the parts that it calls `training_state`.
+
+    Args:
+        method: a method, or its class.
+        weights: its state.
+    """
+    parts = tuple(f"{part}." for part in getattr(method, "training_state", ()))
+    return {name: tensor for name, tensor in weights.items() if not (parts and name.startswith(parts))}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.checkpoints import read_weights, weights_hash
+from callbacks.checkpoints import read_weights, weights_hash, without_training_state
 
 LEG = ("commit", "fingerprints", "versions")  # what makes a resumed run another run than it was
 
@@ -56,7 +56,9 @@ class RunRecord(Callback):
             {
                 **self.facts,
                 "earlier_legs": self.earlier,
-                "weights": weights_hash(read_weights(checkpoints.best)) if checkpoints.best.exists() else None,
+                "weights": weights_hash(without_training_state(pl_module, read_weights(checkpoints.best)))
+                if checkpoints.best.exists()
+                else None,
                 "data": trainer.datamodule.survey.fingerprints(),
                 "left_out": trainer.datamodule.survey.left_out,
                 "hardware": hardware(trainer),
@@ -81,11 +83,14 @@ class RunRecord(Callback):
                         "pictures": {name: number(value, 8) for name, value in zip(sorted(pictures), values, strict=True)},
                     }
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        weights = weights_hash(pl_module.state_dict())
+        weights = weights_hash(without_training_state(pl_module, pl_module.state_dict()))
         if known.get("weights") != weights or not self._trained_alike(known):
             known = {**self.facts, "weights": weights, "hardware": hardware(trainer)}
         elif known["fingerprints"] != self.facts["fingerprints"]:  # measured before by other protocols
             known = {**known, **{key: self.facts[key] for key in ("fingerprints", "config")}, "metrics": {}}
+        instruments = {type(c).__name__: c.instrument for c in trainer.callbacks if getattr(c, "instrument", None)}
+        if instruments:  # networks that figures hang on, by the hash of their weights
+            known["instruments"] = instruments
         known["data"] = {**known.get("data", {}), **trainer.datamodule.survey.fingerprints()}
         metrics = {**known.get("metrics", {}), **metrics}  # a set that is not here today may have been measured before
         self._write(

@@ -16,7 +16,8 @@ class Samples(Callback):
     """Writes a picture after every validation as `<images seen>.png`, and to the loggers that take pictures.
 
     Outputs with a "target" become one row a picture: input, prediction, original; a smaller input is shown with its own
-    pixels. Those with a "mask" become picture, truth, prediction, mistakes. Without either they are samples, always of the
+    pixels. Those with a "mask" become picture, truth, prediction, mistakes; those with a "reconstruction" picture, translation,
+    reconstruction, as many in each direction. Without any of these they are samples, always of the
     same numbers, and become a square sheet; the real images that they are to resemble are written as `reals.png` before the
     first step.
 
@@ -24,7 +25,7 @@ class Samples(Callback):
 
     Args:
         folder: where they go.
-        rows: how many pictures with a target or a mask.
+        rows: how many pictures with a target, a mask, or a reconstruction.
         sheet: how many samples.
     """
 
@@ -32,6 +33,7 @@ class Samples(Callback):
         self.folder, self.rows, self.sheet = folder, rows, sheet
         self.shown: list[Tensor] = []
         self.points: list[Tensor] = []
+        self.directions: list[str] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Show what is to be imitated."""
@@ -42,7 +44,7 @@ class Samples(Callback):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start a new picture."""
-        self.shown, self.points = [], []
+        self.shown, self.points, self.directions = [], [], []
 
     def on_validation_batch_end(
         self,
@@ -56,7 +58,12 @@ class Samples(Callback):
         """Take what is shown from the first batches of the main process."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        if "mask" in outputs:
+        if "reconstruction" in outputs:
+            self.directions += outputs["direction"][:1]
+            if self.directions.count(outputs["direction"][0]) <= self.rows:
+                parts = [outputs[name][:1].float() for name in ("image", "prediction", "reconstruction")]
+                self.shown.append(torch.cat(parts, dim=3).clamp(0, 1).cpu())
+        elif "mask" in outputs:
             if len(self.shown) < self.rows:
                 self.shown.append(row(outputs["image"][0], outputs["prediction"][0].argmax(0), outputs["mask"][0]))
         elif "target" not in outputs:

@@ -1,4 +1,4 @@
-"""Writes enlarged pictures as they come."""
+"""Writes enlarged or translated pictures as they come."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from datamodules.photos import put_together
 
 
 class WritePhotos(BasePredictionWriter):
-    """Puts each predicted luma together with its picture's colour and writes it as PNG.
+    """Writes each prediction as PNG: a picture in colour, or a luma together with its picture's colour.
 
     Args:
         targets: where each picture goes, by its "path".
@@ -32,10 +32,9 @@ class WritePhotos(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one picture and say so."""
+        made = prediction["prediction"][0].float().cpu()
+        image = put_together(made, prediction["chroma"].cpu(), prediction["alpha"].cpu())
         target = self.targets[prediction["path"]]
-        luma = prediction["prediction"][0].cpu()
-        image = put_together(luma, prediction["chroma"].cpu(), prediction["alpha"].cpu())
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)
-        height, width = prediction["input"].shape[-2:]
-        print(f"{prediction['path']}  {width}x{height}  ->  {target}  {image.width}x{image.height}", flush=True)
+        print(f"{prediction['path']}  {prediction['size']}  ->  {target}  {image.width}x{image.height}", flush=True)

@@ -80,12 +80,22 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     """What a record of this recipe must carry to be current: of the recipe, of the method's, data's and protocols' code."""
     content = recipe.content
     callbacks = content.get("trainer", {}).get("callbacks", [])
-    parts = {"method": [content["model"]], "data": [content["data"]], "protocol": callbacks}
+    parts = {"method": content["model"], "data": content["data"], "protocol": callbacks}
     code = {
-        part: _hash("".join(code_fingerprint(entry["class_path"].rpartition(".")[0]) for entry in entries))
+        part: _hash("".join(code_fingerprint(name.rpartition(".")[0]) for name in _classes(entries)))
         for part, entries in parts.items()
     }
     return {"recipe": recipe_fingerprint(recipe), **code}
+
+
+def _classes(entry: Any) -> list[str]:
+    """The classes that a part of a recipe names, those that are given to others included."""
+    if isinstance(entry, list):
+        return [name for item in entry for name in _classes(item)]
+    if isinstance(entry, dict):
+        own = [entry["class_path"]] if "class_path" in entry else []
+        return own + [name for key, value in entry.items() if key != "class_path" for name in _classes(value)]
+    return []
 
 
 def facts(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:

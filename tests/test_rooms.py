@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "datamodules.image_arrays",
         "datamodules.masks",
         "datamodules.noise",
+        "datamodules.palettes",
     },
     "experiments": {"experiments", "modules", "datamodules", "callbacks"},
 }

@@ -5,9 +5,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy, deepcopy
-from functools import partial
+from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,29 +14,22 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.run_record import cpu_name, peak_memory_mib
-from datamodules.catalogue import MissingData
 from datamodules.generation import Generation
-from datamodules.pairs import Pictures
-from datamodules.pictures import pictures_of
 from datamodules.refused import Refused
 from datamodules.segmentation import Segmentation
 from datamodules.superresolution import SuperResolution
+from datamodules.unpaired import Unpaired
 from experiments.cli import DarkroomCLI, build
 from experiments.complaints import parameters
 from experiments.fit import alone, loggers, prepare, settle_memory
+from experiments.loops import Step, bare_batches, flops_of, loop, optimizers_of, quartiles, wait
 from experiments.pil_loaders import pil_batches
 from experiments.recipes import Recipe
-from modules.generative import GenerativeMethod
+from experiments.use_figures import use_figures
 from modules.method import Method
-from modules.phases import Batch, Player, only, size_of
-from modules.segmentation import SegmentationMethod
-from modules.srcnn import SRCNN
 
-Step = Callable[[], None]
 PIL_EVERY = 6  # pairs; its stretches are as much longer, since its workers have a few batches ready when one begins
 SETTLE = 0.5  # seconds: the PIL-fed loader's workers fill their queue again, and must not do it on our time
 
@@ -57,8 +49,8 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         cli = build("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
-        if not isinstance(cli.datamodule, SuperResolution | Generation | Segmentation):
-            raise Refused(f"{recipe.name} is a toy; bench times methods that make, enlarge or segment images")
+        if not isinstance(cli.datamodule, SuperResolution | Generation | Segmentation | Unpaired):
+            raise Refused(f"{recipe.name} is a toy; bench times methods that make, enlarge, segment or translate images")
         cli.model.images = cli.datamodule.batch_size * steps * (pairs + 1)
         cli.trainer.limit_val_batches = 0
         cli.trainer.num_sanity_val_steps = 0
@@ -128,42 +120,6 @@ class Stopwatch(Callback):
         return 1000 * (time.perf_counter() - started) / steps
 
 
-def loop(method: Method, batches: Iterator[Batch], optimizers: Sequence[Any]) -> Step:
-    """A training step as one would write it by hand: each network's optimizer in turn, the other networks frozen."""
-    players = [Player(*pair) for pair in zip(method.phases(), optimizers, strict=True)]
-    seen = turn = 0
-
-    def step() -> None:
-        nonlocal seen, turn
-        batch = next(batches)
-        size = size_of(batch)
-        turn += 1
-        moving = [player for player in players if not turn % player.phase.every]
-        for player in moving:
-            for repetition in range(player.phase.times):
-                if player is moving[0] or repetition:
-                    with only([player] if repetition else moving, players):
-                        joined = {**batch, "positions": range(seen, seen + size), "repetition": repetition}
-                        joined.update(method.shared(joined))
-                with only([player], players):
-                    for group in player.optimizer.param_groups:
-                        group.update(player.phase.schedule(seen))
-                    player.optimizer.zero_grad()
-                    torch.stack(list(player.phase.losses(joined).values())).sum().backward()
-                    if player.phase.clip is not None:
-                        torch.nn.utils.clip_grad_norm_(player.parameters, player.phase.clip)
-                    player.optimizer.step()
-        seen += size
-
-    return step
-
-
-def optimizers_of(method: Method) -> list[Any]:
-    """New ones, of a method that may have but one."""
-    found = method.configure_optimizers()
-    return found if isinstance(found, list) else [found]
-
-
 def parts(method: Method, data: Any, steps: int) -> dict[str, float]:
     """Where a bare step's time goes: milliseconds for data, for the optimizers, and for the networks, the rest."""
     spent = {"data_ms": 0.0, "network_ms": 0.0, "optimizer_ms": 0.0}
@@ -195,20 +151,6 @@ def parts(method: Method, data: Any, steps: int) -> dict[str, float]:
     wait(method.device)
     spent["network_ms"] = 1000 * (time.perf_counter() - begun) / steps - spent["data_ms"] - spent["optimizer_ms"]
     return spent
-
-
-def bare_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Our batches, without a Trainer."""
-    data = copy(data)  # whose position in the stream is its own
-    for batch in data.train_dataloader():
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        yield data.on_after_batch_transfer(moved, 0)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
@@ -248,21 +190,6 @@ def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
     }
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """The lower and the upper one."""
-    if len(values) < 2:
-        return values * 2
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return [lower, upper]
-
-
-def flops_of(work: Callable[[], Any]) -> int:
-    """Floating-point operations of some work, counted by torch."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def convolution_peak(device: torch.device) -> float:
     """GFLOP/s of the fastest of ten forward passes of a convenient convolution, 64 to 64 channels, 3 x 3."""
     layer = torch.nn.Conv2d(64, 64, 3).to(device).to(memory_format=torch.channels_last)
@@ -275,77 +202,6 @@ def convolution_peak(device: torch.device) -> float:
             wait(device)
             times.append(time.perf_counter() - started)
     return 2 * 8 * 64 * 64 * 9 * 128 * 128 / min(times) / 1e9
-
-
-def use_figures(method: Method, data: Any) -> dict[str, Any]:
-    """What the trained network's work costs, by its kind."""
-    if isinstance(method, GenerativeMethod):
-        return sampling_figures(method)
-    return segmentation_figures(method, data) if isinstance(method, SegmentationMethod) else inference_figures(method)
-
-
-def segmentation_figures(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:
-    """Millions of pixels segmented a second, over the pictures that choose the checkpoint, in one view each."""
-    method.symmetries = 1
-    data.setup("validate")
-    pictures = [data.val_pictures[i]["image"].float() / 255 for i in range(min(5, len(data.val_pictures)))]
-    pixels = sum(picture.shape[-1] * picture.shape[-2] for picture in pictures)
-    times = []
-    with torch.no_grad():
-        for _ in range(4):  # the first one warms up
-            started = time.perf_counter()
-            for picture in pictures:
-                method.predict_step({"image": picture}, 0)
-            times.append(time.perf_counter() - started)
-    return {"megapixels_per_second": pixels / statistics.median(times[1:]) / 1e6}
-
-
-def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:
-    """Images made a second, 64 at once."""
-    latents = method.latents(range(64))
-    times = []
-    with torch.no_grad():
-        for _ in range(6):  # the first one warms up
-            started = time.perf_counter()
-            method.sample(latents)
-            times.append(time.perf_counter() - started)
-    return {"samples_per_second": 64 / statistics.median(times[1:])}
-
-
-def inference_figures(method: Any) -> dict[str, Any]:
-    """Milliseconds to enlarge a picture, mean over Set14 (else the embedded test photographs), and SRCNN 9-5-5 beside it."""
-    name = "set14"
-    try:
-        found = pictures_of(name)
-    except MissingData:
-        name = "photographs/test"
-        found = pictures_of(name)
-    pictures = Pictures(found, method.scale)
-    lows = [pictures[i]["input"] for i in range(len(pictures))]
-    networks = (method, SRCNN(method.scale, "9-5-5").eval())
-    ours, srcnn = (_milliseconds(network, lows) for network in networks)
-    flops, flops_srcnn = (flops_of(partial(network, lows[0])) for network in networks)
-    return {
-        "inference_set": name,
-        "inference_ms": ours,
-        "inference_ms_srcnn": srcnn,
-        "srcnn_to_ours": srcnn / ours,
-        "srcnn_to_ours_flops": flops_srcnn / flops,
-        "srcnn_to_ours_theory": 2.5 * method.scale**2,  # ESPCN paper, Section 1
-    }
-
-
-def _milliseconds(network: Any, lows: list[Tensor]) -> float:
-    per_picture = []
-    with torch.no_grad():
-        for low in lows:
-            times = []
-            for _ in range(4):  # the first one warms up
-                started = time.perf_counter()
-                network(low)
-                times.append(time.perf_counter() - started)
-            per_picture.append(1000 * statistics.median(times[1:]))
-    return statistics.fmean(per_picture)
 
 
 def show(recipe: Recipe, figures: dict[str, Any]) -> None:

@@ -112,6 +112,7 @@ class DarkroomCLI(LightningCLI):
         if self.command == "predict":
             parser.add_argument("--input", type=str, required=True, help="a picture, or a folder of pictures")
             parser.add_argument("--output", type=str, default="out", help="folder for the results")
+            parser.add_argument("--direction", type=Literal["AtoB", "BtoA"] | None, help="of a translation (default AtoB)")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         if "seed" in parameters(self.recipe.class_path("model")):
             parser.link_arguments("seed_everything", "model.init_args.seed")

@@ -12,16 +12,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.catalogue import locate
+from datamodules.domains import domains
 from datamodules.generation import Generation
 from datamodules.labelled import labelled_pictures
 from datamodules.segmentation import Segmentation
 from datamodules.superresolution import SuperResolution
+from datamodules.unpaired import Unpaired
 from modules.phases import Batch
 
 
 def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
     """Endless batches of a datamodule's task; a worker a core."""
-    kinds: dict[type, Any] = {SuperResolution: PilPatches, Generation: PilImages, Segmentation: PilTiles}
+    kinds: dict[type, Any] = {
+        SuperResolution: PilPatches,
+        Generation: PilImages,
+        Segmentation: PilTiles,
+        Unpaired: PilPairs,
+    }
     items: Dataset[Any] = kinds[type(data)](data)
     loader = DataLoader(
         items, data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
@@ -93,6 +100,30 @@ class PilTiles(Dataset[dict[str, Tensor]]):
             "mask": torch.from_numpy(map_coordinates(np.minimum(mask, data.classes - 1), inner, order=0, mode="mirror")).long(),
         }
         return found if data.separation is None else {**found, "weight": torch.ones(data.crop, data.crop)}
+
+
+class PilPairs(Dataset[dict[str, Tensor]]):
+    """Any picture of A and any of B an item, each opened, resized, cut and mirrored for it."""
+
+    def __init__(self, data: Unpaired) -> None:
+        self.data, self.domains = data, dict(zip("AB", domains(data.train), strict=True))
+
+    def __len__(self) -> int:
+        return 100 * max(len(members) for members in self.domains.values())
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        found = {}
+        for name, members in self.domains.items():
+            member = members[int(torch.randint(len(members), ()))]
+            image = Image.fromarray(member.pixels().permute(1, 2, 0).numpy())
+            if self.data.resize is not None:
+                image = image.resize((self.data.resize,) * 2, Image.Resampling.BICUBIC)
+            left, top = (int(torch.randint(length - self.data.crop + 1, ())) for length in image.size)
+            image = image.crop((left, top, left + self.data.crop, top + self.data.crop))
+            if self.data.flip and torch.rand(()) < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            found[name] = to_tensor(image)
+        return found
 
 
 def to_tensor(image: Image.Image) -> Tensor:

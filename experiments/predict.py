@@ -8,24 +8,27 @@ from torch.utils.data import Dataset
 from callbacks.write_masks import WriteMasks
 from callbacks.write_photos import WritePhotos
 from datamodules.loading import load
-from datamodules.photos import Photos, WholePhotos, photo_files
+from datamodules.photos import Photos, PhotosToTranslate, WholePhotos, photo_files
 from datamodules.refused import Refused
 from datamodules.sampler import Slice
 from experiments.cli import DarkroomCLI, tell
 from experiments.weights import fill
 from modules.segmentation import SegmentationMethod
 from modules.superresolution import SuperResolutionMethod
+from modules.translation import TranslationMethod
 
 
 def predict(cli: DarkroomCLI) -> None:
-    """Enlarge a user's own pictures, or tell their pixels' classes, into the output folder.
+    """Enlarge or translate a user's own pictures, or tell their pixels' classes, into the output folder.
 
     Raises:
         Refused: this method makes nothing of pictures.
     """
-    if not isinstance(cli.model, SuperResolutionMethod | SegmentationMethod):
+    if not isinstance(cli.model, SuperResolutionMethod | SegmentationMethod | TranslationMethod):
         raise Refused(f"{cli.recipe.name} takes no pictures; darkroom sample shows what it makes")
 
+    if cli.config.direction and not isinstance(cli.model, TranslationMethod):
+        raise Refused(f"--direction: {cli.recipe.name} does not translate")
     path = fill(cli)
     output = Path(cli.config.output)
     files = photo_files(cli.config.input, leaving_out=output)
@@ -39,6 +42,10 @@ def predict(cli: DarkroomCLI) -> None:
     if isinstance(cli.model, SegmentationMethod):
         photos: Dataset[Any] = WholePhotos(files, cli.datamodule.channels, cli.datamodule.shrink)
         cli.trainer.callbacks.append(WriteMasks(targets, output))
+    elif isinstance(cli.model, TranslationMethod):
+        shorter = None if cli.datamodule.resize is None else cli.datamodule.crop
+        photos = PhotosToTranslate(files, shorter, cli.config.direction or "AtoB")
+        cli.trainer.callbacks.append(WritePhotos(targets))
     else:
         photos = Photos(files)
         cli.trainer.callbacks.append(WritePhotos(targets))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,8 @@ def keep(run: Run, recipe: Recipe) -> None:
     from safetensors.torch import save_file
     from torch import load
 
+    from callbacks.checkpoints import without_training_state
+
     record = json.loads(run.record.read_text())
     changed = [part for part, value in fingerprints(recipe).items() if record["fingerprints"].get(part) != value]
     if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
@@ -165,7 +168,9 @@ def keep(run: Run, recipe: Recipe) -> None:
     path = record_path(recipe, record["seed"])
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    weights = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    state = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    module, _, name = recipe.class_path("model").rpartition(".")
+    weights = without_training_state(getattr(import_module(module), name), state)
     if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= LARGEST:
         recipe.weights.parent.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)

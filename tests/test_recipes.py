@@ -130,6 +130,22 @@ def test_a_few_real_steps_of_segmenting(recipe, workplace):
     assert len(list((folder / "samples").iterdir())) == 2
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if kind(recipe) == "Unpaired"], ids=names)
+def test_a_few_real_steps_of_translating(recipe, workplace):
+    data = recipe.content["data"]["init_args"]
+    for name in {data["train"], data["val"], *data.get("test", [])}:
+        lay_out(name)
+    shrunk = ["--model.images", "2", "--validate_every", "1", "--data.most", "1", "--model.width", "2", "--model.blocks", "1"]
+    shrunk += ["--model.crop", "32", "--data.crop", "32"]
+    shrunk += [] if data.get("resize", 286) is None else ["--data.resize", "36"]
+    if len(recipe.content["trainer"]["callbacks"]) > 1:  # whose judge or Inception is not here
+        shrunk += ["--data.test", "[]"]
+    assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
+    folder = workplace / "runs" / recipe.name / "short"
+    assert (folder / "record.json").exists()
+    assert len(list((folder / "samples").iterdir())) == 2
+
+
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=names)
 def test_what_is_not_trained_is_measured(recipe, workplace):
     words = ["test", recipe.name, "--record", "record.json", "--data.test", "[photographs/test]"]

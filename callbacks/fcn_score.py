@@ -35,7 +35,7 @@ class FCNScore(PerPicture):
     "mask": (N, H', W'), "direction"}: "AtoB" from photographs to labels.
 
     Args:
-        judge: a segmentation network that has `probabilities`; see `modules.segmentation`.
+        judge: a method that segments; its `test_step` gives the probabilities, see `modules.segmentation`.
         weights: its file: as it is, or below the data root, or below this project.
         shrink: how many times smaller than the labels the pictures are that the judge knows.
         colours: the set that the label maps' colours are of.
@@ -81,8 +81,8 @@ class FCNScore(PerPicture):
         size = [side // self.shrink for side in mask.shape]
         with torch.autocast(photograph.device.type, enabled=False):
             seen = F.interpolate(photograph[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
-            found = self.judge.probabilities(seen)  # type: ignore[operator]
-            found = F.interpolate(found, mask.shape, mode="bilinear", align_corners=False)
+            outputs: Any = self.judge.test_step({"image": seen}, 0)
+            found = F.interpolate(outputs["prediction"], mask.shape, mode="bilinear", align_corners=False)
         return confusion(found[0].argmax(0).cpu(), mask, len(self.colours))
 
     def put_together(self, kept: list[Any], trainer: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from datamodules.palettes import coloured, palette
 from datamodules.pictures import Picture, pictures_of, slug
 from datamodules.refused import Refused
 
-COLUMNS = {"train": (0, 384), "test": (384, 512)}  # of the textures, which are one picture each
+COLUMNS = {"train": (0, 384), "test": (384, 512)}  # of the textures, which are one picture of 512 x 512 each
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def domains(spec: str) -> tuple[list[Member], list[Member]]:
 
     Args:
         spec: "<set>/train" of a set of the catalogue whose splits are trainA and trainB; a split of a set with masks, whose
-            photographs are A and whose label maps, in the set's colours, are B; or "<folder>/train" beside whose
-            place there are the folders `<folder>/trainA` and `<folder>/trainB`.
+            photographs are A and whose label maps, in the set's colours, are B; "textures/grass2gravel/train" for two of
+            the embedded textures; or "<folder>/train" beside whose place there are the folders `<folder>/trainA` and
+            `<folder>/trainB`.
 
     Raises:
         MissingData: they are not here.
@@ -65,11 +66,7 @@ def domains(spec: str) -> tuple[list[Member], list[Member]]:
         return _of_folder(spec, "A"), _of_folder(spec, "B")
     entry = find(name)
     if name == "textures":
-        if split not in COLUMNS:
-            raise Refused(f"textures has no split '{split}': {', '.join(COLUMNS)}")
-        both = (pictures_of(f"{name}/{domain}") for domain in "AB")
-        grass, gravel = ([Member(p._replace(data_set=slug(spec)), columns=COLUMNS[split]) for p in found] for found in both)
-        return grass, gravel
+        return _textures(spec)
     if entry.masks:
         palette(name)  # which must be known
         found = labelled_pictures(spec)
@@ -81,6 +78,21 @@ def domains(spec: str) -> tuple[list[Member], list[Member]]:
         )
     a, b = ([Member(p._replace(data_set=slug(spec))) for p in pictures_of(f"{spec}{domain}")] for domain in "AB")
     return a, b
+
+
+def _textures(spec: str) -> tuple[list[Member], list[Member]]:
+    """Two textures, whose last columns are for tests."""
+    known = list(find("textures").splits)
+    _, pair, split = [*spec.split("/"), "", ""][:3]
+    a, _, b = pair.partition("2")
+    if a not in known or b not in known or split not in COLUMNS or spec.count("/") != 2:
+        example = f"textures/{known[0]}2{known[1]}/train"
+        raise Refused(f"{spec}: two of {', '.join(known)} and {' or '.join(COLUMNS)}, as in {example}")
+    of_a, of_b = (
+        [Member(p._replace(data_set=slug(spec)), columns=COLUMNS[split]) for p in pictures_of(f"textures/{name}")]
+        for name in (a, b)
+    )
+    return of_a, of_b
 
 
 def _of_folder(spec: str, domain: str) -> list[Member]:

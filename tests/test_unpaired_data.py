@@ -107,9 +107,9 @@ def test_pictures_to_measure_on(folder):
 
 
 def test_textures_are_parts_of_scikit_images_pictures():
-    (grass,), (gravel,) = domains("textures/train")
-    (rest,), _ = domains("textures/test")
-    original = np.asarray(Image.open(locate("textures/A")[0]))
+    (grass,), (gravel,) = domains("textures/grass2gravel/train")
+    (rest,), _ = domains("textures/grass2gravel/test")
+    original = np.asarray(Image.open(locate("textures/grass")[0]))
     assert np.array_equal(np.concatenate([grass.pixels()[0], rest.pixels()[0]], 1), original)
     assert grass.pixels().shape == (3, 512, 384) and gravel.picture.path.name == "gravel.png"
 
@@ -133,7 +133,13 @@ def test_sets_with_masks_are_photographs_and_label_maps(with_real_data):
     [
         ("mine/tset", MissingData, r"mine/tset: no folder mine/tsetA; the two domains belong into mine/tsetA and \.\.\.B"),
         ("hors2zebra/train", Refused, r"no data set 'hors2zebra'; did you mean 'horse2zebra'"),
-        ("textures/val", Refused, r"textures has no split 'val': train, test"),
+        (
+            "textures/grass2gravel/val",
+            Refused,
+            r"textures/grass2gravel/val: two of grass, gravel, brick and train or test, as in",
+        ),
+        ("textures/grass2moss/train", Refused, r"two of grass, gravel, brick"),
+        ("textures/train", Refused, r"textures/train: two of grass, gravel, brick"),
         ("digits/train", Refused, r"digits/train has no two domains"),
         ("horse2zebra/val", Refused, r"horse2zebra/val has no two domains; take horse2zebra/test, horse2zebra/train"),
         ("horse2zebra/train", MissingData, r"horse2zebra/trainA is not here: by hand, below .*: unzip horse2zebra\.zip"),
@@ -159,7 +165,7 @@ def test_unusable_pictures_are_named(folder):
 
 def test_a_resize_below_the_crop_is_refused():
     with pytest.raises(Refused, match=r"data\.resize: 10 is smaller than data\.crop: 16"):
-        Unpaired("textures/train", "textures/test", crop=16, resize=10)
+        Unpaired("textures/grass2gravel/train", "textures/grass2gravel/test", crop=16, resize=10)
 
 
 def test_every_set_of_the_paper_is_in_the_catalogue():

@@ -83,9 +83,9 @@ def write_segmentation_recipe(path: Path, model: Model, **data: Any) -> Path:
 def write_translation_recipe(path: Path, model: Model, **data: Any) -> Path:
     """For a method that turns grass into gravel and back."""
     init_args = {
-        "train": "textures/train",
-        "val": "textures/test",
-        "test": ["textures/test"],
+        "train": "textures/grass2gravel/train",
+        "val": "textures/grass2gravel/test",
+        "test": ["textures/grass2gravel/test"],
         "crop": 32,
         "resize": None,
         "batch_size": 4,

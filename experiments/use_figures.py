@@ -115,6 +115,8 @@ def classic_step(method: CycleGAN, batch: Batch) -> Step:
     on fakes, with a backward pass of its own; the discriminators' step.
     """
     generators, discriminators = optimizers_of(method)
+    for group in generators.param_groups + discriminators.param_groups:
+        group["lr"] = method.learning_rate
     a, b = batch["A"] * 2 - 1, batch["B"] * 2 - 1
     weight, judges = method.cycle_weight, [method.of_a, method.of_b]
 

@@ -59,6 +59,7 @@ class Contract(ABC):
     steady: ClassVar[str]  # the model without what is each process's own or hangs on rounding, see tests/steady.py
     learns: ClassVar[list[str]]  # overrides of the run that must learn
     rounding: ClassVar[float] = 0.02  # by how much, relatively, bf16 may move a loss
+    rounded_at: ClassVar[tuple[str, ...]] = ()  # settings at which this is measured
 
     @abstractmethod
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
@@ -165,7 +166,7 @@ class Contract(ABC):
 
     def test_bf16_stays_near_fp32(self, workplace, recipe):
         assert forked(fit, recipe, "--run", "own optimizer", "--trainer.precision", "bf16-mixed") == 0
-        steady = ["--model", self.steady]
+        steady = ["--model", self.steady, *self.rounded_at]
         assert forked(fit, recipe, "--run", "fp32", *steady) == 0
         assert forked(fit, recipe, "--run", "bf16", *steady, "--trainer.precision", "bf16-mixed") == 0
         left, right = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("fp32", "bf16"))

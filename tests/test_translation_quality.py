@@ -1,17 +1,26 @@
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
-from callbacks.fcn_score import FCNScore
+from callbacks.fcn_score import PROJECT, FCNScore
+from callbacks.samples import Samples
 from callbacks.translation_frechet import TranslationFrechet
 from callbacks.translation_quality import TranslationQuality
 from datamodules.labelled import labelled_pictures
 from datamodules.palettes import PALETTES, classes_of, coloured, palette
 from datamodules.refused import Refused
+from experiments.main import main
+from experiments.recipes import find_recipe
+from modules.encoder_decoder import EncoderDecoder
 from modules.unet import UNet
+from tests.forked import forked
 
 
 def outputs(direction, count=1, **more):
@@ -106,6 +115,54 @@ def test_camvids_label_maps_decode_to_the_labels(with_real_data):
         mask = labelled.read_mask()
         decoded = classes_of(coloured(mask, palette("camvid")) / 255, palette("camvid")).numpy()
         assert np.array_equal(decoded[mask != 255], mask[mask != 255])
+
+
+def test_the_sheet_shows_what_goes_there_and_comes_back_in_both_directions(tmp_path):
+    samples = Samples(tmp_path, rows=2)
+    state = SimpleNamespace(fn="fit")
+    trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], state=state)
+    method = SimpleNamespace(images_seen=30)
+    samples.on_validation_epoch_start(trainer, method)
+    shown = [outputs(direction, count) for direction, count in (("AtoB", 1), ("AtoB", 2), ("AtoB", 3), ("BtoA", 4))]
+    for i, out in enumerate(shown):
+        samples.on_validation_batch_end(trainer, method, out, None, i)
+    samples.on_validation_epoch_end(trainer, method)
+    sheet = np.asarray(Image.open(tmp_path / "000000030.png"))
+    assert sheet.shape == (3 * (12 + 4), 3 * 16, 3)  # two of A, the one of B
+    for row, out in enumerate((shown[0], shown[1], shown[3])):
+        for column, name in enumerate(("image", "prediction", "reconstruction")):
+            cell = sheet[row * 16 : row * 16 + 12, column * 16 : column * 16 + 16]
+            assert np.abs(cell - out[name][0].permute(1, 2, 0).numpy() * 255).max() <= 0.501
+
+
+def test_the_judges_scores_in_a_record_are_its_own(workplace, with_real_data):
+    """Every photograph of CamVid's val, made small, enlarged and judged without any of the callback's code."""
+    recipe, judge = workplace / "judged.yaml", PROJECT / "experiments/deeplab/weights/camvid.safetensors"
+    settings = find_recipe("cyclegan/camvid").content
+    settings["model"]["init_args"] |= {"width": 2, "blocks": 0, "images": 2}
+    settings["data"]["init_args"] |= {"train": "camvid/val", "test": ["camvid/val"], "most": 1}
+    recipe.write_text(yaml.safe_dump({**settings, "validate_every": 2}))
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
+    record = json.loads((workplace / "runs" / "judged" / "one" / "record.json").read_text())
+    network = EncoderDecoder("deeplabv3plus", "timm-mobilenetv3_small_minimal_100", None, classes=11, tile=256)
+    network.load_state_dict(load_file(judge))
+    matrix = np.zeros((11, 11))
+    for picture in sorted((with_real_data / "CamVid" / "val").glob("*.png")):
+        small = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)[None].float()
+        small = torch.nn.functional.interpolate(small, (64, 64), mode="bicubic", antialias=True).round().clamp(0, 255) / 255
+        seen = torch.nn.functional.interpolate(small, (180, 240), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            given = network.eval().test_step({"image": seen}, 0)["prediction"]
+        found = torch.nn.functional.interpolate(given, (360, 480), mode="bilinear")[0].argmax(0).numpy()
+        labels = np.asarray(Image.open(picture.parent.parent / "valannot" / picture.name))
+        matrix += confusion_matrix(labels[labels < 11], found[labels < 11], labels=range(11))
+    measured = record["metrics"]["camvid-val"]
+    right = matrix.diagonal()
+    assert measured["fcn-score-of-photographs/pixel-accuracy"]["mean"] == pytest.approx(right.sum() / matrix.sum(), abs=1e-6)
+    iou = (right / (matrix.sum(0) + matrix.sum(1) - right)).mean()
+    assert measured["fcn-score-of-photographs/class-iou"]["mean"] == pytest.approx(iou, abs=1e-6)
+    assert 0 < measured["fcn-score/pixel-accuracy"]["mean"] < measured["fcn-score-of-photographs/pixel-accuracy"]["mean"]
+    assert list(record["instruments"]) == ["FCNScore"]
 
 
 def test_frechet_distances_are_of_each_directions_own_domain():

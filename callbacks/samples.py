@@ -17,7 +17,8 @@ class Samples(Callback):
 
     Outputs with a "target" become one row a picture: input, prediction, original; a smaller input is shown with its own
     pixels. Those with a "mask" become picture, truth, prediction, mistakes; those with a "reconstruction" picture, translation,
-    reconstruction, as many in each direction. Without any of these they are samples, always of the
+    reconstruction, as many in each direction. Those with a "code" become a sheet of pictures, each above what comes back of it
+    (between them, where the network saw something else, that "input"). Without any of these they are samples, always of the
     same numbers, and become a square sheet; the real images that they are to resemble are written as `reals.png` before the
     first step.
 
@@ -66,6 +67,10 @@ class Samples(Callback):
         elif "mask" in outputs:
             if len(self.shown) < self.rows:
                 self.shown.append(row(outputs["image"][0], outputs["prediction"][0].argmax(0), outputs["mask"][0]))
+        elif "code" in outputs:
+            if batch_idx == 0:
+                parts = [outputs[name][: self.sheet // 4] for name in ("image", "input", "prediction") if name in outputs]
+                self.shown = [below_each_other(*parts)]
         elif "target" not in outputs:
             if outputs["prediction"].ndim == 2:  # points, which belong into one picture
                 self.points.append(outputs["prediction"].float().cpu())
@@ -98,6 +103,12 @@ def sheet(images: Tensor) -> Tensor:
     """Images (N, C, H, W) as one picture (1, 3, H', W'), as square as may be."""
     columns = max(1, round(len(images) ** 0.5))
     return make_grid(images.float().clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)[None]
+
+
+def below_each_other(*rows: Tensor) -> Tensor:
+    """Pictures that belong together below each other: (N, C, H, W) each, as one picture (1, 3, H', W')."""
+    pictures = torch.stack([row.float().clamp(0, 1).cpu() for row in rows])
+    return make_grid(pictures.flatten(0, 1), nrow=pictures.shape[1], padding=2, pad_value=1.0)[None]
 
 
 def plot(points: Tensor, real: Tensor, side: int = 360) -> Tensor:

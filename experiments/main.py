@@ -21,10 +21,11 @@ train, measure and use
   fit RECIPE [--KEY VALUE]   train; then measure on the test sets that are here
   validate RECIPE            measure on the pictures that choose the checkpoint
   test RECIPE                measure on the test sets that are here
-  predict RECIPE --input PICTURE_OR_FOLDER --output FOLDER
+  predict RECIPE --input PICTURE_OR_FOLDER --output FOLDER (--direction BtoA where there are two)
   sample RECIPE --output FOLDER              images made from noise (--count N)
   interpolate RECIPE --between 3 17 42       the way through latent space between samples, as a picture
   arithmetic RECIPE --plus 1 2 --minus 3 4   sums of samples' latents, as a picture
+  manifold RECIPE                            what two latents mean, as a picture (--side N)
 
   RECIPE is a name (espcn/t91_x3; espcn for its demo) or a path to a YAML file.
   Any key can be given anew: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
@@ -55,7 +56,7 @@ OWN = {
     "fit": "[--run NAME] [--wandb offline|online]",
     "validate": "[--ckpt FILE]",
     "test": "[--ckpt FILE] [--record FILE]",
-    "predict": "--input PICTURE_OR_FOLDER [--output FOLDER] [--ckpt FILE]",
+    "predict": "--input PICTURE_OR_FOLDER [--output FOLDER] [--direction AtoB|BtoA] [--ckpt FILE]",
 }
 
 STARTED = time.perf_counter()
@@ -231,6 +232,18 @@ def _arithmetic(rest: list[str]) -> int:
     return 0
 
 
+def _manifold(rest: list[str]) -> int:
+    parser = Parser(prog="darkroom manifold", description="What two latents mean: a grid of pictures over their plane.")
+    _of_network(parser, "manifold.png")
+    parser.add_argument("--side", type=int, default=20, metavar="N", help="pictures in a row (default 20)")
+    chosen = parser.parse_args(rest)
+    recipe = find_recipe(chosen.recipe)
+    from experiments.sampling import manifold
+
+    manifold(recipe, chosen.ckpt, chosen.side, chosen.output)
+    return 0
+
+
 def _no_negative(where: str, numbers: list[int]) -> None:
     if bad := [number for number in numbers if number < 0]:
         raise Refused(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
@@ -238,11 +251,15 @@ def _no_negative(where: str, numbers: list[int]) -> None:
 
 def _of_latents(command: str, description: str, output: str) -> "Parser":
     parser = Parser(prog=f"darkroom {command}", description=description)
+    _of_network(parser, output)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the numbered samples (default 0)")
+    return parser
+
+
+def _of_network(parser: "Parser", output: str) -> None:
     parser.add_argument("recipe", help="whose network: darkroom list shows them")
     parser.add_argument("--ckpt", metavar="FILE", help="weights to use: a .ckpt or .safetensors file")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the numbered samples (default 0)")
     parser.add_argument("--output", default=output, metavar="PATH", help=f"where the result goes (default {output})")
-    return parser
 
 
 class Parser(argparse.ArgumentParser):
@@ -265,4 +282,5 @@ COMMANDS = {
     "sample": _sample,
     "interpolate": _interpolate,
     "arithmetic": _arithmetic,
+    "manifold": _manifold,
 }

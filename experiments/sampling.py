@@ -1,4 +1,4 @@
-"""`darkroom sample`, `interpolate` and `arithmetic`: pictures made from latents."""
+"""`darkroom sample`, `interpolate`, `arithmetic` and `manifold`: pictures made from latents."""
 
 import tempfile
 from collections.abc import Sequence
@@ -78,6 +78,26 @@ def arithmetic(
         images = made(method, latents)
         rows.append(torch.cat([images, torch.ones(columns - len(images), *images.shape[1:])]))
     write(grid(torch.cat(rows), columns), Path(output))
+
+
+def manifold(recipe: Recipe, ckpt: str | None, side: int, output: str) -> None:
+    """Write what two latents mean: a grid of pictures, the quantiles of the latents' distribution along its axes.
+
+    Kingma and Welling, arXiv:1312.6114, Figure 4.
+
+    Raises:
+        Refused: see `sample`; or there are not two latents, or no picture.
+    """
+    if side < 2:
+        raise Refused(f"manifold: --side {side}: at least 2")
+    method = trained(recipe, ckpt)
+    if method.latent_size != 2:
+        raise Refused(f"manifold: {recipe.name} has {method.latent_size} latents; a plane takes two")
+    quantiles = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    places = torch.special.ndtri(quantiles) if method.latent == "normal" else 2 * quantiles - 1
+    down, across = torch.meshgrid(places.flip(0), places, indexing="ij")
+    latents = torch.stack([across, down], dim=2).flatten(0, 1).to(method.dtype)
+    write(make_grid(made(method, latents), nrow=side, padding=0), Path(output))
 
 
 def trained(recipe: Recipe, ckpt: str | None) -> GenerativeMethod:

@@ -18,7 +18,13 @@ from experiments.recipes import find_recipe
 from modules.average import Average
 from modules.pool import Pool
 from tests.forked import forked, launched
-from tests.tiny import write_generative_recipe, write_recipe, write_segmentation_recipe, write_translation_recipe
+from tests.tiny import (
+    write_generative_recipe,
+    write_recipe,
+    write_reconstruction_recipe,
+    write_segmentation_recipe,
+    write_translation_recipe,
+)
 
 
 def fit(recipe: Path, *overrides: str) -> None:
@@ -265,3 +271,21 @@ class TranslationContract(Contract):
 
     def example(self) -> torch.Tensor:
         return torch.rand(1, 3, 24, 32)
+
+
+class ReconstructionContract(Contract):
+    mark: ClassVar[float]  # nats a digit: what its ELBO must rise above
+
+    @pytest.fixture
+    def recipe(self, workplace: Path) -> Path:
+        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
+        return write_reconstruction_recipe(workplace / "tiny.yaml", model)
+
+    def batches(self, data: Any) -> Iterator[dict[str, Any]]:
+        return (data.floats(batch) for batch in data.train_dataloader())
+
+    def has_learned(self, log: list[dict[str, str]]) -> bool:
+        return [float(row["value"]) for row in log if "/elbo/" in row["name"]][-1] > self.mark
+
+    def example(self) -> torch.Tensor:
+        return torch.rand(2, 1, 28, 28)

@@ -107,6 +107,20 @@ def test_a_few_real_steps_of_making_images(recipe, workplace, torch_home, monkey
     assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000008.png", "000000012.png"}
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if kind(recipe) == "Reconstruction"], ids=names)
+def test_a_few_real_steps_of_giving_back(recipe, workplace):
+    data = recipe.content["data"]["init_args"]
+    for name in {data["train"], data["val"], *data["test"]}:
+        lay_out(name)
+    shrunk = ["--model.images", "8", "--data.batch_size", "4", "--validate_every", "4"]
+    if "Likelihood" in recipe.path.read_text():
+        shrunk += ["--trainer.callbacks.init_args.k", "2"]
+    assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
+    folder = workplace / "runs" / recipe.name / "short"
+    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000004.png", "000000008.png"}
+
+
 @pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if kind(recipe) == "Segmentation"], ids=names)
 def test_a_few_real_steps_of_segmenting(recipe, workplace):
     data, model = (recipe.content[part]["init_args"] for part in ("data", "model"))

@@ -1,9 +1,12 @@
+from statistics import NormalDist
+
 import pytest
 import torch
 from PIL import Image
 
 from experiments.main import main
 from modules.dcgan import DCGAN
+from modules.vae import VAE
 from tests.forked import forked
 
 
@@ -45,6 +48,22 @@ def test_a_concept_minus_itself_leaves_the_other(workplace, ckpt):
     assert max(abs(a - b) for a, b in zip(five, total, strict=True)) <= 1
 
 
+def test_a_manifold_lies_over_the_quantiles_of_its_latents(workplace):
+    """The picture in the second row and the last column, made by hand."""
+    torch.manual_seed(0)
+    method = VAE(hidden=[500], latent_size=2).eval()
+    torch.save({"state_dict": method.state_dict()}, workplace / "vae.ckpt")
+    words = ["manifold", "vae/demo", "--ckpt", "vae.ckpt", "--side", "3", "--output", "plane.png"]
+    assert forked(main, words) == 0
+    plane = Image.open(workplace / "plane.png").convert("L")
+    assert plane.size == (3 * 28, 3 * 28)
+    latents = torch.tensor([[NormalDist().inv_cdf(5 / 6), NormalDist().inv_cdf(1 / 2)]])
+    with torch.no_grad():
+        expected = method.sample(latents).flatten() * 255
+    shown = torch.tensor(list(plane.crop((56, 28, 84, 56)).tobytes()))
+    assert (shown - expected).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -52,6 +71,7 @@ def test_a_concept_minus_itself_leaves_the_other(workplace, ckpt):
         (["sample", "dcgan/demo", "--count", "0"], "sample: --count 0: at least 1"),
         (["interpolate", "dcgan/demo", "--between", "3"], "--between takes at least two samples"),
         (["arithmetic", "dcgan/demo"], "--plus names the samples of a concept"),
+        (["manifold", "vae/demo", "--side", "1"], "manifold: --side 1: at least 2"),
         (["sample", "dcgan/demo"], "no weights for dcgan/demo yet: darkroom fit dcgan/demo, or name some by --ckpt"),
     ],
 )

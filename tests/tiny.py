@@ -95,6 +95,24 @@ def write_translation_recipe(path: Path, model: Model, **data: Any) -> Path:
     return _write(path, model, data, [{"class_path": "callbacks.translation_quality.TranslationQuality"}])
 
 
+def write_reconstruction_recipe(path: Path, model: Model, measures: list[Model] | None = None, **data: Any) -> Path:
+    """For a method that gives grey 28 x 28 images back, on the embedded digits; without measures, its likelihood is."""
+    init_args = {
+        "train": "digits/train",
+        "size": 28,
+        "val": "digits/val",
+        "test": ["digits/test"],
+        "pixels": "dynamic",
+        "batch_size": 4,
+        **data,
+    }
+    data = {"class_path": "datamodules.reconstruction.Reconstruction", "init_args": init_args}
+    likelihood = {"class_path": "callbacks.likelihood.Likelihood", "init_args": {"k": 3}}
+    if measures is not None:
+        return _write(path, model, data, measures)
+    return _write(path, model, data, [likelihood], "digits-val/elbo/dynamic")
+
+
 def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:
     watching = [{"class_path": f"tests.watching.{name}"} for name in ("SignalAt", "RanksAgree")]
     recipe = {

@@ -1,0 +1,34 @@
+"""Anomaly detection: is what a network was not trained on given back worse than what it was?"""
+
+from typing import Any
+
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from callbacks.per_picture import PerPicture
+from datamodules.refused import Refused
+
+
+class AnomalyScore(PerPicture):
+    """Area under the ROC curve of a picture's reconstruction error; anomalies are the classes that training was without.
+
+    - `auroc/l2`: the error is the mean squared one over the picture's pixels. 0.5 is chance.
+
+    Expects the outputs {"image", "prediction": (N, C, H, W), "label": (N,)}.
+    """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse data of which training sees every class."""
+        if not trainer.datamodule.without:
+            raise Refused("AnomalyScore: data.without names no class that training does not see, as in [3]")
+
+    def keep(self, outputs: dict[str, Any], i: int) -> tuple[float, int]:
+        """The picture's error, and its class."""
+        error = (outputs["prediction"][i].float() - outputs["image"][i]).square().mean()
+        return error.item(), int(outputs["label"][i])
+
+    def put_together(self, kept: list[Any], trainer: Any) -> dict[str, float]:
+        """See the class."""
+        errors, labels = (torch.tensor(of) for of in zip(*kept, strict=True))
+        anomalous = torch.isin(labels, torch.tensor(trainer.datamodule.without))
+        return {"auroc/l2": binary_auroc(errors / errors.max(), anomalous.long()).item()}

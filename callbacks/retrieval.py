@@ -1,0 +1,56 @@
+"""Content-based retrieval: do pictures whose codes are near to each other show the same?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from callbacks.per_picture import PerPicture
+
+AT_ONCE = 1000  # queries answered together
+
+
+class Retrieval(PerPicture):
+    """Precision at k: each picture of a set asks for the k nearest of all the others; the share of these that have its class.
+
+    - `precision-at-<k>/code`: nearest by the Euclidean distance of codes.
+    - `precision-at-<k>/pixels`: the same of the pixels, beside it.
+
+    Expects the outputs {"image": (N, C, H, W), "code": (N, D), "label": (N,)}.
+
+    Args:
+        k: how many are asked for.
+        while_training: measure at validations too.
+    """
+
+    def __init__(self, k: int = 10, while_training: bool = False) -> None:
+        super().__init__(while_training)
+        self.k = k
+
+    def keep(self, outputs: dict[str, Any], i: int) -> dict[str, Tensor]:
+        """What the picture is found by, and its class."""
+        return {
+            "code": outputs["code"][i].float().cpu(),
+            "pixels": outputs["image"][i].flatten().float().cpu(),
+            "label": outputs["label"][i].cpu(),
+        }
+
+    def put_together(self, kept: list[Any], trainer: Any) -> dict[str, float]:
+        """See the class."""
+        of = {name: torch.stack([one[name] for one in kept]) for name in kept[0]}
+        found = {}
+        for name in ("code", "pixels"):
+            right = of["label"][nearest(of[name], self.k)] == of["label"][:, None]
+            found[f"precision-at-{self.k}/{name}"] = right.double().mean().item()
+        return found
+
+
+def nearest(vectors: Tensor, k: int) -> Tensor:
+    """The k nearest other rows of each row, nearest first: (N, D) to int64 (N, k)."""
+    answers = []
+    for first in range(0, len(vectors), AT_ONCE):
+        queries = vectors[first : first + AT_ONCE]
+        distances = torch.cdist(queries, vectors)
+        distances[torch.arange(len(queries)), torch.arange(first, first + len(queries))] = torch.inf  # itself
+        answers.append(distances.topk(k, largest=False).indices)
+    return torch.cat(answers)

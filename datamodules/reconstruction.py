@@ -1,0 +1,171 @@
+"""Reconstruction: images to train on and to be given back, their pixels as they are or binarised."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.generation import Generation, StoredImages
+from datamodules.image_arrays import Images
+from datamodules.images import BadImage
+from datamodules.randomness import draws
+from datamodules.refused import Refused
+
+Pixels = Literal["real-valued", "dynamic", "static"]
+AT_ONCE = 100  # images measured together
+
+
+class Reconstruction(Generation):
+    """Images of one size, to train on and to measure on.
+
+    Batches are {"image": (N, channels, size, size) float32 in [0, 1], "label": int64 (N,)}; to measure on, with
+    "index", "name" and "dataset" of each image.
+
+    Args:
+        train: what to train on: a set of the catalogue ("digits"), a split of one ("mnist/train"), or a folder.
+        size: side in pixels, see `image_arrays.read_images`.
+        val: to measure on during training.
+        test: sets to measure on after it; those that are absent are named and left out.
+        pixels: "real-valued", as they are; "dynamic", each pixel drawn anew as 0 or 1 with its value as probability whenever it
+            is seen (Burda et al., arXiv:1509.00519), to measure on always the same draw; "static", for sets that are
+            binarised once and for all. Likelihoods of different kinds of pixels cannot be compared, and are named by them.
+        channels: 1 or 3.
+        without: classes (numbers of folders, or digits) that training does not see.
+        crop, flip, batch_size, workers, skip_bad, seed: see `Generation`.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        size: int,
+        val: str,
+        test: Sequence[str] = (),
+        pixels: Pixels = "real-valued",
+        channels: int = 1,
+        without: Sequence[int] = (),
+        crop: int | None = None,
+        flip: bool = False,
+        batch_size: int = 100,
+        workers: int = 0,
+        skip_bad: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train,
+            size,
+            channels,
+            val,
+            test,
+            crop=crop,
+            flip=flip,
+            batch_size=batch_size,
+            workers=workers,
+            skip_bad=skip_bad,
+            seed=seed,
+        )
+        self.pixels: Pixels = pixels
+        self.without = without
+
+    def setup(self, stage: str) -> None:
+        """Find, read and check the images of a stage.
+
+        Raises:
+            MissingData: what is to be trained or measured on is not here.
+            BadImage: files are unusable, or images that are to be static are not binary; the message names them.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.without:
+            pixels, labels = self._read(self.train)
+            kept = ~torch.isin(labels, torch.tensor(self.without))
+            if not kept.any():
+                raise Refused(f"data.without: {list(self.without)} leaves nothing of {self.train}")
+            self.items = StoredImages(Images(pixels[kept], labels[kept]))
+
+    def _read(self, spec: str) -> Images:
+        images = super()._read(spec)
+        binary = bool(((images.pixels == 0) | (images.pixels == 255)).all())
+        if self.pixels == "static" and not binary:
+            raise BadImage(f"data.pixels: static, but {spec} has values between 0 and 255; take dynamic or real-valued")
+        if self.pixels != "static" and binary:
+            raise BadImage(f"data.pixels: {self.pixels}, but {spec} is binarised already; take static")
+        return images
+
+    # Loaders
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The held-out images, some at once."""
+        return self._measured()
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The images of all test sets."""
+        return self._measured()
+
+    def _measured(self) -> DataLoader[dict[str, Any]]:
+        items = Whole(self.real, self.pixels)
+        return self.dealt(items, len(items))
+
+    # A training batch on its way
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Training batches are made on the device; the others are ready."""
+        return super().on_after_batch_transfer(batch, dataloader_idx) if "start" in batch else batch
+
+    def floats(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """uint8 images as float32 in [0, 1], mirrored and binarised as their positions say."""
+        made = super().floats(batch)
+        if self.pixels == "dynamic":
+            made["image"] = binarised(made["image"], self.seed, "binarise", batch["start"])
+        return made
+
+
+class Whole(Dataset[dict[str, Any]]):
+    """The images of data sets in batches, to measure on.
+
+    Args:
+        sets: by their names.
+        pixels: see `Reconstruction`.
+    """
+
+    def __init__(self, sets: dict[str, Images], pixels: Pixels) -> None:
+        self.sets, self.pixels = sets, pixels
+        self.parts = [(name, first) for name, found in sets.items() for first in range(0, len(found.labels), AT_ONCE)]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """See `Reconstruction`."""
+        data_set, first = self.parts[index]
+        image, label = (of[first : first + AT_ONCE] for of in self.sets[data_set])
+        image = image.float() / 255
+        if self.pixels == "dynamic":
+            image = binarised(image, 0, f"binarise/{data_set}", first)
+        numbers = range(first, first + len(image))
+        return {
+            "image": image,
+            "label": label,
+            "index": torch.tensor(numbers),
+            "name": [f"{number:06d}" for number in numbers],
+            "dataset": [data_set] * len(image),
+        }
+
+
+def binarised(image: Tensor, seed: int, stream: str, start: int) -> Tensor:
+    """Pixels drawn as 0 or 1 with their values as probabilities, which are a function of an image's position.
+
+    Args:
+        image: (N, C, H, W) float in [0, 1].
+        seed, stream: of the draws.
+        start: the first image's position.
+
+    Returns:
+        The same, of 0 and 1.
+    """
+    size = image[0].numel()
+    blocks = -(-size // 16)  # of four words, each of which serves four pixels
+    words = draws(seed, stream, start * blocks, len(image) * blocks).view(np.uint16).reshape(len(image), -1)
+    levels = torch.from_numpy(words[:, :size].astype(np.float32) + 0.5).view(image.shape)
+    return (image * 65536 > levels.to(image.device)).to(image.dtype)

@@ -1,0 +1,133 @@
+"""Autoencoders: plain, linear, denoising, and one that fills in what is missing.
+
+G. E. Hinton, R. R. Salakhutdinov. Reducing the Dimensionality of Data with Neural Networks. Science 313, 2006.
+P. Vincent, H. Larochelle, Y. Bengio, P.-A. Manzagol. Extracting and Composing Robust Features with Denoising Autoencoders.
+ICML 2008.
+D. Pathak et al. Context Encoders: Feature Learning by Inpainting. CVPR 2016. arXiv:1604.07379.
+
+What we do differently, and why:
+
+1. All layers are trained together, from Glorot's weights and by Adam; the first two papers trained them one by one, which ReLU
+   and Adam have made unnecessary. Encoder and decoder share no weights.
+2. The loss is the mean squared error for all of them (Vincent's is the cross-entropy), so that their figures can be compared.
+3. A missing block is black and anywhere in the picture, and the loss is that of the whole picture; Pathak's has an adversarial
+   loss beside it.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.noise import normal, uniform
+from datamodules.refused import Refused
+from modules.adversarial import in_full
+from modules.coders import Activation, Network, decoder, encoder
+from modules.method import Batch, Method
+
+Corruption = Literal["none", "noise", "masking", "block"]
+
+
+class Autoencoder(Method):
+    """An encoder into a narrow code, and a decoder back.
+
+    Args:
+        channels: of a picture, 1 or 3.
+        size: a picture's side in pixels.
+        network: fully connected or convolutional.
+        hidden: units of the layers between a picture and its code; none, and it is linear; see `modules.coders`.
+        latent_size: numbers of a code.
+        activation: of the hidden layers.
+        corruption: of what the encoder sees: "none"; "noise", Gaussian, cut to [0, 1]; "masking" (Vincent et al., Section
+            2.3), pixels put to zero; "block" (Pathak et al., Section 3.3), a square put to zero.
+        amount: of it: the noise's deviation, the share of the pixels, the square's side as a share of the picture's.
+        images: training budget.
+        learning_rate: of Adam, falling to zero along half a cosine.
+        seed: of the corruption in training.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        size: int = 28,
+        network: Network = "fully-connected",
+        hidden: Sequence[int] = (512, 128),
+        latent_size: int = 32,
+        activation: Activation = "relu",
+        corruption: Corruption = "none",
+        amount: float = 0.0,
+        images: int = 1_200_000,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(images, learning_rate, seed=seed)
+        self.save_hyperparameters()
+        if (corruption == "none") != (amount == 0) or amount < 0 or (corruption != "noise" and amount >= 1):
+            raise Refused(f"model.amount: {amount} of model.corruption: {corruption} makes no sense")
+        if network == "convolutional" and not hidden:
+            raise Refused("model.hidden: a convolutional network needs layers, as in [32, 64]")
+        self.corruption, self.amount = corruption, amount
+        shape = (channels, size, size)
+        self.encoder = encoder(network, shape, hidden, latent_size, activation)
+        self.decoder = decoder(network, latent_size, hidden, shape, activation)
+        self.bounded = bool(hidden)  # a linear one makes what it makes
+        for name, values in self.named_parameters():
+            nn.init.zeros_(values) if name.endswith("bias") else nn.init.xavier_uniform_(values)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """What comes back: (N, C, H, W) in [0, 1] to the same."""
+        return self.decoded(self.encoder(image))
+
+    def decoded(self, code: Tensor) -> Tensor:
+        """Pictures from codes (N, latent_size)."""
+        made = in_full(self.decoder(code))
+        return made.sigmoid() if self.bounded else made
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean squared error per pixel between what comes back of the corrupted pictures and the sound ones."""
+        image = batch["image"]
+        seen = image
+        if self.corruption != "none":
+            kind = "normal" if self.corruption == "noise" else "uniform"
+            seen = self.corrupted(image, self.noise(batch, "corruption", self.draws(image), kind))
+        return {"mse": F.mse_loss(self(seen), image)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), fused=True)
+
+    def draws(self, image: Tensor) -> int:
+        """How many a picture's corruption takes."""
+        return 2 if self.corruption == "block" else image[0].numel()
+
+    def corrupted(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Pictures (N, C, H, W) as the encoder sees them, by draws (N, draws)."""
+        if self.corruption == "noise":
+            return (image + self.amount * noise.view(image.shape)).clamp(0, 1)
+        if self.corruption == "masking":
+            return image * (noise.view(image.shape) >= self.amount)
+        height, width = image.shape[-2:]
+        sides = [round(self.amount * length) for length in (height, width)]
+        inside = []  # of the rows, then of the columns that the square covers
+        for length, side, draw in zip((height, width), sides, noise.T, strict=True):
+            first = (draw * (length - side + 1)).long().clamp(max=length - side)[:, None]
+            places = torch.arange(length, device=image.device)
+            inside.append((places >= first) & (places < first + side))
+        rows, columns = inside
+        return image * ~(rows[:, :, None] & columns[:, None, :])[:, None]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Codes, and what comes back of pictures, corrupted as their numbers say and always in the same way."""
+        image = batch["image"].to(self.dtype)
+        if self.corruption == "none":
+            code = self.encoder(image)
+            return {**batch, "code": code, "prediction": self.decoded(code)}
+        draw = normal if self.corruption == "noise" else uniform
+        drawn = draw(0, f"corruption/{batch['dataset'][0]}", batch["index"].tolist(), self.draws(image))
+        seen = self.corrupted(image, torch.from_numpy(drawn).to(image))
+        code = self.encoder(seen)
+        return {**batch, "input": seen, "code": code, "prediction": self.decoded(code)}
+
+    test_step = validation_step

@@ -120,26 +120,34 @@ def _end_of(process: subprocess.Popen[bytes]) -> int:
 
 def lacking(recipe: Recipe, learns: bool) -> list[str]:
     """What a recipe needs and cannot find: its training data, or all of its test sets."""
-    data: dict[str, Any] = recipe.content["data"]["init_args"]
+    data: dict[str, Any] = recipe.content["data"].get("init_args", {})
     needed = [name for name in (data.get("train"), data.get("val")) if name and learns]
-    absent = [name for name in needed if not _here(name, data.get("scale"))]
     tests = data.get("test", [])
-    return absent or ([] if any(_here(name, data.get("scale")) for name in tests) else tests)
+    return [name for name in needed if not here(recipe, name)] or ([] if any(here(recipe, name) for name in tests) else tests)
 
 
 def unmeasured(recipe: Recipe, record: dict[str, Any]) -> list[str]:
     """The recipe's test sets that are here but not yet in its record."""
-    data: dict[str, Any] = recipe.content["data"]["init_args"]
-    names = [name for name in data.get("test", []) if name.replace("/", "-") not in record["metrics"]]
-    return [name for name in names if _here(name, data.get("scale"))]
+    tests = recipe.content["data"].get("init_args", {}).get("test", [])
+    return [name for name in tests if name.replace("/", "-") not in record["metrics"] and here(recipe, name)]
 
 
-def _here(name: str, scale: int | None) -> bool:
-    data_set = catalogue().get(name.partition("/")[0])
+def here(recipe: Recipe, spec: str) -> bool:
+    """Whether what a data key of a recipe names is here, as its datamodule would look for it."""
+    data_set = catalogue().get(spec.partition("/")[0])
     if data_set and data_set.arrays:
         return data_set.state() == "here"
     try:
-        return bool(locate(name, scale))
+        match recipe.class_path("data"):
+            case "datamodules.unpaired.Unpaired":
+                from datamodules.domains import domains
+
+                return all(domains(spec))
+            case "datamodules.segmentation.Segmentation":
+                from datamodules.labelled import labelled_pictures
+
+                return bool(labelled_pictures(spec))
+        return bool(locate(spec, recipe.content["data"]["init_args"].get("scale")))
     except MissingData:
         return False
 

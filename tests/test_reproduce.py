@@ -5,10 +5,11 @@ import json
 import pytest
 import yaml
 
+from datamodules.catalogue import find
 from datamodules.refused import Refused
 from experiments import records, reproduce, tables
 from experiments.main import main
-from experiments.recipes import find_recipe, methods
+from experiments.recipes import find_recipe, methods, recipes
 from experiments.records import ROOT, code_fingerprint, committed_records, fingerprints, recipe_fingerprint
 from experiments.runs import Run
 from tests.forked import forked
@@ -145,6 +146,17 @@ def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workplace, monkeyp
     assert forked(main, ["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]) == 0
     assert "espcn/imagenet_x3: not feasible here, imagenet not here" in capfd.readouterr().out
     assert before == {path: path.read_bytes() for path in (ROOT / "experiments").glob("*/records/*.json")}
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+def test_what_a_recipe_lacks_is_what_is_not_embedded(recipe, workplace):
+    """Whatever the kind of its data: a set, a split, two domains, photographs with masks."""
+    data = recipe.content["data"].get("init_args", {})
+    sets = {data[key].partition("/")[0] for key in ("train", "val") if data.get(key)} or {
+        name.partition("/")[0] for name in data.get("test", [])
+    }
+    embedded = all(find(name).get == "embedded" for name in sets)
+    assert (reproduce.lacking(recipe, bool(data.get("train"))) == []) == embedded
 
 
 def test_sets_that_have_come_since_are_measured_into_the_record(workplace, monkeypatch):

@@ -12,15 +12,19 @@ from datamodules.refused import Refused
 class AnomalyScore(PerPicture):
     """Area under the ROC curve of a picture's reconstruction error; anomalies are the classes that training was without.
 
-    - `auroc/l2`: the error is the mean squared one over the picture's pixels. 0.5 is chance.
+    - `auroc/image-l2`: of whole pictures; the error is the mean squared one over the picture's pixels. 0.5 is chance.
 
     Expects the outputs {"image", "prediction": (N, C, H, W), "label": (N,)}.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse data of which training sees every class."""
-        if not trainer.datamodule.without:
+        """Refuse data of which training sees every class, or which have no two kinds of pictures to tell apart."""
+        if not (without := getattr(trainer.datamodule, "without", ())):
             raise Refused("AnomalyScore: data.without names no class that training does not see, as in [3]")
+        for name, images in trainer.datamodule.real.items():
+            anomalous = torch.isin(images.labels, torch.tensor(without))
+            if anomalous.all() or not anomalous.any():
+                raise Refused(f"AnomalyScore: {name} has not both, pictures of {list(without)} and others")
 
     def keep(self, outputs: dict[str, Any], i: int) -> tuple[float, int]:
         """The picture's error, and its class."""
@@ -31,4 +35,4 @@ class AnomalyScore(PerPicture):
         """See the class."""
         errors, labels = (torch.tensor(of) for of in zip(*kept, strict=True))
         anomalous = torch.isin(labels, torch.tensor(trainer.datamodule.without))
-        return {"auroc/l2": binary_auroc(errors / errors.max(), anomalous.long()).item()}
+        return {"auroc/image-l2": binary_auroc(errors / errors.max(), anomalous.long()).item()}

@@ -7,6 +7,7 @@ import numpy as np
 from skimage.restoration import denoise_tv_chambolle
 
 from callbacks.per_picture import PerPicture
+from datamodules.refused import Refused
 
 
 class Restoration(PerPicture):
@@ -27,6 +28,11 @@ class Restoration(PerPicture):
     def __init__(self, weights: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), while_training: bool = False) -> None:
         super().__init__(while_training)
         self.weights = weights
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a network that is given sound pictures, before the first step."""
+        if getattr(pl_module, "corruption", "none") == "none":
+            raise Refused("Restoration: model.corruption is none; there is nothing to restore")
 
     def keep(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
         """The picture's figures, those of the filter by its weight."""

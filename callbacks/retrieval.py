@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from callbacks.per_picture import PerPicture
+from datamodules.refused import Refused
 
 AT_ONCE = 1000  # queries answered together
 
@@ -27,17 +29,16 @@ class Retrieval(PerPicture):
         super().__init__(while_training)
         self.k = k
 
-    def keep(self, outputs: dict[str, Any], i: int) -> dict[str, Tensor]:
+    def keep(self, outputs: dict[str, Any], i: int) -> dict[str, np.ndarray]:
         """What the picture is found by, and its class."""
-        return {
-            "code": outputs["code"][i].float().cpu(),
-            "pixels": outputs["image"][i].flatten().float().cpu(),
-            "label": outputs["label"][i].cpu(),
-        }
+        code, pixels = (outputs[name][i].flatten().float().cpu().numpy().copy() for name in ("code", "image"))
+        return {"code": code, "pixels": pixels, "label": np.array(int(outputs["label"][i]))}
 
     def put_together(self, kept: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
-        of = {name: torch.stack([one[name] for one in kept]) for name in kept[0]}
+        if len(kept) <= self.k:
+            raise Refused(f"Retrieval.k: {self.k} nearest of {len(kept)} pictures")
+        of = {name: torch.from_numpy(np.stack([one[name] for one in kept])) for name in kept[0]}
         found = {}
         for name in ("code", "pixels"):
             right = of["label"][nearest(of[name], self.k)] == of["label"][:, None]

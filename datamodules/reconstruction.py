@@ -1,7 +1,7 @@
 """Reconstruction: images to train on and to be given back, their pixels as they are or binarised."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -74,11 +74,14 @@ class Reconstruction(Generation):
 
         Raises:
             MissingData: what is to be trained or measured on is not here.
-            BadImage: files are unusable, or images that are to be static are not binary; the message names them.
+            BadImage: files are unusable, or pixels are of another kind; the message names them.
+            Refused: `without` names what is no class of the training set, or all of its classes.
         """
         super().setup(stage)
         if stage == "fit" and self.without:
-            pixels, labels = self._read(self.train)
+            pixels, labels = cast(StoredImages, self.items).images
+            if absent := [label for label in self.without if not (labels == label).any()]:
+                raise Refused(f"data.without: {absent} are no classes of {self.train}: {labels.unique().tolist()}")
             kept = ~torch.isin(labels, torch.tensor(self.without))
             if not kept.any():
                 raise Refused(f"data.without: {list(self.without)} leaves nothing of {self.train}")
@@ -104,7 +107,7 @@ class Reconstruction(Generation):
         return self._measured()
 
     def _measured(self) -> DataLoader[dict[str, Any]]:
-        items = Whole(self.real, self.pixels)
+        items = Whole(self.real, self.pixels, self.place[1])
         return self.dealt(items, len(items))
 
     # A training batch on its way
@@ -127,11 +130,19 @@ class Whole(Dataset[dict[str, Any]]):
     Args:
         sets: by their names.
         pixels: see `Reconstruction`.
+        world: processes that share them: each must get some.
+
+    Raises:
+        Refused: there are more processes than images.
     """
 
-    def __init__(self, sets: dict[str, Images], pixels: Pixels) -> None:
+    def __init__(self, sets: dict[str, Images], pixels: Pixels, world: int = 1) -> None:
         self.sets, self.pixels = sets, pixels
-        self.parts = [(name, first) for name, found in sets.items() for first in range(0, len(found.labels), AT_ONCE)]
+        images = sum(len(found.labels) for found in sets.values())
+        if images < world:
+            raise Refused(f"{', '.join(sets)}: {images} images cannot be shared by {world} processes")
+        self.at_once = min(AT_ONCE, images // world)
+        self.parts = [(name, first) for name, found in sets.items() for first in range(0, len(found.labels), self.at_once)]
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -139,7 +150,7 @@ class Whole(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """See `Reconstruction`."""
         data_set, first = self.parts[index]
-        image, label = (of[first : first + AT_ONCE] for of in self.sets[data_set])
+        image, label = (of[first : first + self.at_once] for of in self.sets[data_set])
         image = image.float() / 255
         if self.pixels == "dynamic":
             image = binarised(image, 0, f"binarise/{data_set}", first)

@@ -15,6 +15,7 @@ from datamodules.catalogue import locate
 from datamodules.domains import domains
 from datamodules.generation import Generation
 from datamodules.labelled import labelled_pictures
+from datamodules.reconstruction import Reconstruction
 from datamodules.segmentation import Segmentation
 from datamodules.superresolution import SuperResolution
 from datamodules.unpaired import Unpaired
@@ -26,6 +27,7 @@ def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
     kinds: dict[type, Any] = {
         SuperResolution: PilPatches,
         Generation: PilImages,
+        Reconstruction: PilImages,
         Segmentation: PilTiles,
         Unpaired: PilPairs,
     }
@@ -69,7 +71,10 @@ class PilImages(Dataset[dict[str, Tensor]]):
         found = self.items[0, np.array([index % len(self.items)])]
         image = Image.fromarray(found["image"][0].permute(1, 2, 0).numpy().squeeze())
         image = image.resize((self.data.size,) * 2, Image.Resampling.BILINEAR)
-        return {"image": to_tensor(image), "label": found["label"][0]}
+        pixels = to_tensor(image)
+        if isinstance(self.data, Reconstruction) and self.data.pixels == "dynamic":
+            pixels = torch.bernoulli(pixels)
+        return {"image": pixels, "label": found["label"][0]}
 
 
 class PilTiles(Dataset[dict[str, Tensor]]):

@@ -142,5 +142,6 @@ def render(method: str) -> str:
             lines.append(f"| {cell['row']} | {cell['dataset']} | {figures} | {cell['state']} |")
         lines += ["", *([table["note"].strip(), ""] if "note" in table else [])]
     used = {cell["mark"] for cell in of_method if cell["paper"] is not None}
-    lines.append("How sure the paper's figures are: " + "; ".join(MARKS[mark] for mark in MARKS if mark in used) + ".")
+    if used:
+        lines.append("How sure the paper's figures are: " + "; ".join(MARKS[mark] for mark in MARKS if mark in used) + ".")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from datamodules.pictures import pictures_of
 from datamodules.segmentation import Segmentation
 from datamodules.unpaired import Unpaired
 from experiments.loops import Step, bare_batches, flops_of, loop, optimizers_of, quartiles
+from modules.autoencoder import Autoencoder
 from modules.cyclegan import CycleGAN, squared
 from modules.generative import GenerativeMethod
 from modules.method import Method
@@ -27,6 +28,8 @@ def use_figures(method: Method, data: Any) -> dict[str, Any]:
     """What the trained network's work costs, by its kind."""
     if isinstance(method, GenerativeMethod):
         return sampling_figures(method)
+    if isinstance(method, Autoencoder):
+        return coding_figures(method)
     if isinstance(method, CycleGAN):
         return translation_figures(method, data)
     return segmentation_figures(method, data) if isinstance(method, SegmentationMethod) else inference_figures(method)
@@ -58,6 +61,19 @@ def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:
             method.sample(latents)
             times.append(time.perf_counter() - started)
     return {"samples_per_second": 64 / statistics.median(times[1:])}
+
+
+def coding_figures(method: Autoencoder) -> dict[str, Any]:
+    """Images that go there and back a second, 100 at once."""
+    size = method.hparams["size"]
+    images = torch.rand(100, method.hparams["channels"], size, size)
+    times = []
+    with torch.no_grad():
+        for _ in range(6):  # the first one warms up
+            started = time.perf_counter()
+            method(images)
+            times.append(time.perf_counter() - started)
+    return {"reconstructions_per_second": len(images) / statistics.median(times[1:])}
 
 
 def inference_figures(method: Any) -> dict[str, Any]:

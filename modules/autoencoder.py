@@ -19,12 +19,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from datamodules.noise import normal, uniform
 from datamodules.refused import Refused
 from modules.adversarial import in_full
-from modules.coders import Activation, Network, decoder, encoder
+from modules.coders import Activation, Network, decoder, encoder, initialise
 from modules.method import Batch, Method
 
 Corruption = Literal["none", "noise", "masking", "block"]
@@ -41,8 +41,8 @@ class Autoencoder(Method):
         latent_size: numbers of a code.
         activation: of the hidden layers.
         corruption: of what the encoder sees: "none"; "noise", Gaussian, cut to [0, 1]; "masking" (Vincent et al., Section
-            2.3), pixels put to zero; "block" (Pathak et al., Section 3.3), a square put to zero.
-        amount: of it: the noise's deviation, the share of the pixels, the square's side as a share of the picture's.
+            2.3), values put to zero; "block" (Pathak et al., Section 3.3), a square put to zero.
+        amount: of it: the noise's deviation, the share of the values, the square's side as a share of the picture's.
         images: training budget.
         learning_rate: of Adam, falling to zero along half a cosine.
         seed: of the corruption in training.
@@ -66,18 +66,17 @@ class Autoencoder(Method):
         self.save_hyperparameters()
         if (corruption == "none") != (amount == 0) or amount < 0 or (corruption != "noise" and amount >= 1):
             raise Refused(f"model.amount: {amount} of model.corruption: {corruption} makes no sense")
-        if network == "convolutional" and not hidden:
-            raise Refused("model.hidden: a convolutional network needs layers, as in [32, 64]")
+        if corruption == "block" and round(amount * size) < 1:
+            raise Refused(f"model.amount: {amount} of {size} pixels is no block")
         self.corruption, self.amount = corruption, amount
         shape = (channels, size, size)
         self.encoder = encoder(network, shape, hidden, latent_size, activation)
         self.decoder = decoder(network, latent_size, hidden, shape, activation)
         self.bounded = bool(hidden)  # a linear one makes what it makes
-        for name, values in self.named_parameters():
-            nn.init.zeros_(values) if name.endswith("bias") else nn.init.xavier_uniform_(values)
+        initialise(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        """What comes back: (N, C, H, W) in [0, 1] to the same."""
+        """What comes back: (N, C, H, W) in [0, 1] to the same; a linear one's values have no bounds."""
         return self.decoded(self.encoder(image))
 
     def decoded(self, code: Tensor) -> Tensor:
@@ -90,13 +89,17 @@ class Autoencoder(Method):
         image = batch["image"]
         seen = image
         if self.corruption != "none":
-            kind = "normal" if self.corruption == "noise" else "uniform"
-            seen = self.corrupted(image, self.noise(batch, "corruption", self.draws(image), kind))
+            seen = self.corrupted(image, self.noise(batch, "corruption", self.draws(image), self.kind))
         return {"mse": F.mse_loss(self(seen), image)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
         return torch.optim.Adam(self.parameters(), fused=True)
+
+    @property
+    def kind(self) -> str:
+        """Of the draws."""
+        return "normal" if self.corruption == "noise" else "uniform"
 
     def draws(self, image: Tensor) -> int:
         """How many a picture's corruption takes."""
@@ -124,7 +127,7 @@ class Autoencoder(Method):
         if self.corruption == "none":
             code = self.encoder(image)
             return {**batch, "code": code, "prediction": self.decoded(code)}
-        draw = normal if self.corruption == "noise" else uniform
+        draw = {"normal": normal, "uniform": uniform}[self.kind]
         drawn = draw(0, f"corruption/{batch['dataset'][0]}", batch["index"].tolist(), self.draws(image))
         seen = self.corrupted(image, torch.from_numpy(drawn).to(image))
         code = self.encoder(seen)

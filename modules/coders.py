@@ -24,14 +24,18 @@ def encoder(
         hidden: units of the hidden layers; of a convolutional network, channels of layers that halve sides.
         outputs: of the last layer, which is affine.
         activation: behind the hidden layers.
+
+    Raises:
+        Refused: a convolutional network has no layers, or sides cannot be halved so often.
     """
     if network == "fully-connected":
         channels, height, width = shape
         return nn.Sequential(nn.Flatten(), perceptron((channels * height * width, *hidden, outputs), activation))
+    pixels = area(shape, hidden)
     layers: list[nn.Module] = []
     for into, out in pairwise((shape[0], *hidden)):
         layers += [nn.Conv2d(into, out, 4, stride=2, padding=1), ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(hidden[-1] * area(shape, hidden), outputs))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(hidden[-1] * pixels, outputs))
 
 
 def decoder(
@@ -48,8 +52,9 @@ def decoder(
     if network == "fully-connected":
         sizes = (inputs, *reversed(hidden), channels * height * width)
         return nn.Sequential(perceptron(sizes, activation), nn.Unflatten(1, shape))
+    pixels = area(shape, hidden)
     smallest = (hidden[-1], height >> len(hidden), width >> len(hidden))
-    layers: list[nn.Module] = [nn.Linear(inputs, hidden[-1] * area(shape, hidden)), nn.Unflatten(1, smallest)]
+    layers: list[nn.Module] = [nn.Linear(inputs, hidden[-1] * pixels), nn.Unflatten(1, smallest)]
     for into, out in pairwise((*reversed(hidden), channels)):
         layers += [ACTIVATIONS[activation](), nn.ConvTranspose2d(into, out, 4, stride=2, padding=1)]
     return nn.Sequential(*layers)
@@ -63,12 +68,19 @@ def perceptron(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def area(shape: tuple[int, int, int], hidden: Sequence[int]) -> int:
-    """Pixels of the smallest maps of a convolutional network.
+def initialise(method: nn.Module) -> None:
+    """Glorot's weights, and no biases."""
+    for name, values in method.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(values)
+        else:
+            nn.init.xavier_uniform_(values)
 
-    Raises:
-        Refused: sides cannot be halved so often.
-    """
+
+def area(shape: tuple[int, int, int], hidden: Sequence[int]) -> int:
+    """Pixels of the smallest maps of a convolutional network."""
+    if not hidden:
+        raise Refused("model.hidden: a convolutional network needs layers, as in [32, 64]")
     if any(side % 2 ** len(hidden) for side in shape[1:]):
         raise Refused(
             f"model.hidden: {len(hidden)} layers halve sides of {shape[1]}x{shape[2]} pixels, which are no multiples of "

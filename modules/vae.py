@@ -6,11 +6,11 @@ I. Higgins et al. beta-VAE. ICLR 2017.
 
 What we do differently, and why:
 
-1. Weights begin as Glorot's (IWAE's code); AEVB's N(0, 0.01) learns more slowly and ends no better.
+1. Weights begin as Glorot's (IWAE's code); AEVB's N(0, 0.01) is untried.
 2. The last bias begins at zero, not at what gives the training set's mean (IWAE's code): a method does not know the data.
-3. No prior on the weights (AEVB has N(0, I)): beside 60,000 pictures it is next to nothing.
-4. The logarithm of a Gaussian's variance (AEVB, App. C.2) is at least -8 for pixels: a network that is sure of a pixel's 8 bits
-   would make its density as large as it likes.
+3. No prior on the weights; AEVB has N(0, I), untried.
+4. The logarithm of a Gaussian's variance (AEVB, App. C.2) is above -8 for pixels, by a soft floor: a network that is sure of a
+   pixel's 8 bits would make its density as large as it likes.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from datamodules.refused import Refused
 from modules.adversarial import in_full
-from modules.coders import Activation, Network, decoder, encoder, perceptron
+from modules.coders import Activation, Network, decoder, encoder, initialise, perceptron
 from modules.generative import GenerativeMethod
 from modules.method import Batch
 
@@ -47,8 +47,9 @@ class VAE(GenerativeMethod):
         k: draws of latents a picture; the ELBO is their mean.
         beta: weight of the divergence in the ELBO; 1 in AEVB.
         optimizer: "adam" (IWAE), or "adagrad" (AEVB).
-        legs: of the learning rate, IWAE's Section 5: leg i takes three times as long as the one before, at 10^(-i/7) of the
-            highest rate; 8 in the paper. 0 for the same rate all the time.
+        epsilon: of Adam; 1e-4 in IWAE.
+        first_leg: images of the learning rate's first leg, IWAE's Section 5: each leg takes three times as long as the one
+            before, at 10^(-1/7) of its rate; one pass in the paper, which goes eight legs. 0 for the same rate all the time.
         images: training budget.
         learning_rate: the highest.
         seed: of the noise in training.
@@ -68,7 +69,8 @@ class VAE(GenerativeMethod):
         k: int = 1,
         beta: float = 1.0,
         optimizer: Literal["adam", "adagrad"] = "adam",
-        legs: int = 0,
+        epsilon: float = 1e-8,
+        first_leg: int = 0,
         images: int = 1_200_000,
         learning_rate: float = 1e-3,
         seed: int = 0,
@@ -77,12 +79,14 @@ class VAE(GenerativeMethod):
         self.save_hyperparameters()
         if k < 1:
             raise Refused(f"model.k: {k}; at least one draw of latents is needed")
-        if beta != 1 and (objective == "iwae" or above):
-            raise Refused(f"model.beta: {beta} is for the ELBO of one layer of latents; model.objective is {objective}")
+        if beta != 1 and objective == "iwae":
+            raise Refused(f"model.beta: {beta} weighs a part of the ELBO; the model.objective iwae has no parts")
+        if beta != 1 and above:
+            raise Refused(f"model.beta: {beta} is for one layer of latents; model.above makes two")
         if len(above) == 1:
             raise Refused(f"model.above: {list(above)}; hidden units and then latents, as in [100, 100, 50]")
         self.likelihood, self.objective, self.k, self.beta = likelihood, objective, k, beta
-        self.optimizer, self.legs = optimizer, legs
+        self.optimizer, self.epsilon, self.first_leg = optimizer, epsilon, first_leg
         self.sizes = [latent_size, *above[-1:]]  # of the layers of latents, from the picture upwards
         shape = (channels, size, size)
         told = (channels * (1 if likelihood == "bernoulli" else 2), size, size)
@@ -92,33 +96,29 @@ class VAE(GenerativeMethod):
             *between, top = above
             self.upwards = perceptron((latent_size, *between, 2 * top), activation)
             self.downwards = perceptron((top, *reversed(between), 2 * latent_size), activation)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.xavier_uniform_(layer.weight)
-        for name, values in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(values)
+        initialise(self)
 
     def forward(self, image: Tensor) -> Tensor:
         """What comes back of a picture's most probable latents: (N, C, H, W) in [0, 1] to the same."""
-        return self.means(self.decoder(self.posterior(image)[0]))
+        return self.decoded(self.posterior(image)[0])
 
     def sample(self, latents: Tensor) -> Tensor:
         """Pictures (N, C, H, W) in [0, 1] from standard normal numbers, from the top layer downwards."""
         if len(self.sizes) == 1:
-            return self.means(self.decoder(latents))
+            return self.decoded(latents)
         lower, top = latents.split(self.sizes, dim=1)
-        return self.means(self.decoder(drawn(self.gaussian(self.downwards, top), lower)))
+        return self.decoded(drawn(self.gaussian(self.downwards, top), lower))
 
-    def means(self, told: Tensor) -> Tensor:
-        """The expected picture, from what the decoder says; a Gaussian's means are in (0, 1) as well (AEVB, App. C.2)."""
-        return in_full(told[:, : self.hparams["channels"]]).sigmoid()
+    def decoded(self, latents: Tensor) -> Tensor:
+        """The expected picture of latents next to it; a Gaussian's means are in (0, 1) as well (AEVB, App. C.2)."""
+        made = self.decoder(latents.to(self.dtype))
+        return in_full(made[:, : self.hparams["channels"]]).sigmoid()
 
     # AEVB, Sections 2.2 and 2.3; for two layers IWAE, eq. 5 to 8
 
     def gaussian(self, network: nn.Module, inputs: Tensor) -> Gaussian:
         """App. C.2: means and logarithms of variances, (N, latents) each, in full precision."""
-        mean, log_variance = in_full(network(inputs)).chunk(2, dim=1)
+        mean, log_variance = in_full(network(inputs.to(self.dtype))).chunk(2, dim=1)
         return mean, log_variance
 
     def posterior(self, image: Tensor) -> Gaussian:
@@ -126,36 +126,40 @@ class VAE(GenerativeMethod):
         return self.gaussian(self.encoder, image)
 
     def log_likelihood(self, image: Tensor, latents: Tensor) -> Tensor:
-        """Log p(x|z), summed over pixels: pictures (N, C, H, W) and latents (k, N, latents) to (k, N), in nats."""
-        told = in_full(self.decoder(latents.flatten(0, 1)))
-        if self.likelihood == "bernoulli":
-            # log p = x t - log(1 + e^t), t what the decoder tells
-            told = told.unflatten(0, latents.shape[:2]).flatten(2)
-            return torch.einsum("nd,knd->kn", image.flatten(1), told) - F.softplus(told).sum(2)
-        mean, log_variance = told.chunk(2, dim=1)
-        image = image.expand(len(latents), *image.shape).flatten(0, 1)
-        return log_normal(image, (mean.sigmoid(), log_variance.clamp(min=-8))).view(latents.shape[:2])
+        """The sum of log p(x|z) over pixels: pictures (N, C, H, W) and latents (k, N, latents) to (k, N), in nats.
 
-    def draw(self, posterior: Gaussian, noise: Tensor) -> tuple[Tensor, Tensor]:
+        A Gaussian's is the logarithm of a density of grey values as they are, which can be above zero.
+        """
+        made = in_full(self.decoder(latents.flatten(0, 1).to(self.dtype))).unflatten(0, latents.shape[:2])  # (k, N, C', H, W)
+        if self.likelihood == "bernoulli":
+            return (image * made - F.softplus(made)).flatten(2).sum(2)  # of logits: log p = x l - log(1 + exp l)
+        mean, log_variance = made.chunk(2, dim=2)
+        return log_gaussian(image, (mean.sigmoid(), F.softplus(log_variance + 8) - 8)).flatten(2).sum(2)
+
+    def proposal(self, posterior: Gaussian, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Latents next to the picture (k, N, latents), and log p(z) - log q(z|x) of all latents, (k, N)."""
         lower, *upper = noise.split(self.sizes, dim=2)
         latents = drawn(posterior, lower)
+        proposed = log_gaussian(lower).sum(2) - posterior[1].sum(1) / 2  # log q(z|x), by the noise that z is made of
         if not upper:
-            return latents, log_normal(latents) - log_normal(latents, posterior)
-        flat = latents.flatten(0, 1)
-        above = self.gaussian(self.upwards, flat)
+            return latents, log_gaussian(latents).sum(2) - proposed
+        above = self.gaussian(self.upwards, latents.flatten(0, 1))
         top = drawn(above, upper[0].flatten(0, 1))
-        prior = log_normal(flat, self.gaussian(self.downwards, top)) + log_normal(top)
-        return latents, (prior - log_normal(top, above)).view(latents.shape[:2]) - log_normal(latents, posterior)
+        beneath = self.gaussian(self.downwards, top)
+        prior = log_gaussian(latents.flatten(0, 1), beneath).sum(1) + log_gaussian(top).sum(1)
+        proposed_above = log_gaussian(upper[0].flatten(0, 1)).sum(1) - above[1].sum(1) / 2
+        return latents, (prior - proposed_above).view(latents.shape[:2]) - proposed
 
     def log_weights(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Log p(x, z) - log q(z|x) (IWAE, eq. 7), (k, N), in nats.
+        """The log p(x, z) - log q(z|x) of IWAE, eq. 7: (k, N), in nats.
+
+        The networks' rounding to bf16 moves them by nats: train and measure them in fp32.
 
         Args:
             image: (N, C, H, W) in [0, 1].
             noise: standard normal, (k, N, all latents), of which the latents are made.
         """
-        latents, ratio = self.draw(self.posterior(image), noise)
+        latents, ratio = self.proposal(self.posterior(image), noise)
         return self.log_likelihood(image, latents) + ratio
 
     def elbo(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +171,7 @@ class VAE(GenerativeMethod):
         posterior = self.posterior(image)
         if len(self.sizes) == 1:
             return -self.log_likelihood(image, drawn(posterior, noise)).mean(0), divergence(posterior)
-        latents, ratio = self.draw(posterior, noise)
+        latents, ratio = self.proposal(posterior, noise)
         return -self.log_likelihood(image, latents).mean(0), -ratio.mean(0)
 
     # Training
@@ -178,29 +182,36 @@ class VAE(GenerativeMethod):
         noise = self.noise(batch, "latent", each).view(len(image), self.k, -1).transpose(0, 1)
         if self.objective == "iwae":
             return {"bound": -importance_bound(self.log_weights(image, noise)).mean()}
-        reconstruction, divergence = self.elbo(image, noise)
-        return {"reconstruction": reconstruction.mean(), "divergence": self.beta * divergence.mean()}
+        reconstruction, kl = self.elbo(image, noise)
+        name = "divergence" if self.beta == 1 else "weighted_divergence"
+        return {"reconstruction": reconstruction.mean(), name: self.beta * kl.mean()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AEVB, Section 5: Adagrad; IWAE, Section 5: Adam with an epsilon of 1e-4."""
+        """AEVB, Section 5: Adagrad; IWAE, Section 5: Adam."""
         if self.optimizer == "adagrad":
             return torch.optim.Adagrad(self.parameters(), fused=True)
-        return torch.optim.Adam(self.parameters(), eps=1e-4 if self.legs else 1e-8, fused=True)
+        return torch.optim.Adam(self.parameters(), eps=self.epsilon, fused=True)
 
     def schedule(self, images_seen: int) -> float:
         """IWAE, Section 5: 3^i passes at 10^(-i/7) of the rate, for i = 0, 1, ...; or the same rate all the time."""
-        if not self.legs:
+        if not self.first_leg:
             return self.learning_rate
-        passes = images_seen / self.images * (3**self.legs - 1) / 2  # leg i begins after (3^i - 1) / 2
-        leg = min(self.legs - 1, int(math.log(2 * passes + 1, 3) + 1e-9))
+        leg, begin = 0, self.first_leg  # begin: of the next leg
+        while images_seen >= begin:
+            leg, begin = leg + 1, 3 * begin + self.first_leg
         return self.learning_rate * 10 ** (-leg / 7)
 
     # To be measured
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """What comes back of pictures, and their latents; what the bound is, `callbacks.likelihood` says."""
-        image = batch["image"].to(self.dtype)
-        return {**batch, "prediction": self(image), "code": self.posterior(image)[0]}
+        """What comes back of pictures, and their latents; samples, where there are numbers instead of pictures.
+
+        What the bound is, `callbacks.likelihood` says.
+        """
+        if "image" not in batch:
+            return super().validation_step(batch, batch_idx)
+        code, _ = self.posterior(batch["image"])
+        return {**batch, "prediction": self.decoded(code), "code": code}
 
     test_step = validation_step
 
@@ -211,14 +222,12 @@ def drawn(of: Gaussian, noise: Tensor) -> Tensor:
     return mean + (log_variance / 2).exp() * noise
 
 
-def log_normal(values: Tensor, of: Gaussian | None = None) -> Tensor:
-    """Log density of a Gaussian, by default the standard one, summed over all but the leading dimensions it is told of.
-
-    Latents (..., n) are summed over n; pictures (N, C, H, W) over all but N.
-    """
-    mean, log_variance = of or (values.new_zeros(()), values.new_zeros(()))
-    nats = -0.5 * ((values - mean).square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
-    return nats.flatten(1).sum(1) if nats.ndim == 4 else nats.sum(-1)
+def log_gaussian(values: Tensor, of: Gaussian | None = None) -> Tensor:
+    """Log density of each value by itself under a Gaussian, by default the standard one."""
+    if of is None:
+        return -0.5 * (values.square() + math.log(2 * math.pi))
+    mean, log_variance = of
+    return -0.5 * ((values - mean).square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
 
 
 def divergence(of: Gaussian) -> Tensor:

@@ -30,7 +30,8 @@ def lay_out(name: str) -> None:
         return
     photographs = locate("photographs/train")[:4] + locate("photographs/test")
     cuttings = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
-    stars = [pattern.replace("**/", "some/").replace("*", "picture{}") for pattern in data_set._patterns(None, None)]
+    chosen = [re.sub(r"\[(.)[^]]*\]", r"\1", pattern) for pattern in data_set._patterns(None, None)]
+    stars = [name.replace("**/", "some/").replace("*", "picture{}").replace("??", "1{}").replace("?", "{}") for name in chosen]
     targets = list(data_set.manifest()) or [pattern.format(*[i] * 3) for pattern in stars for i in range(7)]
     for i, target in enumerate(targets):
         path = data_set.path / target

@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,12 @@ from callbacks.anomaly import AnomalyScore
 from callbacks.restoration import Restoration
 from callbacks.retrieval import Retrieval
 from datamodules.array_files import read_part
+from datamodules.image_arrays import Images
 from datamodules.refused import Refused
+from experiments.main import main
 from modules.autoencoder import Autoencoder
 from tests.contract import ReconstructionContract
+from tests.forked import forked
 from tests.tiny import write_reconstruction_recipe
 
 QUALITY = [{"class_path": "callbacks.restoration.Restoration", "init_args": {"weights": [0.1], "while_training": True}}]
@@ -114,12 +118,21 @@ def test_a_convolutional_one_gives_pictures_of_the_same_size():
         ({"corruption": "noise"}, r"model\.amount: 0\.0 of model\.corruption: noise makes no sense"),
         ({"corruption": "none", "amount": 0.5}, r"model\.amount: 0\.5 of model\.corruption: none makes no sense"),
         ({"corruption": "block", "amount": 1.0}, r"model\.amount: 1\.0"),
+        ({"corruption": "block", "amount": 0.01}, r"model\.amount: 0\.01 of 28 pixels is no block"),
         ({"network": "convolutional", "hidden": []}, r"model\.hidden: a convolutional network needs layers"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings, says):
     with pytest.raises(Refused, match=says):
         Autoencoder(**settings)
+
+
+@pytest.mark.parametrize(("recipe", "use"), [("vae/demo", "samples"), ("autoencoder/demo", "reconstructions")])
+def test_bench_names_its_figures(recipe, use, workplace, capfd):
+    assert forked(main, ["bench", recipe, "--pairs", "6", "--steps", "1", "--json"]) == 0
+    figures = json.loads(capfd.readouterr().out)
+    for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", f"{use}_per_second"):
+        assert figures[name] > 0
 
 
 # What they are worth
@@ -132,12 +145,17 @@ def test_anomaly_scores_are_sklearns():
     made[label == 3] = 0.5 * made[label == 3] + 0.2
     callback = AnomalyScore()
     outputs = {"image": image, "prediction": made, "label": label}
-    running = SimpleNamespace(datamodule=SimpleNamespace(without=[3, 7]))
+    images = Images(image, label)
+    running = SimpleNamespace(datamodule=SimpleNamespace(without=[3, 7], real={"some": images}))
+    callback.setup(running, None, "test")
     found = callback.put_together([callback.keep(outputs, i) for i in range(300)], running)
     errors = np.square((made - image).numpy()).reshape(300, -1).mean(1)
-    assert found["auroc/l2"] == pytest.approx(roc_auc_score(np.isin(label.numpy(), [3, 7]), errors), abs=1e-6)
+    assert found["auroc/image-l2"] == pytest.approx(roc_auc_score(np.isin(label.numpy(), [3, 7]), errors), abs=1e-6)
     with pytest.raises(Refused, match=r"data\.without names no class"):
         callback.setup(SimpleNamespace(datamodule=SimpleNamespace(without=[])), None, "test")
+    one_kind = SimpleNamespace(datamodule=SimpleNamespace(without=[3], real={"threes": Images(image, 0 * label + 3)}))
+    with pytest.raises(Refused, match=r"threes has not both, pictures of \[3\] and others"):
+        callback.setup(one_kind, None, "test")
 
 
 def test_retrieval_is_a_trees():
@@ -152,6 +170,8 @@ def test_retrieval_is_a_trees():
         assert (answers[:, 0] == np.arange(1000)).all()
         expected = (labels.numpy()[answers[:, 1:]] == labels.numpy()[:, None]).mean()
         assert found[f"precision-at-5/{name}"] == pytest.approx(expected, abs=2e-4)
+    with pytest.raises(Refused, match=r"Retrieval\.k: 5 nearest of 5 pictures"):
+        callback.put_together([callback.keep(outputs, i) for i in range(5)], None)
 
 
 def test_restoration_is_skimages():

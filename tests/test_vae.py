@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from callbacks.likelihood import Likelihood, measured
+from callbacks.likelihood import Likelihood, nats
 from datamodules.images import BadImage
 from datamodules.reconstruction import Reconstruction, binarised
 from datamodules.refused import Refused
@@ -25,7 +25,7 @@ class TestVAE(ReconstructionContract):
 class TestIWAEOfTwoLayers(ReconstructionContract):
     model = {
         "class_path": "modules.vae.VAE",
-        "init_args": {"hidden": [40], "latent_size": 6, "above": [10, 3], "objective": "iwae", "k": 4, "legs": 3},
+        "init_args": {"hidden": [40], "latent_size": 6, "above": [10, 3], "objective": "iwae", "k": 4, "first_leg": 20},
     }
     steady = "modules.vae.VAE"
     learns = ["--model.images", "60000", "--validate_every", "20000", "--data.batch_size", "50"]
@@ -79,7 +79,7 @@ def test_log_weights_are_those_of_torchs_distributions(likelihood, above):
             if likelihood == "bernoulli":
                 pixels = Bernoulli(logits=told)
             else:
-                pixels = Normal(told[:, :1].sigmoid(), (told[:, 1:] / 2).exp())
+                pixels = Normal(told[:, :1].sigmoid(), ((1 + (told[:, 1:] + 8).exp()).log() / 2 - 4).exp())
             expected = pixels.log_prob(image).flatten(1).sum(1) - q.log_prob(z).sum(1)
             prior = Normal(torch.zeros(4).double(), 1.0)
             if above:
@@ -104,7 +104,10 @@ def test_the_bound_of_many_draws_is_the_integral_over_the_latents():
         area = 2 * (points[1] - points[0]).log()
         exact = -((method.log_likelihood(image, grid) + prior).logsumexp(0) + area)
         outputs = {"image": image, "index": torch.arange(3), "code": method.posterior(image)[0]}
-        found = measured(method, outputs, seed=0, k=20_000)
+        found = nats(method, outputs, seed=0, k=20_000)
+        alone = nats(method, {name: values[1:2] for name, values in outputs.items()}, seed=0, k=50)["nll-50"]
+        together = nats(method, outputs, seed=0, k=50)["nll-50"]
+    assert alone.item() == pytest.approx(together[1].item(), abs=1e-9)  # whatever else is in the batch
     assert (found["nll-20000"] - exact).abs().max() < 0.02
     assert -found["elbo"].mean() > exact.mean() + 0.02
 
@@ -132,14 +135,14 @@ def test_the_training_objectives_are_the_bounds():
         elif "above" in settings:
             assert loss.item() == pytest.approx(-weights.mean().item(), rel=1e-5)
         else:
-            likelihood = weights - method.draw(method.posterior(batch["image"]), noise)[1]
+            likelihood = weights - method.proposal(method.posterior(batch["image"]), noise)[1]
             expected = divergence(method.posterior(batch["image"])).mean() - likelihood.mean()
             assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_legs_of_the_rate_are_those_of_the_paper():
     """3,280 passes in eight legs, each three times as long as the one before."""
-    method = VAE(legs=8, images=3280 * 60_000, learning_rate=1e-3)
+    method = VAE(first_leg=60_000, learning_rate=1e-3)
     begin = 0
     for leg in range(8):
         for images in (begin * 60_000, (begin + 3**leg) * 60_000 - 20):
@@ -161,7 +164,9 @@ def test_samples_of_two_layers_come_from_the_top():
     ("settings", "says"),
     [
         ({"k": 0}, r"model\.k: 0; at least one draw"),
-        ({"beta": 4.0, "objective": "iwae"}, r"model\.beta: 4\.0 is for the ELBO of one layer"),
+        ({"beta": 4.0, "objective": "iwae"}, r"model\.beta: 4\.0 weighs a part of the ELBO"),
+        ({"beta": 4.0, "above": [5, 2]}, r"model\.beta: 4\.0 is for one layer of latents"),
+        ({"network": "convolutional", "hidden": []}, r"model\.hidden: a convolutional network needs layers"),
         ({"above": [5]}, r"model\.above: \[5\]; hidden units and then latents"),
         ({"network": "convolutional", "hidden": [4, 8, 16]}, r"model\.hidden: 3 layers halve sides of 28x28 pixels"),
     ],
@@ -208,6 +213,8 @@ def test_a_class_can_be_left_out_of_training():
     assert set(data.held_out.labels.tolist()) == set(range(10))
     with pytest.raises(Refused, match=r"data\.without: .* leaves nothing of digits/train"):
         of_digits(without=range(10))
+    with pytest.raises(Refused, match=r"data\.without: \[11\] are no classes of digits/train"):
+        of_digits(without=[3, 11])
 
 
 def test_kinds_of_pixels_are_not_mixed():
@@ -219,7 +226,10 @@ def test_active_units_are_those_that_vary():
     callback = Likelihood()
     generator = torch.Generator().manual_seed(0)
     codes = torch.randn(500, 3, generator=generator) * torch.tensor([1.0, 0.2, 0.05])
-    callback.measured = {"code": codes, "elbo": torch.arange(500.0)}
+    callback.batch = {"code": codes.numpy(), "elbo": np.arange(500.0)}
     kept = [callback.keep({}, i) for i in range(500)]
-    found = callback.put_together(kept, SimpleNamespace(datamodule=SimpleNamespace(pixels="static")))
-    assert found == {"active-units/static": 2.0, "elbo/static": 249.5}
+    running = SimpleNamespace(
+        datamodule=SimpleNamespace(pixels="static"), lightning_module=SimpleNamespace(likelihood="bernoulli")
+    )
+    found = callback.put_together(kept, running)
+    assert found == {"active-units/bernoulli-static": 2.0, "elbo/bernoulli-static": 249.5}

@@ -110,7 +110,7 @@ def write_reconstruction_recipe(path: Path, model: Model, measures: list[Model] 
     likelihood = {"class_path": "callbacks.likelihood.Likelihood", "init_args": {"k": 3}}
     if measures is not None:
         return _write(path, model, data, measures)
-    return _write(path, model, data, [likelihood], "digits-val/elbo/dynamic")
+    return _write(path, model, data, [likelihood], "digits-val/elbo/bernoulli-dynamic")
 
 
 def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:

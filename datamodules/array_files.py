@@ -11,6 +11,8 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 import torch
 from PIL import Image
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from torch import Tensor
 
 from datamodules.catalogue import MissingData, data_root, find
@@ -122,9 +124,39 @@ def read_svhn(part: str) -> Labelled:
     return found.data, found.labels
 
 
+def read_static_mnist(part: str) -> Labelled:
+    """MNIST as H. Larochelle binarised it once and for all, rows of 784 zeros and ones in text; it has no labels, all are 0."""
+    path = find("mnist-static").path / f"binarized_mnist_{part}.amat"
+    if not path.exists():
+        raise MissingData(f"{path} is not here: {find('mnist-static').how()}")
+    text = np.frombuffer(path.read_bytes(), np.uint8)
+    digits = text[(text == ord("0")) | (text == ord("1"))]
+    if not len(digits) or len(digits) % 784 or not np.isin(text, list(b"01 \r\n")).all():
+        raise BadImage(f"{path}: cut short, or not rows of 784 zeros and ones")
+    images = (255 * (digits - ord("0"))).reshape(-1, 1, 28, 28)
+    return images, np.zeros(len(images), np.int64)
+
+
+def read_omniglot28(part: str) -> Labelled:
+    """OMNIGLOT at 28 x 28 as Burda et al. have it; labels are the 50 alphabets."""
+    path = find("omniglot28").path / "chardata.mat"
+    if not path.exists():
+        raise MissingData(f"{path} is not here: {find('omniglot28').how()}")
+    prefix = {"train": "", "test": "test"}[part]
+    try:
+        found = loadmat(path, variable_names=[f"{prefix}data", f"{prefix}target"])
+        pixels, target = found[f"{prefix}data"], found[f"{prefix}target"]  # (784, N) in [0, 1], column by column; (50, N)
+        images = (255 * pixels).round().astype(np.uint8).T.reshape(-1, 1, 28, 28).swapaxes(2, 3)
+        return np.ascontiguousarray(images), target.argmax(0)
+    except (KeyError, ValueError, OSError, NotImplementedError, MatReadError) as error:
+        raise BadImage(f"{path}: damaged, or not Burda's chardata.mat ({error})") from None
+
+
 READERS: dict[str, Callable[[str], Labelled]] = {
     "digits": read_digits,
     "mnist": read_mnist,
+    "mnist-static": read_static_mnist,
+    "omniglot28": read_omniglot28,
     "cifar10": read_cifar10,
     "cifar10-jpeg": read_cifar10_jpeg,
     "svhn": read_svhn,

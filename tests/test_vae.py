@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from callbacks.likelihood import Likelihood, nats
+from datamodules.array_files import read_part
 from datamodules.images import BadImage
 from datamodules.reconstruction import Reconstruction, binarised
 from datamodules.refused import Refused
@@ -220,6 +222,42 @@ def test_a_class_can_be_left_out_of_training():
 def test_kinds_of_pixels_are_not_mixed():
     with pytest.raises(BadImage, match=r"data\.pixels: static, but digits/train has values between 0 and 255"):
         of_digits(pixels="static")
+
+
+def test_sets_that_are_binarised_once_are_read(workplace):
+    images = (read_part("digits/val")[0][:30, 0].numpy() > 127).astype(np.uint8)
+    folder = workplace / "data" / "binarized_mnist"
+    folder.mkdir(parents=True)
+    for part in ("train", "valid", "test"):
+        rows = [" ".join(map(str, image.flatten())) + " \n" for image in images]
+        (folder / f"binarized_mnist_{part}.amat").write_text("".join(rows))
+    pixels, _ = read_part("mnist-static/val")
+    assert np.array_equal(pixels[:, 0], 255 * images)
+    data = Reconstruction("mnist-static/train", 28, "mnist-static/val", pixels="static")
+    data.setup("fit")
+    with pytest.raises(BadImage, match=r"data\.pixels: dynamic, but mnist-static/train is binarised already; take static"):
+        Reconstruction("mnist-static/train", 28, "mnist-static/val", pixels="dynamic").setup("fit")
+    (folder / "binarized_mnist_test.amat").write_text("0 1 0")
+    with pytest.raises(BadImage, match=r"binarized_mnist_test\.amat: cut short"):
+        read_part("mnist-static/test")
+
+
+def test_omniglot_is_read_column_by_column(workplace):
+    images = read_part("digits/val")[0][:12, 0].numpy()
+    folder = workplace / "data" / "omniglot28"
+    folder.mkdir(parents=True)
+    columns = np.stack([image.flatten(order="F") / 255 for image in images], 1)
+    target = np.eye(50)[:, np.arange(12) % 50]
+    savemat(
+        folder / "chardata.mat", {"data": columns, "target": target, "testdata": columns[:, :5], "testtarget": target[:, :5]}
+    )
+    pixels, labels = read_part("omniglot28/train")
+    assert np.array_equal(pixels[:, 0], images)
+    assert labels.tolist() == list(range(12))
+    assert len(read_part("omniglot28/test")[0]) == 5
+    (folder / "chardata.mat").write_bytes(b"MATLAB 5.0")
+    with pytest.raises(BadImage, match=r"chardata\.mat: damaged"):
+        read_part("omniglot28/train")
 
 
 def test_active_units_are_those_that_vary():

@@ -30,7 +30,7 @@ class TestIWAEOfTwoLayers(ReconstructionContract):
         "init_args": {"hidden": [40], "latent_size": 6, "above": [10, 3], "objective": "iwae", "k": 4, "first_leg": 20},
     }
     steady = "modules.vae.VAE"
-    learns = ["--model.images", "60000", "--validate_every", "20000", "--data.batch_size", "50"]
+    learns = ["--model.first_leg", "0", "--model.images", "60000", "--validate_every", "20000", "--data.batch_size", "50"]
     mark = -200
 
 

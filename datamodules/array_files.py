@@ -148,7 +148,7 @@ def read_omniglot28(part: str) -> Labelled:
         pixels, target = found[f"{prefix}data"], found[f"{prefix}target"]  # (784, N) in [0, 1], column by column; (50, N)
         images = (255 * pixels).round().astype(np.uint8).T.reshape(-1, 1, 28, 28).swapaxes(2, 3)
         return np.ascontiguousarray(images), target.argmax(0)
-    except (KeyError, ValueError, OSError, NotImplementedError, MatReadError) as error:
+    except (KeyError, ValueError, OSError, MatReadError) as error:
         raise BadImage(f"{path}: damaged, or not Burda's chardata.mat ({error})") from None
 
 

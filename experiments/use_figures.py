@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -54,26 +55,25 @@ def segmentation_figures(method: SegmentationMethod, data: Segmentation) -> dict
 def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:
     """Images made a second, 64 at once."""
     latents = method.latents(range(64))
-    times = []
-    with torch.no_grad():
-        for _ in range(6):  # the first one warms up
-            started = time.perf_counter()
-            method.sample(latents)
-            times.append(time.perf_counter() - started)
-    return {"samples_per_second": 64 / statistics.median(times[1:])}
+    return {"samples_per_second": 64 / seconds(lambda: method.sample(latents))}
 
 
 def coding_figures(method: Autoencoder) -> dict[str, Any]:
     """Images that go there and back a second, 100 at once."""
     size = method.hparams["size"]
     images = torch.rand(100, method.hparams["channels"], size, size)
+    return {"reconstructions_per_second": len(images) / seconds(lambda: method(images))}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """What it takes without gradients, median of five times, after one to warm up."""
     times = []
     with torch.no_grad():
-        for _ in range(6):  # the first one warms up
+        for _ in range(6):
             started = time.perf_counter()
-            method(images)
+            work()
             times.append(time.perf_counter() - started)
-    return {"reconstructions_per_second": len(images) / statistics.median(times[1:])}
+    return statistics.median(times[1:])
 
 
 def inference_figures(method: Any) -> dict[str, Any]:
@@ -102,13 +102,7 @@ def inference_figures(method: Any) -> dict[str, Any]:
 def translation_figures(method: CycleGAN, data: Unpaired) -> dict[str, Any]:
     """Pictures translated a second, and the time of a step in the order of passes of the classic code beside ours."""
     batch = next(bare_batches(data, method.device))
-    times: list[float] = []
-    with torch.no_grad():
-        for _ in range(6):  # the first one warms up
-            started = time.perf_counter()
-            method.translate(batch["A"], "AtoB")
-            times.append(time.perf_counter() - started)
-    figures = {"translations_per_second": len(batch["A"]) / statistics.median(times[1:])}
+    figures = {"translations_per_second": len(batch["A"]) / seconds(lambda: method.translate(batch["A"], "AtoB"))}
     if not method.adversarial:
         return figures
     steps = {"ours": loop(method, repeat(batch), optimizers_of(method)), "classic": classic_step(method, batch)}

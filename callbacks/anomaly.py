@@ -10,21 +10,22 @@ from datamodules.refused import Refused
 
 
 class AnomalyScore(PerPicture):
-    """Area under the ROC curve of a picture's reconstruction error; anomalies are the classes that training was without.
+    """Area under the ROC curve of a picture's reconstruction error; anomalies are of the classes that training does not see.
 
     - `auroc/image-l2`: of whole pictures; the error is the mean squared one over the picture's pixels. 0.5 is chance.
 
-    Expects the outputs {"image", "prediction": (N, C, H, W), "label": (N,)}.
+    Expects the outputs {"image", "prediction": (N, C, H, W), "label": (N,)}, on datamodules.reconstruction.Reconstruction.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse data of which training sees every class, or which have no two kinds of pictures to tell apart."""
-        if not (without := getattr(trainer.datamodule, "without", ())):
-            raise Refused("AnomalyScore: data.without names no class that training does not see, as in [3]")
+        """Refuse data that have no two kinds of pictures to tell apart."""
         for name, images in trainer.datamodule.real.items():
-            anomalous = torch.isin(images.labels, torch.tensor(without))
+            anomalous = trainer.datamodule.novel(images.labels)
             if anomalous.all() or not anomalous.any():
-                raise Refused(f"AnomalyScore: {name} has not both, pictures of {list(without)} and others")
+                raise Refused(
+                    f"AnomalyScore: {name} needs both, pictures of classes that training sees and others; "
+                    f"data.without: {list(trainer.datamodule.without)}"
+                )
 
     def keep(self, outputs: dict[str, Any], i: int) -> tuple[float, int]:
         """The picture's error, and its class."""
@@ -34,5 +35,5 @@ class AnomalyScore(PerPicture):
     def put_together(self, kept: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
         errors, labels = (torch.tensor(of) for of in zip(*kept, strict=True))
-        anomalous = torch.isin(labels, torch.tensor(trainer.datamodule.without))
+        anomalous = trainer.datamodule.novel(labels)
         return {"auroc/image-l2": binary_auroc(errors / errors.max(), anomalous.long()).item()}

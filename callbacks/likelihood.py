@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from callbacks.per_picture import PerPicture
-from datamodules.noise import normal
+from datamodules.fast_noise import fast_normal
 from datamodules.refused import Refused
 
 TOGETHER = 20  # draws of latents that are decoded together
@@ -76,7 +76,7 @@ def nats(method: Any, outputs: dict[str, Any], seed: int, k: int) -> dict[str, T
     image, numbers = outputs["image"], outputs["index"].tolist()
 
     def noise(stream: str, draws: int) -> Tensor:
-        values = normal(seed, f"likelihood/{stream}", numbers, draws * method.latent_size)
+        values = fast_normal(seed, f"likelihood/{stream}", numbers, draws * method.latent_size)
         return torch.from_numpy(values).to(image).view(len(image), draws, -1).transpose(0, 1)
 
     reconstruction, divergence = method.elbo(image, noise("elbo", 1))

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.array_files import read_part
+from datamodules.catalogue import catalogue, find, pixel_hash
 from datamodules.generation import Generation, StoredImages
 from datamodules.image_arrays import Images
 from datamodules.images import BadImage
+from datamodules.pictures import pictures_of, slug
 from datamodules.randomness import draws
 from datamodules.refused import Refused
 
@@ -26,26 +29,26 @@ class Reconstruction(Generation):
 
     Args:
         train: what to train on: a set of the catalogue ("digits"), a split of one ("mnist/train"), or a folder.
-        size: side in pixels, see `image_arrays.read_images`.
+        size: side in pixels, see `image_arrays.read_images`; or height and width that the images of array sets must have.
         val: to measure on during training.
         test: sets to measure on after it; those that are absent are named and left out.
         pixels: "real-valued", as they are; "dynamic", each pixel drawn anew as 0 or 1 with its value as probability whenever it
             is seen (Burda et al., arXiv:1509.00519), to measure on always the same draw; "static", for sets that are
             binarised once and for all. Likelihoods of different kinds of pixels cannot be compared, and are named by them.
         channels: 1 or 3.
-        without: classes (numbers of folders, or digits) that training does not see.
+        without: classes (names of folders, or digits) that training does not see.
         crop, flip, batch_size, workers, skip_bad, seed: see `Generation`.
     """
 
     def __init__(
         self,
         train: str,
-        size: int,
+        size: int | Sequence[int],
         val: str,
         test: Sequence[str] = (),
         pixels: Pixels = "real-valued",
         channels: int = 1,
-        without: Sequence[int] = (),
+        without: Sequence[int | str] = (),
         crop: int | None = None,
         flip: bool = False,
         batch_size: int = 100,
@@ -55,7 +58,7 @@ class Reconstruction(Generation):
     ) -> None:
         super().__init__(
             train,
-            size,
+            size if isinstance(size, int) else max(size),
             channels,
             val,
             test,
@@ -67,7 +70,9 @@ class Reconstruction(Generation):
             seed=seed,
         )
         self.pixels: Pixels = pixels
-        self.without = without
+        self.without = [str(name) for name in without]
+        self.rectangle = None if isinstance(size, int) else tuple(size)
+        self.classes: list[str] = []  # by their numbers
 
     def setup(self, stage: str) -> None:
         """Find, read and check the images of a stage.
@@ -80,21 +85,47 @@ class Reconstruction(Generation):
         super().setup(stage)
         if stage == "fit" and self.without:
             pixels, labels = cast(StoredImages, self.items).images
-            if absent := [label for label in self.without if not (labels == label).any()]:
-                raise Refused(f"data.without: {absent} are no classes of {self.train}: {labels.unique().tolist()}")
-            kept = ~torch.isin(labels, torch.tensor(self.without))
+            names = [self.classes[label] for label in labels.unique()]
+            if absent := [name for name in self.without if name not in names]:
+                raise Refused(f"data.without: {', '.join(absent)}: no classes of {self.train}, which has {', '.join(names)}")
+            kept = torch.tensor([name not in self.without for name in self.classes])[labels]
             if not kept.any():
-                raise Refused(f"data.without: {list(self.without)} leaves nothing of {self.train}")
+                raise Refused(f"data.without: {', '.join(self.without)} leaves nothing of {self.train}")
             self.items = StoredImages(Images(pixels[kept], labels[kept]))
 
     def _read(self, spec: str) -> Images:
-        images = super()._read(spec)
-        binary = bool(((images.pixels == 0) | (images.pixels == 255)).all())
+        pixels, labels = super()._read(spec) if self.rectangle is None else self._rectangles(spec)
+        binary = bool(((pixels == 0) | (pixels == 255)).all())
         if self.pixels == "static" and not binary:
             raise BadImage(f"data.pixels: static, but {spec} has values between 0 and 255; take dynamic or real-valued")
         if self.pixels != "static" and binary:
             raise BadImage(f"data.pixels: {self.pixels}, but {spec} is binarised already; take static")
-        return images
+        names = [str(label) for label in labels.tolist()] if is_array(spec) else self._folders(spec)
+        self.classes += sorted(set(names) - set(self.classes))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return Images(pixels, torch.tensor([numbers[name] for name in names]))
+
+    def _rectangles(self, spec: str) -> Images:
+        if not is_array(spec):
+            raise Refused(f"data.size: {list(self.rectangle or ())} is for sets of arrays; pictures of {spec} are cut square")
+        pixels, labels = read_part(spec)
+        if tuple(pixels.shape[1:]) != (self.channels, *(self.rectangle or ())):
+            raise Refused(f"data.size: {list(self.rectangle or ())}, but the images of {spec} are {list(pixels.shape[1:])}")
+        self.survey.contents[slug(spec)] = {"all": pixel_hash(pixels)}
+        return Images(pixels, labels)
+
+    def _folders(self, spec: str) -> list[str]:
+        """Of the usable pictures of a set, in their order."""
+        usable = self.survey.contents[slug(spec)]
+        return [picture.path.parent.name for picture in pictures_of(spec) if picture.name in usable]
+
+    def novel(self, labels: Tensor) -> Tensor:
+        """Which of these classes (N,) training does not see: bool (N,)."""
+        if is_array(self.train):
+            seen = {str(label) for label in read_part(self.train)[1].unique().tolist()}
+        else:
+            seen = {picture.path.parent.name for picture in pictures_of(self.train)}
+        return torch.tensor([name not in seen or name in self.without for name in self.classes])[labels]
 
     # Loaders
 
@@ -162,6 +193,12 @@ class Whole(Dataset[dict[str, Any]]):
             "name": [f"{number:06d}" for number in numbers],
             "dataset": [data_set] * len(image),
         }
+
+
+def is_array(spec: str) -> bool:
+    """Whether it is a set of the catalogue that does not consist of picture files."""
+    name = spec.partition("/")[0]
+    return name in catalogue() and bool(find(name).arrays)
 
 
 def binarised(image: Tensor, seed: int, stream: str, start: int) -> Tensor:

@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.noise import normal, uniform
 from datamodules.refused import Refused
 from modules.adversarial import in_full
-from modules.coders import Activation, Network, decoder, encoder, initialise
-from modules.method import Batch, Method
+from modules.coders import Activation, Network, decoder, encoder, initialise, sides
+from modules.method import DRAWS, Batch, Method
 
 Corruption = Literal["none", "noise", "masking", "block"]
 
@@ -35,7 +34,7 @@ class Autoencoder(Method):
 
     Args:
         channels: of a picture, 1 or 3.
-        size: a picture's side in pixels.
+        size: a picture's side in pixels, or its height and width.
         network: fully connected or convolutional.
         hidden: units of the layers between a picture and its code; none, and it is linear; see `modules.coders`.
         latent_size: numbers of a code.
@@ -51,7 +50,7 @@ class Autoencoder(Method):
     def __init__(
         self,
         channels: int = 1,
-        size: int = 28,
+        size: int | Sequence[int] = 28,
         network: Network = "fully-connected",
         hidden: Sequence[int] = (512, 128),
         latent_size: int = 32,
@@ -66,10 +65,10 @@ class Autoencoder(Method):
         self.save_hyperparameters()
         if (corruption == "none") != (amount == 0) or amount < 0 or (corruption != "noise" and amount >= 1):
             raise Refused(f"model.amount: {amount} of model.corruption: {corruption} makes no sense")
-        if corruption == "block" and round(amount * size) < 1:
-            raise Refused(f"model.amount: {amount} of {size} pixels is no block")
+        if corruption == "block" and round(amount * min(sides(size))) < 1:
+            raise Refused(f"model.amount: {amount} of {min(sides(size))} pixels is no block")
         self.corruption, self.amount = corruption, amount
-        shape = (channels, size, size)
+        shape = (channels, *sides(size))
         self.encoder = encoder(network, shape, hidden, latent_size, activation)
         self.decoder = decoder(network, latent_size, hidden, shape, activation)
         self.bounded = bool(hidden)  # a linear one makes what it makes
@@ -99,7 +98,7 @@ class Autoencoder(Method):
     @property
     def kind(self) -> str:
         """Of the draws."""
-        return "normal" if self.corruption == "noise" else "uniform"
+        return "fast-normal" if self.corruption == "noise" else "uniform"
 
     def draws(self, image: Tensor) -> int:
         """How many a picture's corruption takes."""
@@ -112,9 +111,9 @@ class Autoencoder(Method):
         if self.corruption == "masking":
             return image * (noise.view(image.shape) >= self.amount)
         height, width = image.shape[-2:]
-        sides = [round(self.amount * length) for length in (height, width)]
+        holes = [round(self.amount * length) for length in (height, width)]
         inside = []  # of the rows, then of the columns that the square covers
-        for length, side, draw in zip((height, width), sides, noise.T, strict=True):
+        for length, side, draw in zip((height, width), holes, noise.T, strict=True):
             first = (draw * (length - side + 1)).long().clamp(max=length - side)[:, None]
             places = torch.arange(length, device=image.device)
             inside.append((places >= first) & (places < first + side))
@@ -127,7 +126,7 @@ class Autoencoder(Method):
         if self.corruption == "none":
             code = self.encoder(image)
             return {**batch, "code": code, "prediction": self.decoded(code)}
-        draw = {"normal": normal, "uniform": uniform}[self.kind]
+        draw = DRAWS[self.kind]
         drawn = draw(0, f"corruption/{batch['dataset'][0]}", batch["index"].tolist(), self.draws(image))
         seen = self.corrupted(image, torch.from_numpy(drawn).to(image))
         code = self.encoder(seen)

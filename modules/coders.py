@@ -87,3 +87,9 @@ def area(shape: tuple[int, int, int], hidden: Sequence[int]) -> int:
             f"{2 ** len(hidden)}"
         )
     return (shape[1] >> len(hidden)) * (shape[2] >> len(hidden))
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of pictures, which are square if there is one number."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from datamodules.fast_noise import fast_normal
 from datamodules.noise import normal, number, uniform
 from datamodules.refused import Refused
 from modules.average import Average
@@ -17,6 +18,7 @@ from modules.lightning_adapter import LeanModule, align_log_axis, count_step, gr
 from modules.phases import Batch, Phase, Player, chunks_of, only, size_of
 from modules.pool import Pool
 
+DRAWS = {"normal": normal, "fast-normal": fast_normal, "uniform": uniform}
 SMALLEST_SCALE = 2.0**-14  # of fp16 losses; torch begins with 2**16 and halves it at each overflow
 
 
@@ -103,10 +105,10 @@ class Method(LeanModule):
             batch: as `losses` and `shared` get it.
             stream: what it is for; different streams are independent.
             size: draws a sample.
-            kind: "normal", with mean 0 and deviation 1, or "uniform", in (0, 1).
+            kind: "normal", with mean 0 and deviation 1; "fast-normal", the same in single precision, from other draws; or
+                "uniform", in (0, 1).
         """
-        draw = {"normal": normal, "uniform": uniform}[kind]
-        values = draw(self.seed, f"train/{stream}/{batch['repetition']}", batch["positions"], size)
+        values = DRAWS[kind](self.seed, f"train/{stream}/{batch['repetition']}", batch["positions"], size)
         made = torch.from_numpy(values).to(self.dtype)
         return made.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else made.to(self.device)
 

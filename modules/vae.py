@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from datamodules.refused import Refused
 from modules.adversarial import in_full
-from modules.coders import Activation, Network, decoder, encoder, initialise, perceptron
+from modules.coders import Activation, Network, decoder, encoder, initialise, perceptron, sides
 from modules.generative import GenerativeMethod
 from modules.method import Batch
 
@@ -35,7 +35,7 @@ class VAE(GenerativeMethod):
 
     Args:
         channels: of a picture, 1 or 3.
-        size: a picture's side in pixels.
+        size: a picture's side in pixels, or its height and width.
         network: fully connected (both papers), or convolutional.
         hidden: units of the layers between a picture and its latents; see `modules.coders`.
         latent_size: latents next to the picture.
@@ -58,7 +58,7 @@ class VAE(GenerativeMethod):
     def __init__(
         self,
         channels: int = 1,
-        size: int = 28,
+        size: int | Sequence[int] = 28,
         network: Network = "fully-connected",
         hidden: Sequence[int] = (500,),
         latent_size: int = 20,
@@ -88,8 +88,8 @@ class VAE(GenerativeMethod):
         self.likelihood, self.objective, self.k, self.beta = likelihood, objective, k, beta
         self.optimizer, self.epsilon, self.first_leg = optimizer, epsilon, first_leg
         self.sizes = [latent_size, *above[-1:]]  # of the layers of latents, from the picture upwards
-        shape = (channels, size, size)
-        told = (channels * (1 if likelihood == "bernoulli" else 2), size, size)
+        shape = (channels, *sides(size))
+        told = (channels * (1 if likelihood == "bernoulli" else 2), *sides(size))
         self.encoder = encoder(network, shape, hidden, 2 * latent_size, activation)
         self.decoder = decoder(network, latent_size, hidden, told, activation)
         if above:
@@ -132,7 +132,8 @@ class VAE(GenerativeMethod):
         """
         made = in_full(self.decoder(latents.flatten(0, 1).to(self.dtype))).unflatten(0, latents.shape[:2])  # (k, N, C', H, W)
         if self.likelihood == "bernoulli":
-            return (image * made - F.softplus(made)).flatten(2).sum(2)  # of logits: log p = x l - log(1 + exp l)
+            costs = F.binary_cross_entropy_with_logits(made, image.expand_as(made), reduction="none")
+            return -costs.flatten(2).sum(2)
         mean, log_variance = made.chunk(2, dim=2)
         return log_gaussian(image, (mean.sigmoid(), F.softplus(log_variance + 8) - 8)).flatten(2).sum(2)
 
@@ -179,7 +180,7 @@ class VAE(GenerativeMethod):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Nats a picture: the bound's negative, as reconstruction and divergence where the latter has a closed form."""
         image, each = batch["image"], self.k * self.latent_size
-        noise = self.noise(batch, "latent", each).view(len(image), self.k, -1).transpose(0, 1)
+        noise = self.noise(batch, "latent", each, "fast-normal").view(len(image), self.k, -1).transpose(0, 1)
         if self.objective == "iwae":
             return {"bound": -importance_bound(self.log_weights(image, noise)).mean()}
         reconstruction, kl = self.elbo(image, noise)

@@ -78,7 +78,7 @@ def test_corruptions_are_what_they_are_called(corruption, amount):
     method = Autoencoder(corruption=corruption, amount=amount)
     image = torch.full((3000, 1, 28, 28), 0.5)
     batch = {"image": image, "positions": range(3000), "repetition": 0}
-    noise = method.noise(batch, "corruption", method.draws(image), "normal" if corruption == "noise" else "uniform")
+    noise = method.noise(batch, "corruption", method.draws(image), method.kind)
     seen = method.corrupted(image, noise)
     assert 0 <= seen.min() <= seen.max() <= 1
     if corruption == "noise":

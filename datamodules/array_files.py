@@ -152,11 +152,24 @@ def read_omniglot28(part: str) -> Labelled:
         raise BadImage(f"{path}: damaged, or not Burda's chardata.mat ({error})") from None
 
 
+def read_frey(part: str) -> Labelled:
+    """Frey's faces, 28 x 20; they have no labels, all are 0."""
+    path = find("frey").path / "frey_rawface.mat"
+    if not path.exists():
+        raise MissingData(f"{path} is not here: {find('frey').how()}")
+    try:
+        images = loadmat(path, variable_names=["ff"])["ff"].T.reshape(-1, 1, 28, 20)  # a column a face, row by row
+    except (KeyError, ValueError, OSError, MatReadError) as error:
+        raise BadImage(f"{path}: damaged, or not Roweis's frey_rawface.mat ({error})") from None
+    return images.astype(np.uint8), np.zeros(len(images), np.int64)
+
+
 READERS: dict[str, Callable[[str], Labelled]] = {
     "digits": read_digits,
     "mnist": read_mnist,
     "mnist-static": read_static_mnist,
     "omniglot28": read_omniglot28,
+    "frey": read_frey,
     "cifar10": read_cifar10,
     "cifar10-jpeg": read_cifar10_jpeg,
     "svhn": read_svhn,

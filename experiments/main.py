@@ -23,9 +23,11 @@ train, measure and use
   test RECIPE                measure on the test sets that are here
   predict RECIPE --input PICTURE_OR_FOLDER --output FOLDER (--direction BtoA where there are two)
   sample RECIPE --output FOLDER              images made from noise (--count N)
-  interpolate RECIPE --between 3 17 42       the way through latent space between samples, as a picture
+  interpolate RECIPE --between 3 17 42       the way through latent space between samples, as a picture (or --pictures)
   arithmetic RECIPE --plus 1 2 --minus 3 4   sums of samples' latents, as a picture
   manifold RECIPE                            what two latents mean, as a picture (--side N)
+  reconstruct RECIPE                         what comes back of pictures of the test set (--numbers 0 1 2)
+  retrieve RECIPE                            the pictures whose codes are nearest to a picture's (--numbers 0 1 2, --k N)
 
   RECIPE is a name (espcn/t91_x3; espcn for its demo) or a path to a YAML file.
   Any key can be given anew: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
@@ -207,10 +209,16 @@ def _sample(rest: list[str]) -> int:
 def _interpolate(rest: list[str]) -> int:
     parser = _of_latents("interpolate", "The straight way through latent space between samples.", "interpolation.png")
     parser.add_argument("--between", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of samples")
+    parser.add_argument("--pictures", action="store_true", help="the numbers are those of pictures of the test set")
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="from one to the next (default 9)")
     chosen = parser.parse_args(rest)
     _no_negative("interpolate: --between", chosen.between)
     recipe = find_recipe(chosen.recipe)
+    if chosen.pictures:
+        from experiments import coding
+
+        coding.interpolate(recipe, chosen.ckpt, chosen.between, chosen.steps, chosen.output)
+        return 0
     from experiments.sampling import interpolate
 
     interpolate(recipe, chosen.ckpt, chosen.between, chosen.steps, chosen.seed, chosen.output)
@@ -241,6 +249,33 @@ def _manifold(rest: list[str]) -> int:
     from experiments.sampling import manifold
 
     manifold(recipe, chosen.ckpt, chosen.side, chosen.output)
+    return 0
+
+
+def _reconstruct(rest: list[str]) -> int:
+    parser = Parser(prog="darkroom reconstruct", description="What comes back of pictures of the test set.")
+    _of_network(parser, "reconstructions.png")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[*range(16)], metavar="N", help="of the pictures")
+    chosen = parser.parse_args(rest)
+    recipe = find_recipe(chosen.recipe)
+    from experiments.coding import reconstruct
+
+    reconstruct(recipe, chosen.ckpt, chosen.numbers, chosen.output)
+    return 0
+
+
+def _retrieve(rest: list[str]) -> int:
+    parser = Parser(
+        prog="darkroom retrieve", description="The pictures of the test set whose codes are nearest to a picture's."
+    )
+    _of_network(parser, "retrieval.png")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[*range(8)], metavar="N", help="of the pictures that ask")
+    parser.add_argument("--k", type=int, default=10, metavar="N", help="answers to each (default 10)")
+    chosen = parser.parse_args(rest)
+    recipe = find_recipe(chosen.recipe)
+    from experiments.coding import retrieve
+
+    retrieve(recipe, chosen.ckpt, chosen.numbers, chosen.k, chosen.output)
     return 0
 
 
@@ -283,4 +318,6 @@ COMMANDS = {
     "interpolate": _interpolate,
     "arithmetic": _arithmetic,
     "manifold": _manifold,
+    "reconstruct": _reconstruct,
+    "retrieve": _retrieve,
 }

@@ -45,13 +45,9 @@ def interpolate(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], steps:
     Raises:
         Refused: see `sample`; or there is but one sample, or no step.
     """
-    if len(numbers) < 2 or steps < 1:
-        raise Refused("interpolate: --between takes at least two samples, --steps at least 1")
+    check_way(numbers, steps)
     method = trained(recipe, ckpt)
-    ends = method.latents(numbers, seed)
-    shares = torch.linspace(0, 1, steps + 1).to(ends)[:, None]
-    rows = [begin + shares * (end - begin) for begin, end in pairwise(ends)]
-    write(grid(made(method, torch.cat(rows)), columns=steps + 1), Path(output))
+    write(grid(made(method, ways(method.latents(numbers, seed), steps)), columns=steps + 1), Path(output))
 
 
 def arithmetic(
@@ -98,6 +94,18 @@ def manifold(recipe: Recipe, ckpt: str | None, side: int, output: str) -> None:
     down, across = torch.meshgrid(places.flip(0), places, indexing="ij")
     latents = torch.stack([across, down], dim=2).flatten(0, 1).to(method.dtype)
     write(make_grid(made(method, latents), nrow=side, padding=0), Path(output))
+
+
+def check_way(numbers: Sequence[int], steps: int) -> None:
+    """Refuse a way without an end, or without a step."""
+    if len(numbers) < 2 or steps < 1:
+        raise Refused("interpolate: --between takes at least two numbers, --steps at least 1")
+
+
+def ways(ends: Tensor, steps: int) -> Tensor:
+    """The straight way from each of some codes (N, latents) to the next: (N - 1) * (steps + 1) codes."""
+    shares = torch.linspace(0, 1, steps + 1).to(ends)[:, None]
+    return torch.cat([begin + shares * (end - begin) for begin, end in pairwise(ends)])
 
 
 def trained(recipe: Recipe, ckpt: str | None) -> GenerativeMethod:

@@ -17,6 +17,7 @@ from datamodules.segmentation import Segmentation
 from datamodules.unpaired import Unpaired
 from experiments.loops import Step, bare_batches, flops_of, loop, optimizers_of, quartiles
 from modules.autoencoder import Autoencoder
+from modules.coders import sides
 from modules.cyclegan import CycleGAN, squared
 from modules.generative import GenerativeMethod
 from modules.method import Method
@@ -60,8 +61,7 @@ def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:
 
 def coding_figures(method: Autoencoder) -> dict[str, Any]:
     """Images that go there and back a second, 100 at once."""
-    size = method.hparams["size"]
-    images = torch.rand(100, method.hparams["channels"], size, size)
+    images = torch.rand(100, method.hparams["channels"], *sides(method.hparams["size"]))
     return {"reconstructions_per_second": len(images) / seconds(lambda: method(images))}
 
 

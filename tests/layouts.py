@@ -141,6 +141,31 @@ def lay_out_svhn(folder: Path) -> None:
         savemat(folder / f"{part}_32x32.mat", {"X": hundred_tiles().transpose(1, 2, 3, 0), "y": labels})
 
 
+def lay_out_static_mnist(folder: Path) -> None:
+    """Three files of rows of zeros and ones, 30 embedded digits each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [" ".join(map(str, row)) + " \n" for row in (read_digits("all")[0][:30].reshape(30, 784) > 127).astype(int)]
+    for part in ("train", "valid", "test"):
+        (folder / f"binarized_mnist_{part}.amat").write_text("".join(rows))
+
+
+def lay_out_omniglot28(folder: Path) -> None:
+    """One of MATLAB's files: a column a picture, column by column, between 0 and 1; 40 embedded digits, 20 for tests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = read_digits("all")[0][:60].swapaxes(2, 3).reshape(60, 784).T / 255
+    target = np.eye(50)[:, np.arange(60) % 50]
+    parts = {"data": columns[:, :40], "target": target[:, :40], "testdata": columns[:, 40:], "testtarget": target[:, 40:]}
+    savemat(folder / "chardata.mat", parts)
+
+
+def lay_out_frey(folder: Path) -> None:
+    """One of MATLAB's files: a column a face, row by row; 1,965 cuttings of a photograph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.asarray(Image.open(locate("photographs/test")[0]).convert("L"))
+    faces = [pixels[i // 40 : i // 40 + 28, 10 * (i % 40) : 10 * (i % 40) + 20].reshape(560) for i in range(1965)]
+    savemat(folder / "frey_rawface.mat", {"ff": np.stack(faces, 1)})
+
+
 def hundred_tiles() -> np.ndarray:
     """Cuttings of a photograph: uint8 (100, 32, 32, 3)."""
     pixels = np.asarray(Image.open(locate("photographs/test")[0]).convert("RGB").resize((320, 320)))
@@ -149,6 +174,9 @@ def hundred_tiles() -> np.ndarray:
 
 LAY_OUT = {
     "mnist": lay_out_mnist,
+    "mnist-static": lay_out_static_mnist,
+    "omniglot28": lay_out_omniglot28,
+    "frey": lay_out_frey,
     "cifar10": lay_out_cifar10,
     "cifar10-jpeg": lay_out_cifar10_jpeg,
     "svhn": lay_out_svhn,

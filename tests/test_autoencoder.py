@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -145,17 +146,18 @@ def test_anomaly_scores_are_sklearns():
     made[label == 3] = 0.5 * made[label == 3] + 0.2
     callback = AnomalyScore()
     outputs = {"image": image, "prediction": made, "label": label}
-    images = Images(image, label)
-    running = SimpleNamespace(datamodule=SimpleNamespace(without=[3, 7], real={"some": images}))
+
+    def running_on(**sets):
+        data = SimpleNamespace(without=["3", "7"], novel=partial(torch.isin, test_elements=torch.tensor([3, 7])), real=sets)
+        return SimpleNamespace(datamodule=data)
+
+    running = running_on(some=Images(image, label))
     callback.setup(running, None, "test")
     found = callback.put_together([callback.keep(outputs, i) for i in range(300)], running)
     errors = np.square((made - image).numpy()).reshape(300, -1).mean(1)
     assert found["auroc/image-l2"] == pytest.approx(roc_auc_score(np.isin(label.numpy(), [3, 7]), errors), abs=1e-6)
-    with pytest.raises(Refused, match=r"data\.without names no class"):
-        callback.setup(SimpleNamespace(datamodule=SimpleNamespace(without=[])), None, "test")
-    one_kind = SimpleNamespace(datamodule=SimpleNamespace(without=[3], real={"threes": Images(image, 0 * label + 3)}))
-    with pytest.raises(Refused, match=r"threes has not both, pictures of \[3\] and others"):
-        callback.setup(one_kind, None, "test")
+    with pytest.raises(Refused, match=r"threes needs both, pictures of classes that training sees and others"):
+        callback.setup(running_on(threes=Images(image, 0 * label + 3)), None, "test")
 
 
 def test_retrieval_is_a_trees():

@@ -7,6 +7,7 @@ from PIL import Image
 
 from datamodules.array_files import read_idx, read_part
 from datamodules.catalogue import MissingData, find, verify
+from datamodules.fast_noise import fast_normal
 from datamodules.generation import Generation, Numbers
 from datamodules.image_arrays import read_images, resized
 from datamodules.images import BadImage
@@ -189,12 +190,17 @@ def test_enlarging_is_pils_bilinear():
     assert abs(resized(pixels, 32)[:, 0].numpy().astype(int) - np.stack(theirs).astype(int)).max() <= 1
 
 
-def test_noise_is_a_function_of_its_number():
-    whole = normal(3, "z", range(100, 110), 7)
-    assert (normal(3, "z", [109, 100], 7) == whole[[9, 0]]).all()
-    assert (normal(3, "z", range(104, 106), 7) == whole[4:6]).all()
-    assert not (normal(4, "z", range(100, 110), 7) == whole).any()
-    assert not (normal(3, "y", range(100, 110), 7) == whole).any()
+@pytest.mark.parametrize("draw", [normal, fast_normal])
+def test_noise_is_a_function_of_its_number(draw):
+    whole = draw(3, "z", range(100, 110), 783)
+    assert (draw(3, "z", [109, 100], 783) == whole[[9, 0]]).all()
+    assert (draw(3, "z", range(104, 106), 783) == whole[4:6]).all()
+    assert not (draw(4, "z", range(100, 110), 783) == whole).any()
+    assert not (draw(3, "y", range(100, 110), 783) == whole).any()
+    assert draw(3, "z", [], 783).shape == (0, 783)
+
+
+def test_seeds_of_generators_differ():
     assert number(0, "a") != number(0, "b")
 
 
@@ -202,4 +208,8 @@ def test_noise_is_distributed_as_it_says():
     from scipy.stats import kstest
 
     assert kstest(normal(0, "z", range(2000), 10).ravel(), "norm").pvalue > 0.01
+    assert kstest(fast_normal(0, "z", range(2000), 100).ravel(), "norm").pvalue > 0.01
+    fast = fast_normal(0, "pairs", range(20_000), 8)
+    assert np.abs(np.corrcoef(fast.T) - np.eye(8)).max() < 0.03
+    assert np.abs(np.corrcoef(np.square(fast).T) - np.eye(8)).max() < 0.03  # the two draws of a pair share their radius
     assert kstest(uniform(0, "u", range(2000), 10).ravel(), "uniform").pvalue > 0.01

@@ -5,16 +5,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.io import savemat
+from PIL import Image
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torchvision.transforms.functional import to_tensor
 
 from callbacks.likelihood import Likelihood, nats
 from datamodules.array_files import read_part
+from datamodules.catalogue import locate
 from datamodules.images import BadImage
 from datamodules.reconstruction import Reconstruction, binarised
 from datamodules.refused import Refused
 from modules.vae import VAE, divergence, importance_bound
 from tests.contract import ReconstructionContract
+from tests.layouts import lay_out
 
 
 class TestVAE(ReconstructionContract):
@@ -217,7 +220,7 @@ def test_a_class_can_be_left_out_of_training():
     assert set(data.held_out.labels.tolist()) == set(range(10))
     with pytest.raises(Refused, match=r"data\.without: .* leaves nothing of digits/train"):
         of_digits(without=range(10))
-    with pytest.raises(Refused, match=r"data\.without: \[11\] are no classes of digits/train"):
+    with pytest.raises(Refused, match=r"data\.without: 11: no classes of digits/train, which has 0, 1, 2"):
         of_digits(without=[3, 11])
 
 
@@ -227,39 +230,67 @@ def test_kinds_of_pixels_are_not_mixed():
 
 
 def test_sets_that_are_binarised_once_are_read(workplace):
-    images = (read_part("digits/val")[0][:30, 0].numpy() > 127).astype(np.uint8)
-    folder = workplace / "data" / "binarized_mnist"
-    folder.mkdir(parents=True)
-    for part in ("train", "valid", "test"):
-        rows = [" ".join(map(str, image.flatten())) + " \n" for image in images]
-        (folder / f"binarized_mnist_{part}.amat").write_text("".join(rows))
+    lay_out("mnist-static")
     pixels, _ = read_part("mnist-static/val")
-    assert np.array_equal(pixels[:, 0], 255 * images)
-    data = Reconstruction("mnist-static/train", 28, "mnist-static/val", pixels="static")
-    data.setup("fit")
+    assert torch.equal(pixels, 255 * (read_part("digits/train")[0][:30] > 127).to(torch.uint8))
+    Reconstruction("mnist-static/train", 28, "mnist-static/val", pixels="static").setup("fit")
     with pytest.raises(BadImage, match=r"data\.pixels: dynamic, but mnist-static/train is binarised already; take static"):
         Reconstruction("mnist-static/train", 28, "mnist-static/val", pixels="dynamic").setup("fit")
-    (folder / "binarized_mnist_test.amat").write_text("0 1 0")
+    (workplace / "data/binarized_mnist/binarized_mnist_test.amat").write_text("0 1 0")
     with pytest.raises(BadImage, match=r"binarized_mnist_test\.amat: cut short"):
         read_part("mnist-static/test")
 
 
 def test_omniglot_is_read_column_by_column(workplace):
-    images = read_part("digits/val")[0][:12, 0].numpy()
-    folder = workplace / "data" / "omniglot28"
-    folder.mkdir(parents=True)
-    columns = np.stack([image.flatten(order="F") / 255 for image in images], 1)
-    target = np.eye(50)[:, np.arange(12) % 50]
-    savemat(
-        folder / "chardata.mat", {"data": columns, "target": target, "testdata": columns[:, :5], "testtarget": target[:, :5]}
-    )
+    lay_out("omniglot28")
     pixels, labels = read_part("omniglot28/train")
-    assert np.array_equal(pixels[:, 0], images)
-    assert labels.tolist() == list(range(12))
-    assert len(read_part("omniglot28/test")[0]) == 5
-    (folder / "chardata.mat").write_bytes(b"MATLAB 5.0")
+    assert torch.equal(pixels, read_part("digits/train")[0][:40])
+    assert labels.tolist() == list(range(40))
+    assert len(read_part("omniglot28/test")[0]) == 20
+    (workplace / "data/omniglot28/chardata.mat").write_bytes(b"MATLAB 5.0")
     with pytest.raises(BadImage, match=r"chardata\.mat: damaged"):
         read_part("omniglot28/train")
+
+
+def test_frey_is_higher_than_wide(workplace):
+    lay_out("frey")
+    data = Reconstruction("frey/train", [28, 20], "frey/test")
+    data.setup("fit")
+    image = next(iter(data.val_dataloader()))["image"]
+    photograph = Image.open(locate("photographs/test")[0]).convert("L")
+    # Number 1,565 is the first of the test: 39 rows down, the fifth column of cuttings.
+    assert torch.equal(image[0], to_tensor(photograph.crop((50, 39, 70, 67))))
+    assert VAE(size=[28, 20], likelihood="gaussian").eval()(image).shape == image.shape
+    for train, size, says in (
+        ("frey/train", [20, 28], r"the images of frey/train are \[1, 28, 20\]"),
+        ("faces/trainA", [9, 5], "cut square"),
+    ):
+        lay_out("faces")
+        with pytest.raises(Refused, match=says):
+            Reconstruction(train, size, train).setup("fit")
+    (workplace / "data/frey/frey_rawface.mat").write_bytes(b"MATLAB 5.0")
+    with pytest.raises(BadImage, match=r"frey_rawface\.mat: damaged"):
+        read_part("frey/all")
+
+
+def test_folders_are_classes_by_their_names(workplace):
+    """As MVTec has them: training sees what is sound, the test has defects beside it."""
+    made = {"train": ["good"], "test": ["broken", "good", "scratched"]}
+    for part, folders in made.items():
+        for i, folder in enumerate(folders):
+            path = workplace / "bottle" / part / folder
+            path.mkdir(parents=True)
+            for number in range(2):
+                Image.new("L", (16, 16), 100 + 10 * i + number).save(path / f"{number}.png")
+    data = Reconstruction("./bottle/train", 16, "./bottle/test", ["./bottle/test"])
+    data.setup("fit")
+    assert data.classes == ["good", "broken", "scratched"]
+    assert data.held_out.labels.tolist() == [1, 1, 0, 0, 2, 2]
+    assert data.novel(data.held_out.labels).tolist() == [True, True, False, False, True, True]
+    data = Reconstruction("./bottle/test", 16, "./bottle/test", without=["scratched", "broken"])
+    data.setup("fit")
+    assert [data.classes[label] for label in data.items.images.labels] == ["good", "good"]
+    assert data.novel(data.held_out.labels).tolist() == [True, True, False, False, True, True]
 
 
 def test_active_units_are_those_that_vary():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.spatial import cKDTree
 from scipy.stats import truncnorm
 from skimage.metrics import peak_signal_noise_ratio
@@ -15,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from callbacks.anomaly import AnomalyScore
 from callbacks.restoration import Restoration
 from callbacks.retrieval import Retrieval
+from callbacks.samples import Samples
 from datamodules.array_files import read_part
 from datamodules.image_arrays import Images
 from datamodules.refused import Refused
@@ -24,7 +26,11 @@ from tests.contract import ReconstructionContract
 from tests.forked import forked
 from tests.tiny import write_reconstruction_recipe
 
-QUALITY = [{"class_path": "callbacks.restoration.Restoration", "init_args": {"weights": [0.1], "while_training": True}}]
+QUALITY = [
+    {"class_path": "callbacks.restoration.Restoration", "init_args": {"weights": [0.1], "while_training": True}},
+    {"class_path": "callbacks.retrieval.Retrieval", "init_args": {"k": 3, "while_training": True}},
+    {"class_path": "callbacks.anomaly.AnomalyScore"},
+]
 
 
 class TestDenoisingAutoencoder(ReconstructionContract):
@@ -38,7 +44,7 @@ class TestDenoisingAutoencoder(ReconstructionContract):
     @pytest.fixture
     def recipe(self, workplace):
         model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
-        return write_reconstruction_recipe(workplace / "tiny.yaml", model, QUALITY, pixels="real-valued")
+        return write_reconstruction_recipe(workplace / "tiny.yaml", model, QUALITY, pixels="real-valued", without=[3])
 
     def has_learned(self, log):
         """Better than what it is given, by three dB."""
@@ -192,3 +198,21 @@ def test_restoration_is_skimages():
     assert found["psnr/corrupted"] == pytest.approx(mean(seen), abs=1e-6)
     of_weights = [mean([denoise_tv_chambolle(picture, weight=weight) for picture in seen]) for weight in (0.1, 0.4)]
     assert found["psnr/tv-chambolle"] == pytest.approx(max(of_weights), abs=1e-6)
+
+
+def test_the_sheet_shows_what_comes_back_below_the_pictures(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    image, seen, made = torch.rand(3, 20, 1, 6, 8, generator=generator).unbind(0)
+    samples = Samples(tmp_path, sheet=12)
+    trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], state=SimpleNamespace(fn="fit"))
+    method = SimpleNamespace(images_seen=30)
+    samples.on_validation_epoch_start(trainer, method)
+    for i, outputs in enumerate(({"image": image, "input": seen, "prediction": made}, {"image": made, "prediction": image})):
+        samples.on_validation_batch_end(trainer, method, {**outputs, "code": None}, None, i)
+    samples.on_validation_epoch_end(trainer, method)
+    sheet = np.asarray(Image.open(tmp_path / "000000030.png"))[:, :, 0]
+    assert sheet.shape == (3 * 8 + 2 + 4, 3 * 10 + 2)  # a quarter of the sheet, the first of the first batch
+    for row, pictures in enumerate((image, seen, made)):
+        for column in range(3):
+            cell = sheet[2 + 8 * row : 8 + 8 * row, 2 + 10 * column : 10 + 10 * column]
+            assert np.abs(cell - pictures[column, 0].numpy() * 255).max() <= 0.501

@@ -55,7 +55,7 @@ def test_a_concept_minus_itself_leaves_the_other(workplace, ckpt):
 def of_two_latents(path):
     """A network as that of vae/demo, untrained, and its weights in a file."""
     torch.manual_seed(0)
-    method = VAE(hidden=[500], latent_size=2).eval()
+    method = VAE(hidden=[256, 128], latent_size=2, activation="relu").eval()
     torch.save({"state_dict": method.state_dict()}, path)
     return method
 

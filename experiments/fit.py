@@ -174,6 +174,7 @@ def loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
         offline = cli.config.wandb == "offline"
         if not offline and not (os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()):
             raise Refused("--wandb online needs an account: run `wandb login` first, or take --wandb offline")
-        identity = re.sub(r"\W", "-", name)
+        # A run that goes on keeps its name there; one that W&B's agent has started has a name from it.
+        identity = None if "WANDB_SWEEP_ID" in os.environ else re.sub(r"\W", "-", name)
         found.append(WandbLogger(name, run.folder, id=identity, project="darkroom", offline=offline, resume="allow"))
     return found

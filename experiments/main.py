@@ -7,6 +7,7 @@ import sys
 import time
 from difflib import get_close_matches
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 from datamodules.refused import Refused
@@ -37,6 +38,7 @@ train, measure and use
 look
   list                       methods, recipes, table cells, and which data are here
   reproduce METHOD           the paper's tables, our figures beside theirs (--run, --seeds N, --write, --json)
+  sweep FILE                 search hyperparameters as a file of sweeps/ says; any number of workers share a --store
   bench RECIPE               how fast training is, beside a bare loop and beside a PIL-fed loader (--json)
   data list | get NAME | verify NAME
 
@@ -279,6 +281,28 @@ def _retrieve(rest: list[str]) -> int:
     return 0
 
 
+def _sweep(rest: list[str]) -> int:
+    parser = Parser(
+        prog="darkroom sweep",
+        description="Search hyperparameters, a `darkroom fit` a trial. Any key of the recipe can be given anew.",
+    )
+    parser.add_argument("search", metavar="FILE", help="a search in W&B's sweep format, such as sweeps/espcn.yaml")
+    parser.add_argument("--store", metavar="S", help="what the workers share: a journal file, or the URL of an SQL database")
+    parser.add_argument("--trials", type=int, metavar="N", help="trials at most, instead of the file's run_cap")
+    parser.add_argument("--report", action="store_true", help="only say what came of it so far")
+    chosen, keys = parser.parse_known_args(rest)
+    if chosen.trials is not None and chosen.trials < 1:
+        raise Refused(f"sweep: --trials {chosen.trials}: at least 1")
+    from experiments.search import read_search
+
+    search = read_search(Path(chosen.search), keys, chosen.trials)
+    from experiments import sweep, sweep_report
+
+    study = sweep.open_study(search, chosen.store) if chosen.report else sweep.sweep(search, chosen.store)
+    sweep_report.report(search, study, sweep.folder_of(search))
+    return 0
+
+
 def _no_negative(where: str, numbers: list[int]) -> None:
     if bad := [number for number in numbers if number < 0]:
         raise Refused(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
@@ -314,6 +338,7 @@ COMMANDS = {
     "data": _data,
     "reproduce": _reproduce,
     "bench": _bench,
+    "sweep": _sweep,
     "sample": _sample,
     "interpolate": _interpolate,
     "arithmetic": _arithmetic,

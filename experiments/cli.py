@@ -182,6 +182,23 @@ class DarkroomCLI(LightningCLI):
         return f"{own_name()} " + shlex.join(["fit", name, *typed, "--run", self.run.folder.name])
 
 
+class Parsed(DarkroomCLI):
+    """A command line that is read and checked, but of which nothing is made."""
+
+    def instantiate_classes(self) -> None:
+        """Not here."""
+
+
+def check_keys(recipe: Recipe, keys: list[str]) -> None:
+    """Refuse now what `darkroom fit` would refuse on the cluster, hours later.
+
+    Raises:
+        Refused: a key or a value is wrong.
+    """
+    quieten()
+    Parsed("fit", recipe, keys)
+
+
 def without(words: list[str], option: str) -> list[str]:
     """A command line without one of its options and that option's value."""
     kept = [word for word in words if not word.startswith(f"{option}=")]
@@ -223,6 +240,7 @@ def quieten() -> None:
         "isinstance.treespec, LeafSpec.",
         "``instantiate_classes`` was deprecated",
         "Couldn't infer the batch indices",
+        "The `srun` command is available on your system but is not used",  # a login node, or a job that is not a step
         "It is recommended to use `self.log",  # our measures have gathered theirs already
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -39,6 +39,7 @@ look
   list                       methods, recipes, table cells, and which data are here
   reproduce METHOD           the paper's tables, our figures beside theirs (--run, --seeds N, --write, --json)
   sweep FILE                 search hyperparameters as a file of sweeps/ says; any number of workers share a --store
+  submit RECIPE|FILE         train, or search, on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
   bench RECIPE               how fast training is, beside a bare loop and beside a PIL-fed loader (--json)
   data list | get NAME | verify NAME
 
@@ -303,6 +304,39 @@ def _sweep(rest: list[str]) -> int:
     return 0
 
 
+def _submit(rest: list[str]) -> int:
+    parser = Parser(prog="darkroom submit", description="Train a recipe, or work on a search, as a job of a SLURM cluster.")
+    parser.add_argument("what", metavar="RECIPE|FILE", help="a recipe, or a search such as sweeps/espcn.yaml")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="how many (default 1)")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of each node (default 0: on processors)")
+    parser.add_argument("--processes", type=int, metavar="N", help="on each node, without GPUs (default 1)")
+    parser.add_argument("--cores", type=int, default=4, metavar="N", help="of each process (default 4)")
+    parser.add_argument("--time", default="24:00:00", help="of the job; what has not ended by then goes on in the next one")
+    parser.add_argument("--workers", type=int, metavar="N", help="of a search: jobs of an array (default 1)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="for SLURM, as it stands: --sbatch=--partition=gpu"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the batch file, and do nothing else")
+    chosen, keys = parser.parse_known_args(rest)
+    for name in ("nodes", "cores", "processes", "workers"):
+        if (value := getattr(chosen, name)) is not None and value < 1:
+            raise Refused(f"submit: --{name} {value}: at least 1")
+    if chosen.gpus < 0 or (chosen.gpus and chosen.processes):
+        raise Refused("submit: --gpus 0 or more; with GPUs there is a process for each")
+    processes = chosen.processes or chosen.gpus or 1
+    from experiments.search import is_search
+    from experiments.submit import Job, submit_search, submit_training
+
+    job = Job(chosen.nodes, processes, chosen.gpus, chosen.cores, chosen.time, chosen.workers or 0, chosen.sbatch)
+    if is_search(Path(chosen.what)):
+        submit_search(Path(chosen.what), keys, job, chosen.dry_run)
+        return 0
+    if chosen.workers:
+        raise Refused(f"submit: --workers is for searches, and {chosen.what} is none")
+    submit_training(find_recipe(chosen.what), keys, job, chosen.dry_run)
+    return 0
+
+
 def _no_negative(where: str, numbers: list[int]) -> None:
     if bad := [number for number in numbers if number < 0]:
         raise Refused(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
@@ -339,6 +373,7 @@ COMMANDS = {
     "reproduce": _reproduce,
     "bench": _bench,
     "sweep": _sweep,
+    "submit": _submit,
     "sample": _sample,
     "interpolate": _interpolate,
     "arithmetic": _arithmetic,

@@ -84,6 +84,11 @@ class Search:
         return f"{self.name}-{sha256(json.dumps(self.words(chosen)).encode()).hexdigest()[:10]}"
 
 
+def is_search(path: Path) -> bool:
+    """Whether a file is a search, and not a recipe; `read_search` says what is wrong with it."""
+    return path.suffix in (".yaml", ".yml") and path.is_file() and "\nparameters:" in path.read_text()
+
+
 def read_search(path: Path, extra: list[str], cap: int | None = None) -> Search:
     """A search from its file.
 

@@ -23,7 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from callbacks.csv_log import read_log
 from callbacks.preemption import PREEMPTED
@@ -33,6 +33,7 @@ from experiments.search import Search
 
 BEAT, EXPIRED = 15, 90  # seconds between a worker's signs of life; without one for so long, its trial is put back
 LOOK = 1.0  # seconds between looks at a running trial's log
+ATTEMPTS = 5  # to open a database, a second apart
 HOPELESS = 3  # trials that fail at once before any has come through
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 SCALAR = (str, int, float, bool, type(None))
@@ -88,14 +89,7 @@ def open_study(search: Search, store: str | None) -> optuna.Study:
     if search.early:
         pruner = optuna.pruners.HyperbandPruner(search.early.first, search.early.last or "auto", search.early.eta)
     try:
-        study = optuna.create_study(
-            storage=opened(store or str(folder_of(search) / "journal.log")),
-            sampler=sampler_of(search),
-            pruner=pruner,
-            study_name=search.name,
-            direction="maximize" if search.maximise else "minimize",
-            load_if_exists=True,
-        )
+        study = begun(search, store or str(folder_of(search) / "journal.log"), pruner)
     except (OSError, ImportError, SQLAlchemyError) as error:
         raise Refused(f"--store {store}: {' '.join(str(error).split())}") from None
     began = study.user_attrs.get("search")
@@ -104,6 +98,25 @@ def open_study(search: Search, store: str | None) -> optuna.Study:
     elif began != search.essence:
         raise Refused(f"'{search.name}' was begun as another search; give the file another `name`, or take another --store")
     return study
+
+
+def begun(search: Search, store: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+    """The study, by whichever worker comes first: of two that make a database's tables at once, one is refused by it."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return optuna.create_study(
+                storage=opened(store),
+                sampler=sampler_of(search),
+                pruner=pruner,
+                study_name=search.name,
+                direction="maximize" if search.maximise else "minimize",
+                load_if_exists=True,
+            )
+        except DBAPIError:
+            if not left:
+                raise
+            time.sleep(1)
+    raise AssertionError("unreachable")
 
 
 def sampler_of(search: Search) -> optuna.samplers.BaseSampler:

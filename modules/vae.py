@@ -7,7 +7,7 @@ I. Higgins et al. beta-VAE. ICLR 2017.
 What we do differently, and why:
 
 1. Weights begin as Glorot's (IWAE's code); AEVB's N(0, 0.01) is untried.
-2. The last bias begins at zero, not at what gives the training set's mean (IWAE's code): a method does not know the data.
+2. The last bias begins at zero (AEVB says nothing of it); with `callbacks.first_bias` at the training set's mean (IWAE's code).
 3. No prior on the weights; AEVB has N(0, I), untried.
 4. The logarithm of a Gaussian's variance (AEVB, App. C.2) is above -8 for pixels, by a soft floor: a network that is sure of a
    pixel's 8 bits would make its density as large as it likes.
@@ -113,6 +113,16 @@ class VAE(GenerativeMethod):
         """The expected picture of latents next to it; a Gaussian's means are in (0, 1) as well (AEVB, App. C.2)."""
         made = self.decoder(latents.to(self.dtype))
         return in_full(made[:, : self.hparams["channels"]]).sigmoid()
+
+    def begin_with(self, mean: Tensor) -> None:
+        """Set the last bias so that the decoder begins with a picture (C, H, W) in [0, 1], as in IWAE's code."""
+        last = [layer for layer in self.decoder.modules() if isinstance(layer, nn.Linear | nn.ConvTranspose2d)][-1]
+        mean = mean.clamp(0.001, 0.999)
+        if isinstance(last, nn.ConvTranspose2d):  # a bias is a channel's, not a pixel's
+            mean = mean.mean((1, 2))
+        with torch.no_grad():
+            assert last.bias is not None
+            last.bias[: mean.numel()] = mean.logit().flatten()
 
     # AEVB, Sections 2.2 and 2.3; for two layers IWAE, eq. 5 to 8
 

@@ -9,12 +9,14 @@ from PIL import Image
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torchvision.transforms.functional import to_tensor
 
+from callbacks.first_bias import FirstBias
 from callbacks.likelihood import Likelihood, nats
 from datamodules.array_files import read_part
 from datamodules.catalogue import locate
 from datamodules.images import BadImage
 from datamodules.reconstruction import Reconstruction, binarised
 from datamodules.refused import Refused
+from modules.autoencoder import Autoencoder
 from modules.vae import VAE, divergence, importance_bound
 from tests.contract import ReconstructionContract
 from tests.layouts import lay_out
@@ -181,6 +183,32 @@ def test_samples_of_two_layers_come_from_the_top():
 def test_what_makes_no_sense_is_refused(settings, says):
     with pytest.raises(Refused, match=says):
         VAE(**settings)
+
+
+@pytest.mark.parametrize("network", ["fully-connected", "convolutional"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_a_decoder_can_begin_with_the_mean_picture(network, likelihood):
+    """Of pictures in the training set's order; by channels where a bias is a channel's. A run that goes on keeps what it has."""
+    data = of_digits()
+    method = VAE(network=network, hidden=[8], latent_size=3, likelihood=likelihood)
+    trainer = SimpleNamespace(datamodule=data)
+    method.images_seen = 20
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    FirstBias().on_train_start(trainer, method)
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    method.images_seen = 0
+    FirstBias().on_train_start(trainer, method)
+    changed = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(changed) == 1 and changed[0].endswith("bias")
+    weights = method.state_dict()[changed[0].replace("bias", "weight")]
+    weights.zero_()
+    images = read_part("digits/train")[0].float() / 255
+    mean = images.mean(0) if network == "fully-connected" else images.mean().expand(1, 28, 28)
+    with torch.no_grad():
+        begun = method.decoded(torch.zeros(1, 3))[0]
+    assert torch.allclose(begun, mean.clamp(0.001, 0.999), atol=1e-5 if network == "fully-connected" else 2e-3)
+    with pytest.raises(Refused, match=r"FirstBias: Autoencoder has no decoder that begins with a picture"):
+        FirstBias().setup(trainer, Autoencoder(), "fit")
 
 
 # The data

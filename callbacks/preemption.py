@@ -32,8 +32,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the signals over from Lightning, whose own handlers save in the middle of a step."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.handlers[number] = signal.signal(number, self._raise_flag)
+        self._take_over()
         if trainer.world_size > 1:
             self.group: Any = dist.new_group(backend="gloo")  # on the host: asking must not wait for the devices
 
@@ -47,6 +46,27 @@ class Preemption(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """See `on_train_end`."""
         self._give_back()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """What is measured after training may be interrupted too."""
+        self._take_over()
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Leave; training is done and saved, the measurement is made anew. Processes are not asked: their shares differ."""
+        if self.status:
+            if trainer.is_global_zero:
+                print(f"\nStopped while measuring. {self.advice}", flush=True)
+            raise SystemExit(self.status)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """See `on_train_end`."""
+        self._give_back()
+
+    def _take_over(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self.handlers[number] = signal.signal(number, self._raise_flag)
 
     def _give_back(self) -> None:
         for number, handler in self.handlers.items():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jsonargparse
 import lightning as L
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -151,6 +152,8 @@ class DarkroomCLI(LightningCLI):
 
     def checked_trainer(self, **settings: Any) -> L.Trainer:
         """The Trainer, unless its gradients would not be averaged as `modules/gradients.py` does it."""
+        if SLURMEnvironment.detect():  # which would save in the middle of a step; callbacks/preemption.py sees to it
+            settings["plugins"] = SLURMEnvironment(auto_requeue=False)
         try:
             trainer = super().instantiate_trainer(logger=False, **settings)
         except (ValueError, TypeError, MisconfigurationException) as error:  # settings that do not go together

@@ -28,6 +28,7 @@ install: .venv/installed  ## the environment in .venv, versions as locked in con
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps sweeps==0.3.0  # W&B's schema, for tests; it asks for an older numpy
 	@touch $@
 
 .PHONY: help demo test test-all check format install

@@ -32,7 +32,8 @@ def test_command(command, workplace, capfd):
         assert planned.returncode == 0, planned.stderr
         return
     assert words[0] == "darkroom"
-    extra = {"fit": SHORT, "bench": ["--pairs", "6", "--steps", "2"]}.get(words[1], [])
+    extra = {"fit": SHORT, "bench": ["--pairs", "6", "--steps", "2"], "sweep": ["--trials", "1", *SHORT]}.get(words[1], [])
+    (workplace / "sweeps").symlink_to(ROOT / "sweeps")
     if words[1] == "predict":
         Image.open(locate("photographs/test")[0]).resize((60, 50)).save(words[words.index("--input") + 1])
     assert forked(main, words[1:] + extra) == 0, capfd.readouterr().err

@@ -1,5 +1,7 @@
 """What several processes do together, and what a run does when its numbers break."""
 
+import json
+
 import pytest
 import torch
 from filelock import FileLock
@@ -9,7 +11,7 @@ from experiments.main import main
 from modules.gradients import buckets
 from tests.contract import assert_equal, checkpoint
 from tests.forked import forked, launched
-from tests.tiny import write_recipe
+from tests.tiny import write_recipe, write_reconstruction_recipe
 
 TWO = ["--trainer.devices", "2"]
 
@@ -34,6 +36,23 @@ def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterru
         assert_equal(left[key], right[key], key)
     logs = [read_log(workplace / "runs/tiny" / run / "metrics.csv") for run in ("whole", "broken")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("processes", [[], TWO], ids=["one", "two"])
+def test_a_signal_while_it_measures_leaves_the_training_and_the_same_command_measures(workplace, monkeypatch, processes):
+    model = {"class_path": "modules.vae.VAE", "init_args": {"hidden": [20], "latent_size": 3, "images": 40}}
+    recipe = write_reconstruction_recipe(workplace / "tiny.yaml", model)
+    assert launched("fit", recipe, "--run", "whole", *processes).returncode == 0
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@test")
+    broken = launched("fit", recipe, "--run", "broken", *processes)
+    assert broken.returncode == 85, broken.stderr
+    assert broken.stdout.count("Stopped while measuring") == 1
+    records = [workplace / f"runs/tiny/{run}/record.json" for run in ("whole", "broken")]
+    assert "metrics" not in json.loads(records[1].read_text())
+    monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
+    assert launched("fit", recipe, "--run", "broken", *processes).returncode == 0
+    metrics = [json.loads(path.read_text())["metrics"] for path in records]
+    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize("processes", [[], TWO], ids=["one", "two"])

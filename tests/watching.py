@@ -10,11 +10,16 @@ from lightning.pytorch.callbacks import Callback
 
 
 class SignalAt(Callback):
-    """Sends the signal named in DARKROOM_TEST_SIGNAL ("SIGKILL@32@0": after 32 images, on rank 0)."""
+    """Sends the signal named in DARKROOM_TEST_SIGNAL ("SIGKILL@32@0": after 32 images, on rank 0; "SIGTERM@test")."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        name, images, rank = os.environ.get("DARKROOM_TEST_SIGNAL", "SIGKILL@-1@0").split("@")
-        if pl_module.images_seen == int(images) and trainer.global_rank == int(rank):
+        name, images, rank = f"{os.environ.get('DARKROOM_TEST_SIGNAL', 'SIGKILL@-1')}@0".split("@")[:3]
+        if str(pl_module.images_seen) == images and trainer.global_rank == int(rank):
+            os.kill(os.getpid(), getattr(signal, name))
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        name, _, when = os.environ.get("DARKROOM_TEST_SIGNAL", "").partition("@")
+        if when == "test" and batch_idx == 1:
             os.kill(os.getpid(), getattr(signal, name))
 
 

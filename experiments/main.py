@@ -299,7 +299,13 @@ def _sweep(rest: list[str]) -> int:
     search = read_search(Path(chosen.search), keys, chosen.trials)
     from experiments import sweep, sweep_report
 
-    study = sweep.open_study(search, chosen.store) if chosen.report else sweep.sweep(search, chosen.store)
+    if chosen.report:
+        study = sweep.open_study(search, chosen.store)
+    else:
+        from experiments.cli import check_keys
+
+        check_keys(search.recipe, search.example)
+        study = sweep.sweep(search, chosen.store)
     sweep_report.report(search, study, sweep.folder_of(search))
     return 0
 

@@ -79,6 +79,11 @@ class Search:
         ]
         return [*self.fixed, *(word for key, value in written for word in (f"--{key}", value))]
 
+    @property
+    def example(self) -> list[str]:
+        """The command line of a trial that chose the first of everything, to see whether its keys are right."""
+        return self.words({key: range_.get("values", [range_.get("min")])[0] for key, range_ in self.searched.items()})
+
     def run_name(self, chosen: dict[str, Any]) -> str:
         """The name of a trial's run: the same for the same choice, which then goes on where it stopped."""
         return f"{self.name}-{sha256(json.dumps(self.words(chosen)).encode()).hexdigest()[:10]}"

@@ -67,7 +67,7 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, dry_run: bool) -> N
     search = read_search(path, list(keys))
     if job.nodes > 1:
         raise Refused("submit: a trial has one node; --workers is how many of them work at once")
-    check_keys(search.recipe, list(search.fixed))
+    check_keys(search.recipe, search.example)
     devices = ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
     alone = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))
     submit(["sweep", str(path.absolute()), *devices, *keys], f"darkroom-search-{search.name}", alone, dry_run)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -236,6 +237,10 @@ def attempt(search: Search, study: optuna.Study, trial: Trial, folder: Path, sto
     output = folder / f"{run.folder.name}.txt"
     said = "  ".join(f"{key} {value}" for key, value in trial.params.items())
     print(f"trial {trial.number}  {said}", flush=True)
+    wait_until_free(run, stop)
+    if stop.is_set():
+        again(study, trial)
+        return
     status, pruned = (0, False) if run.finished else trained(search, trial, run, output, stop)
     values = figures(search, run)
     if status == PREEMPTED and not pruned:
@@ -252,6 +257,16 @@ def attempt(search: Search, study: optuna.Study, trial: Trial, folder: Path, sto
         value = (max if search.maximise else min)(values)
         told(study, trial.number, None if pruned else value, TrialState.PRUNED if pruned else TrialState.COMPLETE)
         print(f"trial {trial.number}  {search.metric} {value:.6g}{'  (ended early)' if pruned else ''}", flush=True)
+
+
+def wait_until_free(run: Run, stop: threading.Event) -> None:
+    """A worker that was thought dead may still train the very run; its result is then this trial's too."""
+    while run.folder.exists() and not stop.is_set():
+        try:
+            with FileLock(run.folder / ".lock", blocking=False):
+                return
+        except Timeout:
+            stop.wait(LOOK)
 
 
 def trained(search: Search, trial: Trial, run: Run, output: Path, stop: threading.Event) -> tuple[int, bool]:

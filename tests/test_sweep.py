@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import distribution as installed
 from pathlib import Path
@@ -15,6 +16,7 @@ import jsonschema
 import optuna
 import pytest
 import yaml
+from filelock import FileLock
 from optuna.trial import TrialState
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
@@ -25,6 +27,7 @@ from experiments.cli import DarkroomCLI
 from experiments.main import main
 from experiments.recipes import find_recipe
 from experiments.records import ROOT
+from experiments.runs import Run
 from experiments.search import read_search
 from experiments.sweep import again, distributions, next_trial, open_study, place, put_back
 from tests.forked import forked
@@ -276,7 +279,7 @@ def test_a_store_keeps_one_search_of_a_name(workplace, photos):
 
 
 def fast_worker(words):
-    sweep.BEAT, sweep.EXPIRED, sweep.LOOK = 0.3, 3, 0.2
+    sweep.BEAT, sweep.EXPIRED, sweep.LOOK = 0.3, 8, 0.2
     return main(words)
 
 
@@ -308,7 +311,7 @@ def test_of_two_workers_one_is_killed_and_nothing_is_missing(workplace, photos, 
     workers[0].wait()
     said = workers[1].communicate(timeout=280)[0]
     if "is put back" not in said:  # it had nothing left to do before the other one's pulse was missed
-        time.sleep(4)
+        time.sleep(9)
         assert forked(fast_worker, words) == 0
     trials = trials_of(workplace)
     assert sorted(float(trial["model.learning_rate"]) for trial in trials) == [1e-5, 1e-3, 1e-2]
@@ -316,6 +319,19 @@ def test_of_two_workers_one_is_killed_and_nothing_is_missing(workplace, photos, 
     assert len({trial["run"] for trial in trials}) == 3
     texts = [path.read_text() for path in (workplace / "runs/sweeps/search").glob("*.txt")]
     assert sum("going on with" in text for text in texts) == 1
+
+
+def test_a_run_that_is_still_trained_is_waited_for(tmp_path, monkeypatch):
+    """As by a worker that was thought dead."""
+    monkeypatch.setattr(sweep, "LOOK", 0.05)
+    run, stop = Run(tmp_path), threading.Event()
+    with FileLock(tmp_path / ".lock"):
+        waiting = threading.Thread(target=sweep.wait_until_free, args=(run, stop))
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
 
 
 def test_a_worker_that_is_asked_to_stop_puts_its_trial_back_and_goes_on_later(workplace, photos):

@@ -243,7 +243,7 @@ def attempt(search: Search, study: optuna.Study, trial: Trial, folder: Path, sto
         return
     status, pruned = (0, False) if run.finished else trained(search, trial, run, output, stop)
     values = figures(search, run)
-    if status == PREEMPTED and not pruned:
+    if (status == PREEMPTED or (status and stop.is_set())) and not pruned:
         again(study, trial)
     elif status and not pruned:
         trial.set_user_attr("reason", last_line(output) or f"ended with status {status}")

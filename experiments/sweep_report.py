@@ -70,13 +70,14 @@ def show(search: Search, rows: list[FrozenTrial], said: str) -> None:
     for name in ("trial", search.metric, *search.searched):
         table.add_column(name, justify="right")
     for trial in rows:
-        table.add_row(str(trial.number), f"{trial.value:.6g}", *(cell(trial.params[key]) for key in search.searched))
+        table.add_row(*cells(search, trial))
     Console(width=max(100, 24 * (2 + len(search.searched)))).print(table)
 
 
-def cell(value: Any) -> str:
-    """A parameter's value, short."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def cells(search: Search, trial: FrozenTrial) -> list[str]:
+    """A trial's line in a table: its number, its figure, and what it chose."""
+    chosen = [trial.params[key] for key in search.searched]
+    return [str(trial.number), f"{trial.value:.6g}", *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in chosen)]
 
 
 def write_trials(search: Search, trials: list[FrozenTrial], path: Path) -> None:
@@ -103,9 +104,10 @@ def draw(search: Search, study: optuna.Study, plot: str, path: Path) -> None:
 def page(search: Search, study: optuna.Study, rows: list[FrozenTrial], said: str) -> str:
     """Table and plots as one HTML page that needs nothing beside it."""
     names = ["trial", search.metric, *search.searched]
-    lines = [[str(trial.number), f"{trial.value:.6g}", *(cell(trial.params[key]) for key in search.searched)] for trial in rows]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in line) + "</tr>" for line in lines)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in cells(search, trial)) + "</tr>" for trial in rows
+    )
     plots = []
     for i, (plot, title) in enumerate(PLOTS.items()):
         figure = getattr(interactive, f"plot_{plot}")(study, target_name=search.metric)
@@ -132,7 +134,7 @@ def best_recipe(search: Search, best: FrozenTrial) -> str:
     words = search.words(best.params)
     for key, value in zip(words[::2], words[1::2], strict=True):
         if key != "--data.test":  # a search measures on no test set, its best recipe does
-            place(content, key.removeprefix("--"), yaml.safe_load(value))
+            set_key(content, key.removeprefix("--"), yaml.safe_load(value))
     run = Run(runs_root() / search.recipe.name / best.user_attrs["run"])
     header = [
         f"{search.recipe.header[0] if search.recipe.header else search.recipe.name}",
@@ -144,7 +146,7 @@ def best_recipe(search: Search, best: FrozenTrial) -> str:
     return "".join(f"# {line}\n" for line in header) + yaml.safe_dump(content, sort_keys=False)
 
 
-def place(content: dict[str, Any], key: str, value: Any) -> None:
+def set_key(content: dict[str, Any], key: str, value: Any) -> None:
     """Set a key of the command line in a recipe: `model.x` stands below `model.init_args`, a list's in its last entry."""
     part, _, rest = key.partition(".")
     if part in ("model", "data") and not rest.startswith(("init_args", "class_path")):

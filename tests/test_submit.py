@@ -17,7 +17,7 @@ import pytest
 from experiments.main import main
 from experiments.records import ROOT
 from tests.forked import forked
-from tests.test_sweep import wait_for, write_search
+from tests.searches import wait_for, write_search
 
 PLAYED = {
     # The job's processes get what SLURM would tell them; a second `sbatch` of the same file is its next turn.

@@ -19,6 +19,11 @@ class AnomalyScore(PerPicture):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse data that have no two kinds of pictures to tell apart."""
+        if not hasattr(trainer.datamodule, "novel"):
+            raise Refused(
+                f"AnomalyScore: {type(trainer.datamodule).__name__} does not know which classes training sees; "
+                "it is for datamodules.reconstruction.Reconstruction"
+            )
         for name, images in trainer.datamodule.real.items():
             anomalous = trainer.datamodule.novel(images.labels)
             if anomalous.all() or not anomalous.any():
@@ -35,5 +40,7 @@ class AnomalyScore(PerPicture):
     def put_together(self, kept: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
         errors, labels = (torch.tensor(of) for of in zip(*kept, strict=True))
+        if not errors.isfinite().all():
+            raise Refused("AnomalyScore: the network gives values back that are not finite")
         anomalous = trainer.datamodule.novel(labels)
-        return {"auroc/image-l2": binary_auroc(errors / errors.max(), anomalous.long()).item()}
+        return {"auroc/image-l2": binary_auroc(errors / errors.max().clamp(min=1e-12), anomalous.long()).item()}

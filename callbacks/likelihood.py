@@ -26,7 +26,7 @@ class Likelihood(PerPicture):
     - `nll-<k>/<kind>`, at tests: the importance-weighted bound of k draws, its sign turned; Burda et al., arXiv:1509.00519,
       eq. 8.
     - `active-units/<kind>`: latents next to the picture whose posterior mean varies by more than 0.01 over the set; the same,
-      Section 5.2.
+      Section 5.2 (in its code over 500 training pictures).
 
     A picture's draws are a function of its number in its set. Expects outputs {"image", "code", "index"}.
 

@@ -29,6 +29,16 @@ class Retrieval(PerPicture):
         super().__init__(while_training)
         self.k = k
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot be asked, before the first step."""
+        if not hasattr(pl_module, "encoder"):
+            raise Refused(f"Retrieval: {type(pl_module).__name__} has no codes; it is for modules.autoencoder and modules.vae")
+        if self.k < 1:
+            raise Refused(f"Retrieval.k: {self.k}; at least one picture must be asked for")
+        for name, images in trainer.datamodule.real.items():
+            if len(images.labels) <= self.k:
+                raise Refused(f"Retrieval.k: {self.k} nearest of the {len(images.labels)} pictures of {name}")
+
     def keep(self, outputs: dict[str, Any], i: int) -> dict[str, np.ndarray]:
         """What the picture is found by, and its class."""
         code, pixels = (outputs[name][i].flatten().float().cpu().numpy().copy() for name in ("code", "image"))
@@ -36,8 +46,6 @@ class Retrieval(PerPicture):
 
     def put_together(self, kept: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
-        if len(kept) <= self.k:
-            raise Refused(f"Retrieval.k: {self.k} nearest of {len(kept)} pictures")
         of = {name: torch.from_numpy(np.stack([one[name] for one in kept])) for name in kept[0]}
         found = {}
         for name in ("code", "pixels"):

@@ -23,7 +23,7 @@ from datamodules.superresolution import SuperResolution
 from datamodules.unpaired import Unpaired
 from experiments.cli import DarkroomCLI, build
 from experiments.complaints import parameters
-from experiments.fit import alone, loggers, prepare, settle_memory
+from experiments.fit import alone, loggers, prepare, spare_steps
 from experiments.loops import Step, bare_batches, flops_of, loop, optimizers_of, quartiles, wait
 from experiments.pil_loaders import pil_batches
 from experiments.recipes import Recipe
@@ -58,7 +58,7 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         cli.trainer.callbacks.append(stopwatch)
         with alone(cli, cli.run):
             cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
-            settle_memory()
+            spare_steps()
             cli.trainer.fit(cli.model, cli.datamodule)
     method = cli.model.cpu().eval()
     figures = {**training_figures(stopwatch, cli), **use_figures(method, cli.datamodule)}

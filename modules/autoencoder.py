@@ -40,8 +40,8 @@ class Autoencoder(Method):
         latent_size: numbers of a code.
         activation: of the hidden layers.
         corruption: of what the encoder sees: "none"; "noise", Gaussian, cut to [0, 1]; "masking" (Vincent et al., Section
-            2.3), values put to zero; "block" (Pathak et al., Section 3.3), a square put to zero.
-        amount: of it: the noise's deviation, the share of the values, the square's side as a share of the picture's.
+            2.3), values put to zero; "block" (Pathak et al., Section 3.3), a rectangle put to zero.
+        amount: of it: the noise's deviation, the share of the values, the rectangle's sides as a share of the picture's.
         images: training budget.
         learning_rate: of Adam, falling to zero along half a cosine.
         seed: of the corruption in training.

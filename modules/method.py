@@ -159,7 +159,8 @@ class Method(LeanModule):
         phase, optimizer = player.phase, player.optimizer
         for group in optimizer.param_groups:
             group.update(phase.schedule(self.images_seen))
-        optimizer.zero_grad()
+        for parameter in player.parameters:  # zero_grad also tells a profiler, which takes a tenth of a millisecond
+            parameter.grad = None
         before: list[Batch] = []
         with only([player], self.players):
             moves = []

@@ -7,10 +7,15 @@ I. Higgins et al. beta-VAE. ICLR 2017.
 What we do differently, and why:
 
 1. Weights begin as Glorot's (IWAE's code); AEVB's N(0, 0.01) is untried.
-2. The last bias begins at zero (AEVB says nothing of it); with `callbacks.first_bias` at the training set's mean (IWAE's code).
+2. The last bias begins at zero (AEVB says nothing of it); with `callbacks.first_bias` at the mean of training pictures (IWAE's
+   code).
 3. No prior on the weights; AEVB has N(0, I), untried.
 4. The logarithm of a Gaussian's variance (AEVB, App. C.2) is above -8 for pixels, by a soft floor: a network that is sure of a
    pixel's 8 bits would make its density as large as it likes.
+5. Adam is that of IWAE's text. In its code beta1 is 0.99, second moments begin at one (a warm-up), gradients are summed over a
+   batch; five passes with beta1 and the sum showed no gain.
+6. One layer's divergence is in closed form; IWAE's code draws it, so that its VAE is its bound of k = 1 (here: objective
+   "iwae", k 1). Its encoder tells the logarithm of a deviation where ours tells that of a variance (AEVB, App. C.2).
 """
 
 import math
@@ -110,7 +115,7 @@ class VAE(GenerativeMethod):
         return self.decoded(drawn(self.gaussian(self.downwards, top), lower))
 
     def decoded(self, latents: Tensor) -> Tensor:
-        """The expected picture of latents next to it; a Gaussian's means are in (0, 1) as well (AEVB, App. C.2)."""
+        """The expected picture of latents next to it; a Gaussian's means are in (0, 1) as well (AEVB, Frey's faces)."""
         made = self.decoder(latents.to(self.dtype))
         return in_full(made[:, : self.hparams["channels"]]).sigmoid()
 

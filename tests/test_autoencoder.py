@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,14 +19,16 @@ from callbacks.anomaly import AnomalyScore
 from callbacks.restoration import Restoration
 from callbacks.retrieval import Retrieval
 from callbacks.samples import Samples
+from callbacks.squared_error import SquaredError
 from datamodules.array_files import read_part
 from datamodules.image_arrays import Images
 from datamodules.refused import Refused
 from experiments.main import main
+from experiments.recipes import HERE
 from modules.autoencoder import Autoencoder
 from tests.contract import ReconstructionContract
 from tests.forked import forked
-from tests.tiny import write_reconstruction_recipe
+from tests.tiny import of_digits, write_reconstruction_recipe
 
 QUALITY = [
     {"class_path": "callbacks.restoration.Restoration", "init_args": {"weights": [0.1], "while_training": True}},
@@ -162,6 +166,11 @@ def test_anomaly_scores_are_sklearns():
     found = callback.put_together([callback.keep(outputs, i) for i in range(300)], running)
     errors = np.square((made - image).numpy()).reshape(300, -1).mean(1)
     assert found["auroc/image-l2"] == pytest.approx(roc_auc_score(np.isin(label.numpy(), [3, 7]), errors), abs=1e-6)
+    made[0] = torch.nan
+    with pytest.raises(Refused, match=r"AnomalyScore: the network gives values back that are not finite"):
+        callback.put_together([callback.keep(outputs, i) for i in range(2)], running)
+    with pytest.raises(Refused, match=r"AnomalyScore: SimpleNamespace does not know which classes training sees"):
+        callback.setup(SimpleNamespace(datamodule=SimpleNamespace()), None, "test")
     with pytest.raises(Refused, match=r"threes needs both, pictures of classes that training sees and others"):
         callback.setup(running_on(threes=Images(image, 0 * label + 3)), None, "test")
 
@@ -178,8 +187,42 @@ def test_retrieval_is_a_trees():
         assert (answers[:, 0] == np.arange(1000)).all()
         expected = (labels.numpy()[answers[:, 1:]] == labels.numpy()[:, None]).mean()
         assert found[f"precision-at-5/{name}"] == pytest.approx(expected, abs=2e-4)
-    with pytest.raises(Refused, match=r"Retrieval\.k: 5 nearest of 5 pictures"):
-        callback.put_together([callback.keep(outputs, i) for i in range(5)], None)
+
+
+@pytest.mark.parametrize(
+    ("k", "method", "says"),
+    [
+        (5, Autoencoder(), r"Retrieval\.k: 5 nearest of the 5 pictures of some"),
+        (0, Autoencoder(), r"Retrieval\.k: 0; at least one"),
+        (1, torch.nn.Identity(), r"Retrieval: Identity has no codes"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_first_step(k, method, says):
+    sets = {"some": Images(torch.zeros(5, 1, 2, 2), torch.zeros(5))}
+    with pytest.raises(Refused, match=says):
+        Retrieval(k=k).setup(SimpleNamespace(datamodule=SimpleNamespace(real=sets)), method, "fit")
+
+
+def test_squared_errors_are_those_of_a_singular_value_decomposition(workplace):
+    """Of embedded digits, the components from those that training sees."""
+    data = of_digits()
+    running = SimpleNamespace(datamodule=data, state=SimpleNamespace(fn="test"))
+    images = digits()[0][:20].float()
+    outputs = {"image": images, "prediction": 0.9 * images, "code": torch.zeros(20, 6)}
+    outputs |= {"name": [f"{i:02d}" for i in range(20)], "dataset": ["some"] * 20}
+    callback = SquaredError()
+    callback.setup(running, Autoencoder(), "test")
+    callback.on_test_batch_end(running, None, outputs, None, 0)
+    found = callback.put_together(list(callback.kept["some"].values()), running)
+    assert found["squared-error/network"] == pytest.approx(0.01 * images.square().sum().item() / 20, rel=1e-6)
+    seen = read_part("digits/train")[0].flatten(1).double() / 255
+    mean = seen.mean(0)
+    components = torch.linalg.svd(seen - mean, full_matrices=False)[2][:6]
+    centred = images.flatten(1).double() - mean
+    lost = (centred - centred @ components.T @ components).square().sum(1).mean().item()
+    assert found["squared-error/pca"] == pytest.approx(lost, rel=1e-4)
+    with pytest.raises(Refused, match=r"SquaredError: Identity on Reconstruction has no codes"):
+        callback.setup(running, torch.nn.Identity(), "fit")
 
 
 def test_restoration_is_skimages():
@@ -216,3 +259,20 @@ def test_the_sheet_shows_what_comes_back_below_the_pictures(tmp_path):
         for column in range(3):
             cell = sheet[2 + 8 * row : 8 + 8 * row, 2 + 10 * column : 10 + 10 * column]
             assert np.abs(cell - pictures[column, 0].numpy() * 255).max() <= 0.501
+
+
+def test_defects_are_found_by_the_command_that_the_page_has(workplace, photos):
+    """Of sets in folders, as MVTec's."""
+    page = (HERE / "autoencoder/README.md").read_text()
+    command = re.search(r"```text\ndarkroom (.*?)```", page, re.DOTALL)[1]
+    generator = np.random.default_rng(0)
+    for folder, count in (("train/good", 12), ("test/good", 4), ("test/broken_large", 4)):
+        (workplace / "bottle" / folder).mkdir(parents=True)
+        for i in range(count):
+            noise = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(workplace / f"bottle/{folder}/{i:03d}.png")
+    assert (
+        forked(main, [*shlex.split(command), "--model.images", "64", "--validate_every", "64", "--data.batch_size", "4"]) == 0
+    )
+    record = json.loads((workplace / "runs/autoencoder/without_0/bottle/record.json").read_text())
+    assert 0 <= record["metrics"]["bottle-test"]["auroc/image-l2"]["mean"] <= 1

@@ -20,6 +20,7 @@ from modules.autoencoder import Autoencoder
 from modules.vae import VAE, divergence, importance_bound
 from tests.contract import ReconstructionContract
 from tests.layouts import lay_out
+from tests.tiny import of_digits
 
 
 class TestVAE(ReconstructionContract):
@@ -128,11 +129,12 @@ def test_more_draws_make_the_bound_tighter():
     of_k = [torch.stack([importance_bound(part) for part in weights.split(k)]).mean().item() for k in (1, 10, 100)]
     assert of_k[0] < of_k[1] < of_k[2]
     assert of_k[0] == pytest.approx(weights.mean().item(), abs=1e-9)
+    assert importance_bound(torch.full((7, 2), -3.0)).tolist() == pytest.approx([-3, -3])  # of equal weights, the weight
 
 
 def test_the_training_objectives_are_the_bounds():
     batch = {"image": torch.rand(4, 1, 28, 28), "positions": range(4), "repetition": 0}
-    for settings in ({}, {"k": 3}, {"objective": "iwae", "k": 3}, {"above": [5, 2], "k": 2}):
+    for settings in ({}, {"k": 3}, {"beta": 4.0}, {"objective": "iwae", "k": 3}, {"above": [5, 2], "k": 2}):
         method = VAE(hidden=[8], latent_size=3, **settings)
         noise = (
             method.noise(batch, "latent", method.k * method.latent_size, "fast-normal").view(4, method.k, -1).transpose(0, 1)
@@ -145,7 +147,7 @@ def test_the_training_objectives_are_the_bounds():
             assert loss.item() == pytest.approx(-weights.mean().item(), rel=1e-5)
         else:
             likelihood = weights - method.proposal(method.posterior(batch["image"]), noise)[1]
-            expected = divergence(method.posterior(batch["image"])).mean() - likelihood.mean()
+            expected = settings.get("beta", 1) * divergence(method.posterior(batch["image"])).mean() - likelihood.mean()
             assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -224,12 +226,6 @@ def test_binarised_pixels_are_drawn_with_their_values():
     assert torch.equal(binarised(image[7:9], 0, "binarise", 7), drawn[7:9])  # by position, whatever else is drawn
     neighbours = np.corrcoef(drawn[:, 0].flatten(1)[:, 6:10].T)
     assert np.abs(neighbours - np.eye(4)).max() < 0.04
-
-
-def of_digits(**settings):
-    data = Reconstruction(**{"train": "digits/train", "size": 28, "val": "digits/val", "test": ["digits/test"], **settings})
-    data.setup("fit")
-    return data
 
 
 def test_training_draws_anew_and_measuring_does_not():

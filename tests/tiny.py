@@ -9,6 +9,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from datamodules.reconstruction import Reconstruction
+
 Model = dict[str, Any]
 
 
@@ -161,3 +163,10 @@ def inception_weights() -> dict[str, Tensor]:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr(torch, "load", lambda *args, **named: {})
         return random_weights(FeatureExtractorInceptionV3("inception", ["64"], feature_extractor_weights_path="none"))
+
+
+def of_digits(**settings) -> Reconstruction:
+    """Embedded digits, read for training."""
+    data = Reconstruction(**{"train": "digits/train", "size": 28, "val": "digits/val", "test": ["digits/test"], **settings})
+    data.setup("fit")
+    return data

@@ -1,6 +1,6 @@
 """Squared error: what a narrow code loses, beside what as many principal components lose."""
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,9 @@ class SquaredError(PerPicture):
     ) -> None:
         """Find the components once, then measure each picture of a batch."""
         if self.pca is None:
-            data = deepcopy(trainer.datamodule)
+            data = copy(trainer.datamodule)
+            data.trainer = None  # which cannot be copied
+            data = deepcopy(data)  # setting up again would change what is measured
             data.setup("fit")
             pictures = data.examples(len(data.items)).flatten(1).numpy()
             self.pca = PCA(outputs["code"].shape[1]).fit(pictures)

@@ -77,6 +77,7 @@ def test_a_worker_that_is_asked_to_stop_puts_its_trial_back_and_goes_on_later(wo
     assert records[0]["weights"] == records[1]["weights"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_behind_ends_early(workplace, photos):
     early = {"type": "hyperband", "min_iter": 1, "max_iter": 2}
     path = write_search(workplace, photos, parameters={"model.learning_rate": {"values": [1e-2, 1e-7]}}, early_terminate=early)

@@ -30,6 +30,7 @@ class TestVAE(ReconstructionContract):
     mark = -190
 
 
+@pytest.mark.slow
 class TestIWAEOfTwoLayers(ReconstructionContract):
     model = {
         "class_path": "modules.vae.VAE",

@@ -10,10 +10,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.checkpoints import save
+from callbacks.exit_status import INTERRUPTED, PREEMPTED
 from modules.lightning_adapter import validation_is_due
-
-PREEMPTED = 85  # exit status after SIGTERM or SIGUSR1: the scheduler may requeue
-INTERRUPTED = 130  # after Ctrl-C, as shells have it
 
 
 class Preemption(Callback):

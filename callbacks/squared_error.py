@@ -1,6 +1,5 @@
 """Squared error: what a narrow code loses, beside what as many principal components lose."""
 
-from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from callbacks.per_picture import PerPicture
+from datamodules.image_arrays import read_images
 from datamodules.refused import Refused
 
 
@@ -29,23 +29,22 @@ class SquaredError(PerPicture):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what has no codes, before the first step."""
-        if not hasattr(pl_module, "encoder") or not hasattr(trainer.datamodule, "examples"):
+        if not hasattr(pl_module, "encoder") or not hasattr(trainer.datamodule, "rectangle"):
             raise Refused(
                 f"SquaredError: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; it is for "
                 "modules.autoencoder.Autoencoder on datamodules.reconstruction.Reconstruction"
             )
+        if trainer.datamodule.rectangle or trainer.datamodule.without:
+            raise Refused("SquaredError: the components are those of whole sets of squares; no data.without, one data.size")
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Find the components once, then measure each picture of a batch."""
         if self.pca is None:
-            data = copy(trainer.datamodule)
-            data.trainer = None  # which cannot be copied
-            data = deepcopy(data)  # setting up again would change what is measured
-            data.setup("fit")
-            pictures = data.examples(len(data.items)).flatten(1).numpy()
-            self.pca = PCA(outputs["code"].shape[1]).fit(pictures)
+            data = trainer.datamodule
+            pixels = read_images(data.train, data.size, data.channels, data.crop, data.survey).pixels
+            self.pca = PCA(outputs["code"].shape[1]).fit(pixels.flatten(1).float().numpy() / 255)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def keep(self, outputs: dict[str, Any], i: int) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from callbacks.exit_status import INTERRUPTED, PREEMPTED
 from datamodules.catalogue import MissingData, catalogue, locate
 from datamodules.refused import Refused
 from experiments.recipes import HERE, Recipe, find_recipe, methods
@@ -21,7 +22,6 @@ from experiments.records import ROOT, committed_records, fingerprints
 from experiments.runs import Run, runs_root
 from experiments.tables import cells, ours, paper, render, spec
 
-PREEMPTED, INTERRUPTED = 85, 130  # as in callbacks/preemption.py, which takes seconds to import
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 LARGEST = 8 * 2**20  # bytes of weights that are committed; larger ones everyone trains
 RESULTS = HERE / "RESULTS.md"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from callbacks.preemption import PREEMPTED
+from callbacks.exit_status import PREEMPTED
 from datamodules.refused import Refused
 from experiments.cli import check_keys
 from experiments.recipes import Recipe

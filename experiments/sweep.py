@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from callbacks.csv_log import read_log
-from callbacks.preemption import PREEMPTED
+from callbacks.exit_status import PREEMPTED
 from datamodules.refused import Refused
 from experiments.runs import Run, runs_root
 from experiments.search import Search

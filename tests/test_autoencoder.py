@@ -221,6 +221,9 @@ def test_squared_errors_are_those_of_a_singular_value_decomposition(workplace):
     centred = images.flatten(1).double() - mean
     lost = (centred - centred @ components.T @ components).square().sum(1).mean().item()
     assert found["squared-error/pca"] == pytest.approx(lost, rel=1e-4)
+    data.without = ["3"]
+    with pytest.raises(Refused, match=r"SquaredError: the components are those of whole sets"):
+        callback.setup(running, Autoencoder(), "fit")
     with pytest.raises(Refused, match=r"SquaredError: Identity on Reconstruction has no codes"):
         callback.setup(running, torch.nn.Identity(), "fit")
 

@@ -152,6 +152,8 @@ class DarkroomCLI(LightningCLI):
 
     def checked_trainer(self, **settings: Any) -> L.Trainer:
         """The Trainer, unless its gradients would not be averaged as `modules/gradients.py` does it."""
+        if str(self.config.trainer.strategy) in ("fsdp", "fsdp_cpu_offload"):
+            raise Refused("trainer.strategy: fsdp cannot train networks that alternate; take 'ddp', or 'fsdp2' to divide them")
         if SLURMEnvironment.detect():  # which would save in the middle of a step; callbacks/preemption.py sees to it
             settings["plugins"] = SLURMEnvironment(auto_requeue=False)
         try:
@@ -159,8 +161,12 @@ class DarkroomCLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:  # settings that do not go together
             raise Refused(" ".join(str(error).split())) from None
         if not isinstance(trainer.strategy, SingleDeviceStrategy | Replicas):
-            raise Refused(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; take 'auto' or 'ddp'")
+            raise Refused(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; take 'ddp' or 'fsdp2'")
         return trainer
+
+    def another_model(self) -> Method:
+        """The model as it was before training, in whole."""
+        return self.parser.instantiate_classes(self.config.clone())["model"]
 
     def facts(self) -> dict[str, Any]:
         """What the record of this run can say before it starts."""

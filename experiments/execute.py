@@ -1,5 +1,7 @@
 """A recipe and overrides become a Trainer's run."""
 
+import errno
+
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.refused import Refused
@@ -25,7 +27,13 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
         COMMANDS[command](cli)
     except MisconfigurationException as error:
         raise Refused(" ".join(str(error).split())) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM or command != "fit":
+            raise
+        place = error.filename or cli.run.folder
+        raise Refused(f"cannot write to {place}: {error.strerror}; with room for it, go on with: {cli.again()}") from None
     return cli
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 COMMANDS = {"fit": fit, "validate": measure, "test": measure, "predict": predict}

@@ -40,9 +40,10 @@ def fit(cli: DarkroomCLI) -> None:
         spare_steps()
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if measurable:
-            load_weights(model, run.checkpoints / "best.ckpt")
+            trained = model if not model.units else cli.another_model()
+            load_weights(trained, run.checkpoints / "best.ckpt")
             trainer.loggers = []
-            trainer.test(model, cli.datamodule, verbose=False)
+            trainer.test(trained, cli.datamodule, verbose=False)
             say_results(trainer, cli)
     tell(f"run       {run.folder}")
 

@@ -291,9 +291,14 @@ def _sweep(rest: list[str]) -> int:
     parser.add_argument("--store", metavar="S", help="what the workers share: a journal file, or the URL of an SQL database")
     parser.add_argument("--trials", type=int, metavar="N", help="trials at most, instead of the file's run_cap")
     parser.add_argument("--report", action="store_true", help="only say what came of it so far")
+    parser.add_argument("--ray", metavar="ADDRESS", help="let a Ray cluster place the trials: its address, auto, or local")
+    parser.add_argument("--gpus", type=float, metavar="N", help="of a trial, with --ray (default 0)")
+    parser.add_argument("--cores", type=float, metavar="N", help="of a trial, with --ray (default 1)")
     chosen, keys = parser.parse_known_args(rest)
     if chosen.trials is not None and chosen.trials < 1:
         raise Refused(f"sweep: --trials {chosen.trials}: at least 1")
+    if not chosen.ray and (chosen.gpus is not None or chosen.cores is not None):
+        raise Refused("sweep: --gpus and --cores go with --ray; a worker by itself has the machine it is started on")
     from experiments.search import read_search
 
     search = read_search(Path(chosen.search), keys, chosen.trials)
@@ -305,7 +310,12 @@ def _sweep(rest: list[str]) -> int:
         from experiments.cli import check_keys
 
         check_keys(search.recipe, search.example)
-        study = sweep.sweep(search, chosen.store)
+        if chosen.ray:
+            from experiments.on_ray import sweep_on_ray
+
+            study = sweep_on_ray(search, chosen.store, chosen.ray, chosen.gpus or 0, chosen.cores or 1)
+        else:
+            study = sweep.sweep(search, chosen.store)
     sweep_report.report(search, study, sweep.folder_of(search))
     return 0
 

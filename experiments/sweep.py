@@ -60,15 +60,26 @@ def sweep(search: Search, store: str | None) -> optuna.Study:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.set())
     while not stop.is_set():
-        put_back(study)
-        trial = next_trial(search, study)
-        if trial is None:
+        if one_trial(search, study, folder, stop) is None:
+            refuse_if_hopeless(study, enough=1)
             return study
+    print("Stopped; nothing is lost. The same command goes on.", flush=True)
+    raise SystemExit(PREEMPTED)
+
+
+def one_trial(search: Search, study: optuna.Study, folder: Path, stop: threading.Event) -> Trial | None:
+    """What a worker does, once: put back what is lost, try what is next, tell what came of it; None if nothing is left.
+
+    Raises:
+        Refused: the first trials have all failed.
+    """
+    put_back(study)
+    trial = next_trial(search, study)
+    if trial is not None:
         with signs_of_life(trial):
             attempt(search, study, trial, folder, stop)
         refuse_if_hopeless(study)
-    print("Stopped; nothing is lost. The same command goes on.", flush=True)
-    raise SystemExit(PREEMPTED)
+    return trial
 
 
 def folder_of(search: Search) -> Path:
@@ -164,9 +175,7 @@ def told(study: optuna.Study, number: int, value: float | None = None, state: Tr
 
 def next_trial(search: Search, study: optuna.Study) -> Trial | None:
     """What to try now; None if enough has been tried."""
-    trials = study.get_trials(deepcopy=False)
-    waiting = any(trial.state == TrialState.WAITING for trial in trials)
-    if not waiting and place(study, len(trials)) >= search.cap:
+    if none_left(search, study):
         return None
     trial = study.ask(distributions(search))
     if "again" in trial.user_attrs or place(study, trial.number) < search.cap:
@@ -174,6 +183,12 @@ def next_trial(search: Search, study: optuna.Study) -> Trial | None:
     trial.set_user_attr("beyond", True)  # another worker has taken the last one
     told(study, trial.number, state=TrialState.FAIL)
     return None
+
+
+def none_left(search: Search, study: optuna.Study) -> bool:
+    """Whether each of the trials has been tried, or is being tried somewhere."""
+    trials = study.get_trials(deepcopy=False)
+    return not any(trial.state == TrialState.WAITING for trial in trials) and place(study, len(trials)) >= search.cap
 
 
 def place(study: optuna.Study, number: int) -> int:
@@ -333,9 +348,9 @@ def signs_of_life(trial: Trial) -> Iterator[None]:
         thread.join()
 
 
-def refuse_if_hopeless(study: optuna.Study) -> None:
-    """Do not go on when the first trials have all failed."""
+def refuse_if_hopeless(study: optuna.Study, enough: int = HOPELESS) -> None:
+    """Do not go on when so many trials have ended, and all of them have failed."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     reasons = [trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs]
-    if len(reasons) >= HOPELESS and not any(trial.state != TrialState.FAIL for trial in trials):
-        raise Refused(f"the first {len(reasons)} trials failed; the last: {reasons[-1]}")
+    if len(reasons) >= enough and not any(trial.state != TrialState.FAIL for trial in trials):
+        raise Refused(f"all {len(reasons)} trials so far failed; the last: {reasons[-1]}")

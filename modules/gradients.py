@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from modules.lightning_adapter import grad_scaler
@@ -54,8 +55,8 @@ def end_of_step(trainer: Any) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
-    """Replace each gradient by its mean over all processes."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Replace each gradient by its mean over all processes; those of divided weights are that already."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     for bucket in buckets(gradients):
         flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from datamodules.fast_noise import fast_normal
@@ -17,6 +18,7 @@ from modules.gradients import backward, end_of_step, share_buffers, step
 from modules.lightning_adapter import LeanModule, align_log_axis, count_step, grad_scaler, lean_loop, log_every
 from modules.phases import Batch, Phase, Player, chunks_of, only, size_of
 from modules.pool import Pool
+from modules.shards import units, whole
 
 DRAWS = {"normal": normal, "fast-normal": fast_normal, "uniform": uniform}
 SMALLEST_SCALE = 2.0**-14  # of fp16 losses; torch begins with 2**16 and halves it at each overflow
@@ -65,6 +67,7 @@ class Method(LeanModule):
         self.accumulate = 1  # chunks that a process cuts its share of a batch into
         self.images_seen = 0
         self.players: list[Player] = []
+        self.units: list[FSDPModule] = []  # networks divided among processes, see modules/shards.py
         self.since_log: list[Terms] = []
         self.resumed_terms: list[list[Any]] = []
 
@@ -174,6 +177,8 @@ class Method(LeanModule):
                     before.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in batch.items()})
             step(self.trainer, optimizer, player.parameters, phase.clip)
             end_of_step(self.trainer)
+        for unit in self.units:
+            unit.reshard()
         images = self.images_seen + len(chunks) * size_of(chunks[0]) * self.trainer.world_size
         mean = moves[0] if len(moves) == 1 else torch.stack(moves).mean(0)
         self.since_log.append(Terms(images, phase, list(terms), mean))
@@ -232,7 +237,7 @@ class Method(LeanModule):
                 raise self._not_finite(f"the gradient{of_phase} overflows in fp16 at any scale", self.images_seen)
             return
         gradients = [parameter.grad for parameter in player.parameters if parameter.grad is not None]
-        if not (norm := nn.utils.get_total_norm(gradients)).isfinite():
+        if not (norm := whole(nn.utils.get_total_norm(gradients))).isfinite():
             raise self._not_finite(f"the gradient's norm{of_phase} is {norm.item()}", self.images_seen)
 
     def _not_finite(self, what: str, images: int) -> NonFiniteLoss:
@@ -245,6 +250,7 @@ class Method(LeanModule):
         lean_loop(self.trainer)
         optimizers: list[Optimizer] = self.trainer.optimizers
         self.players = [Player(*pair) for pair in zip(self.phases(), optimizers, strict=True)]
+        self.units = units(self)
         phases = {player.phase.name: player.phase for player in self.players}
         if len(phases) < len(self.players):
             raise TypeError(

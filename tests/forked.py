@@ -9,8 +9,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,8 @@ def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -
         Its exit status (negative: killed by that signal).
     """
     with tempfile.TemporaryDirectory() as folder:
-        streams = [str(output or Path(folder, name)) for name in ("stdout", "stderr")]
-        process = SERVER.Process(target=_child, args=(action, args, streams, str(Path.cwd()), dict(os.environ)))
-        process.start()
+        streams = [output or Path(folder, name) for name in ("stdout", "stderr")]
+        process = started(streams, action, *args)
         process.join(timeout=300)
         if process.is_alive():
             process.kill()
@@ -49,8 +49,16 @@ def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -
         if output is None:
             for stream, name in zip((sys.stdout, sys.stderr), streams, strict=True):
                 stream.flush()
-                os.write(1 if stream is sys.stdout else 2, Path(name).read_bytes())
+                os.write(1 if stream is sys.stdout else 2, name.read_bytes())
     return process.exitcode
+
+
+def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any) -> BaseProcess:
+    """The same without waiting for its end; it prints to two files."""
+    names = [str(stream) for stream in streams]
+    process = SERVER.Process(target=_child, args=(action, args, names, str(Path.cwd()), dict(os.environ)))
+    process.start()
+    return process
 
 
 def _child(action: Callable[..., Any], args: Any, streams: list[str], folder: str, environment: dict[str, str]) -> None:

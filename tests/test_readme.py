@@ -6,15 +6,19 @@ import subprocess
 
 import pytest
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from datamodules.catalogue import locate
+from experiments.cli import check_keys
 from experiments.main import main
 from experiments.recipes import find_recipe
 from experiments.records import ROOT
+from experiments.search import read_search
 from tests.forked import forked
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+CLUSTERS = (ROOT / "experiments/CLUSTERS.md").read_text()
 SHORT = ["--model.images", "64", "--validate_every", "32"]
 
 
@@ -37,6 +41,26 @@ def test_command(command, workplace, capfd):
     if words[1] == "predict":
         Image.open(locate("photographs/test")[0]).resize((60, 50)).save(words[words.index("--input") + 1])
     assert forked(main, words[1:] + extra) == 0, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", re.findall(r"^(?:darkroom|TORCH_\w+=1 torchrun) .*", CLUSTERS, re.MULTILINE))
+def test_command_for_a_cluster(command, workplace, capfd):
+    """Its keys are right; what they do is tested with processes of this machine, in test_interruptions and test_shards."""
+    (workplace / "sweeps").symlink_to(ROOT / "sweeps")
+    words = shlex.split(command)
+    if words[1] == "torchrun":
+        options, words = words[2 : words.index("-m")], words[words.index("-m") + 1 :]
+        get_args_parser().parse_args([*options, "-m", *words])
+        assert words[0] == "experiments"
+    if words[1] == "fit":
+        assert forked(check_keys, find_recipe(words[2]), words[3:]) == 0, capfd.readouterr().err
+    elif words[1] == "submit":
+        assert forked(main, [*words[1:], "--dry-run"]) == 0, capfd.readouterr().err
+    else:
+        assert words[1] == "sweep"
+        assert forked(main, ["sweep", *words[2:], "--trials", "0"]) == 2
+        assert "--trials 0: at least 1" in capfd.readouterr().err  # all other words were understood
+        read_search(workplace / words[2], [])
 
 
 def test_commands_within_sentences_exist():

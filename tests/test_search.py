@@ -161,7 +161,7 @@ def test_what_cannot_be_done_is_refused(workplace, photos, changes, says):
         (["sweep", "search.yaml", "--model.imags", "60"], "unknown key 'model.imags' of modules.espcn.ESPCN"),
         pytest.param(
             ["sweep", "search.yaml", "--model.images", "0"],
-            "the first 3 trials failed; the last: darkroom: model.images: 0 is not a budget",
+            "all 3 trials so far failed; the last: darkroom: model.images: 0 is not a budget",
             marks=pytest.mark.slow,
         ),
     ],

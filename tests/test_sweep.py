@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,9 +12,13 @@ import pytest
 from filelock import FileLock
 
 from callbacks.csv_log import read_log
+from datamodules.refused import Refused
 from experiments import sweep
 from experiments.main import main
+from experiments.on_ray import sweep_on_ray
+from experiments.records import ROOT
 from experiments.runs import Run
+from experiments.search import read_search
 from tests.forked import forked
 from tests.searches import fast_worker, started, trials_of, wait_for, write_search
 
@@ -97,6 +103,34 @@ def test_a_trial_may_be_of_several_processes(workplace, photos):
     assert len(list((workplace / "runs/tiny").iterdir())) == 1
     record = json.loads((workplace / f"runs/tiny/{trial['run']}/record.json").read_text())
     assert record["hardware"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_ray_places_the_trials_and_a_worker_goes_on_where_it_stopped(workplace, photos):
+    pytest.importorskip("ray.tune", reason="pip install 'darkroom[ray]'")
+    write_search(workplace, photos)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0"}
+    command = [sys.executable, "-m", "experiments", "sweep", "search.yaml", "--ray", "local", "--trials"]
+    ended = subprocess.run([*command, "2"], env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    assert [trial["state"] for trial in trials_of(workplace)] == ["COMPLETE"] * 2
+    assert forked(main, ["sweep", "search.yaml"]) == 0
+    trials = trials_of(workplace)
+    assert sorted(float(trial["model.learning_rate"]) for trial in trials) == [1e-5, 1e-3, 1e-2]
+    assert len({trial["run"] for trial in trials}) == 3
+
+
+def test_without_ray_it_says_how_it_is_had(workplace, photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    search = read_search(write_search(workplace, photos), [])
+    with pytest.raises(Refused, match="pip install 'darkroom\\[ray\\]'"):
+        sweep_on_ray(search, None, "local", 0, 1)
+
+
+def test_a_search_of_which_all_trials_fail_says_so(workplace, photos, capfd):
+    write_search(workplace, photos, parameters={"model.images": {"values": [0, -1]}})
+    assert forked(main, ["sweep", "search.yaml"]) == 2
+    assert "all 2 trials so far failed; the last: darkroom: model.images: -1 is not a budget" in capfd.readouterr().err
 
 
 # What it leaves

@@ -86,7 +86,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--data.train", "./nowhere"], "no folder ./nowhere"),
         (["fit", DEMO, "--run", "a/b"], "--run a/b: a name, not a path"),
         (["fit", DEMO, "--trainer.devices", "two"], "devices"),
-        (["fit", DEMO, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "DDPStrategy is not supported; take 'auto' or 'ddp'"),
+        (["fit", DEMO, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "DDPStrategy is not supported; take 'ddp' or 'fsdp2'"),
         (["fit", DEMO, "--trainer.val_check_interval", "5"], "--trainer.val_check_interval is set by Darkroom; take --validate_every"),
         (["test", "espcn/t91_x3_relu", "--record", "/nowhere/r.json"], "--record: cannot write to /nowhere"),
     ],

@@ -43,7 +43,11 @@ class DCGAN(GenerativeMethod):
         latent: "uniform" in (-1, 1) as in the paper, or "normal".
         images: training budget.
         learning_rate: of Adam, for both networks.
+        beta1: of Adam, in [0, 1).
         seed: of the noise in training.
+
+    Raises:
+        Refused: if `size` is none of these, or `beta1` not in its range.
     """
 
     def __init__(
@@ -56,12 +60,16 @@ class DCGAN(GenerativeMethod):
         latent: Literal["uniform", "normal"] = "uniform",
         images: int = 8_750_000,
         learning_rate: float = 2e-4,
+        beta1: float = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__(latent_size, latent, images, learning_rate, seed)
         self.save_hyperparameters()
         if size not in SIZES:
             raise Refused(f"model.size: {size}; DCGAN makes images of {', '.join(map(str, SIZES))} pixels")
+        if not 0 <= beta1 < 1:
+            raise Refused(f"model.beta1: {beta1}; a share of the moving mean, at least 0 and below 1")
+        self.beta1 = beta1
         self.generator = generator(latent_size, channels, size, kernel, width)
         self.discriminator = discriminator(channels, size, kernel, width)
         for network in (self.generator, self.discriminator):
@@ -86,8 +94,8 @@ class DCGAN(GenerativeMethod):
         ]
 
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """A beta of 0.5 instead of 0.9 "helped stabilize training"."""
-        return torch.optim.Adam(parameters, betas=(0.5, 0.999), fused=True)
+        """A first beta of 0.5 instead of 0.9 "helped stabilize training"."""
+        return torch.optim.Adam(parameters, betas=(self.beta1, 0.999), fused=True)
 
     def constant(self, images_seen: int) -> dict[str, float]:
         """The same learning rate throughout."""

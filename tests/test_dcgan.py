@@ -46,6 +46,13 @@ def test_another_size_is_refused():
         DCGAN(1, 48)
 
 
+def test_beta1_is_that_of_both_optimizers_and_a_share():
+    assert {o.param_groups[0]["betas"] for o in DCGAN(size=32, width=8, beta1=0.9).configure_optimizers()} == {(0.9, 0.999)}
+    assert {o.param_groups[0]["betas"] for o in DCGAN(size=32, width=8).configure_optimizers()} == {(0.5, 0.999)}  # Section 4
+    with pytest.raises(Refused, match=r"model\.beta1: 1\.0"):
+        DCGAN(beta1=1.0)
+
+
 def test_initial_weights_are_the_papers():
     method = DCGAN(3, 64, 4, 64)
     kernels = torch.cat([p.flatten() for name, p in method.named_parameters() if p.ndim > 1])

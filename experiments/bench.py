@@ -23,7 +23,7 @@ from datamodules.superresolution import SuperResolution
 from datamodules.unpaired import Unpaired
 from experiments.cli import DarkroomCLI, build
 from experiments.complaints import parameters
-from experiments.fit import alone, loggers, prepare, spare_steps
+from experiments.fit import train_alone
 from experiments.loops import Step, bare_batches, flops_of, loop, optimizers_of, quartiles, wait
 from experiments.pil_loaders import pil_batches
 from experiments.recipes import Recipe
@@ -51,15 +51,8 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         cli = build("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
         if not isinstance(cli.datamodule, SuperResolution | Generation | Segmentation | Unpaired):
             raise Refused(f"{recipe.name} is a toy; bench times methods that make, enlarge, segment or translate images")
-        cli.model.images = cli.datamodule.batch_size * steps * (pairs + 1)
-        cli.trainer.limit_val_batches = 0
-        cli.trainer.num_sanity_val_steps = 0
         stopwatch = Stopwatch(cli.model, cli.datamodule, steps, started)
-        cli.trainer.callbacks.append(stopwatch)
-        with alone(cli, cli.run):
-            cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
-            spare_steps()
-            cli.trainer.fit(cli.model, cli.datamodule)
+        train_alone(cli, steps * (pairs + 1), stopwatch)
     method = cli.model.cpu().eval()
     figures = {**training_figures(stopwatch, cli), **use_figures(method, cli.datamodule)}
     if as_json:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -46,6 +47,19 @@ def fit(cli: DarkroomCLI) -> None:
             trainer.test(trained, cli.datamodule, verbose=False)
             say_results(trainer, cli)
     tell(f"run       {run.folder}")
+
+
+def train_alone(cli: DarkroomCLI, steps: int, watch: Callback) -> None:
+    """Train for so many steps, and neither validate nor measure: for a watch that stops how long it takes."""
+    cli.model.images = cli.datamodule.batch_size * steps
+    cli.trainer.limit_val_batches = 0
+    cli.trainer.num_sanity_val_steps = 0
+    cli.trainer.callbacks.append(watch)
+    with alone(cli, cli.run):
+        settle_batch(cli)
+        cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
+        spare_steps()
+        cli.trainer.fit(cli.model, cli.datamodule)
 
 
 @contextmanager

@@ -1,17 +1,16 @@
 """The `darkroom` command. What needs no network answers at once: torch and Lightning are imported only to run one."""
 
-import argparse
 import os
-import re
 import sys
 import time
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 from datamodules.refused import Refused
+from experiments import picture_commands
 from experiments.complaints import one_line
+from experiments.parser import Parser
 from experiments.recipes import find_recipe, recipes
 
 HELP = """\
@@ -41,6 +40,7 @@ look
   sweep FILE                 search hyperparameters as a file of sweeps/ says; any number of workers share a --store
   submit RECIPE|FILE         train, or search, on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
   bench RECIPE               how fast training is, beside a bare loop and beside a PIL-fed loader (--json)
+  scaling RECIPE ...         what a second process gains here, and may be expected of 8 and 64 GPUs (--write)
   data list | get NAME | verify NAME
 
 environment
@@ -196,89 +196,22 @@ def _bench(rest: list[str]) -> int:
     return 0
 
 
-def _sample(rest: list[str]) -> int:
-    parser = _of_latents("sample", "Make images from noise, one file each.", "samples")
-    parser.add_argument("--count", type=int, default=64, metavar="N", help="how many (default 64)")
-    chosen = parser.parse_args(rest)
-    if chosen.count < 1:
-        raise Refused(f"sample: --count {chosen.count}: at least 1")
-    recipe = find_recipe(chosen.recipe)
-    from experiments.sampling import sample
-
-    sample(recipe, chosen.ckpt, chosen.count, chosen.seed, chosen.output)
-    return 0
-
-
-def _interpolate(rest: list[str]) -> int:
-    parser = _of_latents("interpolate", "The straight way through latent space between samples.", "interpolation.png")
-    parser.add_argument("--between", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of samples")
-    parser.add_argument("--pictures", action="store_true", help="the numbers are those of pictures of the test set")
-    parser.add_argument("--steps", type=int, default=9, metavar="N", help="from one to the next (default 9)")
-    chosen = parser.parse_args(rest)
-    _no_negative("interpolate: --between", chosen.between)
-    recipe = find_recipe(chosen.recipe)
-    if chosen.pictures:
-        from experiments import coding
-
-        coding.interpolate(recipe, chosen.ckpt, chosen.between, chosen.steps, chosen.output)
-        return 0
-    from experiments.sampling import interpolate
-
-    interpolate(recipe, chosen.ckpt, chosen.between, chosen.steps, chosen.seed, chosen.output)
-    return 0
-
-
-def _arithmetic(rest: list[str]) -> int:
-    parser = _of_latents("arithmetic", "Sums of concepts, each the mean latent of some samples.", "arithmetic.png")
-    for sign in ("plus", "minus"):
-        parser.add_argument(
-            f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="samples of a concept"
-        )
-    chosen = parser.parse_args(rest)
-    _no_negative("arithmetic", [number for numbers in (*chosen.plus, *chosen.minus) for number in numbers])
-    recipe = find_recipe(chosen.recipe)
-    from experiments.sampling import arithmetic
-
-    arithmetic(recipe, chosen.ckpt, chosen.plus, chosen.minus, chosen.seed, chosen.output)
-    return 0
-
-
-def _manifold(rest: list[str]) -> int:
-    parser = Parser(prog="darkroom manifold", description="What two latents mean: a grid of pictures over their plane.")
-    _of_network(parser, "manifold.png")
-    parser.add_argument("--side", type=int, default=20, metavar="N", help="pictures in a row (default 20)")
-    chosen = parser.parse_args(rest)
-    recipe = find_recipe(chosen.recipe)
-    from experiments.sampling import manifold
-
-    manifold(recipe, chosen.ckpt, chosen.side, chosen.output)
-    return 0
-
-
-def _reconstruct(rest: list[str]) -> int:
-    parser = Parser(prog="darkroom reconstruct", description="What comes back of pictures of the test set.")
-    _of_network(parser, "reconstructions.png")
-    parser.add_argument("--numbers", type=int, nargs="+", default=[*range(16)], metavar="N", help="of the pictures")
-    chosen = parser.parse_args(rest)
-    recipe = find_recipe(chosen.recipe)
-    from experiments.coding import reconstruct
-
-    reconstruct(recipe, chosen.ckpt, chosen.numbers, chosen.output)
-    return 0
-
-
-def _retrieve(rest: list[str]) -> int:
+def _scaling(rest: list[str]) -> int:
     parser = Parser(
-        prog="darkroom retrieve", description="The pictures of the test set whose codes are nearest to a picture's."
+        prog="darkroom scaling", description="What more processes gain here, and may be expected to gain elsewhere."
     )
-    _of_network(parser, "retrieval.png")
-    parser.add_argument("--numbers", type=int, nargs="+", default=[*range(8)], metavar="N", help="of the pictures that ask")
-    parser.add_argument("--k", type=int, default=10, metavar="N", help="answers to each (default 10)")
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="what to time")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="that work together (default 2)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="stretches of each kind, interleaved (default 5)")
+    parser.add_argument("--seconds", type=float, default=3, metavar="S", help="of a stretch (default 3)")
+    parser.add_argument("--write", action="store_true", help="keep it as experiments/scaling.json and experiments/SCALING.md")
     chosen = parser.parse_args(rest)
-    recipe = find_recipe(chosen.recipe)
-    from experiments.coding import retrieve
+    if chosen.processes < 2 or chosen.rounds < 1 or not chosen.seconds > 0:
+        raise Refused("scaling: --processes is at least 2, --rounds at least 1, and --seconds above 0")
+    recipes = [find_recipe(name) for name in chosen.recipes]
+    from experiments.scaling import scaling
 
-    retrieve(recipe, chosen.ckpt, chosen.numbers, chosen.k, chosen.output)
+    scaling(recipes, chosen.processes, chosen.rounds, chosen.seconds, chosen.write)
     return 0
 
 
@@ -353,47 +286,19 @@ def _submit(rest: list[str]) -> int:
     return 0
 
 
-def _no_negative(where: str, numbers: list[int]) -> None:
-    if bad := [number for number in numbers if number < 0]:
-        raise Refused(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
-
-
-def _of_latents(command: str, description: str, output: str) -> "Parser":
-    parser = Parser(prog=f"darkroom {command}", description=description)
-    _of_network(parser, output)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the numbered samples (default 0)")
-    return parser
-
-
-def _of_network(parser: "Parser", output: str) -> None:
-    parser.add_argument("recipe", help="whose network: darkroom list shows them")
-    parser.add_argument("--ckpt", metavar="FILE", help="weights to use: a .ckpt or .safetensors file")
-    parser.add_argument("--output", default=output, metavar="PATH", help=f"where the result goes (default {output})")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse in one line, with the nearest option."""
-        if mistyped := re.match(r"unrecognized arguments: (\S+)", message):
-            near = get_close_matches(mistyped[1], self._option_string_actions, n=1, cutoff=0.4)
-            message = f"unknown argument {mistyped[1]}" + (f"; did you mean '{near[0]}'?" if near else "")
-        raise Refused(f"{self.prog.removeprefix('darkroom ')}: {message}")
-
-
 COMMANDS = {
     "demo": _demo,
     "list": _list,
     "data": _data,
     "reproduce": _reproduce,
     "bench": _bench,
+    "scaling": _scaling,
     "sweep": _sweep,
     "submit": _submit,
-    "sample": _sample,
-    "interpolate": _interpolate,
-    "arithmetic": _arithmetic,
-    "manifold": _manifold,
-    "reconstruct": _reconstruct,
-    "retrieve": _retrieve,
+    "sample": picture_commands.sample,
+    "interpolate": picture_commands.interpolate,
+    "arithmetic": picture_commands.arithmetic,
+    "manifold": picture_commands.manifold,
+    "reconstruct": picture_commands.reconstruct,
+    "retrieve": picture_commands.retrieve,
 }

@@ -17,7 +17,7 @@ from experiments.execute import execute
 from experiments.recipes import find_recipe
 from modules.average import Average
 from modules.pool import Pool
-from tests.forked import forked, launched
+from tests.forked import forked, two_forked
 from tests.tiny import (
     write_generative_recipe,
     write_recipe,
@@ -154,9 +154,9 @@ class Contract(ABC):
         exact = ["--model", self.steady, "--trainer.precision", "64-true"]
         assert forked(fit, recipe, "--run", "one", *exact) == 0
         for run, parts in (("two", "1"), ("parts", "2")):
-            done = launched("fit", recipe, "--run", run, "--trainer.devices", "2", "--accumulate", parts, *exact)
-            assert done.returncode == 0, done.stderr
-            assert "recommended" not in done.stderr
+            status, said = two_forked(fit, recipe, "--run", run, "--trainer.devices", "2", "--accumulate", parts, *exact)
+            assert status == [0, 0], said
+            assert "recommended" not in said
         whole, *others = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("one", "two", "parts"))
         for other in others:
             for name in whole:

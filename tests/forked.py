@@ -6,6 +6,7 @@ A SIGKILL kills only them, they start at once, and torch's threads (which a fork
 import contextlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,10 +54,32 @@ def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -
     return process.exitcode
 
 
-def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any) -> BaseProcess:
-    """The same without waiting for its end; it prints to two files."""
+def two_forked(action: Callable[..., Any], *args: Any) -> tuple[list[int | None], str]:
+    """The same in two processes that know of each other, by the variables that Lightning gives the ones it launches.
+
+    Returns:
+        Their exit statuses, and what they have said on stderr.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        said = [Path(folder, f"stderr-{rank}") for rank in range(2)]
+        pair = [
+            started([Path(folder, "stdout"), said[rank]], action, *args, **shared, LOCAL_RANK=str(rank)) for rank in range(2)
+        ]
+        for process in pair:
+            process.join(timeout=300)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in pair], "".join(stream.read_text() for stream in said)
+
+
+def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any, **variables: str) -> BaseProcess:
+    """The same without waiting for its end; it prints to two files, and finds these variables in its environment."""
     names = [str(stream) for stream in streams]
-    process = SERVER.Process(target=_child, args=(action, args, names, str(Path.cwd()), dict(os.environ)))
+    process = SERVER.Process(target=_child, args=(action, args, names, str(Path.cwd()), {**os.environ, **variables}))
     process.start()
     return process
 

@@ -20,8 +20,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from callbacks.csv_log import read_log
 from experiments.main import main
 from experiments.records import ROOT
-from tests.contract import assert_equal, checkpoint
-from tests.forked import forked, launched, started
+from tests.contract import assert_equal, checkpoint, fit
+from tests.forked import forked, launched, started, two_forked
 from tests.tiny import write_generative_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
@@ -74,8 +74,7 @@ def torchrun(recipe: Path, name: str, *options: str) -> subprocess.CompletedProc
     ],
 )
 def test_two_processes_of_torchrun_are_stopped_and_the_same_command_goes_on(workplace, recipe, monkeypatch, signals):
-    ended = torchrun(recipe, "whole")
-    assert ended.returncode == 0, ended.stderr
+    assert two_forked(fit, recipe, "--run", "whole", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signals)
     ended = torchrun(recipe, "broken")
     assert ended.returncode == 1, ended.stderr  # torchrun's own; the first process's is in its report
@@ -90,8 +89,7 @@ def test_two_processes_of_torchrun_are_stopped_and_the_same_command_goes_on(work
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(workplace, recipe, monkeypatch):
-    ended = torchrun(recipe, "whole")
-    assert ended.returncode == 0, ended.stderr
+    assert two_forked(fit, recipe, "--run", "whole", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGKILL@24@1")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     ended = torchrun(recipe, "broken", "--max-restarts", "1")

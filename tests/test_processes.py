@@ -9,8 +9,8 @@ from filelock import FileLock
 from callbacks.csv_log import read_log
 from experiments.main import main
 from modules.gradients import buckets
-from tests.contract import assert_equal, checkpoint
-from tests.forked import forked, launched
+from tests.contract import assert_equal, checkpoint, fit
+from tests.forked import forked, launched, two_forked
 from tests.tiny import write_recipe, write_reconstruction_recipe
 
 TWO = ["--trainer.devices", "2"]
@@ -23,7 +23,7 @@ def recipe(workplace, photos):
 
 
 def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterrupted_one(workplace, recipe, monkeypatch):
-    assert launched("fit", recipe, "--run", "whole", *TWO).returncode == 0
+    assert two_forked(fit, recipe, "--run", "whole", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@1")
     broken = launched("fit", recipe, "--run", "broken", *TWO)
     assert broken.returncode == 85, broken.stderr
@@ -42,7 +42,8 @@ def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterru
 def test_a_signal_while_it_measures_leaves_the_training_and_the_same_command_measures(workplace, monkeypatch, processes):
     model = {"class_path": "modules.vae.VAE", "init_args": {"hidden": [20], "latent_size": 3, "images": 40}}
     recipe = write_reconstruction_recipe(workplace / "tiny.yaml", model)
-    assert launched("fit", recipe, "--run", "whole", *processes).returncode == 0
+    whole = ["--run", "whole", *processes]
+    assert not any(two_forked(fit, recipe, *whole)[0] if processes else [forked(fit, recipe, *whole)])
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@test")
     broken = launched("fit", recipe, "--run", "broken", *processes)
     assert broken.returncode == 85, broken.stderr

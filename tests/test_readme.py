@@ -56,6 +56,10 @@ def test_command_for_a_cluster(command, workplace, capfd):
         assert forked(check_keys, find_recipe(words[2]), words[3:]) == 0, capfd.readouterr().err
     elif words[1] == "submit":
         assert forked(main, [*words[1:], "--dry-run"]) == 0, capfd.readouterr().err
+    elif words[1] == "scaling":
+        assert forked(main, [*words[1:], "--rounds", "0"]) == 2
+        assert "--rounds at least 1" in capfd.readouterr().err
+        assert [find_recipe(word) for word in words[2:] if "/" in word]
     else:
         assert words[1] == "sweep"
         assert forked(main, ["sweep", *words[2:], "--trials", "0"]) == 2

@@ -49,9 +49,9 @@ def on_this_machine(record: dict[str, Any]) -> list[str]:
         f"## From one process to {count}, measured",
         "",
         f"{hardware['accelerator']}, {hardware['cores']} cores as the system counts them, with {hardware['threads']} of "
-        f"its threads a process, {hardware['precision']}. Medians of {rounds} interleaved stretches. *Apart* are {count} processes that know "
-        "nothing of each other, on a batch each: what the machine itself loses when they share it. Efficiency is the time of "
-        "a step alone beside that of one together, or apart; its quartiles in brackets.",
+        f"its threads a process, {hardware['precision']}. Medians of {rounds} interleaved stretches. *Apart* are {count} "
+        "processes that know nothing of each other, on a batch each: what the machine itself loses when they share it. "
+        "Efficiency is the time of a step alone beside that of one together, or apart; its quartiles in brackets.",
         "",
         f"| recipe | batch of a process | ms per image, 1 | {count} together | {count} apart | efficiency together | apart |",
         "|---|---:|---:|---:|---:|---:|---:|",

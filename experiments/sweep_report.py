@@ -4,6 +4,7 @@ import csv
 import html
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ import optuna.visualization as interactive
 import optuna.visualization.matplotlib as drawn
 import yaml
 from optuna.exceptions import ExperimentalWarning
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
@@ -25,10 +27,15 @@ PLOTS = {  # at least two trials must have a value for them
     "param_importances": "Importance",
     "parallel_coordinate": "Parallel coordinates",
 }
+SIZE = (11.0, 4.5)  # inches
 
 
 def report(search: Search, study: optuna.Study, folder: Path) -> None:
-    """Write trials.csv, report.html, a PNG of each plot, and best.yaml into the folder; print the best trials."""
+    """What came of a search so far, as files in the folder; the best trials are printed too.
+
+    trials.csv, all that ended; best.yaml; and with two complete trials a PNG of each plot, report.html with all of it, and
+    README.md, which shows table and plots wherever Markdown is shown.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trials = study.get_trials(deepcopy=False)
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -55,6 +62,7 @@ def report(search: Search, study: optuna.Study, folder: Path) -> None:
         for plot in PLOTS:
             draw(search, study, plot, folder / f"{plot}.png")
         (folder / "report.html").write_text(page(search, study, rows, said))
+        (folder / "README.md").write_text(markdown(search, rows, said))
         print(f"look at   {folder / 'report.html'}")
     print(f"best      {folder / 'best.yaml'}  (darkroom fit takes it)")
 
@@ -91,14 +99,43 @@ def write_trials(search: Search, trials: list[FrozenTrial], path: Path) -> None:
             writer.writerow([trial.number, trial.state.name, trial.value, *chosen, seconds, trial.user_attrs["run"]])
 
 
+def plotted(library: ModuleType, search: Search, study: optuna.Study, plot: str) -> Any:
+    """A plot by one of optuna's two libraries.
+
+    Importance is the share of the figures' variance (fANOVA): optuna's own choice asks what sets the best tenth of the trials
+    apart, among which what matters most may not vary any more.
+    """
+    chosen = {"evaluator": FanovaImportanceEvaluator(seed=0)} if plot == "param_importances" else {}
+    return getattr(library, f"plot_{plot}")(study, target_name=search.metric, **chosen)
+
+
 def draw(search: Search, study: optuna.Study, plot: str, path: Path) -> None:
     """One of optuna's plots as a PNG."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # optuna may come to draw them otherwise
-        axes = getattr(drawn, f"plot_{plot}")(study, target_name=search.metric)
+        with plt.rc_context({"figure.figsize": SIZE}):
+            axes = plotted(drawn, search, study, plot)
     figure = (axes if hasattr(axes, "figure") else axes[0]).figure
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     plt.close(figure)
+
+
+def markdown(search: Search, rows: list[FrozenTrial], said: str) -> str:
+    """Table and plots for a page that lies beside them."""
+    names = ["trial", search.metric, *search.searched]
+    table = [names, ["---:"] * len(names), *(cells(search, trial) for trial in rows)]
+    return "\n".join(
+        [
+            f"# {html.escape(search.name)}",
+            "",
+            f"{said}; trials of `darkroom fit {search.recipe_name}`. All of them: [trials.csv](trials.csv); "
+            "the best as a recipe: [best.yaml](best.yaml).",
+            "",
+            *(f"| {' | '.join(html.escape(word).replace('|', '&#124;') for word in line)} |" for line in table),
+            "",
+            *(f"![{title}]({plot}.png)\n" for plot, title in PLOTS.items()),
+        ]
+    )
 
 
 def page(search: Search, study: optuna.Study, rows: list[FrozenTrial], said: str) -> str:
@@ -110,7 +147,7 @@ def page(search: Search, study: optuna.Study, rows: list[FrozenTrial], said: str
     )
     plots = []
     for i, (plot, title) in enumerate(PLOTS.items()):
-        figure = getattr(interactive, f"plot_{plot}")(study, target_name=search.metric)
+        figure = plotted(interactive, search, study, plot)
         plots.append(f"<h2>{title}</h2>\n{figure.to_html(full_html=False, include_plotlyjs=i == 0)}")
     title = html.escape(f"{search.name}: {search.metric}")
     return f"""<!doctype html>
@@ -137,8 +174,7 @@ def best_recipe(search: Search, best: FrozenTrial) -> str:
             set_key(content, key.removeprefix("--"), yaml.safe_load(value))
     run = Run(runs_root() / search.recipe.name / best.user_attrs["run"])
     header = [
-        f"{search.recipe.header[0] if search.recipe.header else search.recipe.name}",
-        f"The best of the search {search.name}, trial {best.number}.",
+        f"{search.recipe.name} with what was best in the search {search.name}, trial {best.number}.",
         f"Expected: {search.metric} {best.value:.6g}, best validation of {run.folder.name}",
         "Time: not measured",
         "Command: darkroom fit best.yaml",

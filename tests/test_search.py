@@ -1,5 +1,6 @@
 """Searches: W&B's format, what is refused, and what is chosen."""
 
+import csv
 import itertools
 import json
 import time
@@ -42,20 +43,34 @@ def test_files_are_what_wandb_takes(path):
     command = wandb_sweeps.create_sweep_command(content["command"])
     assert command[:3] == ["${env}", "darkroom", "fit"]
     words = [*command[4:-1], *wandb_sweeps.create_sweep_command_args({"args": chosen})["args"]]
-    assert forked(parses, command[3], words, chosen) == 0
+    assert forked(parses, command[3], words, {key: entry["value"] for key, entry in chosen.items()}) == 0
 
 
 def parses(recipe, words, chosen):
     cli = DarkroomCLI("fit", find_recipe(recipe), words)
-    for key, entry in chosen.items():
+    for key, value in chosen.items():
         part, _, name = key.partition(".")
-        assert cli.config[part].init_args[name] == entry["value"], key
+        assert cli.config[part].init_args[name] == value, key
 
 
 def test_there_is_one_for_every_method_that_learns():
     trained = {path.parent.parent.name for path in (ROOT / "experiments").glob("*/recipes/demo.yaml")}
     assert {path.stem for path in SEARCHES} == trained
     assert all(path.suffix == ".yaml" for path in (ROOT / "sweeps").iterdir())
+
+
+@pytest.mark.parametrize("name", ["espcn", "vae"])
+def test_what_came_of_a_search_is_what_its_file_asked_for(name):
+    search = read_search(ROOT / f"sweeps/{name}.yaml", [])
+    folder = ROOT / f"experiments/{name}/search"
+    with (folder / "trials.csv").open() as file:
+        trials = list(csv.DictReader(file))
+    assert len(trials) == search.cap
+    assert list(trials[0]) == ["trial", "state", search.metric, *search.searched, "seconds", "run"]
+    best = find_recipe(str(folder / "best.yaml")).content
+    chosen = {key: best[key.partition(".")[0]]["init_args"][key.partition(".")[2]] for key in search.searched}
+    assert {key: str(value) for key, value in chosen.items()} == {key: trials[0][key] for key in chosen}
+    assert forked(parses, str(folder / "best.yaml"), [], chosen) == 0
 
 
 SHRUNK = {

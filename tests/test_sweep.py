@@ -148,7 +148,10 @@ def test_table_pictures_and_the_best_recipe(workplace, photos):
     page = (folder / "report.html").read_text()
     assert "<b>rates" not in page and "&lt;b&gt;rates" in page
     assert 'src="http' not in page and "Parallel coordinates" in page
+    markdown = (folder / "README.md").read_text()
+    assert "<b>rates" not in markdown and markdown.count("\n| ") == 2 + len(trials)
     for plot in ("optimization_history", "param_importances", "parallel_coordinate"):
+        assert f"({plot}.png)" in markdown
         assert (folder / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
     assert forked(main, ["fit", str(folder / "best.yaml"), "--run", "best"]) == 0
     best = read_log(workplace / "runs/best/best/metrics.csv")

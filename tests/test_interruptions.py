@@ -22,6 +22,7 @@ from experiments.main import main
 from experiments.records import ROOT
 from tests.contract import assert_equal, checkpoint, fit
 from tests.forked import forked, launched, started, two_forked
+from tests.searches import wait_for
 from tests.tiny import write_generative_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
@@ -100,24 +101,31 @@ def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(workplace, r
 
 @pytest.mark.slow
 def test_twenty_kills_at_any_moment_lose_no_run(workplace, recipe):
-    words = ["fit", str(recipe), "--model.images", "1200", "--validate_every", "40", "--data.workers", "1"]
+    words = ["fit", str(recipe), "--model.images", "3600", "--validate_every", "40", "--data.workers", "1"]
     began = time.monotonic()
     assert forked(main, [*words, "--run", "whole"]) == 0
     whole = time.monotonic() - began
+    streams = [workplace / "stdout.txt", workplace / "stderr.txt"]
+    last = workplace / "runs/tiny/broken/checkpoints/last.ckpt"
     moments = np.random.default_rng(0)
     kept: list[int] = []
-    streams = [workplace / "stdout.txt", workplace / "stderr.txt"]
-    folder = workplace / "runs/tiny/broken"
-    for _ in range(20):
+    first = 0.0  # seconds from the start to a checkpoint
+    for number in range(20):
+        began, before = time.monotonic(), last.stat().st_mtime if number else 0
         child = started(streams, main, [*words, "--run", "broken"])
-        time.sleep(moments.uniform(0.05, 1) * whole / 4)
+        if number % 2:  # while it starts
+            time.sleep(moments.uniform(0.05, 0.8) * first)
+        else:  # while it trains, validates, saves
+            wait_for(lambda before=before: last.exists() and last.stat().st_mtime > before)
+            first = time.monotonic() - began
+            time.sleep(moments.uniform(0, whole / 30))
         assert child.is_alive(), streams[1].read_text()
         child.kill()
         child.join()
-        if (folder / "checkpoints/last.ckpt").exists():
-            kept.append(checkpoint(workplace, recipe, "broken")["images_seen"])  # it can be read
+        kept.append(checkpoint(workplace, recipe, "broken")["images_seen"])  # it can be read
     assert kept == sorted(kept)
-    assert 0 < kept[-1] < 1200
+    assert kept[0] < kept[-1] < 3600
+    print("images in the checkpoint after each kill:", *kept)
     assert forked(main, [*words, "--run", "broken"]) == 0
     assert_same(workplace, recipe, "whole", "broken")
 

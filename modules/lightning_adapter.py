@@ -1,6 +1,7 @@
 """All that leans on Lightning's private or untyped parts; tests/test_lightning_adapter.py checks each assumption."""
 
 from collections import OrderedDict
+from collections.abc import Sized
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.amp import GradScaler
+from torch.utils.data import DataLoader
 
 NOTHING = nullcontext()
 
@@ -43,6 +45,16 @@ class Replicas(DDPStrategy):
         assert self.model is not None
         for tensor in self.model.state_dict().values():
             dist.broadcast(tensor, src=0)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Let a process that got nothing to measure, of fewer items than processes, measure one that another has too.
+
+        A loop without a batch is skipped, with its hooks: the others would wait for this process for ever. Measures count
+        pictures by their names, and so once.
+        """
+        if not isinstance(dataloader.sampler, Sized) or len(dataloader) or not len(dataloader.dataset):
+            return dataloader
+        return DataLoader(dataloader.dataset, sampler=[self.global_rank % len(dataloader.dataset)], batch_size=None)
 
 
 StrategyRegistry.register("ddp", Replicas, override=True)

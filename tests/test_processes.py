@@ -22,6 +22,17 @@ def recipe(workplace, photos):
     return write_recipe(workplace / "tiny.yaml", photos, model)
 
 
+def test_a_set_of_fewer_pictures_than_processes_is_measured_once(workplace):
+    words = ["espcn/demo", "--model.images", "64", "--validate_every", "32"]  # one picture chooses its weights
+    assert forked(fit, *words, "--run", "one") == 0
+    assert two_forked(fit, *words, "--run", "two", *TWO)[0] == [0, 0]
+    folders = [workplace / "runs/espcn/demo" / run for run in ("one", "two")]
+    records = [json.loads((folder / "record.json").read_text()) for folder in folders]
+    assert records[0]["metrics"].keys() == records[1]["metrics"].keys() == {"photographs-test"}
+    logs = [[float(row["value"]) for row in read_log(folder / "metrics.csv")] for folder in folders]
+    assert logs[0] == pytest.approx(logs[1], abs=1e-3)
+
+
 def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterrupted_one(workplace, recipe, monkeypatch):
     assert two_forked(fit, recipe, "--run", "whole", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@1")

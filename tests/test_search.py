@@ -33,6 +33,7 @@ SEARCHES = sorted((ROOT / "sweeps").glob("*.yaml"))
 # The files
 
 
+@pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_files_are_what_wandb_takes(path):
     """By W&B's published schema, and its agent's own way from parameters to a command line."""
@@ -59,6 +60,7 @@ def test_there_is_one_for_every_method_that_learns():
     assert all(path.suffix == ".yaml" for path in (ROOT / "sweeps").iterdir())
 
 
+@pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("name", ["espcn", "vae"])
 def test_what_came_of_a_search_is_what_its_file_asked_for(name):
     search = read_search(ROOT / f"sweeps/{name}.yaml", [])

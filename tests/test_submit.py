@@ -108,7 +108,8 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_ends_as_if_it_had_not_be
     (batch,) = (workplace / "runs/slurm").glob("*.sh")
     run = workplace / "runs/tiny/77"
     wait_for(lambda: (run / "checkpoints/last.ckpt").exists())
-    pids = subprocess.run(["pgrep", "-f", "experiments fit .*tiny.yaml"], capture_output=True, text=True).stdout.split()
+    ours = f"experiments fit {re.escape(str(workplace))}/tiny.yaml"  # other tests train beside this one
+    pids = subprocess.run(["pgrep", "-f", ours], capture_output=True, text=True).stdout.split()
     for pid in pids:
         os.kill(int(pid), signal.SIGUSR1)
     wait_for(lambda: (workplace / "scontrol.log").exists())

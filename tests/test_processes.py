@@ -7,7 +7,9 @@ import torch
 from filelock import FileLock
 
 from callbacks.csv_log import read_log
+from experiments.cli import build
 from experiments.main import main
+from experiments.recipes import find_recipe
 from modules.gradients import buckets
 from tests.contract import assert_equal, checkpoint, fit
 from tests.forked import forked, launched, two_forked
@@ -98,6 +100,17 @@ def test_a_run_that_another_process_writes_is_refused(workplace, recipe, capfd):
     with FileLock(workplace / "runs/tiny/one/.lock"):
         assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
     assert "darkroom: run 'one' is being written by another process; another --run starts anew" in capfd.readouterr().err
+
+
+def count_denormals():
+    torch.set_num_threads(2)
+    build("fit", find_recipe("vae/demo"), ["--run", "tiny"])
+    small = torch.full((1_000_000,), 1e-40)  # enough for both threads
+    return int((small * 0.5).count_nonzero() > 0)
+
+
+def test_numbers_that_a_processor_is_slow_at_are_zero_on_all_its_threads(workplace):
+    assert forked(count_denormals) == 0
 
 
 def test_gradients_travel_in_buckets_of_one_type():

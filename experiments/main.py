@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -67,6 +68,7 @@ OWN = {
 STARTED = time.perf_counter()
 PARENT = os.getppid()
 PATIENCE = 8  # seconds that the first process of a run has to end when the others have
+FAREWELL = 30  # seconds that a process of a run has to end when the one that started it has
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,6 +101,19 @@ def complain(error: Refused) -> None:
         print(f"darkroom: process {rank}: {one_line(str(error))}", file=sys.stderr)
 
 
+def end_with_parent() -> None:
+    """End soon after the process that started this one: killed before the two have met, it would be waited for half an hour."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(FAREWELL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def dispatch(words: list[str]) -> int:
     """Hand the words to their command."""
     if not words or words[0] in ("-h", "--help", "help"):
@@ -126,6 +141,8 @@ def _run(command: str, rest: list[str]) -> int:
     if not rest or rest[0].startswith("-"):
         raise Refused(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")
     recipe = find_recipe(rest[0])
+    if "LOCAL_RANK" in os.environ:  # started by Lightning or by torchrun
+        end_with_parent()
     from experiments.execute import execute
 
     execute(command, recipe, rest[1:])

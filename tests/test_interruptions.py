@@ -100,6 +100,19 @@ def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(workplace, r
 
 
 @pytest.mark.slow
+def test_a_process_whose_first_is_killed_before_they_meet_does_not_wait_for_it(recipe):
+    command = [sys.executable, "-m", "experiments", "fit", str(recipe), "--run", "orphan", *TWO]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    second = ["pgrep", "-P", str(first.pid), "-f", "fit"]
+    wait_for(lambda: subprocess.run(second, capture_output=True).stdout)
+    maps = Path("/proc", subprocess.check_output(second, text=True).strip(), "maps")
+    wait_for(lambda: "libtorch" in maps.read_text())  # it is about to import Lightning
+    first.kill()
+    first.communicate(timeout=90)  # until nobody is left who could write
+
+
+@pytest.mark.slow
 def test_twenty_kills_at_any_moment_lose_no_run(workplace, recipe):
     words = ["fit", str(recipe), "--model.images", "3600", "--validate_every", "40", "--data.workers", "1"]
     began = time.monotonic()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from callbacks.per_picture import PerPicture
@@ -35,7 +36,7 @@ class Likelihood(PerPicture):
         seed: of these.
     """
 
-    def __init__(self, k: int = 0, seed: int = 0) -> None:
+    def __init__(self, k: NonNegativeInt = 0, seed: int = 0) -> None:
         super().__init__()
         self.k, self.seed = k, seed
         self.batch: dict[str, np.ndarray] = {}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from datamodules.image_arrays import Images, read_images
@@ -47,8 +48,8 @@ class LinearProbe(Callback):
         train: str,
         held_out: str,
         test: str,
-        per_class: int | None = 100,
-        repeats: int = 10,
+        per_class: PositiveInt | None = 100,
+        repeats: PositiveInt = 10,
         figure: Literal["error", "accuracy"] = "error",
     ) -> None:
         self.specs = (train, held_out, test)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveFloat
 from skimage.restoration import denoise_tv_chambolle
 
 from callbacks.per_picture import PerPicture
@@ -25,7 +26,9 @@ class Restoration(PerPicture):
         while_training: measure at validations too.
     """
 
-    def __init__(self, weights: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), while_training: bool = False) -> None:
+    def __init__(
+        self, weights: Sequence[PositiveFloat] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), while_training: bool = False
+    ) -> None:
         super().__init__(while_training)
         self.weights = weights
 

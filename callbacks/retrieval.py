@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from callbacks.per_picture import PerPicture
@@ -25,7 +26,7 @@ class Retrieval(PerPicture):
         while_training: measure at validations too.
     """
 
-    def __init__(self, k: int = 10, while_training: bool = False) -> None:
+    def __init__(self, k: PositiveInt = 10, while_training: bool = False) -> None:
         super().__init__(while_training)
         self.k = k
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,9 +50,9 @@ class Generation(Stream):
         channels: int = 3,
         val: str | None = None,
         test: Sequence[str] = (),
-        samples: int = 100,
-        test_samples: int = 10_000,
-        crop: int | None = None,
+        samples: PositiveInt = 100,
+        test_samples: PositiveInt = 10_000,
+        crop: PositiveInt | None = None,
         flip: bool = False,
         batch_size: int = 128,
         streaming: bool = False,

@@ -5,6 +5,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,7 +50,7 @@ class Reconstruction(Generation):
         pixels: Pixels = "real-valued",
         channels: int = 1,
         without: Sequence[int | str] = (),
-        crop: int | None = None,
+        crop: PositiveInt | None = None,
         flip: bool = False,
         batch_size: int = 100,
         workers: int = 0,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -66,8 +67,8 @@ class Segmentation(Stream):
         mirror: bool = False,
         zoom: float = 1.0,
         elastic: float = 0.0,
-        contrast: float = 0.0,
-        separation: float | None = None,
+        contrast: NonNegativeFloat = 0.0,
+        separation: NonNegativeFloat | None = None,
         batch_size: int = 1,
         streaming: bool = False,
         workers: int = 0,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -43,12 +44,12 @@ class SuperResolution(L.LightningDataModule):
         self,
         scale: int,
         train: str,
-        kept: int = 0,
+        kept: NonNegativeInt = 0,
         val: str | None = None,
         test: Sequence[str] = (),
         batch_size: int = 16,
-        patch_size: int = 25,
-        overhang: int = 0,
+        patch_size: PositiveInt = 25,
+        overhang: NonNegativeInt = 0,
         streaming: bool = False,
         workers: int = 0,
         skip_bad: bool = False,

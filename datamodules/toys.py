@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,10 +34,10 @@ class Ring(Stream):
 
     def __init__(
         self,
-        modes: int = 8,
-        radius: float = 2.0,
-        deviation: float = 0.02,
-        samples: int = 2_500,
+        modes: PositiveInt = 8,
+        radius: NonNegativeFloat = 2.0,
+        deviation: NonNegativeFloat = 0.02,
+        samples: PositiveInt = 2_500,
         batch_size: int = 512,
         workers: int = 0,
         seed: int = 0,

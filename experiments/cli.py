@@ -25,6 +25,7 @@ from callbacks.samples import Samples
 from datamodules.refused import Refused
 from experiments import records
 from experiments.complaints import explain, parameters
+from experiments.key_help import key_help
 from experiments.recipes import Recipe
 from experiments.runs import Run, open_run, own_name
 from modules.lightning_adapter import NoProfiler, Replicas
@@ -88,6 +89,9 @@ class DarkroomCLI(LightningCLI):
         typed = (word.partition("=")[0] for word in self.overrides)
         if option := next((word for word in typed if word in INSTEAD), None):
             raise Refused(f"{option} is set by Darkroom; take {INSTEAD[option]}")
+        if {"-h", "--help"} & {*self.overrides}:
+            print(key_help(parser.format_help(), self.recipe))
+            raise SystemExit
         try:
             super().parse_arguments(parser, args)
         except jsonargparse.ArgumentError as error:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+NUMBERS = {"integer": "int", "number": "float"}  # pydantic's words, and ours
+
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
     """One line for the user.
@@ -33,7 +35,11 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         value = values[0].strip()
         if choices := [c for group in re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", message) for c in _words(group)]:
             return f"{key}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
+        if bound := re.search(r"Input should be ((?:greater|less) than(?: or equal to)?)(?: (\S+))? \[type", message):
+            limit = bound[2] or _first(r"Annotated\[\w+, \w+\(\w+=([^)]+)\)", message)  # of what may also be null
+            return f"{key}: {value} must be {bound[1]} {limit}"
         kinds = [kind for kind in re.findall(r"Expected an? <class '([^']+)'>", message) if kind != "NoneType"]
+        kinds += [NUMBERS[kind] for kind in re.findall(r"Input should be a valid (integer|number)", message)]
         if any("Sequence" in kind for kind in kinds):
             return f"{key}: '{value}' is not a list; write [{value}]"
         if kinds:

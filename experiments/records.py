@@ -58,12 +58,15 @@ def code_fingerprint(module: str) -> str:
     return _hash(json.dumps(seen, sort_keys=True))
 
 
+TYPES = ("typing", "collections.abc", "pydantic", "annotated_types")  # what is taken from these is about types
+
+
 class _Essence(ast.NodeTransformer):
     """Takes out of a syntax tree what cannot change what the code does: docstrings and types."""
 
     def visit(self, node: ast.AST) -> Any:
         """Strip a node, after its children."""
-        if isinstance(node, ast.ImportFrom) and node.module in ("typing", "collections.abc"):
+        if isinstance(node, ast.ImportFrom) and node.module in TYPES:
             return None
         self.generic_visit(node)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:

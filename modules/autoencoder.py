@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
 from datamodules.refused import Refused
@@ -52,8 +53,8 @@ class Autoencoder(Method):
         channels: int = 1,
         size: int | Sequence[int] = 28,
         network: Network = "fully-connected",
-        hidden: Sequence[int] = (512, 128),
-        latent_size: int = 32,
+        hidden: Sequence[PositiveInt] = (512, 128),
+        latent_size: PositiveInt = 32,
         activation: Activation = "relu",
         corruption: Corruption = "none",
         amount: float = 0.0,

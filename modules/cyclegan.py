@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -59,8 +60,8 @@ class CycleGAN(TranslationMethod):
         blocks: int = 9,
         width: int = 64,
         objective: Objective = "full",
-        cycle_weight: float = 10.0,
-        identity_weight: float = 0.0,
+        cycle_weight: NonNegativeFloat = 10.0,
+        identity_weight: NonNegativeFloat = 0.0,
         pool: int = 50,
         images: int = 200_000,
         learning_rate: float = 2e-4,

@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -55,8 +56,8 @@ class DCGAN(GenerativeMethod):
         channels: int = 3,
         size: Literal[28, 32, 64, 128] = 64,
         kernel: Literal[4, 5] = 5,
-        width: int = 128,
-        latent_size: int = 100,
+        width: PositiveInt = 128,
+        latent_size: PositiveInt = 100,
         latent: Literal["uniform", "normal"] = "uniform",
         images: int = 8_750_000,
         learning_rate: float = 2e-4,

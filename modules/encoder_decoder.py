@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import segmentation_models_pytorch as smp
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from datamodules.refused import Refused
@@ -61,7 +62,7 @@ class EncoderDecoder(SegmentationMethod):
         symmetries: int = 1,
         images: int = 300_000,
         learning_rate: float = 1e-3,
-        weight_decay: float = 1e-4,
+        weight_decay: NonNegativeFloat = 1e-4,
         seed: int = 0,
     ) -> None:
         super().__init__(classes, Tiling(tile, margin, STRIDE), symmetries, images, learning_rate, seed)

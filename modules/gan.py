@@ -16,6 +16,7 @@ What we do differently, and why:
 from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -44,9 +45,9 @@ class GAN(GenerativeMethod):
         channels: int = 1,
         size: int = 28,
         loss: Literal["non-saturating", "saturating"] = "non-saturating",
-        latent_size: int = 100,
-        width: int = 1200,
-        discriminator_steps: int = 1,
+        latent_size: PositiveInt = 100,
+        width: PositiveInt = 1200,
+        discriminator_steps: PositiveInt = 1,
         images: int = 12_500_000,
         learning_rate: float = 0.1,
         seed: int = 0,

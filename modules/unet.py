@@ -16,9 +16,12 @@ What we do differently, and why:
 """
 
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -47,9 +50,9 @@ class UNet(SegmentationMethod):
         self,
         channels: int = 1,
         classes: int = 2,
-        width: int = 64,
-        depth: int = 4,
-        dropout: float = 0.5,
+        width: PositiveInt = 64,
+        depth: PositiveInt = 4,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.5,
         tile: int = 388,
         symmetries: int = 1,
         images: int = 30_000,

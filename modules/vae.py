@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -65,17 +66,17 @@ class VAE(GenerativeMethod):
         channels: int = 1,
         size: int | Sequence[int] = 28,
         network: Network = "fully-connected",
-        hidden: Sequence[int] = (500,),
-        latent_size: int = 20,
-        above: Sequence[int] = (),
+        hidden: Sequence[PositiveInt] = (500,),
+        latent_size: PositiveInt = 20,
+        above: Sequence[PositiveInt] = (),
         activation: Activation = "tanh",
         likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
         objective: Literal["elbo", "iwae"] = "elbo",
         k: int = 1,
-        beta: float = 1.0,
+        beta: NonNegativeFloat = 1.0,
         optimizer: Literal["adam", "adagrad"] = "adam",
-        epsilon: float = 1e-8,
-        first_leg: int = 0,
+        epsilon: PositiveFloat = 1e-8,
+        first_leg: NonNegativeInt = 0,
         images: int = 1_200_000,
         learning_rate: float = 1e-3,
         seed: int = 0,

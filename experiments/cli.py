@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from pydantic import PositiveInt
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.preemption import Preemption
@@ -102,10 +103,14 @@ class DarkroomCLI(LightningCLI):
         except yaml.YAMLError as error:
             raise Refused(" ".join(str(error).split())) from None
 
+        seed = self.config.seed_everything
+        if not 0 <= seed < 2**32:
+            raise Refused(f"seed_everything: {seed} is not between 0 and {2**32 - 1}")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The house's own options."""
         parser.add_argument("--monitor", type=str | None, help="logged figure that chooses the best weights")
-        parser.add_argument("--validate_every", type=int, default=100_000, help="images between two validations")
+        parser.add_argument("--validate_every", type=PositiveInt, default=100_000, help="images between two validations")
         if self.command == "fit":
             parser.add_argument("--run", type=str | None, help="name of the run; goes on with it if it exists")
             parser.add_argument("--accumulate", type=int, default=1, help="parts in which a process takes its share of a batch")

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
@@ -24,6 +23,7 @@ from datamodules.refused import Refused
 from experiments.cli import DarkroomCLI, tell
 from experiments.measure import say_results
 from experiments.runs import Run
+from experiments.weights import read_checkpoint
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -142,7 +142,7 @@ def prepare(cli: DarkroomCLI, run: Run, measurable: bool = False) -> tuple[int, 
     last = run.checkpoints / "last.ckpt"
     resumed_at, checkpoint = 0, None
     if last.exists():
-        found = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        found = read_checkpoint(last)
         resumed_at, checkpoint = found["images_seen"], last
         if resumed_at >= cli.model.images and (run.measured or (run.finished and not measurable)):
             raise Refused(

@@ -40,6 +40,8 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
         raise Refused(f"no tables for '{method}'; there are some for: {', '.join(tabled)}")
     if not run and (only or seeds != 1):
         raise Refused("--seeds and --only say what --run runs; give --run too")
+    if seeds < 1:
+        raise Refused(f"reproduce: --seeds {seeds}: at least 1")
     if run:
         for recipe in wanted(method, only):
             run_recipe(recipe, seeds)

@@ -81,7 +81,7 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
     if not name and "SLURM_PROCID" in os.environ:  # a batch job or a step, not a shell inside an allocation
         name = os.environ["SLURM_JOB_ID"]
     name = name or os.environ.get("TORCHELASTIC_RUN_ID")
-    if name and Path(name).name != name:
+    if name and (Path(name).name != name or name == ".."):
         raise Refused(f"--run {name}: a name, not a path (DARKROOM_RUNS is the folder of all runs)")
     if name == "none":  # torchrun's own default: every such run would be the same
         raise Refused("under torchrun, name the run: --run NAME, or torchrun --rdzv-id NAME")

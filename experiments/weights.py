@@ -1,17 +1,44 @@
 """Which weights a command uses: those named, else the newest finished run's, else those committed, else none."""
 
+import struct
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
 
 from callbacks.checkpoints import load_weights
 from datamodules.refused import Refused
 from experiments.cli import DarkroomCLI
 from experiments.runs import finished_runs
 
+# What reading a file of something else, or half a checkpoint, may end with.
+NONE = (EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, UnpicklingError, struct.error)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint, tensors and plain data alone; its tensors are read when they are needed.
+
+    Raises:
+        Refused: it cannot be read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from None
+    except NONE:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise Refused(f"{path} cannot be read as weights: it is damaged, or no checkpoint (.ckpt, .safetensors)")
+    return content
+
 
 def fill(cli: DarkroomCLI) -> Path | None:
     """Fill the model with the weights to use; their path."""
     path = weights(cli)
     if path is not None:
+        if path.suffix != ".safetensors":
+            read_checkpoint(path)
         load_weights(cli.model, path)
     return path
 

@@ -1,6 +1,7 @@
 """The darkroom command as a user meets it: quick answers, one-line refusals, runs, predictions."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -85,6 +86,10 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--data.test", "set5"], "data.test: 'set5' is not a list; write [set5]"),
         (["fit", DEMO, "--data.train", "./nowhere"], "no folder ./nowhere"),
         (["fit", DEMO, "--run", "a/b"], "--run a/b: a name, not a path"),
+        (["fit", DEMO, "--run", ".."], "--run ..: a name, not a path"),
+        (["fit", DEMO, "--validate_every", "0"], "validate_every: 0 must be greater than 0"),
+        (["fit", DEMO, "--seed_everything", "-1"], "seed_everything: -1 is not between 0 and 4294967295"),
+        (["reproduce", "espcn", "--run", "--seeds", "0"], "reproduce: --seeds 0: at least 1"),
         (["fit", DEMO, "--trainer.devices", "two"], "devices"),
         (["fit", DEMO, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "DDPStrategy is not supported; take 'ddp' or 'fsdp2'"),
         (["fit", DEMO, "--trainer.val_check_interval", "5"], "--trainer.val_check_interval is set by Darkroom; take --validate_every"),
@@ -317,12 +322,20 @@ def test_weights_that_do_not_fit_are_named(workplace, capfd):
     assert "does not fit this model: 'network.4.bias' is (9,) there, the model needs (16,)" in capfd.readouterr().err
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(workplace, capfd):
-    import pickle
-
-    (workplace / "evil.ckpt").write_bytes(pickle.dumps(print))
+@pytest.mark.parametrize("content", [pickle.dumps(print), pickle.dumps({}), b"hi\n", b"", b"e5+", b"J&\n", b"PK\x03\x04"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(workplace, capfd, content):
+    (workplace / "evil.ckpt").write_bytes(content)
     assert forked(main, ["test", "espcn/t91_x3", "--ckpt", "evil.ckpt"]) == 2
-    assert "evil.ckpt" in capfd.readouterr().err
+    assert capfd.readouterr().err.startswith("darkroom: evil.ckpt cannot be read as weights: it is damaged, or no checkpoint")
+
+
+def test_a_run_whose_checkpoint_is_damaged_says_so(workplace, recipe, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
+    last = workplace / "runs/tiny/one/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    capfd.readouterr()
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
+    assert "last.ckpt cannot be read as weights: it is damaged" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("lost", ["metrics", "record"])

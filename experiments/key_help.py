@@ -30,8 +30,8 @@ def key_help(whole: str, recipe: Recipe) -> str:
         given = recipe.content[part].get("init_args", {})
         keys.set_defaults({f"{part}.{key}": value for key, value in given.items() if key != "seed"})
     text = re.sub(r"  --(model|data) CONFIG .*\n|(?<=\()required,\s+", "", keys.format_help())
-    text = re.sub(r"Annotated\[(\w+),\s+((?:\w+\([^)]+\),?\s*)+)\]", _bounded, text)
-    return whole.partition("\n" + (inspect.getdoc(Method) or "").partition(".")[0])[0] + "\n" + text
+    common = whole.partition("\n" + (inspect.getdoc(Method) or "").partition(".")[0])[0]
+    return re.sub(r"Annotated\[(\w+),\s+((?:\w+\([^)]+\),?\s*)+)\]", _bounded, f"{common}\n{text}")
 
 
 def _bounded(annotated: re.Match[str]) -> str:

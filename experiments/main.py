@@ -109,6 +109,7 @@ def end_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         time.sleep(FAREWELL)
+        print(f"darkroom: process {os.environ['LOCAL_RANK']} ends: the first of its run is gone", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -141,7 +142,7 @@ def _run(command: str, rest: list[str]) -> int:
     if not rest or rest[0].startswith("-"):
         raise Refused(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")
     recipe = find_recipe(rest[0])
-    if "LOCAL_RANK" in os.environ:  # started by Lightning or by torchrun
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "DARKROOM_RUN_FOLDER" in os.environ:  # Lightning's child, of a run's first
         end_with_parent()
     from experiments.execute import execute
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from datamodules.refused import Refused
@@ -59,7 +59,7 @@ class Autoencoder(Method):
         corruption: Corruption = "none",
         amount: float = 0.0,
         images: int = 1_200_000,
-        learning_rate: float = 1e-3,
+        learning_rate: PositiveFloat = 1e-3,
         seed: int = 0,
     ) -> None:
         super().__init__(images, learning_rate, seed=seed)

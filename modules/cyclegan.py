@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -64,7 +64,7 @@ class CycleGAN(TranslationMethod):
         identity_weight: NonNegativeFloat = 0.0,
         pool: int = 50,
         images: int = 200_000,
-        learning_rate: float = 2e-4,
+        learning_rate: PositiveFloat = 2e-4,
         seed: int = 0,
     ) -> None:
         super().__init__(images, learning_rate, seed=seed)

@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -60,7 +60,7 @@ class DCGAN(GenerativeMethod):
         latent_size: PositiveInt = 100,
         latent: Literal["uniform", "normal"] = "uniform",
         images: int = 8_750_000,
-        learning_rate: float = 2e-4,
+        learning_rate: PositiveFloat = 2e-4,
         beta1: float = 0.5,
         seed: int = 0,
     ) -> None:

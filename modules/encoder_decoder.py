@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import segmentation_models_pytorch as smp
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from datamodules.refused import Refused
@@ -61,7 +61,7 @@ class EncoderDecoder(SegmentationMethod):
         margin: int = 0,
         symmetries: int = 1,
         images: int = 300_000,
-        learning_rate: float = 1e-3,
+        learning_rate: PositiveFloat = 1e-3,
         weight_decay: NonNegativeFloat = 1e-4,
         seed: int = 0,
     ) -> None:

@@ -22,6 +22,7 @@ What we do differently, and why:
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -47,8 +48,8 @@ class ESPCN(SuperResolutionMethod):
         scale: Literal[2, 3, 4] = 3,
         activation: Literal["tanh", "relu"] = "tanh",
         images: int = 1_000_000,
-        learning_rate: float = 3e-3,
-        warmup: int = 3_200,
+        learning_rate: PositiveFloat = 3e-3,
+        warmup: NonNegativeInt = 3_200,
     ) -> None:
         super().__init__(scale, images, learning_rate, warmup)
         self.save_hyperparameters()

@@ -16,7 +16,7 @@ What we do differently, and why:
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -49,7 +49,7 @@ class GAN(GenerativeMethod):
         width: PositiveInt = 1200,
         discriminator_steps: PositiveInt = 1,
         images: int = 12_500_000,
-        learning_rate: float = 0.1,
+        learning_rate: PositiveFloat = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__(latent_size, "normal", images, learning_rate, seed)

@@ -59,8 +59,6 @@ class Method(LeanModule):
         super().__init__()
         if images < 1:
             raise Refused(f"model.images: {images} is not a budget, at least 1 image is needed")
-        if not learning_rate >= 0 or warmup < 0:
-            raise Refused(f"model.learning_rate: {learning_rate} and model.warmup: {warmup} are at least 0")
         self.automatic_optimization = False
         self.images = images
         self.learning_rate = learning_rate

@@ -15,6 +15,7 @@ What we do differently, and why:
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -41,8 +42,8 @@ class SRCNN(SuperResolutionMethod):
         scale: Literal[2, 3, 4] = 3,
         kernels: Literal["9-1-5", "9-3-5", "9-5-5"] = "9-1-5",
         images: int = 1_000_000,
-        learning_rate: float = 3e-3,
-        warmup: int = 3_200,
+        learning_rate: PositiveFloat = 3e-3,
+        warmup: NonNegativeInt = 3_200,
     ) -> None:
         super().__init__(scale, images, learning_rate, warmup)
         self.save_hyperparameters()

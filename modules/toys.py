@@ -7,6 +7,7 @@ Unrolled Generative Adversarial Networks (arXiv:1611.02163, 2017), Section 3.1.
 from typing import Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -28,7 +29,7 @@ class BilinearGame(Method):
 
     path: Tensor
 
-    def __init__(self, images: int = 1_000, learning_rate: float = 0.1) -> None:
+    def __init__(self, images: int = 1_000, learning_rate: PositiveFloat = 0.1) -> None:
         super().__init__(images, learning_rate)
         self.save_hyperparameters()
         self.x = nn.Linear(1, 1, bias=False)
@@ -85,7 +86,7 @@ class RingGAN(GenerativeMethod):
         self,
         loss: Literal["saturating", "non-saturating"] = "saturating",
         images: int = 12_800_000,
-        learning_rate: float = 1e-3,
+        learning_rate: PositiveFloat = 1e-3,
         seed: int = 0,
     ) -> None:
         super().__init__(256, "normal", images, learning_rate, seed)

@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datamodules.refused import Refused
@@ -56,7 +56,7 @@ class UNet(SegmentationMethod):
         tile: int = 388,
         symmetries: int = 1,
         images: int = 30_000,
-        learning_rate: float = 1e-3,
+        learning_rate: PositiveFloat = 1e-3,
         seed: int = 0,
     ) -> None:
         tiling = Tiling(tile, margin=12 * 2**depth - 8, grid=2**depth, rest=4)

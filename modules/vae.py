@@ -78,7 +78,7 @@ class VAE(GenerativeMethod):
         epsilon: PositiveFloat = 1e-8,
         first_leg: NonNegativeInt = 0,
         images: int = 1_200_000,
-        learning_rate: float = 1e-3,
+        learning_rate: PositiveFloat = 1e-3,
         seed: int = 0,
     ) -> None:
         super().__init__(latent_size + sum(above[-1:]), "normal", images, learning_rate, seed)

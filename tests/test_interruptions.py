@@ -103,13 +103,14 @@ def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(workplace, r
 def test_a_process_whose_first_is_killed_before_they_meet_does_not_wait_for_it(recipe):
     command = [sys.executable, "-m", "experiments", "fit", str(recipe), "--run", "orphan", *TWO]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     second = ["pgrep", "-P", str(first.pid), "-f", "fit"]
     wait_for(lambda: subprocess.run(second, capture_output=True).stdout)
     maps = Path("/proc", subprocess.check_output(second, text=True).strip(), "maps")
     wait_for(lambda: "libtorch" in maps.read_text())  # it is about to import Lightning
     first.kill()
-    first.communicate(timeout=90)  # until nobody is left who could write
+    said, _ = first.communicate(timeout=90)  # until nobody is left who could write
+    assert said.endswith("darkroom: process 1 ends: the first of its run is gone\n")
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_a_number_below_zero_is_refused_by_name_before_anything_is_read(workplac
         (["vae/demo", "--model.first_leg", "-1"], "model.first_leg: -1 must be greater than or equal to 0"),
         (["vae/demo", "--model.epsilon", "nan"], "model.epsilon: nan must be greater than 0"),
         (["vae/demo", "--model.epsilon", "tiny"], "model.epsilon: 'tiny' is not of type float"),
-        (["vae/demo", "--model.learning_rate", "-1"], "model.learning_rate: -1.0 and model.warmup: 0 are at least 0"),
+        (["vae/demo", "--model.learning_rate", "-1"], "model.learning_rate: -1 must be greater than 0"),
         (["unet/demo", "--model.dropout", "1"], "model.dropout: 1 must be less than 1"),
         (["unet/demo", "--data.separation", "-2"], "data.separation: -2 must be greater than or equal to 0"),
         (["dcgan/demo", "--data.crop", "0"], "data.crop: 0 must be greater than 0"),

@@ -13,7 +13,7 @@ from experiments.cli import DarkroomCLI
 from experiments.runs import finished_runs
 
 # What reading a file of something else, or half a checkpoint, may end with.
-NONE = (EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, UnpicklingError, struct.error)
+UNREADABLE = (EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, UnpicklingError, struct.error)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from None
-    except NONE:
+    except UNREADABLE:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise Refused(f"{path} cannot be read as weights: it is damaged, or no checkpoint (.ckpt, .safetensors)")

@@ -9,13 +9,13 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.catalogue import MissingData
-from datamodules.image_arrays import Images, folder_labels, read_images, square
-from datamodules.pictures import Picture, pictures_of, slug
-from datamodules.randomness import below, draws
-from datamodules.refused import Refused
+from datamodules.base import Stream
+from datamodules.catalog.catalog import MissingData
+from datamodules.errors import Refused
+from datamodules.io.image_refs import Picture, pictures_of, slug
+from datamodules.io.image_set import Images, folder_labels, read_images, square
+from datamodules.random.philox import below, draws
 from datamodules.sampler import EndlessBatches
-from datamodules.stream import Stream
 
 AT_ONCE = 100  # samples made, and real images read, together
 

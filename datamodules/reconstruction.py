@@ -9,14 +9,14 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.array_files import read_part
-from datamodules.catalogue import catalogue, find, pixel_hash
+from datamodules.catalog.array_readers import read_part
+from datamodules.catalog.catalog import catalogue, find
+from datamodules.errors import Refused
 from datamodules.generation import Generation, StoredImages
-from datamodules.image_arrays import Images
-from datamodules.images import BadImage
-from datamodules.pictures import pictures_of, slug
-from datamodules.randomness import draws
-from datamodules.refused import Refused
+from datamodules.io.image_io import BadImage, pixel_hash
+from datamodules.io.image_refs import pictures_of, slug
+from datamodules.io.image_set import Images
+from datamodules.random.philox import draws
 
 Pixels = Literal["real-valued", "dynamic", "static"]
 AT_ONCE = 100  # images measured together

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from datamodules.randomness import permutation
+from datamodules.random.philox import permutation
 
 
 class EndlessBatches(Sampler[tuple[int, np.ndarray]]):

@@ -10,19 +10,19 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.catalogue import MissingData, catalogue, pixel_hash
-from datamodules.deformation import Deformation
-from datamodules.images import BadImage
-from datamodules.labelled import Labelled, Sample, labelled_pictures
-from datamodules.layers import Layers
-from datamodules.loading import load
-from datamodules.masks import IGNORE
-from datamodules.noise import uniform
-from datamodules.pictures import slug
-from datamodules.refused import Refused
+from datamodules.base import Stream
+from datamodules.catalog.catalog import MissingData, catalogue
+from datamodules.catalog.masked_images import Labelled, Sample, labelled_pictures
+from datamodules.errors import Refused
+from datamodules.io.image_io import BadImage, pixel_hash
+from datamodules.io.image_refs import slug
+from datamodules.io.loader import load
+from datamodules.random.noise import uniform
 from datamodules.sampler import Slice
-from datamodules.stream import Stream
-from datamodules.weight_map import balance, parted, separation
+from datamodules.transforms.augment import Deformation
+from datamodules.transforms.downsample import IGNORE
+from datamodules.transforms.ragged_buffer import RaggedImageBuffer
+from datamodules.transforms.weight_map import balance, parted, separation
 
 
 class Segmentation(Stream):
@@ -105,13 +105,13 @@ class Segmentation(Stream):
                     f"data.train: the masks of {self.train} have but one class; {IGNORE} means that a pixel does not count: "
                     "save objects as 1, or set data.instances"
                 )
-            self.tiles: StoredTiles | StreamedTiles
+            self.tiles: InMemoryTiles | StreamedTiles
             if self.streaming:
                 self.tiles = StreamedTiles(
                     found, self.channels, self.shrink, self.crop, self.margin, self.deformation, self.seed
                 )
             else:
-                self.tiles = StoredTiles(
+                self.tiles = InMemoryTiles(
                     self._read(found), self.crop, self.margin, self.deformation, self.seed, self.separation
                 )
         if stage in ("fit", "validate"):
@@ -176,8 +176,8 @@ class Segmentation(Stream):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches of tiles."""
-        if self.workers and not self.streaming:
-            self.tiles.share()
+        if self.workers and isinstance(self.tiles, InMemoryTiles):
+            self.tiles.share_memory()
         return self.endless(self.tiles, len(self.tiles))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -225,11 +225,46 @@ def apart(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     return (cells > 0).astype(np.uint8), cells
 
 
-class StoredTiles(Dataset[dict[str, Any]]):
-    """Batches of deformed tiles, by what `EndlessBatches` yields: the first sample's position, and the items.
+class RandomTiles(Dataset[dict[str, Any]]):
+    """Batches of augmented tiles, indexed with what `EndlessBatches` yields: the first sample's position, and the items.
 
     Args:
-        samples: the pictures.
+        crop, margin, deformation, seed: see `Segmentation`.
+    """
+
+    def __init__(self, crop: int, margin: int, deformation: Deformation, seed: int) -> None:
+        self.crop, self.margin, self.deformation, self.seed = crop, margin, deformation, seed
+
+    def sample(
+        self,
+        images: RaggedImageBuffer,
+        masks: RaggedImageBuffer,
+        weights: RaggedImageBuffer | None,
+        image_ids: np.ndarray,
+        start: int,
+    ) -> dict[str, Any]:
+        """Sample tiles of the images `image_ids` (B,) for the samples from position `start` on.
+
+        Returns:
+            {"image": uint8 (B, C, crop + margin, ...), "mask": uint8 (B, crop, crop), "weight" with `weights`, "start"}.
+        """
+        samples = range(start, start + len(image_ids))
+        heights, widths = images.heights[image_ids], images.widths[image_ids]
+        coords = self.deformation.places(self.seed, samples, heights, widths, self.crop, self.margin)
+        half = self.margin // 2
+        inner = coords[..., half : half + self.crop, half : half + self.crop]
+        image = images.sample_bilinear(image_ids, coords).round().to(torch.uint8)
+        batch = {"image": image, "mask": masks.sample_nearest(image_ids, inner)[:, 0], "start": start}
+        if weights is not None:
+            batch["weight"] = weights.sample_bilinear(image_ids, inner)[:, 0]
+        return batch
+
+
+class InMemoryTiles(RandomTiles):
+    """Tiles of decoded images; in one pass, an image gives as many as would cover it side by side.
+
+    Args:
+        samples: the images and masks.
         crop, margin, deformation, seed, weight: see `Segmentation`.
     """
 
@@ -242,75 +277,60 @@ class StoredTiles(Dataset[dict[str, Any]]):
         seed: int,
         weight: float | None = None,
     ) -> None:
-        self.crop, self.margin, self.deformation, self.seed = crop, margin, deformation, seed
+        super().__init__(crop, margin, deformation, seed)
         with ThreadPoolExecutor() as pool:
             masks, cells = zip(*pool.map(apart, samples), strict=True)
-        self.images = Layers([sample.pixels for sample in samples])
-        self.masks = Layers([torch.from_numpy(mask)[None] for mask in masks])
-        self.weights: Layers | None = None
+        self.images = RaggedImageBuffer([sample.pixels for sample in samples])
+        self.masks = RaggedImageBuffer([torch.from_numpy(mask)[None] for mask in masks])
+        self.weights: RaggedImageBuffer | None = None
         if weight is not None:
             counts = np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=IGNORE + 1)
             of_class = np.append(balance(counts[:IGNORE]), np.float32(0))
             with ThreadPoolExecutor() as pool:
                 between = list(pool.map(lambda ids: separation(ids, weight), cells))
-            self.weights = Layers(
+            self.weights = RaggedImageBuffer(
                 [torch.from_numpy(of_class[mask] + added)[None] for mask, added in zip(masks, between, strict=True)]
             )
-        share = (self.images.heights * self.images.widths / crop**2).round().long().clamp(min=1)
-        self.pictures = torch.repeat_interleave(torch.arange(len(self.images)), share).numpy()
+        tiles = np.round(self.images.heights * self.images.widths / crop**2).astype(int)
+        self.image_ids = np.repeat(np.arange(len(self.images)), np.maximum(1, tiles))
 
     def __len__(self) -> int:
-        """In one pass, a picture gives as many tiles as would cover it side by side."""
-        return len(self.pictures)
+        return len(self.image_ids)
 
-    def share(self) -> None:
+    def share_memory(self) -> None:
         """Move the buffers to shared memory."""
-        for layers in (self.images, self.masks, self.weights):
-            if layers is not None:
-                layers.share()
+        for buffer in (self.images, self.masks, self.weights):
+            if buffer is not None:
+                buffer.share_memory()
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """{"image": uint8 (B, C, crop + margin, ...), "mask": uint8 (B, crop, crop), perhaps "weight", "start"}."""
+        """See `RandomTiles.sample`."""
         start, items = slice_
-        return self.cut(self.images, self.masks, self.pictures[items], start)
-
-    def cut(self, images: Layers, masks: Layers, which: np.ndarray, start: int) -> dict[str, Any]:
-        """Tiles of the pictures `which` (B,), for the samples from position `start` on."""
-        samples, chosen = range(start, start + len(which)), torch.from_numpy(which)
-        heights, widths = images.heights[chosen].numpy(), images.widths[chosen].numpy()
-        places = self.deformation.places(self.seed, samples, heights, widths, self.crop, self.margin)
-        half = self.margin // 2
-        inner = places[..., half : half + self.crop, half : half + self.crop]
-        image = images.between(which, places).round().to(torch.uint8)
-        batch = {"image": image, "mask": masks.nearest(which, inner)[:, 0], "start": start}
-        if self.weights is not None:
-            batch["weight"] = self.weights.between(which, inner)[:, 0]
-        return batch
+        return self.sample(self.images, self.masks, self.weights, self.image_ids[items], start)
 
 
-class StreamedTiles(StoredTiles):
-    """The same batches for sets that do not fit into memory, without weights: a picture is read when its turn comes.
+class StreamedTiles(RandomTiles):
+    """The same for datasets that do not fit into memory, without weights: an image is read when its turn comes.
 
-    Every picture is one item of a pass, whatever its size.
+    Every image is one item of a pass, whatever its size.
     """
 
     def __init__(
         self, files: Sequence[Labelled], channels: int, shrink: int, crop: int, margin: int, deformation: Deformation, seed: int
     ) -> None:
+        super().__init__(crop, margin, deformation, seed)
         self.files, self.channels, self.shrink = files, channels, shrink
-        self.crop, self.margin, self.deformation, self.seed = crop, margin, deformation, seed
-        self.weights = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """See `StoredTiles`."""
+        """See `RandomTiles.sample`."""
         start, items = slice_
         found = [self.files[item].sample(self.channels, self.shrink) for item in items]
-        images = Layers([sample.pixels for sample in found])
-        masks = Layers([torch.from_numpy(apart(sample)[0])[None] for sample in found])
-        return self.cut(images, masks, np.arange(len(items)), start)
+        images = RaggedImageBuffer([sample.pixels for sample in found])
+        masks = RaggedImageBuffer([torch.from_numpy(apart(sample)[0])[None] for sample in found])
+        return self.sample(images, masks, None, np.arange(len(items)), start)
 
 
 class WholePictures(Dataset[dict[str, Any]]):

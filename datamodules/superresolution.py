@@ -3,22 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.catalogue import MissingData
-from datamodules.loading import load
-from datamodules.pairs import REACH, Pictures, StoredPatches, StreamedPatches, read_luma
-from datamodules.pictures import Picture, Survey, pictures_of, slug
-from datamodules.refused import Refused
-from datamodules.resize import imresize
-from datamodules.sampler import EndlessBatches, Slice
-from datamodules.store import ImageStore
+from datamodules.base import Stream
+from datamodules.catalog.catalog import MissingData
+from datamodules.errors import Refused
+from datamodules.io.image_refs import Picture, pictures_of, slug
+from datamodules.superresolution_datasets import REACH, InMemoryPatches, Pictures, StreamedPatches, read_luma
+from datamodules.transforms.ragged_buffer import RaggedImageBuffer
+from datamodules.transforms.resize import imresize
 
 
-class SuperResolution(L.LightningDataModule):
+class SuperResolution(Stream):
     """Pairs of a bicubically shrunk picture and its original, luma only.
 
     Training batches are {"input": (N, 1, patch_size, patch_size), "target": (N, 1, patch_size * scale, ...)}; pictures to
@@ -55,13 +53,9 @@ class SuperResolution(L.LightningDataModule):
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, workers, seed, skip_bad)
         self.scale, self.train, self.kept, self.val, self.test = scale, train, kept, val, test
-        self.batch_size, self.patch_size, self.overhang = batch_size, patch_size, overhang
-        self.streaming, self.workers, self.seed = streaming, workers, seed
-        self.position = 0  # samples taken so far, by all processes together
-        self.survey = Survey(skip_bad)
-        self.absent: list[str] = []
+        self.patch_size, self.overhang, self.streaming = patch_size, overhang, streaming
 
     # What is where
 
@@ -73,12 +67,10 @@ class SuperResolution(L.LightningDataModule):
             BadImage: files are unusable; the message names each of them.
             Refused: keys do not fit together.
         """
-        world = self.trainer.world_size if self.trainer else 1
-        if self.batch_size % world:
-            raise Refused(f"data.batch_size: {self.batch_size} is not divisible by {world} processes")
         if stage == "fit":
             self._setup_training()
-        smallest = 11 + 2 * self.scale  # SSIM's window, inside a shaved border
+        window = 11 + 2 * self.scale  # SSIM's, inside a cropped border
+        smallest = window + -window % self.scale  # images are cropped to multiples of the scale
         if stage in ("fit", "validate"):
             self.val_pictures = Pictures(self.survey.usable(self._validation(), smallest), self.scale)
         if stage == "test":
@@ -94,11 +86,11 @@ class SuperResolution(L.LightningDataModule):
             "grid": self.scale,
             "overhang": (self.overhang + REACH) * self.scale,
         }
-        self.patches: StoredPatches | StreamedPatches
+        self.patches: InMemoryPatches | StreamedPatches
         if self.streaming:
             self.patches = StreamedPatches(files, **place)
         else:
-            self.patches = StoredPatches(ImageStore([read_luma(path, self.scale) for path in files]), **place)
+            self.patches = InMemoryPatches(RaggedImageBuffer([read_luma(path, self.scale) for path in files]), **place)
 
     def _split_train(self) -> tuple[list[Picture], list[Picture]]:
         """The pictures to train on and those kept from training."""
@@ -135,23 +127,17 @@ class SuperResolution(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches of uint8 patches, (N, 1, P, P) each; `on_after_batch_transfer` makes the pairs."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EndlessBatches(len(self.patches), self.batch_size, self.seed, lambda: self.position, rank, world)
-        if self.workers and not self.streaming:
-            self.patches.store.share()
-        return load(self.patches, sampler, self.workers)
+        if self.workers and isinstance(self.patches, InMemoryPatches):
+            self.patches.store.share_memory()
+        return self.endless(self.patches, len(self.patches))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The pictures that choose the checkpoint, one at a time."""
-        return self._pictures_loader(self.val_pictures)
+        return self.dealt(self.val_pictures, len(self.val_pictures))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The pictures of all test sets, one at a time."""
-        return self._pictures_loader(self.test_pictures)
-
-    def _pictures_loader(self, pictures: Pictures) -> DataLoader[dict[str, Any]]:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return load(pictures, Slice(len(pictures), rank, world))
+        return self.dealt(self.test_pictures, len(self.test_pictures))
 
     # A training batch on its way
 
@@ -169,20 +155,3 @@ class SuperResolution(L.LightningDataModule):
         low = imresize(high, (size, size))[..., REACH:-REACH, REACH:-REACH]
         margin = REACH * self.scale
         return {"input": low.contiguous(), "target": high[..., margin:-margin, margin:-margin]}
-
-    # Resume and record
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream of samples stands."""
-        return {"position": self.position, "batch_size": self.batch_size, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there.
-
-        Raises:
-            Refused: another batch size or seed than the checkpoint's: the run would not be the same run.
-        """
-        for key in ("batch_size", "seed"):
-            if state[key] != getattr(self, key):
-                raise Refused(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
-        self.position = state["position"]

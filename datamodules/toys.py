@@ -8,10 +8,10 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.base import Stream
 from datamodules.generation import Numbers
-from datamodules.image_arrays import Images
-from datamodules.noise import normal
-from datamodules.stream import Stream
+from datamodules.io.image_set import Images
+from datamodules.random.noise import normal
 
 PASS = 100_000  # points
 

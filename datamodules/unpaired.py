@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.catalogue import MissingData, pixel_hash
-from datamodules.domains import Member, domains
-from datamodules.images import BadImage
-from datamodules.loading import load
-from datamodules.noise import number
-from datamodules.randomness import below, draws
-from datamodules.refused import Refused
+from datamodules.base import Stream
+from datamodules.catalog.catalog import MissingData
+from datamodules.catalog.domains import Member, domains
+from datamodules.errors import Refused
+from datamodules.io.image_io import BadImage, pixel_hash
+from datamodules.io.loader import load
+from datamodules.random.noise import number
+from datamodules.random.philox import below, draws
 from datamodules.sampler import EndlessBatches, Slice
-from datamodules.stream import Stream
 
 
 class Unpaired(Stream):

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from datamodules.refused import Refused
-from modules.adversarial import in_full
-from modules.coders import Activation, Network, decoder, encoder, initialise, sides
-from modules.method import DRAWS, Batch, Method
+from datamodules.errors import Refused
+from modules.losses.precision import to_float32
+from modules.networks.init import xavier_init_
+from modules.networks.mlp_conv import Activation, Network, decoder, encoder, sides
+from modules.training.method import DRAWS, Batch, Method
 
 Corruption = Literal["none", "noise", "masking", "block"]
 
@@ -37,7 +38,7 @@ class Autoencoder(Method):
         channels: of a picture, 1 or 3.
         size: a picture's side in pixels, or its height and width.
         network: fully connected or convolutional.
-        hidden: units of the layers between a picture and its code; none, and it is linear; see `modules.coders`.
+        hidden: units of the layers between a picture and its code; none, and it is linear; see `modules.networks.mlp_conv`.
         latent_size: numbers of a code.
         activation: of the hidden layers.
         corruption: of what the encoder sees: "none"; "noise", Gaussian, cut to [0, 1]; "masking" (Vincent et al., Section
@@ -73,7 +74,7 @@ class Autoencoder(Method):
         self.encoder = encoder(network, shape, hidden, latent_size, activation)
         self.decoder = decoder(network, latent_size, hidden, shape, activation)
         self.bounded = bool(hidden)  # a linear one makes what it makes
-        initialise(self)
+        xavier_init_(self)
 
     def forward(self, image: Tensor) -> Tensor:
         """What comes back: (N, C, H, W) in [0, 1] to the same; a linear one's values have no bounds."""
@@ -81,7 +82,7 @@ class Autoencoder(Method):
 
     def decoded(self, code: Tensor) -> Tensor:
         """Pictures from codes (N, latent_size)."""
-        made = in_full(self.decoder(code))
+        made = to_float32(self.decoder(code))
         return made.sigmoid() if self.bounded else made
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

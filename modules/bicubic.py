@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from datamodules.resize import imresize
-from modules.superresolution import SuperResolutionMethod
+from datamodules.transforms.resize import imresize
+from modules.tasks.superresolution import SuperResolutionMethod
 
 
 class Bicubic(SuperResolutionMethod):

@@ -10,7 +10,7 @@ What we do differently, and why:
    have no common epoch.
 3. The identity loss (Section 5.2, for paintings into photographs; also for the flowers) is an explicit choice; the common
    PyTorch code has it on for every task.
-4. One pool for all processes, see `modules.pool`; with a batch of one it is the authors'.
+4. One pool for all processes, see `modules.training.image_pool`; with a batch of one it is the authors'.
 5. Label maps are made smaller by what is nearest, not blended; what has no class is black.
 6. What is left away in the ablations of Section 5.1.4 is not computed: without an adversarial loss there are no discriminators.
 """
@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from datamodules.refused import Refused
-from modules.adversarial import in_full, initialise
-from modules.method import Batch
-from modules.phases import Phase
-from modules.pool import Pool
-from modules.translation import Direction, TranslationMethod
+from datamodules.errors import Refused
+from modules.losses.precision import to_float32
+from modules.networks.init import dcgan_init_
+from modules.tasks.translation import Direction, TranslationMethod
+from modules.training.image_pool import Pool
+from modules.training.method import Batch
+from modules.training.phases import Phase
 
 Objective = Literal["full", "cycle", "gan", "gan-cycle-A", "gan-cycle-B"]
 CYCLES = {"full": "AB", "cycle": "AB", "gan": "", "gan-cycle-A": "A", "gan-cycle-B": "B"}  # the domains that come back
@@ -83,7 +84,7 @@ class CycleGAN(TranslationMethod):
         if self.adversarial:
             self.of_a, self.of_b = (discriminator(width) for _ in "AB")
             self.pool_a, self.pool_b = (Pool(pool, (3, crop, crop), f"pool/{name}", seed) for name in "AB")
-        initialise(self)
+        dcgan_init_(self)
         for name, values in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(values)
@@ -91,7 +92,7 @@ class CycleGAN(TranslationMethod):
     def forward(self, image: Tensor, direction: Direction = "AtoB") -> Tensor:
         """A picture of the other domain: (N, 3, H, W) in [0, 1], H and W multiples of 4, to the same."""
         translate = self.a_to_b if direction == "AtoB" else self.b_to_a
-        return (in_full(translate(image * 2 - 1)) + 1) / 2
+        return (to_float32(translate(image * 2 - 1)) + 1) / 2
 
     # Section 4, "Training details"
 
@@ -133,13 +134,13 @@ class CycleGAN(TranslationMethod):
             terms["adversarial/B"] = squared(self.of_b(batch["fake_b"]), 1)
             terms["adversarial/A"] = squared(self.of_a(batch["fake_a"]), 1)
         if "A" in self.cycles:  # eq. 2: x -> G(x) -> F(G(x))
-            terms["cycle/A"] = self.cycle_weight * F.l1_loss(in_full(self.b_to_a(batch["fake_b"])), batch["a"])
+            terms["cycle/A"] = self.cycle_weight * F.l1_loss(to_float32(self.b_to_a(batch["fake_b"])), batch["a"])
         if "B" in self.cycles:
-            terms["cycle/B"] = self.cycle_weight * F.l1_loss(in_full(self.a_to_b(batch["fake_a"])), batch["b"])
+            terms["cycle/B"] = self.cycle_weight * F.l1_loss(to_float32(self.a_to_b(batch["fake_a"])), batch["b"])
         if self.identity_weight:  # Section 5.2
             weight = self.identity_weight * self.cycle_weight
-            terms["identity/A"] = weight * F.l1_loss(in_full(batch["same_a"]), batch["a"])
-            terms["identity/B"] = weight * F.l1_loss(in_full(batch["same_b"]), batch["b"])
+            terms["identity/A"] = weight * F.l1_loss(to_float32(batch["same_a"]), batch["a"])
+            terms["identity/B"] = weight * F.l1_loss(to_float32(batch["same_b"]), batch["b"])
         return terms
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -155,7 +156,7 @@ class CycleGAN(TranslationMethod):
 
 def squared(values: Tensor, aim: float) -> Tensor:
     """Mean squared distance of a discriminator's values from what they are to be."""
-    return (in_full(values) - aim).square().mean()
+    return (to_float32(values) - aim).square().mean()
 
 
 # Section 7.2

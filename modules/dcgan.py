@@ -24,10 +24,11 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.refused import Refused
-from modules.adversarial import called_fake, called_real, initialise
-from modules.generative import GenerativeMethod
-from modules.phases import Batch, Phase
+from datamodules.errors import Refused
+from modules.losses.adversarial import called_fake, called_real
+from modules.networks.init import dcgan_init_
+from modules.tasks.generation import GenerativeMethod
+from modules.training.phases import Batch, Phase
 
 SIZES = {28: 7, 32: 4, 64: 4, 128: 4}  # an image's side: that of the smallest feature maps
 
@@ -74,7 +75,7 @@ class DCGAN(GenerativeMethod):
         self.generator = generator(latent_size, channels, size, kernel, width)
         self.discriminator = discriminator(channels, size, kernel, width)
         for network in (self.generator, self.discriminator):
-            initialise(network)  # Section 4
+            dcgan_init_(network)  # Section 4
             network.to(memory_format=torch.channels_last)
 
     def forward(self, latents: Tensor) -> Tensor:

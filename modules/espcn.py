@@ -26,8 +26,8 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modules.optimizers import soap
-from modules.superresolution import SuperResolutionMethod, margin_of, pad_replicate
+from modules.tasks.superresolution import SuperResolutionMethod, margin_of, pad_replicate
+from modules.training.optimizers import soap
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 

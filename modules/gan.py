@@ -19,10 +19,10 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.refused import Refused
-from modules.adversarial import called_fake, called_real, generator_loss
-from modules.generative import GenerativeMethod
-from modules.phases import Batch, Phase
+from datamodules.errors import Refused
+from modules.losses.adversarial import called_fake, called_real, generator_loss
+from modules.tasks.generation import GenerativeMethod
+from modules.training.phases import Batch, Phase
 
 
 class GAN(GenerativeMethod):

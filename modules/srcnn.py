@@ -19,9 +19,9 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from datamodules.resize import imresize
-from modules.optimizers import soap
-from modules.superresolution import SuperResolutionMethod, margin_of, pad_replicate
+from datamodules.transforms.resize import imresize
+from modules.tasks.superresolution import SuperResolutionMethod, margin_of, pad_replicate
+from modules.training.optimizers import soap
 
 SIZES = {"9-1-5": (9, 1, 5), "9-3-5": (9, 3, 5), "9-5-5": (9, 5, 5)}
 

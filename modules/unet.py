@@ -11,7 +11,7 @@ What we do differently, and why:
    none needs interpolation.
 4. Width and depth are parameters; the paper has 64 and 4.
 5. The weight of eq. 2 between cells is on the ground alone, as in its authors' later code (the paper has it on all pixels), and
-   the class weights have a mean of 1 (datamodules/weight_map.py). Training tiles may be mirrored, if a recipe asks for it.
+   the class weights have a mean of 1 (`weight_map.py`). Training tiles may be mirrored, if a recipe asks for it.
 6. The network sees pictures in [-1, 1]; the paper does not say. Without normalisation inside, values around zero learn faster.
 """
 
@@ -24,10 +24,11 @@ from annotated_types import Ge, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.refused import Refused
-from modules.segmentation import SegmentationMethod
-from modules.superresolution import centre
-from modules.tiles import Tiling
+from datamodules.errors import Refused
+from modules.networks.crop import center_crop
+from modules.networks.init import he_init_
+from modules.tasks.segmentation import SegmentationMethod
+from modules.tasks.tiling import Tiling
 
 
 class UNet(SegmentationMethod):
@@ -69,7 +70,7 @@ class UNet(SegmentationMethod):
         self.merge = nn.ModuleList(two_convolutions(*pair) for pair in rising)
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Conv2d(width, classes, 1)
-        initialise(self)
+        he_init_(self)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class UNet(SegmentationMethod):
         maps = copies.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             maps = up(maps)  # (56, 104, 200, 392)
-            maps = merge(torch.cat([centre(copies.pop(), maps.shape[-2:]), maps], dim=1))  # (52, 100, 196, 388)
+            maps = merge(torch.cat([center_crop(copies.pop(), maps.shape[-2:]), maps], dim=1))  # (52, 100, 196, 388)
         return self.classify(maps)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -107,14 +108,3 @@ class UNet(SegmentationMethod):
 def two_convolutions(into: int, out: int) -> nn.Sequential:
     """Twice 3 x 3 and a ReLU: four pixels narrower."""
     return nn.Sequential(nn.Conv2d(into, out, 3), nn.ReLU(), nn.Conv2d(out, out, 3), nn.ReLU())
-
-
-def initialise(network: nn.Module) -> None:
-    """Section 3: weights N(0, sqrt(2 / N)), N the inputs of a neuron; an up-convolution's has one pixel of each channel."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            inputs = layer.in_channels if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
-            nn.init.normal_(layer.weight, 0, (2 / inputs) ** 0.5)
-    for name, values in network.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(values)

@@ -7,7 +7,7 @@ I. Higgins et al. beta-VAE. ICLR 2017.
 What we do differently, and why:
 
 1. Weights begin as Glorot's (IWAE's code); AEVB's N(0, 0.01) is untried.
-2. The last bias begins at zero (AEVB says nothing of it); with `callbacks.first_bias` at the mean of training pictures (IWAE's
+2. The last bias begins at zero (AEVB says nothing of it); with `InitOutputBias` at the mean of training pictures (IWAE's
    code).
 3. No prior on the weights; AEVB has N(0, I), untried.
 4. The logarithm of a Gaussian's variance (AEVB, App. C.2) is above -8 for pixels, by a soft floor: a network that is sure of a
@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.refused import Refused
-from modules.adversarial import in_full
-from modules.coders import Activation, Network, decoder, encoder, initialise, perceptron, sides
-from modules.generative import GenerativeMethod
-from modules.method import Batch
+from datamodules.errors import Refused
+from modules.losses.precision import to_float32
+from modules.networks.init import xavier_init_
+from modules.networks.mlp_conv import Activation, Network, decoder, encoder, perceptron, sides
+from modules.tasks.generation import GenerativeMethod
+from modules.training.method import Batch
 
 Gaussian = tuple[Tensor, Tensor]  # means and logarithms of variances
 
@@ -43,7 +44,7 @@ class VAE(GenerativeMethod):
         channels: of a picture, 1 or 3.
         size: a picture's side in pixels, or its height and width.
         network: fully connected (both papers), or convolutional.
-        hidden: units of the layers between a picture and its latents; see `modules.coders`.
+        hidden: units of the layers between a picture and its latents; see `modules.networks.mlp_conv`.
         latent_size: latents next to the picture.
         above: a second layer of latents above these: units of the hidden layers between them, then how many latents it has
             (100-100-50 in IWAE's Section 5); none if empty.
@@ -102,7 +103,7 @@ class VAE(GenerativeMethod):
             *between, top = above
             self.upwards = perceptron((latent_size, *between, 2 * top), activation)
             self.downwards = perceptron((top, *reversed(between), 2 * latent_size), activation)
-        initialise(self)
+        xavier_init_(self)
 
     def forward(self, image: Tensor) -> Tensor:
         """What comes back of a picture's most probable latents: (N, C, H, W) in [0, 1] to the same."""
@@ -118,7 +119,7 @@ class VAE(GenerativeMethod):
     def decoded(self, latents: Tensor) -> Tensor:
         """The expected picture of latents next to it; a Gaussian's means are in (0, 1) as well (AEVB, Frey's faces)."""
         made = self.decoder(latents.to(self.dtype))
-        return in_full(made[:, : self.hparams["channels"]]).sigmoid()
+        return to_float32(made[:, : self.hparams["channels"]]).sigmoid()
 
     def begin_with(self, mean: Tensor) -> None:
         """Set the last bias so that the decoder begins with a picture (C, H, W) in [0, 1], as in IWAE's code."""
@@ -134,7 +135,7 @@ class VAE(GenerativeMethod):
 
     def gaussian(self, network: nn.Module, inputs: Tensor) -> Gaussian:
         """App. C.2: means and logarithms of variances, (N, latents) each, in full precision."""
-        mean, log_variance = in_full(network(inputs.to(self.dtype))).chunk(2, dim=1)
+        mean, log_variance = to_float32(network(inputs.to(self.dtype))).chunk(2, dim=1)
         return mean, log_variance
 
     def posterior(self, image: Tensor) -> Gaussian:
@@ -146,7 +147,9 @@ class VAE(GenerativeMethod):
 
         A Gaussian's is the logarithm of a density of grey values as they are, which can be above zero.
         """
-        made = in_full(self.decoder(latents.flatten(0, 1).to(self.dtype))).unflatten(0, latents.shape[:2])  # (k, N, C', H, W)
+        made = to_float32(self.decoder(latents.flatten(0, 1).to(self.dtype))).unflatten(
+            0, latents.shape[:2]
+        )  # (k, N, C', H, W)
         if self.likelihood == "bernoulli":
             costs = F.binary_cross_entropy_with_logits(made, image.expand_as(made), reduction="none")
             return -costs.flatten(2).sum(2)
@@ -223,7 +226,7 @@ class VAE(GenerativeMethod):
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """What comes back of pictures, and their latents; samples, where there are numbers instead of pictures.
 
-        What the bound is, `callbacks.likelihood` says.
+        What the bound is, `callbacks.metrics.likelihood` says.
         """
         if "image" not in batch:
             return super().validation_step(batch, batch_idx)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.catalogue import locate
-from tests.forked import start_server
+from datamodules.catalog.catalog import locate
+from tests.helpers.subprocess_helpers import start_server
 
 torch.set_num_threads(1)
 

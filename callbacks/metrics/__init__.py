@@ -1,0 +1,1 @@
+"""Metrics, one file for each family; each metric is a named protocol."""

@@ -1,0 +1,188 @@
+"""The bases of metrics: over the images of a dataset, and over a set of generated samples."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class _Metric(Callback, ABC):
+    """What both bases share: when a metric is evaluated, and how its results are logged.
+
+    `results` are {dataset: {image: {protocol: value}}} after each evaluation; "all" stands in the place of an image where
+    the metric is one of the whole set. The mean over images is logged as `<dataset>/<protocol>`.
+    """
+
+    def __init__(self, on_validation: bool) -> None:
+        self.on_validation = on_validation
+        self.results: dict[str, dict[str, dict[str, float]]] = {}
+
+    def _log_results(self, trainer: Any, pl_module: Any) -> None:
+        """Log the mean over the images of each dataset, in the order of their names."""
+        means = {
+            f"{dataset}/{protocol}": sum(images[name][protocol] for name in sorted(images)) / len(images)
+            for dataset, images in self.results.items()
+            for protocol in next(iter(images.values()))
+        }
+        images_seen = {"images": float(pl_module.images_seen)} if trainer.state.fn == "fit" else {}
+        pl_module.log_dict({**means, **images_seen}, sync_dist=False)
+
+
+class ImageMetric(_Metric):
+    """A metric over validation and test images.
+
+    Expects outputs with "name" and "dataset", N strings each. The state of an image depends on that image alone, is kept
+    under its name and gathered from all ranks, so that a result is the same for any batch size and any number of ranks.
+    (torchmetrics gathers one state at a time, which every rank must have; a small dataset reaches only some ranks.)
+
+    Args:
+        on_validation: evaluate at validations too; else at tests alone.
+    """
+
+    def __init__(self, on_validation: bool = True) -> None:
+        super().__init__(on_validation)
+        self.state: dict[str, dict[str, Any]] = {}
+
+    @abstractmethod
+    def update(self, outputs: dict[str, Any], i: int) -> Any:
+        """Return the state of image `i` of a batch, on the CPU."""
+
+    def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
+        """Return a dataset's metrics by protocol, from the states of its images in the order of their names."""
+        raise TypeError(f"{type(self).__name__} has no metric of a whole dataset")
+
+    def compute_images(self, states: dict[str, Any], trainer: Any) -> dict[str, dict[str, float]]:
+        """Return the metrics by image and protocol, from the states by image name; by default {"all": `compute`}."""
+        return {"all": self.compute([states[name] for name in sorted(states)], trainer)}
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Drop earlier images, those of the sanity check too."""
+        self.state = {}
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Evaluate each image of a batch."""
+        if self._is_inactive(trainer):
+            return
+        for i, (dataset, image) in enumerate(zip(outputs["dataset"], outputs["name"], strict=True)):
+            self.state.setdefault(dataset, {})[image] = self.update(outputs, i)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Gather the states of all ranks, compute, and log."""
+        if self._is_inactive(trainer):
+            return
+        states = [self.state]
+        if trainer.world_size > 1:
+            states = [{} for _ in range(trainer.world_size)]
+            dist.all_gather_object(states, self.state)
+        merged: dict[str, dict[str, Any]] = {}
+        for state in states:
+            for dataset, images in state.items():
+                merged.setdefault(dataset, {}).update(images)
+        self.state = {}
+        self.results = {dataset: self.compute_images(images, trainer) for dataset, images in sorted(merged.items())}
+        self._log_results(trainer, pl_module)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _is_inactive(self, trainer: Any) -> bool:
+        return trainer.state.fn == "fit" and not self.on_validation
+
+
+class SampleSetMetric(_Metric):
+    """A metric that compares the samples of a validation or test with the reference sets of the datamodule.
+
+    Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and of the datamodule `real`, uint8 images by
+    the name of their set. Samples are sorted by index first, so that a result does not depend on the batch size and the
+    number of ranks.
+
+    Args:
+        on_validation: evaluate at validations too; else at tests alone.
+    """
+
+    def __init__(self, on_validation: bool = False) -> None:
+        super().__init__(on_validation)
+        self.state: list[tuple[Tensor, Tensor]] = []
+
+    @abstractmethod
+    def update(self, images: Tensor) -> Tensor:
+        """Return the state of images (N, C, H, W) in [0, 1], on the CPU: (N, ...)."""
+
+    @abstractmethod
+    def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
+        """Return the metrics by protocol.
+
+        Args:
+            samples: the states of all samples.
+            real: uint8 images (N, C, H, W).
+            trainer: whose datamodule and ranks these are.
+        """
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Drop earlier samples, those of the sanity check too."""
+        self.state = []
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the state of a batch of samples."""
+        if self._is_inactive(trainer):
+            return
+        self.state.append((outputs["index"].cpu(), self.update(outputs["prediction"].detach().float())))
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Compute, and log."""
+        if self._is_inactive(trainer):
+            return
+        samples = gather_sorted(self.state, trainer.world_size)
+        self.state = []
+        self.results = {
+            name: {"all": self.compute(samples, real.pixels, trainer)} for name, real in trainer.datamodule.real.items()
+        }
+        self._log_results(trainer, pl_module)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _is_inactive(self, trainer: Any) -> bool:
+        return trainer.sanity_checking or (trainer.state.fn != "test" and not self.on_validation)
+
+
+def gather_sorted(parts: Sequence[tuple[Tensor, Tensor]], world_size: int) -> Tensor:
+    """Gather (indices, values) from all ranks and return the values in the order of the indices."""
+    merged = list(parts)
+    if world_size > 1:
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, merged)
+        merged = [part for rank in gathered for part in rank]
+    indices = torch.cat([part[0] for part in merged])
+    return torch.cat([part[1] for part in merged])[indices.argsort()]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to the 8 bits of a file: uint8."""
+    return (images * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)

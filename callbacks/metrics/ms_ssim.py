@@ -1,0 +1,74 @@
+"""Multi-scale SSIM between generated images: how alike they are to each other, the protocol of ProGAN."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from callbacks.metrics.base import SampleSetMetric, to_uint8
+
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first
+WINDOW, SIGMA = 11, 1.5
+
+
+class MultiScaleSSIM(SampleSetMetric):
+    """Mean MS-SSIM (Wang et al., 2003) of disjoint pairs of samples, 0 and 1, 2 and 3, ...; lower is more diverse.
+
+    As in Odena et al., arXiv:1610.09585, in ProGAN's version (Karras et al., arXiv:1710.10196, Section 5). Logged as
+    `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. The paper's figures have 10,000 pairs.
+    """
+
+    def update(self, images: Tensor) -> Tensor:
+        """All of them, as files hold them: uint8 (N, C, H, W)."""
+        return to_uint8(images).cpu()
+
+    def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
+        """See the class."""
+        figures = {}
+        for name, images in (("ms-ssim", samples), ("ms-ssim-real", real[: len(samples)])):
+            pairs = len(images) // 2
+            similar = torch.cat(
+                [
+                    ms_ssim(part[0::2].to(trainer.strategy.root_device), part[1::2].to(trainer.strategy.root_device))
+                    for part in images[: 2 * pairs].split(128)
+                ]
+            )
+            figures[f"{name}/{pairs}-pairs"] = similar.mean().item()
+        return figures
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Of each pair of 8-bit images (N, C, H, W): float64 (N,), on the CPU.
+
+    Luminance, contrast and structure over windows that lie wholly inside (11 x 11, or as large as the image), at five scales
+    by halving; the means of each scale, negative ones as 0, to the power of its weight; their product.
+    """
+    x, y = x.cpu().double(), y.cpu().double()
+    product = x.new_ones(len(x))
+    for i, weight in enumerate(WEIGHTS):
+        similarity, contrast = ssim(x, y)
+        product *= (similarity if i == len(WEIGHTS) - 1 else contrast).clamp(min=0) ** weight
+        x, y = (F.avg_pool2d(image, 2, ceil_mode=True) for image in (x, y))
+    return product
+
+
+def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean SSIM and its contrast-and-structure term of 8-bit images (N, C, H, W): (N,) each."""
+    size = min(WINDOW, *x.shape[-2:])
+    sigma = SIGMA * size / WINDOW
+    places = torch.arange(size, dtype=x.dtype) - (size - 1) / 2
+    window = torch.exp(-(places**2) / (2 * sigma**2))
+    window = window / window.sum()
+
+    def mean(image: Tensor) -> Tensor:
+        flat = image.flatten(0, 1).unsqueeze(1)
+        weighted = F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return weighted.view(*image.shape[:2], *weighted.shape[-2:])
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mx, my = mean(x), mean(y)
+    vx, vy, covariance = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    contrast = (2 * covariance + c2) / (vx + vy + c2)
+    luminance = (2 * mx * my + c1) / (mx**2 + my**2 + c1)
+    return (luminance * contrast).mean(dim=(1, 2, 3)), contrast.mean(dim=(1, 2, 3))

@@ -1,0 +1,60 @@
+"""Squared error: what a narrow code loses, beside what as many principal components lose."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+
+from callbacks.metrics.base import ImageMetric
+from datamodules.errors import Refused
+from datamodules.io.image_set import read_images
+
+
+class SquaredError(ImageMetric):
+    """Squared error of a picture, summed over its values in [0, 1]: the mean over a set, at tests.
+
+    G. E. Hinton, R. R. Salakhutdinov. Science 313, 2006, in the text beside Figure 2.
+
+    - `squared-error/network`: of what comes back.
+    - `squared-error/pca`: of the picture's projection on the first principal components of the training pictures
+      (scikit-learn's), as many as a code has numbers.
+
+    Expects the outputs {"image", "prediction": (N, C, H, W), "code": (N, D)}.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(on_validation=False)
+        self.pca: PCA | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what has no codes, before the first step."""
+        if not hasattr(pl_module, "encoder") or not hasattr(trainer.datamodule, "rectangle"):
+            raise Refused(
+                f"SquaredError: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; it is for "
+                "modules.autoencoder.Autoencoder on datamodules.reconstruction.Reconstruction"
+            )
+        if trainer.datamodule.rectangle or trainer.datamodule.without:
+            raise Refused("SquaredError: the components are those of whole sets of squares; no data.without, one data.size")
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Find the components once, then measure each picture of a batch."""
+        if self.pca is None:
+            data = trainer.datamodule
+            pixels = read_images(data.train, data.size, data.channels, data.crop, data.survey).pixels
+            self.pca = PCA(outputs["code"].shape[1]).fit(pixels.flatten(1).float().numpy() / 255)
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def update(self, outputs: dict[str, Any], i: int) -> tuple[float, float]:
+        """The picture's two errors."""
+        image, made = (outputs[name][i].flatten().double().cpu() for name in ("image", "prediction"))
+        assert self.pca is not None
+        projected = self.pca.inverse_transform(self.pca.transform(image[None].numpy()))
+        return (made - image).square().sum().item(), float((torch.from_numpy(projected)[0] - image).square().sum())
+
+    def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
+        """See the class."""
+        network, pca = np.mean(states, axis=0)
+        return {"squared-error/network": float(network), "squared-error/pca": float(pca)}

@@ -1,0 +1,1 @@
+"""Run management: checkpoints, logs, records, preemption, progress."""

@@ -1,0 +1,1 @@
+"""Images of training examples and predictions."""

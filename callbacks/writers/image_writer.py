@@ -1,0 +1,40 @@
+"""Writes enlarged or translated pictures as they come."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from datamodules.io.user_images import put_together
+
+
+class WritePhotos(BasePredictionWriter):
+    """Writes each prediction as PNG: a picture in colour, or a luma together with its picture's colour.
+
+    Args:
+        targets: where each picture goes, by its "path".
+    """
+
+    def __init__(self, targets: dict[str, Path]) -> None:
+        super().__init__("batch")
+        self.targets = targets
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one picture and say so."""
+        made = prediction["prediction"][0].float().cpu()
+        image = put_together(made, prediction["chroma"].cpu(), prediction["alpha"].cpu())
+        target = self.targets[prediction["path"]]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target)
+        print(f"{prediction['path']}  {prediction['size']}  ->  {target}  {image.width}x{image.height}", flush=True)

@@ -1,0 +1,1 @@
+"""Reading image files and folders into tensors."""

@@ -1,0 +1,58 @@
+"""Noise without a state, on `datamodules/random/philox.py`: a sample's is a function of the seed, the stream and its number."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from datamodules.random.philox import draws
+
+
+def uniform(seed: int, stream: str, items: Sequence[int], size: int) -> np.ndarray:
+    """Draws from (0, 1): float64 (len(items), size); a row is a function of its item alone.
+
+    Args:
+        seed: the run's seed.
+        stream: what the draws are for.
+        items: numbers of samples, in any order; consecutive ones are drawn fastest.
+        size: draws a sample.
+    """
+    words = _words(seed, stream, items, -(-size // 4))
+    fractions = (words[:, :size] >> np.uint64(11)).astype(np.float64)
+    return (fractions + 0.5) * 2.0**-53
+
+
+def normal(
+    seed: int, stream: str, items: Sequence[int], size: int, dtype: type[np.float32] | type[np.float64] = np.float64
+) -> np.ndarray:
+    """Standard normal draws (len(items), size), by Box and Muller's transform; a row is a function of its item alone.
+
+    Args:
+        seed, stream, items, size: see `uniform`.
+        dtype: float32 takes 32-bit words and computes in single precision: four times as fast, other draws, within 6.8
+            standard deviations.
+    """
+    if dtype is np.float64:
+        pairs = -(-size // 2)
+        radius, angle = np.split(uniform(seed, stream, items, 2 * pairs), 2, axis=1)
+        radius, angle = np.sqrt(-2 * np.log(radius)), 2 * np.pi * angle
+    else:
+        words = _words(seed, stream, items, -(-size // 8))  # each word serves two draws
+        fractions = words.view(np.uint32).astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)
+        radius, angle = np.split(fractions, 2, axis=1)
+        radius, angle = np.sqrt(np.float32(-2) * np.log(radius)), np.float32(2 * np.pi) * angle
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
+
+
+def number(seed: int, stream: str) -> int:
+    """A seed for a generator that has a state, in [0, 2**63)."""
+    return int(draws(seed, stream, 0, 1)[0, 0] >> np.uint64(1))
+
+
+def _words(seed: int, stream: str, items: Sequence[int], blocks: int) -> np.ndarray:
+    """Random words, uint64 (len(items), 4 * blocks): `blocks` counter values for each item."""
+    first, count = (items[0], len(items)) if len(items) else (0, 0)
+    if list(items) == list(range(first, first + count)):
+        words = draws(seed, stream, first * blocks, count * blocks)
+    else:
+        words = np.concatenate([draws(seed, stream, item * blocks, blocks) for item in items])
+    return words.reshape(count, 4 * blocks)

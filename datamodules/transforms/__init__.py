@@ -1,0 +1,1 @@
+"""Image operations: color, resizing, augmentation, crops."""

@@ -1,0 +1,89 @@
+"""Images of different sizes in one buffer, from which a batch of crops is read at once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.transforms.reflect import reflect_index
+
+
+class RaggedImageBuffer:
+    """Images of any sizes, one after another in a flat buffer of pixels.
+
+    Args:
+        images: (C, H, W) each, of one type and one number of channels.
+    """
+
+    def __init__(self, images: Sequence[Tensor]) -> None:
+        self.heights = np.array([image.shape[-2] for image in images], dtype=np.int64)
+        self.widths = np.array([image.shape[-1] for image in images], dtype=np.int64)
+        areas = self.heights * self.widths
+        self.offsets = np.cumsum(areas) - areas
+        self.pixels = torch.cat([image.flatten(1).T for image in images])  # (all pixels, C)
+
+    def __len__(self) -> int:
+        return len(self.heights)
+
+    def share_memory(self) -> None:
+        """Move the buffer to shared memory, so that loader workers, forked or spawned, read this one copy."""
+        self.pixels.share_memory_()
+
+    def crop_patches(self, image_ids: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, symmetry: np.ndarray) -> Tensor:
+        """Crop one square patch from each of the given images, flipped and transposed on the way.
+
+        Args:
+            image_ids: (B,) indices of images.
+            top, left: (B,) corners; a patch may reach beyond its image, whose border is replicated.
+            size: side in pixels.
+            symmetry: (B,) in 0..7, the eight symmetries of the square: bit 1 flips rows, bit 2 columns, bit 4 transposes.
+
+        Returns:
+            (B, C, size, size).
+        """
+        steps = np.arange(size)
+        flip_rows, flip_columns, transpose = ((symmetry[:, None] & bit) > 0 for bit in (1, 2, 4))
+        rows = top[:, None] + np.where(flip_rows, steps[::-1], steps)  # (B, size)
+        columns = left[:, None] + np.where(flip_columns, steps[::-1], steps)
+        rows = np.clip(rows, 0, self.heights[image_ids, None] - 1) * self.widths[image_ids, None]
+        columns = np.clip(columns, 0, self.widths[image_ids, None] - 1)
+        down = np.where(transpose, columns, rows) + self.offsets[image_ids, None]
+        across = np.where(transpose, rows, columns)
+        index = torch.from_numpy(down)[:, :, None] + torch.from_numpy(across)[:, None, :]  # (B, size, size)
+        return self._gather(index)
+
+    def sample_nearest(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
+        """Read the pixel nearest to each coordinate; beyond a border the image is continued by reflection.
+
+        Args:
+            image_ids: (B,) indices of images.
+            coords: rows and columns, (B, 2, h, w), in pixels from the center of the first one.
+
+        Returns:
+            (B, C, h, w).
+        """
+        return self._at(image_ids, (coords + 0.5).floor().long())
+
+    def sample_bilinear(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
+        """Interpolate bilinearly between pixels: float32, otherwise as `sample_nearest`."""
+        first = coords.floor()
+        fraction = coords - first  # of the next row, and of the next column
+        down, across = fraction[:, :1], fraction[:, 1:]
+        corner = first.long()
+        steps = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(4, 1, 2, 1, 1)
+        top_left, top_right, bottom_left, bottom_right = (self._at(image_ids, corner + step).float() for step in steps)
+        top = torch.lerp(top_left, top_right, across)
+        return torch.lerp(top, torch.lerp(bottom_left, bottom_right, across), down)
+
+    def _at(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
+        offsets, heights, widths = (
+            torch.from_numpy(values[image_ids]).view(-1, 1, 1) for values in (self.offsets, self.heights, self.widths)
+        )
+        return self._gather(offsets + reflect_index(coords[:, 0], heights) * widths + reflect_index(coords[:, 1], widths))
+
+    def _gather(self, index: Tensor) -> Tensor:
+        """The pixels at flat positions (B, h, w): (B, C, h, w)."""
+        if self.pixels.shape[1] == 1:
+            return self.pixels[:, 0][index].unsqueeze(1)
+        return self.pixels[index].movedim(-1, 1)

@@ -1,0 +1,117 @@
+"""`darkroom demo`: from photographs to a network that enlarges them, a table and a picture to look at, in two minutes."""
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from callbacks.metrics.psnr_ssim import protocols, psnr_y
+from datamodules.io.image_io import read_image
+from datamodules.io.image_refs import Picture, pictures_of
+from datamodules.io.user_images import put_together
+from datamodules.superresolution_datasets import Pictures
+from datamodules.transforms.color import rgb_to_ycbcr
+from datamodules.transforms.resize import imresize
+from experiments.run.execute import execute
+from experiments.run.recipes import find_recipe
+from experiments.run.run_dir import own_name
+from modules.bicubic import Bicubic
+from modules.tasks.superresolution import SuperResolutionMethod
+
+TEST = "photographs/test"
+# The enlarged detail of each test photograph: left, top and side, in pixels of the original.
+DETAILS = {"astronaut": (168, 60, 108), "chelsea": (120, 75, 108), "china": (150, 60, 108)}
+
+
+def demo() -> None:
+    """Train ESPCN x3 on the embedded photographs, measure it beside bicubic on three others, and paint the difference."""
+    cli = execute("fit", find_recipe("espcn/demo"), ["--trainer.devices", "1"])
+    network = cli.model.cpu().eval()
+    scale = network.scale
+    figures = {"bicubic": measure(Bicubic(scale), scale), "ESPCN": measure(network, scale)}
+    table = Table("", *figures["ESPCN"], title=f"{TEST}, x{scale}", title_justify="left")
+    for name, row in figures.items():
+        table.add_row(
+            name, *(f"{value:.4f}" if protocol.startswith("ssim") else f"{value:.2f} dB" for protocol, value in row.items())
+        )
+    console = Console()
+    console.print(table)
+    picture = cli.run.folder / "comparison.png"
+    comparison(network, pictures_of(TEST)).save(picture)
+    console.print(f"look at   {picture}  (input, bicubic, ESPCN, original)", soft_wrap=True)
+    console.print(f"run       {cli.run.folder}  (configuration, figures, samples, weights, record)", soft_wrap=True)
+    command = own_name()
+    console.print(f"next      {command} predict espcn --input YOUR_PHOTO.jpg --output out/", soft_wrap=True)
+    console.print(f"          {command} reproduce espcn      the paper's tables, our figures beside theirs", soft_wrap=True)
+    console.print(f"          {command} list                 all recipes, and which data are here", soft_wrap=True)
+
+
+def measure(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
+    """Each protocol's mean over the test photographs."""
+    pictures = Pictures(pictures_of(TEST), scale)
+    means = {}
+    for name, protocol in protocols(scale).items():
+        values = []
+        for batch in (pictures[i] for i in range(len(pictures))):
+            with torch.no_grad():
+                values.append(protocol(method(batch["input"]), batch["target"]).item())
+        means[name] = sum(values) / len(values)
+    return means
+
+
+def comparison(network: SuperResolutionMethod, pictures: list[Picture]) -> Image.Image:
+    """One row a photograph: the whole with its detail marked, then the detail as input, bicubic, ESPCN and original."""
+    rows = [_row(network, picture) for picture in pictures]
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, sum(other.height for other in rows[:i])))
+    return sheet
+
+
+def _row(network: SuperResolutionMethod, picture: Picture) -> Image.Image:
+    scale, zoom, gap, caption = network.scale, 3, 8, 24
+    pixels = read_image(picture.path)
+    height, width = (length - length % scale for length in pixels.shape[-2:])
+    original = pixels[:, :height, :width].float() / 255
+    low = imresize(original, (height // scale, width // scale)).clamp(0, 1)
+    luma, chroma = rgb_to_ycbcr(low).split([1, 2])
+    empty = torch.empty(0)
+    with torch.no_grad():
+        enlarged = {
+            "bicubic": put_together(Bicubic(scale)(luma[None])[0], chroma, empty),
+            "ESPCN": put_together(network(luma[None])[0], chroma, empty),
+        }
+    batch = Pictures([picture], scale)[0]
+    with torch.no_grad():
+        decibels = {
+            name: psnr_y(method(batch["input"]), batch["target"], scale).item()
+            for name, method in (("bicubic", Bicubic(scale)), ("ESPCN", network))
+        }
+    whole = _image(original)
+    views = {
+        "input": _image(low).resize(whole.size, Image.Resampling.NEAREST),
+        **enlarged,
+        "original": whole,
+    }
+    left, top, side = DETAILS[picture.name]
+    box = (left, top, left + side, top + side)
+    tile = side * zoom
+    thumbnail = whole.copy()
+    ImageDraw.Draw(thumbnail).rectangle(box, outline="red", width=3)
+    thumbnail.thumbnail((10_000, tile))
+    thumbnail = thumbnail.crop((0, 0, min(thumbnail.width, tile * 4 // 3), thumbnail.height))
+    row = Image.new("RGB", (tile * 4 // 3 + 4 * (tile + gap), tile + caption + gap), "white")
+    row.paste(thumbnail, (0, caption))
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default(size=16)
+    draw.text((2, 2), picture.name, "black", font)
+    for i, (name, view) in enumerate(views.items()):
+        x = tile * 4 // 3 + gap + i * (tile + gap)
+        row.paste(view.crop(box).resize((tile, tile), Image.Resampling.NEAREST), (x, caption))
+        text = f"{name}  {decibels[name]:.2f} dB" if name in decibels else name
+        draw.text((x + 2, 2), text, "black", font)
+    return row
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray((pixels * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy())

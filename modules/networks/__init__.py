@@ -1,0 +1,1 @@
+"""Networks and initializations that several methods use."""

@@ -1,0 +1,109 @@
+"""Sliced Wasserstein distance and MS-SSIM, beside scipy, skimage and closed forms."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, signal
+from scipy.stats import wasserstein_distance
+from skimage.metrics import structural_similarity
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+from callbacks.metrics import swd as swd
+from callbacks.metrics.ms_ssim import WEIGHTS, ms_ssim, ssim
+from datamodules.io.image_io import read_image
+
+
+@pytest.fixture(scope="module")
+def pictures(photos):
+    """uint8 (8, 3, 64, 64), cuttings of photographs."""
+    images = [read_image(path) for path in sorted(photos.iterdir())]
+    return torch.stack([image.expand(3, -1, -1)[:, :64, :64] for image in images])
+
+
+def test_a_pyramids_levels_are_scipys(pictures):
+    image = pictures[0, 0].double()
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    smaller = ndimage.convolve(image.numpy(), kernel, mode="mirror")[::2, ::2]
+    spread = np.zeros((64, 64))
+    spread[::2, ::2] = smaller
+    expected = image.numpy() - ndimage.convolve(spread, 4 * kernel, mode="mirror")
+    levels = swd.laplacian_pyramid(pictures[:1].double())
+    assert [level.shape[-1] for level in levels] == [64, 32, 16]
+    assert levels[0][0, 0].numpy() == pytest.approx(expected)
+
+
+def test_a_pyramid_adds_up_to_its_images(pictures):
+    fine, middle, coarse = swd.laplacian_pyramid(pictures.double())
+    assert torch.allclose(fine + swd.doubled(middle + swd.doubled(coarse)), pictures.double())
+
+
+def test_the_distance_is_the_mean_of_scipys_over_directions(pictures, monkeypatch):
+    monkeypatch.setattr(swd, "DIRECTIONS", 3)
+    made, real = pictures[:4], pictures[4:]
+    ours = swd.sliced_wasserstein(made, real)
+    generator = torch.Generator().manual_seed(0)
+    patches = [swd.patches_of(images, 64, generator) for images in (made, real)]
+    for side, distance in ours.items():
+        a, b = (swd.standardised(of_set[side]).double() for of_set in patches)
+        directions = torch.randn(147, 3, generator=generator)
+        directions = (directions / directions.norm(dim=0)).double()
+        expected = np.mean([wasserstein_distance(a @ direction, b @ direction) for direction in directions.T])
+        assert distance == pytest.approx(expected, rel=1e-4)
+
+
+def test_patches_are_cut_from_their_images():
+    images = torch.arange(2 * 16 * 16).view(2, 1, 16, 16).float()
+    patches = swd.patches_of(images, 64, torch.Generator().manual_seed(0))[16]
+    assert patches.shape == (2 * 128, 1, 7, 7)
+    corner = patches[:, :, :1, :1]
+    steps = 16 * torch.arange(7).view(7, 1) + torch.arange(7)
+    assert torch.equal(patches, corner + steps)
+    assert (corner[:128] < 256).all()
+    assert (corner[128:] >= 256).all()
+
+
+def test_two_halves_of_a_set_are_nearer_than_another_set(pictures):
+    many = torch.cat([pictures.roll(shift, dims=3) for shift in range(0, 32, 4)])
+    floor = swd.sliced_wasserstein(many[:32], many[32:])
+    noise = torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 128
+    apart = swd.sliced_wasserstein(many[:32], (many[32:].float() * 0.5 + noise).byte())
+    assert all(floor[side] < apart[side] for side in floor)
+
+
+def test_one_scale_is_skimages_ssim(pictures):
+    mean, _ = ssim(pictures[:1].double(), pictures[1:2].double())
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    x, y = (image.permute(1, 2, 0).numpy() for image in pictures[:2])
+    _, full = structural_similarity(x, y, channel_axis=2, full=True, **settings)
+    assert mean.item() == pytest.approx(full[5:-5, 5:-5].mean(), rel=1e-6)
+
+
+def test_five_scales_are_those_of_a_direct_computation(pictures):
+    """By two-dimensional convolutions of scipy's, window by window as the protocol has it."""
+    x, y = (image.permute(1, 2, 0).double().numpy() for image in pictures[:2])
+    expected = 1.0
+    for i, weight in enumerate(WEIGHTS):
+        size = min(11, x.shape[0])
+        places = np.arange(size) - (size - 1) / 2
+        kernel = np.exp(-(places[:, None] ** 2 + places**2) / (2 * (1.5 * size / 11) ** 2))[..., None]
+        kernel /= kernel.sum()
+        mean = partial(signal.fftconvolve, in2=kernel, mode="valid")
+        mx, my = mean(x), mean(y)
+        contrast = (2 * (mean(x * y) - mx * my) + 58.5225) / (mean(x * x) - mx**2 + mean(y * y) - my**2 + 58.5225)
+        luminance = (2 * mx * my + 6.5025) / (mx**2 + my**2 + 6.5025)
+        expected *= max(0, (contrast * (luminance if i == 4 else 1)).mean()) ** weight
+        x, y = (image.reshape(image.shape[0] // 2, 2, -1, 2, 3).mean((1, 3)) for image in (x, y))
+    assert ms_ssim(pictures[:1], pictures[1:2]).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_five_scales_are_near_torchmetrics_whose_borders_differ(photos):
+    x, y = (read_image(path).expand(3, -1, -1)[None, :, :88, :88].float() for path in sorted(photos.iterdir())[4:6])
+    x, y = (torch.nn.functional.interpolate(image, (192, 192), mode="bilinear").round() for image in (x, y))
+    theirs = multiscale_structural_similarity_index_measure(x, y, data_range=255.0, normalize="relu")
+    assert ms_ssim(x, y).item() == pytest.approx(theirs.item(), abs=0.02)
+
+
+def test_the_same_image_twice_is_wholly_alike(pictures):
+    assert ms_ssim(pictures, pictures).tolist() == pytest.approx([1.0] * 8)

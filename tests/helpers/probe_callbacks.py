@@ -1,0 +1,89 @@
+"""Callbacks for tests."""
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
+
+from modules.training.fsdp import whole
+
+
+class SignalAt(Callback):
+    """Sends the signals named in DARKROOM_TEST_SIGNAL to this process.
+
+    "SIGKILL@32@0" is sent after 32 images on rank 0; "SIGTERM@24@0 SIGTERM@28@1" to both; in place of the images stand
+    "validation", "saving" (the first after some training) or "test".
+    """
+
+    def __init__(self) -> None:
+        self.due = [f"{word}@0".split("@")[:3] for word in os.environ.get("DARKROOM_TEST_SIGNAL", "").split()]
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            self.due = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._send(trainer, str(pl_module.images_seen))
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if pl_module.images_seen:
+            self._send(trainer, "validation")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        self._send(trainer, "saving")
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 1:
+            self._send(trainer, "test")
+
+    def _send(self, trainer: Any, now: str) -> None:
+        for due in list(self.due):
+            name, when, rank = due
+            if when == now and int(rank) == trainer.global_rank:
+                self.due.remove(due)
+                os.kill(os.getpid(), getattr(signal, name))
+
+
+class FillsDisk(Callback):
+    """Leaves no room on the disk of the run after 24 images."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.images_seen == 24:
+            with Path(os.environ["DARKROOM_RUNS"], "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+                while True:
+                    ballast.write(bytes(2**16))
+
+
+class RanksAgree(Callback):
+    """All processes have the same weights after every step, and the same buffers when they measure."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._compare(trainer, dict(pl_module.named_parameters()))
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._compare(trainer, {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())})
+
+    def _compare(self, trainer: Any, tensors: dict[str, torch.Tensor]) -> None:
+        if trainer.world_size == 1:
+            return
+        for name, tensor in tensors.items():
+            tensor = whole(tensor.detach())
+            of_first = tensor.clone()
+            dist.broadcast(of_first, src=0)
+            assert torch.equal(of_first, tensor), f"{name} differs on rank {trainer.global_rank}"
+
+
+class HoldsHalf(Callback):
+    """Of two processes, each has half of the weights and of the optimizers' states when training ends."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        tensors = [*pl_module.parameters()]
+        for optimizer in trainer.optimizers:
+            tensors += [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        here = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
+        share = here / sum(tensor.numel() for tensor in tensors)
+        assert 0.4 < share < 0.6, f"{share:.2f} of the weights and states are here"

@@ -1,0 +1,55 @@
+"""A method for tests that asks the base for all it can do: Wasserstein GAN with gradient penalty on flat digits."""
+
+import torch
+from torch import Tensor, nn
+
+from modules.losses.adversarial import gradient_penalty
+from modules.tasks.generation import GenerativeMethod
+from modules.training.ema import Average
+from modules.training.phases import Batch, Phase
+
+
+class WGANGP(GenerativeMethod):
+    """The generator moves twice at every other step; the critic is clipped; the generator's weights are averaged."""
+
+    differentiated_twice = ("critic",)
+
+    def __init__(self, images: int = 60, learning_rate: float = 1e-3, seed: int = 0) -> None:
+        super().__init__(16, "normal", images, learning_rate, seed)
+        self.save_hyperparameters()
+        self.generator = nn.Sequential(nn.Linear(16, 64), nn.Softplus(), nn.Linear(64, 784), nn.Sigmoid())
+        self.critic = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Softplus(), nn.Linear(64, 1))
+        self.average = Average(self.generator, half_life=32)
+
+    def sample(self, latents: Tensor) -> Tensor:
+        return self.average(latents).view(-1, 1, 28, 28)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.sample(latents)
+
+    def phases(self) -> list[Phase]:
+        def rate(images_seen: int) -> dict[str, float]:
+            return {"lr": self.schedule(images_seen)}
+
+        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(parameters, betas=(0.0, 0.9), eps=1e-3)
+
+        return [
+            Phase("critic", [self.critic], adam, self.critic_losses, rate, clip=0.7),
+            Phase("generator", [self.generator], adam, self.generator_losses, rate, every=2, times=2),
+        ]
+
+    def shared(self, batch: Batch) -> Batch:
+        return {"fake": self.generator(self.training_latents(batch)).view(-1, 1, 28, 28)}
+
+    def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
+        fake = batch["fake"].detach()
+        mixing = self.noise(batch, "mixing", 1, "uniform")
+        return {
+            "real": -self.critic(batch["image"]).mean(),
+            "fake": self.critic(fake).mean(),
+            "penalty": 10 * gradient_penalty(self.critic, batch["image"], fake, mixing),
+        }
+
+    def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
+        return {"adversarial": -self.critic(batch["fake"]).mean()}

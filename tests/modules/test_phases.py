@@ -1,0 +1,234 @@
+"""The training step that all methods share: what a phase may say, and what happens when something breaks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from callbacks.run.csv_logger import read_log
+from experiments.cli.main import main
+from modules.losses.adversarial import called_fake, called_real, gradient_penalty
+from modules.training import gradients
+from modules.training.ema import Average
+from modules.training.phases import Player, chunks_of, only
+from tests.helpers.method_contract import GenerativeContract, checkpoint, fit
+from tests.helpers.subprocess_helpers import forked
+from tests.helpers.tiny_recipes import write_generative_recipe
+from tests.helpers.wgan_gp import WGANGP
+
+
+class TestWGANGP(GenerativeContract):
+    model = {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}}
+    steady = "tests.helpers.wgan_gp.WGANGP"
+    learns = ["--model.images", "6400", "--validate_every", "1600", "--data.batch_size", "16", "--model.learning_rate", "1e-2"]
+    nearer = 0.75
+
+
+def players_of(method):
+    return [Player(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
+
+
+def test_others_stand_still_and_move_again_whatever_happens():
+    critic, generator = players_of(WGANGP())
+    with pytest.raises(RuntimeError, match="in the middle"), only([generator], [critic, generator]):
+        assert not any(p.requires_grad for p in critic.parameters)
+        assert all(p.requires_grad for p in generator.parameters)
+        raise RuntimeError("in the middle")
+    assert all(p.requires_grad for p in critic.parameters + generator.parameters)
+
+
+def test_averaged_weights_belong_to_no_phase():
+    method = WGANGP()
+    trained = {id(p) for player in players_of(method) for p in player.parameters}
+    assert not any(id(p) in trained or p.requires_grad for p in method.average.parameters())
+
+
+def test_an_averages_half_life_is_in_images():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    average = Average(network, half_life=100)
+    nn.init.ones_(network.weight)
+    for _ in range(10):
+        average.update(images=10)
+    assert average.network.weight.item() == pytest.approx(0.5)
+    assert list(average.state_dict()) == ["network.weight"]
+
+
+def test_chunks_carry_their_global_positions():
+    batch = {"image": torch.arange(6.0).view(6, 1), "label": torch.arange(6)}
+    first, second = chunks_of(batch, 2, first=106)
+    assert first["positions"] == range(106, 109)
+    assert second["positions"] == range(109, 112)
+    assert second["label"].tolist() == [3, 4, 5]
+
+
+def trainer(scaler=None, world_size=1):
+    return SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), world_size=world_size)
+
+
+def test_gradients_are_clipped_in_their_own_scale_under_fp16():
+    layer = nn.Linear(3, 1, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
+    gradients.backward(fp16, layer(torch.tensor([[30.0, 40.0, 0.0]])).sum())
+    gradients.step(fp16, optimizer, list(layer.parameters()), clip=0.01)
+    moved = before - layer.weight.detach()
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-4)
+    assert moved[0, 0] / moved[0, 1] == pytest.approx(0.75, rel=1e-4)
+
+
+def test_a_scaled_loss_steps_as_an_unscaled_one_does():
+    weight = nn.Parameter(torch.tensor([2.0, -1.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
+    gradients.backward(fp16, (weight**2).sum())
+    gradients.step(fp16, optimizer, [weight])
+    assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
+
+
+def test_a_step_that_overflows_is_skipped_and_the_next_phases_is_not():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    fp16 = trainer(scaler)
+    layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    before = [layer.weight.item() for layer in layers]
+    for layer, size in zip(layers, (float("inf"), 1.0), strict=True):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        gradients.backward(fp16, layer(torch.ones(1, 1)).sum() * size)
+        gradients.step(fp16, optimizer, list(layer.parameters()))
+        gradients.end_of_step(fp16)
+    assert scaler.get_scale() == 512
+    assert layers[0].weight.item() == before[0]
+    assert layers[1].weight.item() == pytest.approx(before[1] - 1)
+
+
+def test_a_phases_gradients_travel_once_and_no_others(monkeypatch):
+    critic, generator = players_of(WGANGP())
+    sent = []
+    monkeypatch.setattr(gradients.dist, "all_reduce", lambda flat: sent.append(flat.nbytes))
+    for player in (critic, generator):
+        with only([player], [critic, generator]):
+            loss = sum(p.square().sum() for p in player.parameters)
+            gradients.backward(trainer(world_size=2), loss)
+            gradients.step(trainer(world_size=2), player.optimizer, player.parameters)
+        assert sum(sent) == sum(p.nbytes for p in player.parameters)
+        sent.clear()
+
+
+def test_adversarial_losses_are_cross_entropies():
+    logits = torch.tensor([-3.0, 0.5, 60.0])
+    entropy = nn.functional.binary_cross_entropy_with_logits
+    assert called_real(logits).item() == pytest.approx(entropy(logits, torch.ones(3)).item())
+    assert called_fake(logits).item() == pytest.approx(entropy(logits, torch.zeros(3)).item())
+
+
+def test_losses_keep_the_digits_of_their_logits():
+    """float64 stays; bf16 is taken to float32 before the exponentials."""
+    logits = torch.tensor([0.1, -3.0, 40.0], dtype=torch.float64)
+    assert called_fake(logits).item() == pytest.approx(logits.exp().log1p().mean().item(), rel=1e-14)
+    assert called_fake(logits.bfloat16()) == called_fake(logits.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_penalty_of_a_linear_critic_is_its_slope_even_under_autocast(dtype):
+    critic = nn.Linear(4, 1)
+    real, fake, mixing = torch.rand(5, 4), torch.rand(5, 4), torch.rand(5, 1)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        penalty = gradient_penalty(critic, real, fake, mixing)
+        gradients.backward(trainer(), penalty)
+    norm = critic.weight.detach().norm()
+    assert penalty.item() == pytest.approx((norm.item() - 1) ** 2, rel=1e-5)
+    assert torch.allclose(critic.weight.grad, 2 * (norm - 1) * critic.weight.detach() / norm, atol=1e-6)
+
+
+class Breaks(WGANGP):
+    """Its generator's loss is not a number at the 11th step, between two logs."""
+
+    def generator_losses(self, batch):
+        terms = super().generator_losses(batch)
+        return {"adversarial": terms["adversarial"] * (float("nan") if self.images_seen >= 40 else 1)}
+
+
+class Explodes(WGANGP):
+    """Its critic's gradient is not a number although its loss is."""
+
+    def critic_losses(self, batch):
+        value = (self.critic[1].weight * 0).abs().sum().sqrt()  # the slope of the root at zero is infinite
+        return {"root": value * 0 + self.critic(batch["image"]).mean() * 0 + 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "message"),
+    [
+        ("Breaks", "50", "loss 'generator/adversarial' is nan after 48 images; lower model.learning_rate (now 0.001)"),
+        ("Explodes", "1", "the gradient's norm of 'critic' is nan after 4 images; lower model.learning_rate (now 0.001)"),
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_is_named(workplace, capfd, monkeypatch, name, interval, message):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+    model = {"class_path": f"tests.modules.test_phases.{name}", "init_args": {}}
+    recipe = write_generative_recipe(workplace / "tiny.yaml", model)
+    assert forked(main, ["fit", str(recipe), "--run", "r", "--trainer.log_every_n_steps", interval]) == 2
+    assert message in capfd.readouterr().err
+    if name == "Breaks":
+        kept = checkpoint(workplace, recipe, "r")
+        assert kept["images_seen"] == 40
+        assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+
+
+def test_the_count_that_users_see_is_one_a_batch(workplace, monkeypatch):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+    recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
+    assert forked(fit, recipe, "--run", "r", "--trainer.max_steps", "10") == 0
+    kept = checkpoint(workplace, recipe, "r")
+    assert (kept["global_step"], kept["images_seen"]) == (10, 40)
+    log = read_log(workplace / "runs/tiny/r/metrics.csv")
+    moves = {
+        name: [int(row["step"]) for row in log if row["name"] == f"train/{name}"]
+        for name in ("critic/real", "generator/adversarial")
+    }
+    assert moves["critic/real"] == list(range(10))
+    assert moves["generator/adversarial"] == [1, 3, 5, 7, 9]
+    steps = [int(state["step"]) for optimizer in kept["optimizer_states"] for state in optimizer["state"].values()]
+    assert set(steps) == {10}  # 10 steps of the critic; 5 times 2 of the generator
+
+
+def test_fp16_trains_and_skips_what_overflows(workplace, monkeypatch):
+    """Lightning takes fp16 on a CPU only with a scaler of one's own; its first scale overflows in every phase."""
+    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+    recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
+    content = yaml.safe_load(recipe.read_text())
+    scaler = {"class_path": "torch.amp.GradScaler", "init_args": {"device": "cpu", "init_scale": 2.0**120}}
+    plugin = {"precision": "16-mixed", "device": "cpu", "scaler": scaler}
+    path = "lightning.pytorch.plugins.precision.MixedPrecision"
+    content["trainer"]["plugins"] = [{"class_path": path, "init_args": plugin}]
+    recipe.write_text(yaml.safe_dump(content))
+    assert forked(fit, recipe, "--run", "r", "--model.images", "400") == 0
+    kept = checkpoint(workplace, recipe, "r")
+    assert 1 < kept["MixedPrecision"]["scale"] < 2.0**40
+    moves = [int(state["step"]) for optimizer in kept["optimizer_states"] for state in optimizer["state"].values()]
+    assert all(20 < steps < 100 for steps in moves)  # of 100; the first ones overflowed
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_alike(workplace, monkeypatch):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+    model = {
+        "class_path": "tests.helpers.deterministic_variants.SteadyDCGAN",
+        "init_args": {"channels": 1, "size": 28, "kernel": 4, "width": 8, "images": 60},
+    }
+    recipe = write_generative_recipe(workplace / "tiny.yaml", model)
+    for run, compiled in (("plain", "false"), ("compiled", "true")):
+        assert forked(fit, recipe, "--run", run, "--compile", compiled) == 0
+    plain, compiled = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        assert torch.allclose(plain[name], compiled[name], atol=1e-4), name
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(workplace, capfd):
+    recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
+    assert forked(main, ["fit", str(recipe), "--accumulate", "3"]) == 2
+    assert "data.batch_size: 4 cannot be cut into equal parts for 1 processes with --accumulate 3" in capfd.readouterr().err

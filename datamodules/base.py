@@ -6,57 +6,57 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.errors import Refused
-from datamodules.io.image_refs import Survey
-from datamodules.io.loader import load
-from datamodules.sampler import EndlessBatches, Slice
+from datamodules.errors import UserError
+from datamodules.io.image_refs import DataReport
+from datamodules.io.loader import make_loader
+from datamodules.sampler import InfiniteBatchSampler, RankSampler
 
 
-class Stream(L.LightningDataModule):
+class ResumableDataModule(L.LightningDataModule):
     """The base of a datamodule whose stream of shuffled batches is a function of a seed and of the samples taken so far.
 
     Args:
         batch_size: global batch, over all devices.
-        workers: loader processes of training; 0 is fastest where the data is kept in memory.
+        num_workers: loader processes of training; 0 is fastest where the data is kept in memory.
         seed: of the order, and of all that is drawn for a sample.
         skip_bad: leave unusable files out (and say how many) instead of refusing to start.
     """
 
     test: Sequence[str] = ()
 
-    def __init__(self, batch_size: int, workers: int = 0, seed: int = 0, skip_bad: bool = False) -> None:
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0, skip_bad: bool = False) -> None:
         super().__init__()
-        self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        self.position = 0  # samples taken so far, by all processes together
-        self.survey = Survey(skip_bad)
-        self.absent: list[str] = []
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.samples_seen = 0  # samples taken so far, by all processes together
+        self.data_report = DataReport(skip_bad)
+        self.missing_sets: list[str] = []
 
     @property
-    def place(self) -> tuple[int, int]:
+    def rank_and_world(self) -> tuple[int, int]:
         """Which process this is, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def endless(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
+    def train_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """Batches of training items, without end: this process's share of each.
 
         Raises:
             Refused: a batch cannot be shared equally.
         """
-        rank, world = self.place
+        rank, world = self.rank_and_world
         if self.batch_size % world:
-            raise Refused(
+            raise UserError(
                 f"data.batch_size: {self.batch_size} cannot be shared by {world} processes; take a multiple of {world}"
             )
-        sampler = EndlessBatches(length, self.batch_size, self.seed, lambda: self.position, rank, world)
-        return load(items, sampler, self.workers)
+        sampler = InfiniteBatchSampler(length, self.batch_size, self.seed, lambda: self.samples_seen, rank, world)
+        return make_loader(items, sampler, self.num_workers)
 
-    def dealt(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
+    def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """Items to measure on, each once: those of this process."""
-        return load(items, Slice(length, *self.place))
+        return make_loader(items, RankSampler(length, *self.rank_and_world))
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream of samples stands."""
-        return {"position": self.position, "batch_size": self.batch_size, "seed": self.seed}
+        return {"position": self.samples_seen, "batch_size": self.batch_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on there.
@@ -66,5 +66,5 @@ class Stream(L.LightningDataModule):
         """
         for key in ("batch_size", "seed"):
             if state[key] != getattr(self, key):
-                raise Refused(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
-        self.position = state["position"]
+                raise UserError(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
+        self.samples_seen = state["position"]

@@ -1,5 +1,5 @@
 """What a user can mend."""
 
 
-class Refused(Exception):
+class UserError(Exception):
     """Something cannot be done as asked; the message says in one line what is wrong and what to do."""

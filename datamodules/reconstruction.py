@@ -9,17 +9,17 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.catalog.array_readers import read_part
-from datamodules.catalog.catalog import catalogue, find
-from datamodules.errors import Refused
-from datamodules.generation import Generation, StoredImages
-from datamodules.io.image_io import BadImage, pixel_hash
-from datamodules.io.image_refs import pictures_of, slug
-from datamodules.io.image_set import Images
-from datamodules.random.philox import draws
+from datamodules.catalog.array_readers import read_split
+from datamodules.catalog.catalog import catalog, get_dataset
+from datamodules.errors import UserError
+from datamodules.generation import Generation, InMemoryImages
+from datamodules.io.image_io import InvalidImage, pixel_hash
+from datamodules.io.image_refs import dataset_label, list_image_refs
+from datamodules.io.image_set import ImageSet
+from datamodules.random.philox import random_words
 
 Pixels = Literal["real-valued", "dynamic", "static"]
-AT_ONCE = 100  # images measured together
+EVAL_BATCH = 100  # images measured together
 
 
 class Reconstruction(Generation):
@@ -30,15 +30,15 @@ class Reconstruction(Generation):
 
     Args:
         train: what to train on: a set of the catalogue ("digits"), a split of one ("mnist/train"), or a folder.
-        size: side in pixels, see `image_arrays.read_images`; or height and width that the images of array sets must have.
+        size: side in pixels, see `image_arrays.load_image_set`; or height and width that the images of array sets must have.
         val: to measure on during training.
         test: sets to measure on after it; those that are absent are named and left out.
-        pixels: "real-valued", as they are; "dynamic", each pixel drawn anew as 0 or 1 with its value as probability whenever it
+        binarization: "real-valued", as they are; "dynamic", each pixel drawn anew as 0 or 1 with its value as probability whenever it
             is seen (Burda et al., arXiv:1509.00519), to measure on always the same draw; "static", for sets that are
             binarised once and for all. Likelihoods of different kinds of pixels cannot be compared, and are named by them.
         channels: 1 or 3.
-        without: classes (names of folders, or digits) that training does not see.
-        crop, flip, batch_size, workers, skip_bad, seed: see `Generation`.
+        exclude_classes: classes (names of folders, or digits) that training does not see.
+        crop, hflip, batch_size, num_workers, skip_bad, seed: see `Generation`.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Reconstruction(Generation):
         size: int | Sequence[int],
         val: str,
         test: Sequence[str] = (),
-        pixels: Pixels = "real-valued",
+        binarization: Pixels = "real-valued",
         channels: int = 1,
-        without: Sequence[int | str] = (),
+        exclude_classes: Sequence[int | str] = (),
         crop: PositiveInt | None = None,
-        flip: bool = False,
+        hflip: bool = False,
         batch_size: int = 100,
-        workers: int = 0,
+        num_workers: int = 0,
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
@@ -64,15 +64,15 @@ class Reconstruction(Generation):
             val,
             test,
             crop=crop,
-            flip=flip,
+            hflip=hflip,
             batch_size=batch_size,
-            workers=workers,
+            num_workers=num_workers,
             skip_bad=skip_bad,
             seed=seed,
         )
-        self.pixels: Pixels = pixels
-        self.without = [str(name) for name in without]
-        self.rectangle = None if isinstance(size, int) else tuple(size)
+        self.binarization: Pixels = binarization
+        self.exclude_classes = [str(name) for name in exclude_classes]
+        self.image_hw = None if isinstance(size, int) else tuple(size)
         self.classes: list[str] = []  # by their numbers
 
     def setup(self, stage: str) -> None:
@@ -81,52 +81,58 @@ class Reconstruction(Generation):
         Raises:
             MissingData: what is to be trained or measured on is not here.
             BadImage: files are unusable, or pixels are of another kind; the message names them.
-            Refused: `without` names what is no class of the training set, or all of its classes.
+            Refused: `exclude_classes` names what is no class of the training set, or all of its classes.
         """
         super().setup(stage)
-        if stage == "fit" and self.without:
-            pixels, labels = cast(StoredImages, self.items).images
+        if stage == "fit" and self.exclude_classes:
+            binarization, labels = cast(InMemoryImages, self.items).images
             names = [self.classes[label] for label in labels.unique()]
-            if absent := [name for name in self.without if name not in names]:
-                raise Refused(f"data.without: {', '.join(absent)}: no classes of {self.train}, which has {', '.join(names)}")
-            kept = torch.tensor([name not in self.without for name in self.classes])[labels]
+            if missing_sets := [name for name in self.exclude_classes if name not in names]:
+                raise UserError(
+                    f"data.exclude_classes: {', '.join(missing_sets)}: no classes of {self.train}, which has {', '.join(names)}"
+                )
+            kept = torch.tensor([name not in self.exclude_classes for name in self.classes])[labels]
             if not kept.any():
-                raise Refused(f"data.without: {', '.join(self.without)} leaves nothing of {self.train}")
-            self.items = StoredImages(Images(pixels[kept], labels[kept]))
+                raise UserError(f"data.exclude_classes: {', '.join(self.exclude_classes)} leaves nothing of {self.train}")
+            self.items = InMemoryImages(ImageSet(binarization[kept], labels[kept]))
 
-    def _read(self, spec: str) -> Images:
-        pixels, labels = super()._read(spec) if self.rectangle is None else self._rectangles(spec)
-        binary = bool(((pixels == 0) | (pixels == 255)).all())
-        if self.pixels == "static" and not binary:
-            raise BadImage(f"data.pixels: static, but {spec} has values between 0 and 255; take dynamic or real-valued")
-        if self.pixels != "static" and binary:
-            raise BadImage(f"data.pixels: {self.pixels}, but {spec} is binarised already; take static")
-        names = [str(label) for label in labels.tolist()] if is_array(spec) else self._folders(spec)
+    def _read(self, spec: str) -> ImageSet:
+        binarization, labels = super()._read(spec) if self.image_hw is None else self._rectangles(spec)
+        binary = bool(((binarization == 0) | (binarization == 255)).all())
+        if self.binarization == "static" and not binary:
+            raise InvalidImage(
+                f"data.binarization: static, but {spec} has values between 0 and 255; take dynamic or real-valued"
+            )
+        if self.binarization != "static" and binary:
+            raise InvalidImage(f"data.binarization: {self.binarization}, but {spec} is binarised already; take static")
+        names = [str(label) for label in labels.tolist()] if is_array_dataset(spec) else self._folders(spec)
         self.classes += sorted(set(names) - set(self.classes))
         numbers = {name: number for number, name in enumerate(self.classes)}
-        return Images(pixels, torch.tensor([numbers[name] for name in names]))
+        return ImageSet(binarization, torch.tensor([numbers[name] for name in names]))
 
-    def _rectangles(self, spec: str) -> Images:
-        if not is_array(spec):
-            raise Refused(f"data.size: {list(self.rectangle or ())} is for sets of arrays; pictures of {spec} are cut square")
-        pixels, labels = read_part(spec)
-        if tuple(pixels.shape[1:]) != (self.channels, *(self.rectangle or ())):
-            raise Refused(f"data.size: {list(self.rectangle or ())}, but the images of {spec} are {list(pixels.shape[1:])}")
-        self.survey.contents[slug(spec)] = {"all": pixel_hash(pixels)}
-        return Images(pixels, labels)
+    def _rectangles(self, spec: str) -> ImageSet:
+        if not is_array_dataset(spec):
+            raise UserError(f"data.size: {list(self.image_hw or ())} is for sets of arrays; pictures of {spec} are cut square")
+        binarization, labels = read_split(spec)
+        if tuple(binarization.shape[1:]) != (self.channels, *(self.image_hw or ())):
+            raise UserError(
+                f"data.size: {list(self.image_hw or ())}, but the images of {spec} are {list(binarization.shape[1:])}"
+            )
+        self.data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(binarization)}
+        return ImageSet(binarization, labels)
 
     def _folders(self, spec: str) -> list[str]:
         """Of the usable pictures of a set, in their order."""
-        usable = self.survey.contents[slug(spec)]
-        return [picture.path.parent.name for picture in pictures_of(spec) if picture.name in usable]
+        validate = self.data_report.content_hashes[dataset_label(spec)]
+        return [picture.path.parent.name for picture in list_image_refs(spec) if picture.name in validate]
 
-    def novel(self, labels: Tensor) -> Tensor:
+    def is_unseen(self, labels: Tensor) -> Tensor:
         """Which of these classes (N,) training does not see: bool (N,)."""
-        if is_array(self.train):
-            seen = {str(label) for label in read_part(self.train)[1].unique().tolist()}
+        if is_array_dataset(self.train):
+            seen = {str(label) for label in read_split(self.train)[1].unique().tolist()}
         else:
-            seen = {picture.path.parent.name for picture in pictures_of(self.train)}
-        return torch.tensor([name not in seen or name in self.without for name in self.classes])[labels]
+            seen = {picture.path.parent.name for picture in list_image_refs(self.train)}
+        return torch.tensor([name not in seen or name in self.exclude_classes for name in self.classes])[labels]
 
     # Loaders
 
@@ -139,8 +145,8 @@ class Reconstruction(Generation):
         return self._measured()
 
     def _measured(self) -> DataLoader[dict[str, Any]]:
-        items = Whole(self.real, self.pixels, self.place[1])
-        return self.dealt(items, len(items))
+        items = EvalImages(self.reference_sets, self.binarization, self.rank_and_world[1])
+        return self.eval_loader(items, len(items))
 
     # A training batch on its way
 
@@ -148,32 +154,32 @@ class Reconstruction(Generation):
         """Training batches are made on the device; the others are ready."""
         return super().on_after_batch_transfer(batch, dataloader_idx) if "start" in batch else batch
 
-    def floats(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """uint8 images as float32 in [0, 1], mirrored and binarised as their positions say."""
-        made = super().floats(batch)
-        if self.pixels == "dynamic":
-            made["image"] = binarised(made["image"], self.seed, "binarise", batch["start"])
+        made = super().prepare_train_batch(batch)
+        if self.binarization == "dynamic":
+            made["image"] = binarize(made["image"], self.seed, "binarise", batch["start"])
         return made
 
 
-class Whole(Dataset[dict[str, Any]]):
+class EvalImages(Dataset[dict[str, Any]]):
     """The images of data sets in batches, to measure on.
 
     Args:
         sets: by their names.
-        pixels: see `Reconstruction`.
+        binarization: see `Reconstruction`.
         world: processes that share them: each must get some.
 
     Raises:
         Refused: there are more processes than images.
     """
 
-    def __init__(self, sets: dict[str, Images], pixels: Pixels, world: int = 1) -> None:
-        self.sets, self.pixels = sets, pixels
+    def __init__(self, sets: dict[str, ImageSet], binarization: Pixels, world: int = 1) -> None:
+        self.sets, self.binarization = sets, binarization
         images = sum(len(found.labels) for found in sets.values())
         if images < world:
-            raise Refused(f"{', '.join(sets)}: {images} images cannot be shared by {world} processes")
-        self.at_once = min(AT_ONCE, images // world)
+            raise UserError(f"{', '.join(sets)}: {images} images cannot be shared by {world} processes")
+        self.at_once = min(EVAL_BATCH, images // world)
         self.parts = [(name, first) for name, found in sets.items() for first in range(0, len(found.labels), self.at_once)]
 
     def __len__(self) -> int:
@@ -184,8 +190,8 @@ class Whole(Dataset[dict[str, Any]]):
         data_set, first = self.parts[index]
         image, label = (of[first : first + self.at_once] for of in self.sets[data_set])
         image = image.float() / 255
-        if self.pixels == "dynamic":
-            image = binarised(image, 0, f"binarise/{data_set}", first)
+        if self.binarization == "dynamic":
+            image = binarize(image, 0, f"binarise/{data_set}", first)
         numbers = range(first, first + len(image))
         return {
             "image": image,
@@ -196,13 +202,13 @@ class Whole(Dataset[dict[str, Any]]):
         }
 
 
-def is_array(spec: str) -> bool:
+def is_array_dataset(spec: str) -> bool:
     """Whether it is a set of the catalogue that does not consist of picture files."""
     name = spec.partition("/")[0]
-    return name in catalogue() and bool(find(name).arrays)
+    return name in catalog() and bool(get_dataset(name).arrays)
 
 
-def binarised(image: Tensor, seed: int, stream: str, start: int) -> Tensor:
+def binarize(image: Tensor, seed: int, stream: str, start: int) -> Tensor:
     """Pixels drawn as 0 or 1 with their values as probabilities, which are a function of an image's position.
 
     Args:
@@ -215,6 +221,6 @@ def binarised(image: Tensor, seed: int, stream: str, start: int) -> Tensor:
     """
     size = image[0].numel()
     blocks = -(-size // 16)  # of four words, each of which serves four pixels
-    words = draws(seed, stream, start * blocks, len(image) * blocks).view(np.uint16).reshape(len(image), -1)
+    words = random_words(seed, stream, start * blocks, len(image) * blocks).view(np.uint16).reshape(len(image), -1)
     levels = torch.from_numpy(words[:, :size].astype(np.float32) + 0.5).view(image.shape)
     return (image * 65536 > levels.to(image.device)).to(image.dtype)

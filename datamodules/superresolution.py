@@ -7,16 +7,16 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.base import Stream
-from datamodules.catalog.catalog import MissingData
-from datamodules.errors import Refused
-from datamodules.io.image_refs import Picture, pictures_of, slug
-from datamodules.superresolution_datasets import REACH, InMemoryPatches, Pictures, StreamedPatches, read_luma
+from datamodules.base import ResumableDataModule
+from datamodules.catalog.catalog import DatasetNotFound
+from datamodules.errors import UserError
+from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
+from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches, SREvalImages, StreamedPatches, read_luma
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.resize import imresize
 
 
-class SuperResolution(Stream):
+class SuperResolution(ResumableDataModule):
     """Pairs of a bicubically shrunk picture and its original, luma only.
 
     Training batches are {"input": (N, 1, patch_size, patch_size), "target": (N, 1, patch_size * scale, ...)}; pictures to
@@ -26,14 +26,14 @@ class SuperResolution(Stream):
     Args:
         scale: how much smaller the input is.
         train: what to train on: a set of the catalogue ("t91"), a split of one ("photographs/train"), or a folder.
-        kept: every how many-th picture of `train` is kept from training, to choose the checkpoint on; 0 for none.
+        val_every_nth: every how many-th picture of `train` is kept from training, to choose the checkpoint on; 0 for none.
         val: what to choose the checkpoint on, if not pictures kept from `train`.
         test: the sets to measure on; those that are absent are named and left out.
         batch_size: global batch, over all devices.
         patch_size: side of a training patch in LR pixels, including the context that the network needs.
-        overhang: LR pixels by which a patch may reach beyond its picture, continued by its border.
-        streaming: read pictures as they are needed instead of keeping them decoded in memory; needs `workers`.
-        workers: loader processes; 0 is fastest where pictures are kept in memory.
+        border_overhang: LR pixels by which a patch may reach beyond its picture, continued by its border.
+        streaming: read pictures as they are needed instead of keeping them decoded in memory; needs `num_workers`.
+        num_workers: loader processes; 0 is fastest where pictures are kept in memory.
         skip_bad: leave unusable files out (and say how many) instead of refusing to start.
         seed: of the order and the places of patches.
     """
@@ -42,20 +42,20 @@ class SuperResolution(Stream):
         self,
         scale: int,
         train: str,
-        kept: NonNegativeInt = 0,
+        val_every_nth: NonNegativeInt = 0,
         val: str | None = None,
         test: Sequence[str] = (),
         batch_size: int = 16,
         patch_size: PositiveInt = 25,
-        overhang: NonNegativeInt = 0,
+        border_overhang: NonNegativeInt = 0,
         streaming: bool = False,
-        workers: int = 0,
+        num_workers: int = 0,
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, workers, seed, skip_bad)
-        self.scale, self.train, self.kept, self.val, self.test = scale, train, kept, val, test
-        self.patch_size, self.overhang, self.streaming = patch_size, overhang, streaming
+        super().__init__(batch_size, num_workers, seed, skip_bad)
+        self.scale, self.train, self.val_every_nth, self.val, self.test = scale, train, val_every_nth, val, test
+        self.patch_size, self.border_overhang, self.streaming = patch_size, border_overhang, streaming
 
     # What is where
 
@@ -72,72 +72,72 @@ class SuperResolution(Stream):
         window = 11 + 2 * self.scale  # SSIM's, inside a cropped border
         smallest = window + -window % self.scale  # images are cropped to multiples of the scale
         if stage in ("fit", "validate"):
-            self.val_pictures = Pictures(self.survey.usable(self._validation(), smallest), self.scale)
+            self.val_pictures = SREvalImages(self.data_report.validate(self._validation(), smallest), self.scale)
         if stage == "test":
-            self.test_pictures = Pictures(self.survey.usable(self._tests(), smallest), self.scale)
+            self.test_pictures = SREvalImages(self.data_report.validate(self._load_test_sets(), smallest), self.scale)
 
     def _setup_training(self) -> None:
-        smallest = (self.patch_size - 2 * self.overhang) * self.scale
-        pictures = self.survey.usable(self._split_train()[0], smallest, whole=not self.streaming)
+        smallest = (self.patch_size - 2 * self.border_overhang) * self.scale
+        pictures = self.data_report.validate(self._split_train()[0], smallest, whole=not self.streaming)
         files = [picture.path for picture in pictures]
-        place = {
+        rank_and_world = {
             "seed": self.seed,
-            "size": (self.patch_size + 2 * REACH) * self.scale,
+            "size": (self.patch_size + 2 * KERNEL_MARGIN) * self.scale,
             "grid": self.scale,
-            "overhang": (self.overhang + REACH) * self.scale,
+            "border_overhang": (self.border_overhang + KERNEL_MARGIN) * self.scale,
         }
         self.patches: InMemoryPatches | StreamedPatches
         if self.streaming:
-            self.patches = StreamedPatches(files, **place)
+            self.patches = StreamedPatches(files, **rank_and_world)
         else:
-            self.patches = InMemoryPatches(RaggedImageBuffer([read_luma(path, self.scale) for path in files]), **place)
+            self.patches = InMemoryPatches(RaggedImageBuffer([read_luma(path, self.scale) for path in files]), **rank_and_world)
 
-    def _split_train(self) -> tuple[list[Picture], list[Picture]]:
+    def _split_train(self) -> tuple[list[ImageRef], list[ImageRef]]:
         """The pictures to train on and those kept from training."""
-        pictures = pictures_of(self.train, self.scale)
-        if not self.kept:
+        pictures = list_image_refs(self.train, self.scale)
+        if not self.val_every_nth:
             return pictures, []
-        kept = range(self.kept // 2, len(pictures), self.kept)
-        if not kept:
-            raise Refused(f"data.kept: every {self.kept}th of {len(pictures)} pictures is none")
-        return [picture for i, picture in enumerate(pictures) if i not in kept], [pictures[i] for i in kept]
+        val_every_nth = range(self.val_every_nth // 2, len(pictures), self.val_every_nth)
+        if not val_every_nth:
+            raise UserError(f"data.val_every_nth: every {self.val_every_nth}th of {len(pictures)} pictures is none")
+        return [picture for i, picture in enumerate(pictures) if i not in val_every_nth], [pictures[i] for i in val_every_nth]
 
-    def _validation(self) -> list[Picture]:
-        if self.kept:
-            return [picture._replace(data_set=f"{picture.data_set}-kept") for picture in self._split_train()[1]]
+    def _validation(self) -> list[ImageRef]:
+        if self.val_every_nth:
+            return [picture._replace(data_set=f"{picture.data_set}-holdout") for picture in self._split_train()[1]]
         if self.val is None:
-            raise Refused("data.val: name a set to choose the checkpoint on, or keep pictures by data.kept")
-        return pictures_of(self.val, self.scale)
+            raise UserError("data.val: name a set to choose the checkpoint on, or keep pictures by data.val_every_nth")
+        return list_image_refs(self.val, self.scale)
 
-    def _tests(self) -> list[Picture]:
-        names = [slug(spec) for spec in self.test]
+    def _load_test_sets(self) -> list[ImageRef]:
+        names = [dataset_label(spec) for spec in self.test]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise Refused(f"data.test: two sets would both be called {twice[0]}; rename one of the folders")
-        pictures: list[Picture] = []
+            raise UserError(f"data.test: two sets would both be called {twice[0]}; rename one of the folders")
+        pictures: list[ImageRef] = []
         for spec in self.test:
             try:
-                pictures += pictures_of(spec, self.scale)
-            except MissingData as error:
-                self.absent.append(str(error))
+                pictures += list_image_refs(spec, self.scale)
+            except DatasetNotFound as error:
+                self.missing_sets.append(str(error))
         if not pictures:
-            raise MissingData("; ".join(self.absent) or "data.test: names no data set")
+            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: names no data set")
         return pictures
 
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches of uint8 patches, (N, 1, P, P) each; `on_after_batch_transfer` makes the pairs."""
-        if self.workers and isinstance(self.patches, InMemoryPatches):
+        if self.num_workers and isinstance(self.patches, InMemoryPatches):
             self.patches.store.share_memory()
-        return self.endless(self.patches, len(self.patches))
+        return self.train_loader(self.patches, len(self.patches))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The pictures that choose the checkpoint, one at a time."""
-        return self.dealt(self.val_pictures, len(self.val_pictures))
+        return self.eval_loader(self.val_pictures, len(self.val_pictures))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The pictures of all test sets, one at a time."""
-        return self.dealt(self.test_pictures, len(self.test_pictures))
+        return self.eval_loader(self.test_pictures, len(self.test_pictures))
 
     # A training batch on its way
 
@@ -145,13 +145,13 @@ class SuperResolution(Stream):
         """On the device, make pairs of the patches."""
         if "patches" not in batch:
             return batch
-        self.position += self.batch_size
-        return self.pairs(batch["patches"])
+        self.samples_seen += self.batch_size
+        return self.prepare_train_batch(batch["patches"])
 
-    def pairs(self, patches: Tensor) -> dict[str, Tensor]:
+    def prepare_train_batch(self, patches: Tensor) -> dict[str, Tensor]:
         """Shrink uint8 patches (N, 1, P, P), cut with a margin for the kernel's reach, into inputs and targets."""
         high = patches.float() / 255
-        size = self.patch_size + 2 * REACH
-        low = imresize(high, (size, size))[..., REACH:-REACH, REACH:-REACH]
-        margin = REACH * self.scale
+        size = self.patch_size + 2 * KERNEL_MARGIN
+        low = imresize(high, (size, size))[..., KERNEL_MARGIN:-KERNEL_MARGIN, KERNEL_MARGIN:-KERNEL_MARGIN]
+        margin = KERNEL_MARGIN * self.scale
         return {"input": low.contiguous(), "target": high[..., margin:-margin, margin:-margin]}

@@ -8,15 +8,15 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import Stream
-from datamodules.generation import Numbers
-from datamodules.io.image_set import Images
+from datamodules.base import ResumableDataModule
+from datamodules.generation import SampleIndices
+from datamodules.io.image_set import ImageSet
 from datamodules.random.noise import normal
 
-PASS = 100_000  # points
+POINTS_PER_PASS = 100_000  # points
 
 
-class Ring(Stream):
+class Ring(ResumableDataModule):
     """Gaussians evenly on a circle around the origin (Metz et al., arXiv:1611.02163, Section 3.1).
 
     Training batches are {"point": (N, 2) float32}; to measure on there are numbers of samples, {"index": int64 (N,)}, and the
@@ -25,10 +25,10 @@ class Ring(Stream):
     Args:
         modes: how many; 1 with radius 0 is a plain Gaussian.
         radius: of the circle.
-        deviation: of each Gaussian, in both directions.
-        samples: how many samples a validation or test makes.
+        std: of each Gaussian, in both directions.
+        val_samples: how many samples a validation or test makes.
         batch_size: global batch, over all devices.
-        workers: loader processes.
+        num_workers: loader processes.
         seed: of the points.
     """
 
@@ -36,45 +36,45 @@ class Ring(Stream):
         self,
         modes: PositiveInt = 8,
         radius: NonNegativeFloat = 2.0,
-        deviation: NonNegativeFloat = 0.02,
-        samples: PositiveInt = 2_500,
+        std: NonNegativeFloat = 0.02,
+        val_samples: PositiveInt = 2_500,
         batch_size: int = 512,
-        workers: int = 0,
+        num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, workers, seed)
-        self.samples = samples
+        super().__init__(batch_size, num_workers, seed)
+        self.val_samples = val_samples
         angles = torch.arange(modes) * (2 * torch.pi / modes)
         centres = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
-        self.real = {"ring": Images(centres, torch.arange(modes))}
-        spread = torch.from_numpy(normal(seed, "ring", range(PASS), 2)).float()
-        self.points = centres[torch.arange(PASS) % modes] + deviation * spread
+        self.reference_sets = {"ring": ImageSet(centres, torch.arange(modes))}
+        spread = torch.from_numpy(normal(seed, "ring", range(POINTS_PER_PASS), 2)).float()
+        self.points = centres[torch.arange(POINTS_PER_PASS) % modes] + std * spread
         self.test = ["ring"]
 
-    def examples(self, count: int) -> Tensor:
+    def preview_images(self, count: int) -> Tensor:
         """Some of the points: (count, 2)."""
         return self.points[:count]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches of points."""
-        return self.endless(Rows(self.points), PASS)
+        return self.train_loader(PointBatches(self.points), POINTS_PER_PASS)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The numbers of the samples to make."""
-        numbers = Numbers(self.samples, self.place[1])
-        return self.dealt(numbers, len(numbers))
+        numbers = SampleIndices(self.val_samples, self.rank_and_world[1])
+        return self.eval_loader(numbers, len(numbers))
 
     test_dataloader = val_dataloader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Count the points taken."""
         if "point" in batch:
-            self.position += self.batch_size
+            self.samples_seen += self.batch_size
         return batch
 
 
-class Rows(Dataset[dict[str, Tensor]]):
-    """Batches of points, by what `EndlessBatches` yields."""
+class PointBatches(Dataset[dict[str, Tensor]]):
+    """Batches of points, by what `InfiniteBatchSampler` yields."""
 
     def __init__(self, points: Tensor) -> None:
         self.points = points
@@ -85,14 +85,14 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {"point": self.points[torch.from_numpy(items)]}
 
 
-class Turns(Ring):
+class DummyBatches(Ring):
     """Batches whose content does not matter, for a game without data; a validation looks once at where it stands."""
 
-    def __init__(self, batch_size: int = 1, workers: int = 0, seed: int = 0) -> None:
-        super().__init__(1, 0.0, 1.0, samples=1, batch_size=batch_size, workers=workers, seed=seed)
+    def __init__(self, batch_size: int = 1, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__(1, 0.0, 1.0, val_samples=1, batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.test = []
-        self.real = {}
+        self.reference_sets = {}
 
-    def examples(self, count: int) -> Tensor:
+    def preview_images(self, count: int) -> Tensor:
         """There is nothing to imitate: (0, 2)."""
         return self.points[:0]

@@ -14,10 +14,10 @@ class Bicubic(SuperResolutionMethod):
     """
 
     def __init__(self, scale: int = 3) -> None:
-        super().__init__(scale, images=1, learning_rate=0.0)
+        super().__init__(scale, total_images=1, learning_rate=0.0)
         self.save_hyperparameters()
 
-    def forward(self, low: Tensor) -> Tensor:
+    def forward(self, lr_image: Tensor) -> Tensor:
         """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
-        height, width = low.shape[-2:]
-        return imresize(low, (height * self.scale, width * self.scale))
+        height, width = lr_image.shape[-2:]
+        return imresize(lr_image, (height * self.scale, width * self.scale))

@@ -24,13 +24,13 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.errors import Refused
-from modules.losses.adversarial import called_fake, called_real
+from datamodules.errors import UserError
+from modules.losses.adversarial import bce_fake, bce_real
 from modules.networks.init import dcgan_init_
 from modules.tasks.generation import GenerativeMethod
 from modules.training.phases import Batch, Phase
 
-SIZES = {28: 7, 32: 4, 64: 4, 128: 4}  # an image's side: that of the smallest feature maps
+BASE_RESOLUTION = {28: 7, 32: 4, 64: 4, 128: 4}  # an image's side: that of the smallest feature maps
 
 
 class DCGAN(GenerativeMethod):
@@ -40,10 +40,10 @@ class DCGAN(GenerativeMethod):
         channels: of an image, 1 or 3.
         size: an image's side in pixels: 28, 32, 64 or 128.
         kernel: 5 (the paper's) or 4.
-        width: channels at half of the image's size; they double with every halving. The paper's is 128 (1024 at 4 x 4).
+        base_channels: channels at half of the image's size; they double with every halving. The paper's is 128 (1024 at 4 x 4).
         latent_size: numbers that an image is made from.
-        latent: "uniform" in (-1, 1) as in the paper, or "normal".
-        images: training budget.
+        latent_distribution: "uniform" in (-1, 1) as in the paper, or "normal".
+        total_images: training budget.
         learning_rate: of Adam, for both networks.
         beta1: of Adam, in [0, 1).
         seed: of the noise in training.
@@ -57,23 +57,23 @@ class DCGAN(GenerativeMethod):
         channels: int = 3,
         size: Literal[28, 32, 64, 128] = 64,
         kernel: Literal[4, 5] = 5,
-        width: PositiveInt = 128,
+        base_channels: PositiveInt = 128,
         latent_size: PositiveInt = 100,
-        latent: Literal["uniform", "normal"] = "uniform",
-        images: int = 8_750_000,
+        latent_distribution: Literal["uniform", "normal"] = "uniform",
+        total_images: int = 8_750_000,
         learning_rate: PositiveFloat = 2e-4,
         beta1: float = 0.5,
         seed: int = 0,
     ) -> None:
-        super().__init__(latent_size, latent, images, learning_rate, seed)
+        super().__init__(latent_size, latent_distribution, total_images, learning_rate, seed)
         self.save_hyperparameters()
-        if size not in SIZES:
-            raise Refused(f"model.size: {size}; DCGAN makes images of {', '.join(map(str, SIZES))} pixels")
+        if size not in BASE_RESOLUTION:
+            raise UserError(f"model.size: {size}; DCGAN makes images of {', '.join(map(str, BASE_RESOLUTION))} pixels")
         if not 0 <= beta1 < 1:
-            raise Refused(f"model.beta1: {beta1}; a share of the moving mean, at least 0 and below 1")
+            raise UserError(f"model.beta1: {beta1}; a share of the moving mean, at least 0 and below 1")
         self.beta1 = beta1
-        self.generator = generator(latent_size, channels, size, kernel, width)
-        self.discriminator = discriminator(channels, size, kernel, width)
+        self.generator = generator(latent_size, channels, size, kernel, base_channels)
+        self.discriminator = discriminator(channels, size, kernel, base_channels)
         for network in (self.generator, self.discriminator):
             dcgan_init_(network)  # Section 4
             network.to(memory_format=torch.channels_last)
@@ -91,59 +91,63 @@ class DCGAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """D, then G."""
         return [
-            Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, self.constant),
-            Phase("generator", [self.generator], self.adam, self.generator_losses, self.constant),
+            Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, self.constant_lr),
+            Phase("generator", [self.generator], self.adam, self.generator_losses, self.constant_lr),
         ]
 
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """A first beta of 0.5 instead of 0.9 "helped stabilize training"."""
         return torch.optim.Adam(parameters, betas=(self.beta1, 0.999), fused=True)
 
-    def constant(self, images_seen: int) -> dict[str, float]:
+    def constant_lr(self, images_seen: int) -> dict[str, float]:
         """The same learning rate throughout."""
         return {"lr": self.learning_rate}
 
-    def shared(self, batch: Batch) -> Batch:
+    def shared_forward(self, batch: Batch) -> Batch:
         """The fakes: G stands still while D moves, so that the same ones serve both."""
-        return {"fake": self.generator(self.training_latents(batch))}
+        return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Reals and fakes pass apart: batch normalisation must not mix them."""
         real = self.discriminator(batch["image"] * 2 - 1)
         fake = self.discriminator(batch["fake"].detach())
-        return {"real": called_real(real), "fake": called_fake(fake)}
+        return {"real": bce_real(real), "fake": bce_fake(fake)}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Non-saturating."""
-        return {"adversarial": called_real(self.discriminator(batch["fake"]))}
+        return {"adversarial": bce_real(self.discriminator(batch["fake"]))}
 
 
-def widths(size: int, width: int) -> list[int]:
+def channels_per_level(size: int, base_channels: int) -> list[int]:
     """Channels from the smallest feature maps to those of half the image's size."""
-    levels = int(math.log2(size // SIZES[size]))
-    return [width * 2**level for level in reversed(range(levels))]
+    levels = int(math.log2(size // BASE_RESOLUTION[size]))
+    return [base_channels * 2**level for level in reversed(range(levels))]
 
 
-def generator(latent_size: int, channels: int, size: int, kernel: int, width: int) -> nn.Sequential:
+def generator(latent_size: int, channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
     """Figure 1: project and reshape, then fractionally strided convolutions."""
-    side, maps, padding = SIZES[size], widths(size, width), (kernel - 1) // 2
+    base_side, level_channels, padding = BASE_RESOLUTION[size], channels_per_level(size, base_channels), (kernel - 1) // 2
     layers: list[nn.Module] = [
-        nn.Linear(latent_size, maps[0] * side**2, bias=False),
-        nn.Unflatten(1, (maps[0], side, side)),
-        nn.BatchNorm2d(maps[0]),
+        nn.Linear(latent_size, level_channels[0] * base_side**2, bias=False),
+        nn.Unflatten(1, (level_channels[0], base_side, base_side)),
+        nn.BatchNorm2d(level_channels[0]),
         nn.ReLU(),
     ]
-    for into, out in pairwise(maps):
-        layers += [nn.ConvTranspose2d(into, out, kernel, 2, padding, kernel % 2, bias=False)]
-        layers += [nn.BatchNorm2d(out), nn.ReLU()]
-    layers.append(nn.ConvTranspose2d(maps[-1], channels, kernel, 2, padding, kernel % 2, bias=False))
+    for in_channels, out_channels in pairwise(level_channels):
+        layers += [nn.ConvTranspose2d(in_channels, out_channels, kernel, 2, padding, kernel % 2, bias=False)]
+        layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
+    layers.append(nn.ConvTranspose2d(level_channels[-1], channels, kernel, 2, padding, kernel % 2, bias=False))
     return nn.Sequential(*layers, nn.Tanh())
 
 
-def discriminator(channels: int, size: int, kernel: int, width: int) -> nn.Sequential:
+def discriminator(channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
     """The mirror image; no batch normalisation at its input, LeakyReLU throughout."""
-    side, maps, padding = SIZES[size], widths(size, width)[::-1], (kernel - 1) // 2
-    layers: list[nn.Module] = [nn.Conv2d(channels, maps[0], kernel, 2, padding, bias=False), nn.LeakyReLU(0.2)]
-    for into, out in pairwise(maps):
-        layers += [nn.Conv2d(into, out, kernel, 2, padding, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(maps[-1] * side**2, 1, bias=False))
+    base_side, level_channels, padding = BASE_RESOLUTION[size], channels_per_level(size, base_channels)[::-1], (kernel - 1) // 2
+    layers: list[nn.Module] = [nn.Conv2d(channels, level_channels[0], kernel, 2, padding, bias=False), nn.LeakyReLU(0.2)]
+    for in_channels, out_channels in pairwise(level_channels):
+        layers += [
+            nn.Conv2d(in_channels, out_channels, kernel, 2, padding, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.LeakyReLU(0.2),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(level_channels[-1] * base_side**2, 1, bias=False))

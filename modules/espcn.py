@@ -26,7 +26,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modules.tasks.superresolution import SuperResolutionMethod, margin_of, pad_replicate
+from modules.tasks.superresolution import SuperResolutionMethod, pad_replicate, valid_conv_margin
 from modules.training.optimizers import soap
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -38,7 +38,7 @@ class ESPCN(SuperResolutionMethod):
     Args:
         scale: the paper's r; the paper reports 3 and 4.
         activation: "tanh" for the final models, "relu" for the ablation of Table 1.
-        images: training budget in patches.
+        total_images: training budget in patches.
         learning_rate: highest value.
         warmup: patches over which it rises.
     """
@@ -47,11 +47,11 @@ class ESPCN(SuperResolutionMethod):
         self,
         scale: Literal[2, 3, 4] = 3,
         activation: Literal["tanh", "relu"] = "tanh",
-        images: int = 1_000_000,
+        total_images: int = 1_000_000,
         learning_rate: PositiveFloat = 3e-3,
         warmup: NonNegativeInt = 3_200,
     ) -> None:
-        super().__init__(scale, images, learning_rate, warmup)
+        super().__init__(scale, total_images, learning_rate, warmup)
         self.save_hyperparameters()
         # Section 3.2: (f1, n1) = (5, 64), (f2, n2) = (3, 32), f3 = 3.
         self.network = nn.Sequential(
@@ -63,13 +63,13 @@ class ESPCN(SuperResolutionMethod):
             nn.PixelShuffle(scale),  # eq. 4, up to the order of channels
         ).to(memory_format=torch.channels_last)
 
-    def forward(self, low: Tensor) -> Tensor:
+    def forward(self, lr_image: Tensor) -> Tensor:
         """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
-        return self.enlarge(pad_replicate(low, margin_of(self.network)))
+        return self.forward_valid(pad_replicate(lr_image, valid_conv_margin(self.network)))
 
-    def enlarge(self, low: Tensor) -> Tensor:
+    def forward_valid(self, lr_image: Tensor) -> Tensor:
         """Without padding: (N, 1, h, w) to (N, 1, (h - 8) * scale, (w - 8) * scale)."""
-        return self.network(low)
+        return self.network(lr_image)
 
     def configure_optimizers(self) -> Optimizer:
         """SOAP; see difference 2 above."""

@@ -19,8 +19,8 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.errors import Refused
-from modules.losses.adversarial import called_fake, called_real, generator_loss
+from datamodules.errors import UserError
+from modules.losses.adversarial import bce_fake, bce_real, gan_generator_loss
 from modules.tasks.generation import GenerativeMethod
 from modules.training.phases import Batch, Phase
 
@@ -33,9 +33,9 @@ class GAN(GenerativeMethod):
         size: an image's side in pixels.
         loss: of the generator: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
         latent_size: numbers that an image is made from.
-        width: units of each of the generator's hidden layers; of the discriminator's, a fifth as many with five pieces each.
+        hidden_dim: units of each of the generator's hidden layers; of the discriminator's, a fifth as many with five pieces each.
         discriminator_steps: batches that the discriminator sees for each one that the generator sees (k in Algorithm 1).
-        images: training budget.
+        total_images: training budget.
         learning_rate: at the start.
         seed: of the noise in training.
     """
@@ -46,40 +46,40 @@ class GAN(GenerativeMethod):
         size: int = 28,
         loss: Literal["non-saturating", "saturating"] = "non-saturating",
         latent_size: PositiveInt = 100,
-        width: PositiveInt = 1200,
+        hidden_dim: PositiveInt = 1200,
         discriminator_steps: PositiveInt = 1,
-        images: int = 12_500_000,
+        total_images: int = 12_500_000,
         learning_rate: PositiveFloat = 0.1,
         seed: int = 0,
     ) -> None:
-        super().__init__(latent_size, "normal", images, learning_rate, seed)
+        super().__init__(latent_size, "normal", total_images, learning_rate, seed)
         self.save_hyperparameters()
         if discriminator_steps < 1:
-            raise Refused(f"model.discriminator_steps: {discriminator_steps}; the discriminator needs 1 at least")
+            raise UserError(f"model.discriminator_steps: {discriminator_steps}; the discriminator needs 1 at least")
         self.loss, self.discriminator_steps = loss, discriminator_steps
         pixels = channels * size**2
         self.generator = nn.Sequential(
-            nn.Linear(latent_size, width),
+            nn.Linear(latent_size, hidden_dim),
             nn.ReLU(),
-            nn.Linear(width, width),
+            nn.Linear(hidden_dim, hidden_dim),
             nn.ReLU(),
-            nn.Linear(width, pixels),
+            nn.Linear(hidden_dim, pixels),
             nn.Sigmoid(),
             nn.Unflatten(1, (channels, size, size)),
         )
         self.discriminator = nn.Sequential(
             nn.Flatten(),
             nn.Dropout(0.2),
-            Maxout(pixels, width // 5),
+            Maxout(pixels, hidden_dim // 5),
             nn.Dropout(0.5),
-            Maxout(width // 5, width // 5),
+            Maxout(hidden_dim // 5, hidden_dim // 5),
             nn.Dropout(0.5),
-            nn.Linear(width // 5, 1),
+            nn.Linear(hidden_dim // 5, 1),
         )
-        for network, reach in ((self.generator, 0.05), (self.discriminator, 0.005)):
+        for network, init_bound in ((self.generator, 0.05), (self.discriminator, 0.005)):
             for layer in network.modules():
                 if isinstance(layer, nn.Linear):
-                    nn.init.uniform_(layer.weight, -reach, reach)
+                    nn.init.uniform_(layer.weight, -init_bound, init_bound)
                     nn.init.zeros_(layer.bias)
 
     def sample(self, latents: Tensor) -> Tensor:
@@ -95,34 +95,34 @@ class GAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """For k batches one step of D each, then one of G."""
         return [
-            Phase("discriminator", [self.discriminator], torch.optim.SGD, self.discriminator_losses, self.descent),
+            Phase("discriminator", [self.discriminator], torch.optim.SGD, self.discriminator_losses, self.sgd_schedule),
             Phase(
                 "generator",
                 [self.generator],
                 torch.optim.SGD,
                 self.generator_losses,
-                self.descent,
-                every=self.discriminator_steps,
+                self.sgd_schedule,
+                interval=self.discriminator_steps,
             ),
         ]
 
-    def shared(self, batch: Batch) -> Batch:
+    def shared_forward(self, batch: Batch) -> Batch:
         """The fakes: G stands still while D moves, so that the same ones serve both."""
-        return {"fake": self.generator(self.training_latents(batch))}
+        return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Eq. 1, of which the code takes half."""
         real, fake = self.discriminator(batch["image"]), self.discriminator(batch["fake"].detach())
-        return {"real": called_real(real) / 2, "fake": called_fake(fake) / 2}
+        return {"real": bce_real(real) / 2, "fake": bce_fake(fake) / 2}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Section 3: one of its two."""
-        return {"adversarial": generator_loss(self.discriminator(batch["fake"]), self.loss)}
+        return {"adversarial": gan_generator_loss(self.discriminator(batch["fake"]), self.loss)}
 
-    def descent(self, images_seen: int) -> dict[str, float]:
+    def sgd_schedule(self, images_seen: int) -> dict[str, float]:
         """Of the code: a rate divided by 1.000004 each batch of 100; momentum from 0.5 to 0.7 in 250 epochs of 50,000."""
-        rate = max(1e-6, self.learning_rate * 1.000004 ** (-images_seen / 100))
-        return {"lr": rate, "momentum": 0.5 + 0.2 * min(1.0, images_seen / 12_500_000)}
+        lr = max(1e-6, self.learning_rate * 1.000004 ** (-images_seen / 100))
+        return {"lr": lr, "momentum": 0.5 + 0.2 * min(1.0, images_seen / 12_500_000)}
 
 
 class Maxout(nn.Module):
@@ -130,8 +130,8 @@ class Maxout(nn.Module):
 
     def __init__(self, features: int, units: int) -> None:
         super().__init__()
-        self.pieces = nn.Linear(features, 5 * units)
+        self.linear = nn.Linear(features, 5 * units)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The pieces of a unit lie next to each other."""
-        return self.pieces(inputs).unflatten(1, (-1, 5)).amax(2)
+        return self.linear(inputs).unflatten(1, (-1, 5)).amax(2)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.transforms.resize import imresize
-from modules.tasks.superresolution import SuperResolutionMethod, margin_of, pad_replicate
+from modules.tasks.superresolution import SuperResolutionMethod, pad_replicate, valid_conv_margin
 from modules.training.optimizers import soap
 
-SIZES = {"9-1-5": (9, 1, 5), "9-3-5": (9, 3, 5), "9-5-5": (9, 5, 5)}
+KERNEL_SIZES = {"9-1-5": (9, 1, 5), "9-3-5": (9, 3, 5), "9-5-5": (9, 5, 5)}
 
 
 class SRCNN(SuperResolutionMethod):
@@ -32,7 +32,7 @@ class SRCNN(SuperResolutionMethod):
     Args:
         scale: enlargement of the bicubic first step.
         kernels: the three kernel sizes of Section 4.3.2; "9-1-5" has 8,032 weights, "9-5-5" has 57,184.
-        images: training budget in patches.
+        total_images: training budget in patches.
         learning_rate: highest value.
         warmup: patches over which it rises.
     """
@@ -41,13 +41,13 @@ class SRCNN(SuperResolutionMethod):
         self,
         scale: Literal[2, 3, 4] = 3,
         kernels: Literal["9-1-5", "9-3-5", "9-5-5"] = "9-1-5",
-        images: int = 1_000_000,
+        total_images: int = 1_000_000,
         learning_rate: PositiveFloat = 3e-3,
         warmup: NonNegativeInt = 3_200,
     ) -> None:
-        super().__init__(scale, images, learning_rate, warmup)
+        super().__init__(scale, total_images, learning_rate, warmup)
         self.save_hyperparameters()
-        f1, f2, f3 = SIZES[kernels]
+        f1, f2, f3 = KERNEL_SIZES[kernels]
         self.network = nn.Sequential(
             nn.Conv2d(1, 64, f1),  # eq. 1
             nn.ReLU(),
@@ -56,22 +56,22 @@ class SRCNN(SuperResolutionMethod):
             nn.Conv2d(32, 1, f3),  # eq. 3
         ).to(memory_format=torch.channels_last)
 
-    def forward(self, low: Tensor) -> Tensor:
+    def forward(self, lr_image: Tensor) -> Tensor:
         """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
-        return self.network(pad_replicate(self.upscale(low), margin_of(self.network)))
+        return self.network(pad_replicate(self.bicubic_upscale(lr_image), valid_conv_margin(self.network)))
 
-    def enlarge(self, low: Tensor) -> Tensor:
+    def forward_valid(self, lr_image: Tensor) -> Tensor:
         """Without padding: (N, 1, h, w) to (N, 1, h * scale - margin, ...), 24 less at x3 with 9-1-5.
 
         The two LR pixels next to a patch's border are bicubic values of a replicated border; they are left out.
         """
         margin = 2 * self.scale
-        return self.network(self.upscale(low)[..., margin:-margin, margin:-margin])
+        return self.network(self.bicubic_upscale(lr_image)[..., margin:-margin, margin:-margin])
 
-    def upscale(self, low: Tensor) -> Tensor:
+    def bicubic_upscale(self, lr_image: Tensor) -> Tensor:
         """The bicubic first step: (N, 1, h, w) to (N, 1, h * scale, w * scale)."""
-        height, width = low.shape[-2:]
-        return imresize(low, (height * self.scale, width * self.scale))
+        height, width = lr_image.shape[-2:]
+        return imresize(lr_image, (height * self.scale, width * self.scale))
 
     def configure_optimizers(self) -> Optimizer:
         """SOAP; see difference 1 above."""

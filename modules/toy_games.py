@@ -10,11 +10,11 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from datamodules.errors import Refused
-from modules.losses.adversarial import called_fake, called_real, generator_loss
+from datamodules.errors import UserError
+from modules.losses.adversarial import bce_fake, bce_real, gan_generator_loss
 from modules.tasks.generation import GenerativeMethod
 from modules.training.method import Method
-from modules.training.phases import Batch, Phase, size_of
+from modules.training.phases import Batch, Phase, batch_size_of
 
 
 class BilinearGame(Method):
@@ -23,50 +23,50 @@ class BilinearGame(Method):
     Each batch of one is a step of either player; what is in it does not matter.
 
     Args:
-        images: training budget, in steps.
+        total_images: training budget, in steps.
         learning_rate: of both players.
     """
 
-    path: Tensor
+    trajectory: Tensor
 
-    def __init__(self, images: int = 1_000, learning_rate: PositiveFloat = 0.1) -> None:
-        super().__init__(images, learning_rate)
+    def __init__(self, total_images: int = 1_000, learning_rate: PositiveFloat = 0.1) -> None:
+        super().__init__(total_images, learning_rate)
         self.save_hyperparameters()
         self.x = nn.Linear(1, 1, bias=False)
         self.y = nn.Linear(1, 1, bias=False)
         for player in (self.x, self.y):
             nn.init.ones_(player.weight)
-        self.register_buffer("path", torch.ones(images + 1, 2))  # where the players were after each step
+        self.register_buffer("trajectory", torch.ones(total_images + 1, 2))  # where the players were after each step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse a step that counts for several."""
         super().on_train_batch_start(batch, batch_idx)
-        if size_of(batch) * self.trainer.world_size != 1:
-            raise Refused("data.batch_size: a step of the game counts for one; take 1, and one device")
+        if batch_size_of(batch) * self.trainer.world_size != 1:
+            raise UserError("data.batch_size: a step of the game counts for one; take 1, and one device")
 
     def phases(self) -> list[Phase]:
         """Both with plain gradient descent."""
         return [
-            Phase("x", [self.x], torch.optim.SGD, lambda _: {"value": self.value()}, self.constant),
-            Phase("y", [self.y], torch.optim.SGD, lambda _: {"value": -self.value()}, self.constant),
+            Phase("x", [self.x], torch.optim.SGD, lambda _: {"value": self.value()}, self.constant_lr),
+            Phase("y", [self.y], torch.optim.SGD, lambda _: {"value": -self.value()}, self.constant_lr),
         ]
 
     def value(self) -> Tensor:
         """V = x y."""
         return (self.x.weight * self.y.weight).sum()
 
-    def constant(self, images_seen: int) -> dict[str, float]:
+    def constant_lr(self, images_seen: int) -> dict[str, float]:
         """The same learning rate throughout."""
         return {"lr": self.learning_rate}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take note of where the players are after it."""
         super().training_step(batch, batch_idx)
-        self.path[self.images_seen] = torch.stack([self.x.weight, self.y.weight]).detach().view(2)
+        self.trajectory[self.images_seen] = torch.stack([self.x.weight, self.y.weight]).detach().view(2)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The path so far: (steps + 1, 2)."""
-        return {"prediction": self.path[: self.images_seen + 1]}
+        return {"prediction": self.trajectory[: self.images_seen + 1]}
 
 
 class RingGAN(GenerativeMethod):
@@ -77,7 +77,7 @@ class RingGAN(GenerativeMethod):
 
     Args:
         loss: of the generator: "saturating", as there, or "non-saturating".
-        images: training budget, in points.
+        total_images: training budget, in points.
         learning_rate: of the generator; the discriminator's is a tenth.
         seed: of the noise in training.
     """
@@ -85,11 +85,11 @@ class RingGAN(GenerativeMethod):
     def __init__(
         self,
         loss: Literal["saturating", "non-saturating"] = "saturating",
-        images: int = 12_800_000,
+        total_images: int = 12_800_000,
         learning_rate: PositiveFloat = 1e-3,
         seed: int = 0,
     ) -> None:
-        super().__init__(256, "normal", images, learning_rate, seed)
+        super().__init__(256, "normal", total_images, learning_rate, seed)
         self.save_hyperparameters()
         self.loss = loss
         self.generator = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
@@ -110,27 +110,27 @@ class RingGAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """D, then G."""
         return [
-            Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, lambda _: self.rate(0.1)),
-            Phase("generator", [self.generator], self.adam, self.generator_losses, lambda _: self.rate(1)),
+            Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, lambda _: self.lr(0.1)),
+            Phase("generator", [self.generator], self.adam, self.generator_losses, lambda _: self.lr(1)),
         ]
 
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Both with the same."""
         return torch.optim.Adam(parameters, betas=(0.5, 0.999))
 
-    def rate(self, share: float) -> dict[str, float]:
+    def lr(self, scale: float) -> dict[str, float]:
         """The same learning rate throughout."""
-        return {"lr": share * self.learning_rate}
+        return {"lr": scale * self.learning_rate}
 
-    def shared(self, batch: Batch) -> Batch:
+    def shared_forward(self, batch: Batch) -> Batch:
         """The fakes."""
-        return {"fake": self.generator(self.training_latents(batch))}
+        return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Eq. 1 of Goodfellow et al."""
         real, fake = self.discriminator(batch["point"] / 4), self.discriminator(batch["fake"].detach() / 4)
-        return {"real": called_real(real), "fake": called_fake(fake)}
+        return {"real": bce_real(real), "fake": bce_fake(fake)}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """One of the two losses of Goodfellow et al., Section 3."""
-        return {"adversarial": generator_loss(self.discriminator(batch["fake"] / 4), self.loss)}
+        return {"adversarial": gan_generator_loss(self.discriminator(batch["fake"] / 4), self.loss)}

@@ -24,7 +24,7 @@ from annotated_types import Ge, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from modules.networks.crop import center_crop
 from modules.networks.init import he_init_
 from modules.tasks.segmentation import SegmentationMethod
@@ -37,12 +37,12 @@ class UNet(SegmentationMethod):
     Args:
         channels: of an image, 1 or 3.
         classes: how many.
-        width: channels at full size; they double with every halving.
+        base_channels: channels at full size; they double with every halving.
         depth: how often the size is halved.
         dropout: at the end of the contracting path.
-        tile: side of what is predicted at once; 388 from 572 in the paper.
-        symmetries: see `SegmentationMethod`.
-        images: training budget, in tiles.
+        tile_size: side of what is predicted at once; 388 from 572 in the paper.
+        tta_views: see `SegmentationMethod`.
+        total_images: training budget, in tiles.
         learning_rate: at the start.
         seed: unused by the network; of the noise in training.
     """
@@ -51,25 +51,25 @@ class UNet(SegmentationMethod):
         self,
         channels: int = 1,
         classes: int = 2,
-        width: PositiveInt = 64,
+        base_channels: PositiveInt = 64,
         depth: PositiveInt = 4,
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.5,
-        tile: int = 388,
-        symmetries: int = 1,
-        images: int = 30_000,
+        tile_size: int = 388,
+        tta_views: int = 1,
+        total_images: int = 30_000,
         learning_rate: PositiveFloat = 1e-3,
         seed: int = 0,
     ) -> None:
-        tiling = Tiling(tile, margin=12 * 2**depth - 8, grid=2**depth, rest=4)
-        super().__init__(classes, tiling, symmetries, images, learning_rate, seed)
+        tiling = Tiling(tile_size, margin=12 * 2**depth - 8, stride=2**depth, offset=4)
+        super().__init__(classes, tiling, tta_views, total_images, learning_rate, seed)
         self.save_hyperparameters()
-        widths = [width * 2**level for level in range(depth + 1)]
-        self.down = nn.ModuleList(two_convolutions(*pair) for pair in pairwise([channels, *widths]))
-        rising = list(pairwise(widths[::-1]))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, 2) for wide, narrow in rising)
-        self.merge = nn.ModuleList(two_convolutions(*pair) for pair in rising)
+        widths = [base_channels * 2**level for level in range(depth + 1)]
+        self.enc = nn.ModuleList(double_conv(*pair) for pair in pairwise([channels, *widths]))
+        up_channels = list(pairwise(widths[::-1]))
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, 2) for wide, narrow in up_channels)
+        self.dec = nn.ModuleList(double_conv(*pair) for pair in up_channels)
         self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Conv2d(width, classes, 1)
+        self.head = nn.Conv2d(base_channels, classes, 1)
         he_init_(self)
         self.to(memory_format=torch.channels_last)
 
@@ -85,26 +85,28 @@ class UNet(SegmentationMethod):
         Raises:
             Refused: a map's side would be odd before a pooling.
         """
-        if any((side - self.tiling.margin - 4) % self.tiling.grid or side <= self.tiling.margin for side in image.shape[-2:]):
-            fits = self.tiling.side(max(image.shape[-2:]) - self.tiling.margin) + self.tiling.margin
-            raise Refused(f"U-Net: {image.shape[-1]}x{image.shape[-2]} pixels cannot be halved; {fits} could")
-        maps, copies = image * 2 - 1, []  # (572)
-        for level, convolve in enumerate(self.down):
-            maps = convolve(F.max_pool2d(maps, 2) if level else maps)  # (568, 280, 136, 64, 28)
-            if level >= len(self.down) - 2:
-                maps = self.dropout(maps)
-            copies.append(maps)
-        maps = copies.pop()
-        for up, merge in zip(self.up, self.merge, strict=True):
-            maps = up(maps)  # (56, 104, 200, 392)
-            maps = merge(torch.cat([center_crop(copies.pop(), maps.shape[-2:]), maps], dim=1))  # (52, 100, 196, 388)
-        return self.classify(maps)
+        if any((side - self.tiling.margin - 4) % self.tiling.stride or side <= self.tiling.margin for side in image.shape[-2:]):
+            fits = self.tiling.round_up(max(image.shape[-2:]) - self.tiling.margin) + self.tiling.margin
+            raise UserError(f"U-Net: {image.shape[-1]}x{image.shape[-2]} pixels cannot be halved; {fits} could")
+        x, skips = image * 2 - 1, []  # (572)
+        for level, convolve in enumerate(self.enc):
+            x = convolve(F.max_pool2d(x, 2) if level else x)  # (568, 280, 136, 64, 28)
+            if level >= len(self.enc) - 2:
+                x = self.dropout(x)
+            skips.append(x)
+        x = skips.pop()
+        for upsample, dec in zip(self.upsample, self.dec, strict=True):
+            x = upsample(x)  # (56, 104, 200, 392)
+            x = dec(torch.cat([center_crop(skips.pop(), x.shape[-2:]), x], dim=1))  # (52, 100, 196, 388)
+        return self.head(x)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Section 3: a momentum of 0.99, since a batch is one tile."""
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.99)
 
 
-def two_convolutions(into: int, out: int) -> nn.Sequential:
+def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
     """Twice 3 x 3 and a ReLU: four pixels narrower."""
-    return nn.Sequential(nn.Conv2d(into, out, 3), nn.ReLU(), nn.Conv2d(out, out, 3), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 3), nn.ReLU()
+    )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.catalog.catalog import locate
+from datamodules.catalog.catalog import resolve_images
 from tests.helpers.subprocess_helpers import start_server
 
 torch.set_num_threads(1)
@@ -26,7 +26,7 @@ def pytest_sessionstart() -> None:
 def photos(tmp_path_factory) -> Path:
     """A folder of eight 96x90 cuttings of the embedded photographs: real pictures, read quickly."""
     folder = tmp_path_factory.mktemp("photos")
-    paths = [path for path in locate("photographs") if path.stem in ("astronaut", "camera", "chelsea", "coffee")]
+    paths = [path for path in resolve_images("photographs") if path.stem in ("astronaut", "camera", "chelsea", "coffee")]
     for path in paths:
         image = Image.open(path)
         for i in range(2):

@@ -6,10 +6,10 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from callbacks.metrics.base import ImageMetric
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 
 
-class AnomalyScore(ImageMetric):
+class ReconstructionAUROC(ImageMetric):
     """Area under the ROC curve of a picture's reconstruction error; anomalies are of the classes that training does not see.
 
     - `auroc/image-l2`: of whole pictures; the error is the mean squared one over the picture's pixels. 0.5 is chance.
@@ -19,17 +19,17 @@ class AnomalyScore(ImageMetric):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse data that have no two kinds of pictures to tell apart."""
-        if not hasattr(trainer.datamodule, "novel"):
-            raise Refused(
-                f"AnomalyScore: {type(trainer.datamodule).__name__} does not know which classes training sees; "
+        if not hasattr(trainer.datamodule, "is_unseen"):
+            raise UserError(
+                f"ReconstructionAUROC: {type(trainer.datamodule).__name__} does not know which classes training sees; "
                 "it is for datamodules.reconstruction.Reconstruction"
             )
-        for name, images in trainer.datamodule.real.items():
-            anomalous = trainer.datamodule.novel(images.labels)
+        for name, images in trainer.datamodule.reference_sets.items():
+            anomalous = trainer.datamodule.is_unseen(images.labels)
             if anomalous.all() or not anomalous.any():
-                raise Refused(
-                    f"AnomalyScore: {name} needs both, pictures of classes that training sees and others; "
-                    f"data.without: {list(trainer.datamodule.without)}"
+                raise UserError(
+                    f"ReconstructionAUROC: {name} needs both, pictures of classes that training sees and others; "
+                    f"data.exclude_classes: {list(trainer.datamodule.without)}"
                 )
 
     def update(self, outputs: dict[str, Any], i: int) -> tuple[float, int]:
@@ -41,6 +41,6 @@ class AnomalyScore(ImageMetric):
         """See the class."""
         errors, labels = (torch.tensor(of) for of in zip(*states, strict=True))
         if not errors.isfinite().all():
-            raise Refused("AnomalyScore: the network gives values back that are not finite")
-        anomalous = trainer.datamodule.novel(labels)
+            raise UserError("ReconstructionAUROC: the network gives values back that are not finite")
+        anomalous = trainer.datamodule.is_unseen(labels)
         return {"auroc/image-l2": binary_auroc(errors / errors.max().clamp(min=1e-12), anomalous.long()).item()}

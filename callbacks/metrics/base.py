@@ -107,7 +107,7 @@ class ImageMetric(_Metric):
 class SampleSetMetric(_Metric):
     """A metric that compares the samples of a validation or test with the reference sets of the datamodule.
 
-    Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and of the datamodule `real`, uint8 images by
+    Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and of the datamodule `reference_sets`, uint8 images by
     the name of their set. Samples are sorted by index first, so that a result does not depend on the batch size and the
     number of ranks.
 
@@ -129,7 +129,7 @@ class SampleSetMetric(_Metric):
 
         Args:
             samples: the states of all samples.
-            real: uint8 images (N, C, H, W).
+            reference_sets: uint8 images (N, C, H, W).
             trainer: whose datamodule and ranks these are.
         """
 
@@ -162,7 +162,8 @@ class SampleSetMetric(_Metric):
         samples = gather_sorted(self.state, trainer.world_size)
         self.state = []
         self.results = {
-            name: {"all": self.compute(samples, real.pixels, trainer)} for name, real in trainer.datamodule.real.items()
+            name: {"all": self.compute(samples, real.pixels, trainer)}
+            for name, real in trainer.datamodule.reference_sets.items()
         }
         self._log_results(trainer, pl_module)
 

@@ -9,7 +9,7 @@ from callbacks.metrics.base import ImageMetric
 DIRECTIONS = ("AtoB", "BtoA")
 
 
-class TranslationQuality(ImageMetric):
+class CycleL1(ImageMetric):
     """Mean absolute differences of values in [0, 1], mean over pixels, then over pictures; direction by direction.
 
     - `cycle-l1/<direction>`: between a picture and what comes back of it; "AtoB" is A to B to A (CycleGAN, eq. 2, without

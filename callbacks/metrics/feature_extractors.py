@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.catalog.catalog import data_root
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 
 
 class Extractor(Protocol):
@@ -109,9 +109,9 @@ def find_weights(extractor: type[Extractor], given: str | None) -> Path:
     if given is not None:
         path = next((path for path in (Path(given), data_root() / given) if path.is_file()), None)
         if path is None:
-            raise Refused(f"weights of {extractor.name}: no file {given}, neither here nor below {data_root()}")
+            raise UserError(f"weights of {extractor.name}: no file {given}, neither here nor below {data_root()}")
     elif extractor.url is None:
-        raise Refused(f"weights of {extractor.name}: name their file, they cannot be downloaded")
+        raise UserError(f"weights of {extractor.name}: name their file, they cannot be downloaded")
     else:
         path = Path(torch.hub.get_dir()) / "checkpoints" / extractor.url.rpartition("/")[2]
         if not path.is_file():
@@ -119,7 +119,7 @@ def find_weights(extractor: type[Extractor], given: str | None) -> Path:
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run what it holds
     except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
-        raise Refused(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
     return path
 
 
@@ -129,9 +129,9 @@ def _download(extractor: type[Extractor], path: Path) -> None:
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
-        raise Refused(
+        raise UserError(
             f"weights of {extractor.name} could not be fetched from {url} ({error}); put the file at {path}, name one by "
-            "`weights`, or set `missing: skip`"
+            "`weights`, or set `on_missing_weights: skip`"
         ) from None
 
 

@@ -8,16 +8,16 @@ from scipy.ndimage import label
 
 from callbacks.metrics.base import ImageMetric
 
-LEVELS = tuple(level / 10 for level in range(10))  # 0.0 ... 0.9
+THRESHOLDS = tuple(level / 10 for level in range(10))  # 0.0 ... 0.9
 # A pixel's neighbours, in the order of the bits of a neighbourhood; by edges are the even ones.
-AROUND = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
+NEIGHBOURS = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
 
 
-class EMChallenge(ImageMetric):
+class ISBI2012Errors(ImageMetric):
     """The membrane map cut at ten levels; each measure at the level that is best for it, as the challenge's script takes them.
 
     - `warping-error`: share of the pixels at which a cell is split or two are merged, after the truth was warped towards the
-      prediction without changing its topology (Jain et al., CVPR 2010): shifted borders cost nothing. `warping-error/all`
+      prediction without changing its topology (Jain et al., CVPR 2010): shifted borders cost nothing. `warping-error/with-additions`
       counts lost and added cells and holes too.
     - `rand-error`: 1 - F of the pairs of pixels that are together in a cell, over the pixels of true cells, those of all
       slices together; a pixel of them that is predicted to be membrane is a cell by itself (the foreground-restricted Rand
@@ -33,9 +33,9 @@ class EMChallenge(ImageMetric):
         super().__init__(on_validation=False)
 
     def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
-        """What is counted at each level, see `counts`: (levels, 9)."""
+        """What is counted at each level, see `error_counts`: (levels, 9)."""
         inside, truth = outputs["prediction"][i, 1].cpu().numpy(), outputs["mask"][i].cpu().numpy() == 1
-        return np.array([counts(truth, inside > level) for level in LEVELS])
+        return np.array([error_counts(truth, inside > level) for level in THRESHOLDS])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
@@ -43,11 +43,11 @@ class EMChallenge(ImageMetric):
 
 
 def best_errors(counted: np.ndarray) -> dict[str, float]:
-    """The errors of `EMChallenge` from the sums over all slices of what `counts` gives, (levels, 9)."""
-    pixels, wrong, both, true, found, split_or_merged, unlike, together, together_in = counted.T.astype(np.float64)
+    """The errors of `ISBI2012Errors` from the sums over all slices of what `error_counts` gives, (levels, 9)."""
+    pixels, wrong, both, true, found, split_or_merged, mismatch, together, together_in = counted.T.astype(np.float64)
     errors = {
         "warping-error": split_or_merged / pixels,
-        "warping-error/all": unlike / pixels,
+        "warping-error/with-additions": mismatch / pixels,
         "rand-error": 1 - 2 * together / np.maximum(together_in, 1),
         "pixel-error": wrong / pixels,
         "pixel-error/f": 1 - 2 * both / np.maximum(true + found, 1),
@@ -55,7 +55,7 @@ def best_errors(counted: np.ndarray) -> dict[str, float]:
     return {name: float(values.min()) for name, values in errors.items()}
 
 
-def counts(truth: np.ndarray, prediction: np.ndarray) -> list[int]:
+def error_counts(truth: np.ndarray, prediction: np.ndarray) -> list[int]:
     """What the errors are made of, for bool pictures (H, W), True inside of cells.
 
     Returns:
@@ -63,11 +63,18 @@ def counts(truth: np.ndarray, prediction: np.ndarray) -> list[int]:
         splits or merges; all in which it differs; pairs of pixels that are together in both; in the truth and in the
         prediction, the two numbers added.
     """
-    shape = warped(truth, prediction)
-    unlike = shape != prediction
+    shape = warp_topology(truth, prediction)
+    mismatch = shape != prediction
     pairs = pairs_together(label(truth)[0], label(prediction)[0])
     inside = [int(picture.sum()) for picture in (truth & prediction, truth, prediction)]
-    return [truth.size, int((truth != prediction).sum()), *inside, splits_and_mergers(shape, unlike), int(unlike.sum()), *pairs]
+    return [
+        truth.size,
+        int((truth != prediction).sum()),
+        *inside,
+        splits_and_mergers(shape, mismatch),
+        int(mismatch.sum()),
+        *pairs,
+    ]
 
 
 def pairs_together(true: np.ndarray, found: np.ndarray) -> tuple[int, int]:
@@ -88,24 +95,24 @@ def pairs_together(true: np.ndarray, found: np.ndarray) -> tuple[int, int]:
     return both + alone, in_true + in_found + alone
 
 
-def splits_and_mergers(shape: np.ndarray, unlike: np.ndarray) -> int:
+def splits_and_mergers(shape: np.ndarray, mismatch: np.ndarray) -> int:
     """How many of the pixels that the warped truth cannot give up would split a cell or merge two if it did.
 
     The others would add or remove a cell, or a hole in one.
     """
     cells = np.pad(label(shape)[0], 1)
     found = 0
-    for row, column in np.argwhere(unlike):
-        around = [int(cells[1 + row + down, 1 + column + across]) for down, across in AROUND]
+    for row, column in np.argwhere(mismatch):
+        around = [int(cells[1 + row + down, 1 + column + across]) for down, across in NEIGHBOURS]
         if shape[row, column]:
             inside = sum(bool(number) << bit for bit, number in enumerate(around))
-            found += parts_touching()[inside] > 1
+            found += edge_components()[inside] > 1
         else:
             found += len({number for number in around[::2] if number}) > 1
     return found
 
 
-def warped(truth: np.ndarray, towards: np.ndarray) -> np.ndarray:
+def warp_topology(truth: np.ndarray, towards: np.ndarray) -> np.ndarray:
     """The truth with every pixel given up that differs and is simple, until there is none: bool (H, W).
 
     A pixel is simple if changing it merges, splits, makes and removes nothing: neither a part of the inside, connected by
@@ -115,9 +122,9 @@ def warped(truth: np.ndarray, towards: np.ndarray) -> np.ndarray:
     image = np.pad(truth, 1).astype(np.uint8)
     width = image.shape[1]
     goal = np.pad(towards, 1).ravel().tolist()
-    steps = [down * width + across for down, across in AROUND]
+    steps = [down * width + across for down, across in NEIGHBOURS]
     code = np.zeros_like(image)  # of each pixel, the bits of its neighbours
-    for bit, (down, across) in enumerate(AROUND):
+    for bit, (down, across) in enumerate(NEIGHBOURS):
         code |= np.roll(image, (-down, -across), (0, 1)) << bit
     codes, pixels = code.ravel().tolist(), image.ravel().tolist()
     waiting = [(row + 1) * width + column + 1 for row, column in np.argwhere(truth != towards).tolist()]
@@ -140,26 +147,26 @@ def warped(truth: np.ndarray, towards: np.ndarray) -> np.ndarray:
 @cache
 def simple_neighbourhoods() -> list[bool]:
     """Of each of the 256 neighbourhoods, whether the pixel in its middle is simple: one part inside, one outside."""
-    outside = [label(~ring(code) & ~MIDDLE, np.ones((3, 3)))[1] for code in range(256)]
-    return [parts == 1 and count == 1 for parts, count in zip(parts_touching(), outside, strict=True)]
+    outside = [label(~neighbourhood_mask(code) & ~MIDDLE, np.ones((3, 3)))[1] for code in range(256)]
+    return [parts == 1 and count == 1 for parts, count in zip(edge_components(), outside, strict=True)]
 
 
 @cache
-def parts_touching() -> list[int]:
+def edge_components() -> list[int]:
     """Of each neighbourhood, how many of its parts, connected by edges, have an edge in common with the middle."""
     found = []
     for code in range(256):
-        parts, _ = label(ring(code))
-        found.append(len({parts[1 + down, 1 + across] for down, across in AROUND[::2]} - {0}))
+        parts, _ = label(neighbourhood_mask(code))
+        found.append(len({parts[1 + down, 1 + across] for down, across in NEIGHBOURS[::2]} - {0}))
     return found
 
 
 MIDDLE = np.pad(np.ones((1, 1), dtype=bool), 1)
 
 
-def ring(code: int) -> np.ndarray:
+def neighbourhood_mask(code: int) -> np.ndarray:
     """A neighbourhood as a picture: bool (3, 3)."""
     around = np.zeros((3, 3), dtype=bool)
-    for bit, (down, across) in enumerate(AROUND):
+    for bit, (down, across) in enumerate(NEIGHBOURS):
         around[1 + down, 1 + across] = code >> bit & 1
     return around

@@ -9,10 +9,10 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from datamodules.random.noise import normal
 
-TOGETHER = 20  # draws of latents that are decoded together
+CHUNK = 20  # draws of latents that are decoded together
 
 
 class Likelihood(ImageMetric):
@@ -32,19 +32,19 @@ class Likelihood(ImageMetric):
     A picture's draws are a function of its number in its set. Expects outputs {"image", "code", "index"}.
 
     Args:
-        k: draws of latents at tests; 0 for none.
+        n_samples: draws of latents at tests; 0 for none.
         seed: of these.
     """
 
-    def __init__(self, k: NonNegativeInt = 0, seed: int = 0) -> None:
+    def __init__(self, n_samples: NonNegativeInt = 0, seed: int = 0) -> None:
         super().__init__()
-        self.k, self.seed = k, seed
+        self.n_samples, self.seed = n_samples, seed
         self.batch: dict[str, np.ndarray] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what has no likelihood, before the first step."""
-        if not hasattr(pl_module, "log_weights") or not hasattr(trainer.datamodule, "pixels"):
-            raise Refused(
+        if not hasattr(pl_module, "log_weights") or not hasattr(trainer.datamodule, "binarization"):
+            raise UserError(
                 f"Likelihood: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has none; "
                 "it is for modules.vae.VAE on datamodules.reconstruction.Reconstruction"
             )
@@ -53,7 +53,7 @@ class Likelihood(ImageMetric):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure the pictures of a batch together."""
-        found = nats(pl_module, outputs, self.seed, self.k if trainer.testing else 0)
+        found = likelihood_terms(pl_module, outputs, self.seed, self.n_samples if trainer.testing else 0)
         self.batch = {name: values.cpu().numpy() for name, values in found.items()}
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
@@ -65,27 +65,27 @@ class Likelihood(ImageMetric):
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
-        kind = f"{trainer.lightning_module.likelihood}-{trainer.datamodule.pixels}"
+        kind = f"{trainer.lightning_module.likelihood}-{trainer.datamodule.binarization}"
         of = {name: np.stack([one[name] for one in states]).astype(np.float64) for name in states[0]}
         codes = of.pop("code")
         found = {f"{name}/{kind}": float(values.mean()) for name, values in of.items()}
         return {**found, f"active-units/{kind}": float((codes.var(0) > 0.01).sum())}
 
 
-def nats(method: Any, outputs: dict[str, Any], seed: int, k: int) -> dict[str, Tensor]:
+def likelihood_terms(method: Any, outputs: dict[str, Any], seed: int, n_samples: int) -> dict[str, Tensor]:
     """The figures of each picture of a batch, (N,) each, and the means of its latents."""
-    image, numbers = outputs["image"], outputs["index"].tolist()
+    image, indices = outputs["image"], outputs["index"].tolist()
 
     def noise(stream: str, draws: int) -> Tensor:
-        values = normal(seed, f"likelihood/{stream}", numbers, draws * method.latent_size, np.float32)
+        values = normal(seed, f"likelihood/{stream}", indices, draws * method.latent_size, np.float32)
         return torch.from_numpy(values).to(image).view(len(image), draws, -1).transpose(0, 1)
 
     reconstruction, divergence = method.elbo(image, noise("elbo", 1))
     found = {"elbo": -reconstruction - divergence, "reconstruction": reconstruction, "divergence": divergence}
-    if k:
+    if n_samples:
         total = torch.full((len(image),), -math.inf, dtype=torch.float64, device=image.device)
-        for first in range(0, k, TOGETHER):
-            some = noise(str(first), TOGETHER)[: k - first]
+        for first in range(0, n_samples, CHUNK):
+            some = noise(str(first), CHUNK)[: n_samples - first]
             total = torch.logaddexp(total, method.log_weights(image, some).double().logsumexp(0))
-        found[f"nll-{k}"] = math.log(k) - total
+        found[f"nll-{n_samples}"] = math.log(n_samples) - total
     return {**found, "code": outputs["code"].float()}

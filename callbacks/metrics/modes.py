@@ -8,7 +8,7 @@ from torch import Tensor
 from callbacks.metrics.base import SampleSetMetric
 
 
-class Modes(SampleSetMetric):
+class ModeCoverage(SampleSetMetric):
     """Modes covered, and the share of samples of high quality (Srivastava et al., VEEGAN, arXiv:1705.07761, Section 4).
 
     A sample is of high quality within three deviations of its nearest centre; a mode is covered if it has such a sample. A
@@ -32,9 +32,9 @@ class Modes(SampleSetMetric):
         """See the class."""
         distance, nearest = torch.cdist(samples, real).min(dim=1)
         good = distance < 3 * self.deviation
-        crowds = torch.bincount(nearest, minlength=len(real)) >= len(samples) / 100
+        populated = torch.bincount(nearest, minlength=len(real)) >= len(samples) / 100
         return {
             "modes/3-sigma": float(nearest[good].unique().numel()),
-            "modes/with-a-crowd": float(crowds.sum()),
+            "modes/populated": float(populated.sum()),
             "high-quality/3-sigma": good.double().mean().item(),
         }

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import SampleSetMetric
-from datamodules.errors import Refused
-from datamodules.io.image_set import read_images
+from datamodules.errors import UserError
+from datamodules.io.image_set import load_image_set
 
 SIGMAS = torch.logspace(-1, 0, 10, dtype=torch.float64)
 
 
-class Parzen(SampleSetMetric):
+class ParzenLogLikelihood(SampleSetMetric):
     """Mean log-likelihood of the real test images, in nats, under Gaussians around the samples.
 
     log p(x) = log mean_i exp(-|x - s_i|**2 / (2 sigma**2)) - D log(sigma sqrt(2 pi)), pixels in [0, 1]; sigma is the best of
@@ -24,17 +24,17 @@ class Parzen(SampleSetMetric):
     all there are), and of as many k-means centroids of real images.
 
     Args:
-        beside: the set whose images these are.
+        reference_set: the set whose images these are.
     """
 
-    def __init__(self, beside: str | None = None) -> None:
+    def __init__(self, reference_set: str | None = None) -> None:
         super().__init__()
-        self.beside = beside
+        self.reference_set = reference_set
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a run that has no images to choose sigma on, before it begins."""
         if trainer.datamodule.val is None:
-            raise Refused("data.val: name the held-out images that the Parzen window's sigma is chosen on")
+            raise UserError("data.val: name the held-out images that the Parzen window's sigma is chosen on")
 
     def update(self, images: Tensor) -> Tensor:
         """All pixels: float64 (N, D); not rounded, as the samples of that protocol are not."""
@@ -42,23 +42,23 @@ class Parzen(SampleSetMetric):
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """The mean, its standard error over the real images, and sigma."""
-        held_out, real = _flat(trainer.datamodule.held_out.pixels[:1000]), _flat(real)
-        figures = likelihood(f"parzen/{len(samples)}-samples", samples, held_out, real)
-        if self.beside is not None:
+        val_images, real = _flat(trainer.datamodule.val_images.pixels[:1000]), _flat(real)
+        figures = parzen_metrics(f"parzen/{len(samples)}-samples", samples, val_images, real)
+        if self.reference_set is not None:
             data = trainer.datamodule
-            images = _flat(read_images(self.beside, data.size, data.channels, data.crop, data.survey).pixels)
+            images = _flat(load_image_set(self.reference_set, data.size, data.channels, data.crop, data.data_report).pixels)
             count = min(len(samples), len(images))
-            figures |= likelihood(f"parzen/{count}-images", images[:count], held_out, real)
-            figures |= likelihood(f"parzen/{count}-centroids", centroids(images, count), held_out, real)
+            figures |= parzen_metrics(f"parzen/{count}-images", images[:count], val_images, real)
+            figures |= parzen_metrics(f"parzen/{count}-centroids", centroids(images, count), val_images, real)
         return figures
 
 
-def likelihood(protocol: str, samples: Tensor, held_out: Tensor, real: Tensor) -> dict[str, float]:
+def parzen_metrics(protocol: str, samples: Tensor, val_images: Tensor, real: Tensor) -> dict[str, float]:
     """The mean log-likelihood of the real images, its standard error over them, and sigma; images are (N, D)."""
-    sigma = best_sigma(samples, held_out)
-    of_each = log_likelihood(samples, real, sigma)
-    error = of_each.std(correction=0) / len(real) ** 0.5
-    return {protocol: of_each.mean().item(), f"{protocol}/error": error.item(), f"{protocol}/sigma": sigma}
+    sigma = best_sigma(samples, val_images)
+    per_image = log_likelihood(samples, real, sigma)
+    error = per_image.std(correction=0) / len(real) ** 0.5
+    return {protocol: per_image.mean().item(), f"{protocol}/error": error.item(), f"{protocol}/sigma": sigma}
 
 
 def centroids(images: Tensor, count: int) -> Tensor:
@@ -69,9 +69,9 @@ def centroids(images: Tensor, count: int) -> Tensor:
     return torch.from_numpy(found.cluster_centers_).double()
 
 
-def best_sigma(samples: Tensor, held_out: Tensor) -> float:
+def best_sigma(samples: Tensor, val_images: Tensor) -> float:
     """Of ten values, the one under which the held-out images (N, D) are the most likely."""
-    squares = torch.cdist(held_out, samples).square()
+    squares = torch.cdist(val_images, samples).square()
     means = torch.stack([_from_squares(squares, sigma.item(), samples.shape[1]).mean() for sigma in SIGMAS])
     return SIGMAS[means.argmax()].item()
 

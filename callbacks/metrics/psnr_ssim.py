@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 
 
 def psnr_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
@@ -25,7 +25,7 @@ def psnr_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
     Returns:
         float64 (N,).
     """
-    error = _levels(prediction, crop_border) - _levels(target, crop_border)
+    error = _uint8_levels(prediction, crop_border) - _uint8_levels(target, crop_border)
     return 10 * torch.log10(255**2 / error.square().mean(dim=(1, 2, 3)))
 
 
@@ -42,25 +42,25 @@ def ssim_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
     Returns:
         float64 (N,).
     """
-    x, y = _levels(prediction, crop_border), _levels(target, crop_border)
+    x, y = _uint8_levels(prediction, crop_border), _uint8_levels(target, crop_border)
     if min(x.shape[-2:]) < 11:
-        raise Refused(f"SSIM needs 11x11 pixels within the shaved border, not {x.shape[-1]}x{x.shape[-2]}")
+        raise UserError(f"SSIM needs 11x11 pixels within the shaved border, not {x.shape[-1]}x{x.shape[-2]}")
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_x, mean_y, xx, yy, xy = (_window(image) for image in (x, y, x * x, y * y, x * y))
+    mean_x, mean_y, xx, yy, xy = (_gaussian_filter(image) for image in (x, y, x * x, y * y, x * y))
     variance_x, variance_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
-def _window(image: Tensor) -> Tensor:
+def _gaussian_filter(image: Tensor) -> Tensor:
     """Weighted mean over each 11 x 11 Gaussian window that lies inside: (N, 1, H, W) to (N, 1, H - 10, W - 10)."""
     weights = torch.exp(-((torch.arange(11, dtype=image.dtype, device=image.device) - 5) ** 2) / (2 * 1.5**2))
     weights = weights / weights.sum()
     return F.conv2d(F.conv2d(image, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11))
 
 
-def _levels(image: Tensor, crop_border: int) -> Tensor:
+def _uint8_levels(image: Tensor, crop_border: int) -> Tensor:
     """8-bit levels as float64, shaved; on the CPU, since not every device has double precision."""
     levels = (image.detach().cpu().double() * 255 + 0.5).floor().clamp(0, 255)
     return levels[..., crop_border : levels.shape[-2] - crop_border, crop_border : levels.shape[-1] - crop_border]
@@ -69,8 +69,8 @@ def _levels(image: Tensor, crop_border: int) -> Tensor:
 def protocols(crop_border: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The measures by their protocol's name, for a border of `crop_border` pixels."""
     return {
-        f"psnr/y-shave{crop_border}": partial(psnr_y, crop_border=crop_border),
-        f"ssim/y-shave{crop_border}": partial(ssim_y, crop_border=crop_border),
+        f"psnr-y/crop{crop_border}": partial(psnr_y, crop_border=crop_border),
+        f"ssim-y/crop{crop_border}": partial(ssim_y, crop_border=crop_border),
     }
 
 

@@ -7,17 +7,17 @@ import torch
 from sklearn.decomposition import PCA
 
 from callbacks.metrics.base import ImageMetric
-from datamodules.errors import Refused
-from datamodules.io.image_set import read_images
+from datamodules.errors import UserError
+from datamodules.io.image_set import load_image_set
 
 
-class SquaredError(ImageMetric):
+class ReconstructionSSE(ImageMetric):
     """Squared error of a picture, summed over its values in [0, 1]: the mean over a set, at tests.
 
     G. E. Hinton, R. R. Salakhutdinov. Science 313, 2006, in the text beside Figure 2.
 
-    - `squared-error/network`: of what comes back.
-    - `squared-error/pca`: of the picture's projection on the first principal components of the training pictures
+    - `sse/network`: of what comes back.
+    - `sse/pca`: of the picture's projection on the first principal components of the training pictures
       (scikit-learn's), as many as a code has numbers.
 
     Expects the outputs {"image", "prediction": (N, C, H, W), "code": (N, D)}.
@@ -29,13 +29,15 @@ class SquaredError(ImageMetric):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what has no codes, before the first step."""
-        if not hasattr(pl_module, "encoder") or not hasattr(trainer.datamodule, "rectangle"):
-            raise Refused(
-                f"SquaredError: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; it is for "
+        if not hasattr(pl_module, "encoder") or not hasattr(trainer.datamodule, "image_hw"):
+            raise UserError(
+                f"ReconstructionSSE: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; it is for "
                 "modules.autoencoder.Autoencoder on datamodules.reconstruction.Reconstruction"
             )
-        if trainer.datamodule.rectangle or trainer.datamodule.without:
-            raise Refused("SquaredError: the components are those of whole sets of squares; no data.without, one data.size")
+        if trainer.datamodule.image_hw or trainer.datamodule.exclude_classes:
+            raise UserError(
+                "ReconstructionSSE: the components are those of whole sets of squares; no data.exclude_classes, one data.size"
+            )
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -43,7 +45,7 @@ class SquaredError(ImageMetric):
         """Find the components once, then measure each picture of a batch."""
         if self.pca is None:
             data = trainer.datamodule
-            pixels = read_images(data.train, data.size, data.channels, data.crop, data.survey).pixels
+            pixels = load_image_set(data.train, data.size, data.channels, data.crop, data.data_report).pixels
             self.pca = PCA(outputs["code"].shape[1]).fit(pixels.flatten(1).float().numpy() / 255)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
@@ -57,4 +59,4 @@ class SquaredError(ImageMetric):
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
         network, pca = np.mean(states, axis=0)
-        return {"squared-error/network": float(network), "squared-error/pca": float(pca)}
+        return {"sse/network": float(network), "sse/pca": float(pca)}

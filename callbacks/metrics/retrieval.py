@@ -8,12 +8,12 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 
 AT_ONCE = 1000  # queries answered together
 
 
-class Retrieval(ImageMetric):
+class PrecisionAtK(ImageMetric):
     """Precision at k: each picture of a set asks for the k nearest of all the others; the share of these that have its class.
 
     - `precision-at-<k>/code`: nearest by the Euclidean distance of codes.
@@ -33,12 +33,14 @@ class Retrieval(ImageMetric):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot be asked, before the first step."""
         if not hasattr(pl_module, "encoder"):
-            raise Refused(f"Retrieval: {type(pl_module).__name__} has no codes; it is for modules.autoencoder and modules.vae")
+            raise UserError(
+                f"Retrieval: {type(pl_module).__name__} has no codes; it is for modules.autoencoder and modules.vae"
+            )
         if self.k < 1:
-            raise Refused(f"Retrieval.k: {self.k}; at least one picture must be asked for")
-        for name, images in trainer.datamodule.real.items():
+            raise UserError(f"Retrieval.k: {self.k}; at least one picture must be asked for")
+        for name, images in trainer.datamodule.reference_sets.items():
             if len(images.labels) <= self.k:
-                raise Refused(f"Retrieval.k: {self.k} nearest of the {len(images.labels)} pictures of {name}")
+                raise UserError(f"Retrieval.k: {self.k} nearest of the {len(images.labels)} pictures of {name}")
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, np.ndarray]:
         """What the picture is found by, and its class."""
@@ -50,12 +52,12 @@ class Retrieval(ImageMetric):
         of = {name: torch.from_numpy(np.stack([one[name] for one in states])) for name in states[0]}
         found = {}
         for name in ("code", "pixels"):
-            right = of["label"][nearest(of[name], self.k)] == of["label"][:, None]
+            right = of["label"][k_nearest(of[name], self.k)] == of["label"][:, None]
             found[f"precision-at-{self.k}/{name}"] = right.double().mean().item()
         return found
 
 
-def nearest(vectors: Tensor, k: int) -> Tensor:
+def k_nearest(vectors: Tensor, k: int) -> Tensor:
     """The k nearest other rows of each row, nearest first: (N, D) to int64 (N, k)."""
     answers = []
     for first in range(0, len(vectors), AT_ONCE):

@@ -8,7 +8,7 @@ from scipy.ndimage import label
 from callbacks.metrics.base import ImageMetric
 
 
-class CellTracking(ImageMetric):
+class CTCSeg(ImageMetric):
     """SEG, logged as `seg/ctc`: how well each object of the truth is covered by one predicted object; the mean of them all.
 
     An object R is matched with the predicted S for which |R & S| > |R| / 2, of which there is one at most, and scores their
@@ -22,7 +22,7 @@ class CellTracking(ImageMetric):
     def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
         """The scores of the picture's objects."""
         cells = outputs["prediction"][i].argmax(0).cpu().numpy() == 1
-        return scores(outputs["cells"][i].cpu().numpy(), label(cells)[0])
+        return seg_scores(outputs["cells"][i].cpu().numpy(), label(cells)[0])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Their mean over all objects of the set; NaN if there are none."""
@@ -30,13 +30,13 @@ class CellTracking(ImageMetric):
         return {"seg/ctc": float(of_all.mean()) if len(of_all) else float("nan")}
 
 
-def scores(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Of each true object, in the order of their numbers, see `CellTracking`: float64 (objects,)."""
+def seg_scores(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Of each true object, in the order of their numbers, see `CTCSeg`: float64 (objects,)."""
     _, true = np.unique(np.append(true, 0), return_inverse=True)  # 0 is the ground; the numbers follow without a gap
-    both = np.zeros((true.max() + 1, predicted.max() + 1), dtype=np.int64)
-    np.add.at(both, (true[:-1], predicted.ravel()), 1)
-    sizes, areas = both.sum(1), both.sum(0)
-    best = both[:, 1:].argmax(1) + 1 if both.shape[1] > 1 else np.zeros(len(both), dtype=np.int64)
-    shared = both[np.arange(len(both)), best] * (best > 0)
+    overlap = np.zeros((true.max() + 1, predicted.max() + 1), dtype=np.int64)
+    np.add.at(overlap, (true[:-1], predicted.ravel()), 1)
+    sizes, areas = overlap.sum(1), overlap.sum(0)
+    best = overlap[:, 1:].argmax(1) + 1 if overlap.shape[1] > 1 else np.zeros(len(overlap), dtype=np.int64)
+    shared = overlap[np.arange(len(overlap)), best] * (best > 0)
     score = np.where(2 * shared > sizes, shared / (sizes + areas[best] - shared), 0.0)
     return score[1:][sizes[1:] > 1]

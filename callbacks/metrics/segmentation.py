@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
-from datamodules.transforms.downsample import IGNORE
+from datamodules.transforms.downsample import IGNORE_INDEX
 
 
-class SegmentationQuality(ImageMetric):
+class SegmentationMetrics(ImageMetric):
     """Compares each pixel's likeliest class with the mask.
 
     Of TP, FP and FN, the pixels of a class that are found, wrongly taken for it, and missed, `pooled` over all pictures:
@@ -32,37 +32,37 @@ class SegmentationQuality(ImageMetric):
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
-        return figures(torch.stack(states), trainer.datamodule.class_names)
+        return metrics_from_confusion(torch.stack(states), trainer.datamodule.class_names)
 
 
 def confusion(prediction: Tensor, mask: Tensor, classes: int) -> Tensor:
     """How many pixels of each class (row) are taken for each class (column): int64 (classes, classes)."""
-    counted = mask != IGNORE
+    counted = mask != IGNORE_INDEX
     pairs = classes * mask[counted].long() + prediction[counted].long()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def figures(confusions: Tensor, names: list[str]) -> dict[str, float]:
-    """The figures of `SegmentationQuality` from the pictures' confusion matrices (N, K, K)."""
+def metrics_from_confusion(confusions: Tensor, names: list[str]) -> dict[str, float]:
+    """The figures of `SegmentationMetrics` from the pictures' confusion matrices (N, K, K)."""
     pooled = confusions.sum(0)
-    found = pooled.diagonal().double()
-    in_masks, predicted = pooled.sum(1), pooled.sum(0)
+    hits = pooled.diagonal().double()
+    target_counts, predicted = pooled.sum(1), pooled.sum(0)
     known = intersection_over_union(pooled)
     each = intersection_over_union(confusions)  # (N, K)
-    made = {
+    results = {
         "miou/pooled": known.nanmean().item(),
         "miou/per-image": each.nanmean(1).nanmean().item(),
-        "dice/pooled": (2 * found / (in_masks + predicted)).nanmean().item(),
-        "pixel-accuracy": (found.sum() / pooled.sum()).item(),
-        "class-accuracy": (found / in_masks).nanmean().item(),
+        "dice/pooled": (2 * hits / (target_counts + predicted)).nanmean().item(),
+        "pixel-accuracy": (hits.sum() / pooled.sum()).item(),
+        "class-accuracy": (hits / target_counts).nanmean().item(),
     }
     names = [name.replace(" ", "-") for name in names]
     if len(names) == 2:
-        made[f"iou/per-image-{names[1]}"] = each[:, 1].nan_to_num(1.0).mean().item()
-    return made | {f"iou/{name}": value for name, value in zip(names, known.tolist(), strict=True)}
+        results[f"iou/per-image-{names[1]}"] = each[:, 1].nan_to_num(1.0).mean().item()
+    return results | {f"iou/{name}": value for name, value in zip(names, known.tolist(), strict=True)}
 
 
 def intersection_over_union(confusions: Tensor) -> Tensor:
     """Of each class, float64 (..., K), from confusion matrices (..., K, K); NaN where it is nowhere."""
-    found = confusions.diagonal(dim1=-2, dim2=-1).double()
-    return found / (confusions.sum(-1) + confusions.sum(-2) - found)
+    hits = confusions.diagonal(dim1=-2, dim2=-1).double()
+    return hits / (confusions.sum(-1) + confusions.sum(-2) - hits)

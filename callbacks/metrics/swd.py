@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from callbacks.metrics.base import SampleSetMetric, to_uint8
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 
 PATCH = 7  # pixels
-PATCHES = 128  # of each image at each level
+PATCHES_PER_IMAGE = 128  # of each image at each level
 DIRECTIONS = 512
-SMALLEST = 16  # pixels of the last level
+MIN_RESOLUTION = 16  # pixels of the last level
 BINOMIAL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
 
@@ -27,10 +27,10 @@ class SlicedWasserstein(SampleSetMetric):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse images that cannot be halved to 16 pixels, before anything is made."""
         side = trainer.datamodule.size
-        while side > SMALLEST and side % 2 == 0:
+        while side > MIN_RESOLUTION and side % 2 == 0:
             side //= 2
-        if side != SMALLEST:
-            raise Refused(f"data.size: {trainer.datamodule.size}; the sliced Wasserstein distance needs 16, 32, 64, ...")
+        if side != MIN_RESOLUTION:
+            raise UserError(f"data.size: {trainer.datamodule.size}; the sliced Wasserstein distance needs 16, 32, 64, ...")
 
     def update(self, images: Tensor) -> Tensor:
         """All of them, as files hold them: uint8 (N, C, H, W)."""
@@ -49,14 +49,14 @@ def sliced_wasserstein(samples: Tensor, real: Tensor, at_once: int = 64) -> dict
     """The distance at each level, by its side in pixels.
 
     Args:
-        samples, real: uint8 (N, C, H, H), as many of each.
+        samples, reference_sets: uint8 (N, C, H, H), as many of each.
         at_once: images that are taken apart together.
     """
     generator = torch.Generator().manual_seed(0)
-    patches = [patches_of(images, at_once, generator) for images in (samples, real)]
+    patches = [sample_patches(images, at_once, generator) for images in (samples, real)]
     distances = {}
     for side in patches[0]:
-        a, b = (standardised(of_set[side]) for of_set in patches)
+        a, b = (normalize_patches(of_set[side]) for of_set in patches)
         directions = torch.randn(a.shape[1], DIRECTIONS, generator=generator).to(a)
         directions /= directions.norm(dim=0)
         parts = [
@@ -67,13 +67,13 @@ def sliced_wasserstein(samples: Tensor, real: Tensor, at_once: int = 64) -> dict
     return distances
 
 
-def patches_of(images: Tensor, at_once: int, generator: torch.Generator) -> dict[int, Tensor]:
+def sample_patches(images: Tensor, at_once: int, generator: torch.Generator) -> dict[int, Tensor]:
     """Random patches of images at each level: (N * PATCHES, C, PATCH, PATCH) by the level's side."""
     found: dict[int, list[Tensor]] = {}
     for part in images.split(at_once):
         for level in laplacian_pyramid(part.float()):
             side = level.shape[-1]
-            corners = torch.randint(side - PATCH + 1, (2, len(part), PATCHES), generator=generator).to(level.device)
+            corners = torch.randint(side - PATCH + 1, (2, len(part), PATCHES_PER_IMAGE), generator=generator).to(level.device)
             reach = torch.arange(PATCH, device=level.device)
             rows = (corners[0, :, :, None] + reach)[:, :, :, None]  # (n, PATCHES, PATCH, 1)
             columns = (corners[1, :, :, None] + reach)[:, :, None, :]
@@ -83,7 +83,7 @@ def patches_of(images: Tensor, at_once: int, generator: torch.Generator) -> dict
     return {side: torch.cat(cuts) for side, cuts in found.items()}
 
 
-def standardised(patches: Tensor) -> Tensor:
+def normalize_patches(patches: Tensor) -> Tensor:
     """Patches (M, C, h, w) with mean 0 and deviation 1 in each colour: (M, C h w)."""
     deviation, mean = torch.std_mean(patches, dim=(0, 2, 3), keepdim=True, correction=0)
     return ((patches - mean) / deviation).flatten(1)
@@ -92,19 +92,19 @@ def standardised(patches: Tensor) -> Tensor:
 def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     """What each halving of images (N, C, H, H) loses, and at last what is left: Burt and Adelson, 1983."""
     levels = []
-    while images.shape[-1] > SMALLEST:
-        smaller = halved(images)
-        levels.append(images - doubled(smaller))
-        images = smaller
+    while images.shape[-1] > MIN_RESOLUTION:
+        downsample_image = pyr_down(images)
+        levels.append(images - pyr_up(downsample_image))
+        images = downsample_image
     return [*levels, images]
 
 
-def halved(images: Tensor) -> Tensor:
+def pyr_down(images: Tensor) -> Tensor:
     """Blurred binomially over mirrored borders, every second pixel."""
     return _blurred(images)[..., ::2, ::2]
 
 
-def doubled(images: Tensor) -> Tensor:
+def pyr_up(images: Tensor) -> Tensor:
     """The pixels with zeros between, blurred, and brightened as much as the zeros have darkened them."""
     spread = images.new_zeros(*images.shape[:2], 2 * images.shape[2], 2 * images.shape[3])
     spread[..., ::2, ::2] = images

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric, to_uint8
-from callbacks.metrics.feature_extractors import Inception
-from callbacks.metrics.feature_metrics import GenerativeQuality, frechet, look
+from callbacks.metrics.feature_metrics import FeatureMetrics, extract, frechet_distance
 
 
-class TranslationFrechet(ImageMetric):
-    """Of each direction, `fid/inception-tf-<direction>-<pictures>`, or `frechet/<network>-<direction>-<pictures>`.
+class TranslationFID(ImageMetric):
+    """FID of each direction, logged as `fid/<network>-<direction>-<images>`.
 
     All test pictures of one domain, translated and rounded to 8 bits, against all of the other in the same size, in the
     features of Inception or another network; by torch-fidelity's functions. The number of translated pictures
@@ -20,7 +19,7 @@ class TranslationFrechet(ImageMetric):
     Expects the outputs {"image", "prediction": (N, 3, H, W), "direction": N strings}.
 
     Args:
-        extractor, weights, missing: see `GenerativeQuality`.
+        extractor, weights, on_missing_weights: see `FeatureMetrics`.
         on_validation: measure at validations too.
     """
 
@@ -28,11 +27,11 @@ class TranslationFrechet(ImageMetric):
         self,
         extractor: str = "callbacks.metrics.feature_extractors.Inception",
         weights: str | None = None,
-        missing: Literal["refuse", "skip"] = "refuse",
+        on_missing_weights: Literal["refuse", "skip"] = "refuse",
         on_validation: bool = False,
     ) -> None:
         super().__init__(on_validation)
-        self.features = GenerativeQuality(["frechet"], extractor, weights, missing, on_validation)
+        self.features = FeatureMetrics(["fid"], extractor, weights, on_missing_weights, on_validation)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the network's weights before anything else is done."""
@@ -40,20 +39,23 @@ class TranslationFrechet(ImageMetric):
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, Tensor]:
         """Features of the picture and of its translation, by their domains."""
-        source, made = ("A", "to B") if outputs["direction"][i] == "AtoB" else ("B", "to A")
+        source, translated = ("A", "to B") if outputs["direction"][i] == "AtoB" else ("B", "to A")
         if self.features.network is None:
             return {}
         pair = to_uint8(torch.stack([outputs["image"][i], outputs["prediction"][i]]).detach().float())
-        of_image, of_made = look(self.features.network, pair)["features"]
-        return {source: of_image, made: of_made}
+        of_image, of_translation = extract(self.features.network, pair)["features"]
+        return {source: of_image, translated: of_translation}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """See the class."""
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         network = self.features.network
         for domain, direction in (("B", "AtoB"), ("A", "BtoA")):
-            real, made = ([features[name] for features in states if name in features] for name in (domain, f"to {domain}"))
-            if network is not None and real and made:
-                name = "fid" if isinstance(network, Inception) else "frechet"
-                found[f"{name}/{network.name}-{direction}-{len(made)}"] = frechet(torch.stack(made), torch.stack(real))
-        return found
+            real, translated = (
+                [features[name] for features in states if name in features] for name in (domain, f"to {domain}")
+            )
+            if network is not None and real and translated:
+                results[f"fid/{network.name}-{direction}-{len(translated)}"] = frechet_distance(
+                    torch.stack(translated), torch.stack(real)
+                )
+        return results

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from datamodules.errors import Refused
-from modules.training.gradients import share_buffers
+from datamodules.errors import UserError
+from modules.training.gradients import broadcast_buffers
 
 
 class Checkpoints(Callback):
@@ -38,18 +38,18 @@ class Checkpoints(Callback):
             return
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if "/" in name))
-            raise Refused(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
+            raise UserError(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
         if trainer.sanity_checking:
             return
-        risen = True
+        improved = True
         if self.monitor is not None:
             value = float(trainer.callback_metrics[self.monitor])
-            risen = value > self.best_value
-            self.best_value = value if risen else self.best_value
-        if risen:
+            improved = value > self.best_value
+            self.best_value = value if improved else self.best_value
+        if improved:
             self.best_images = pl_module.images_seen
-            save(trainer, self.best)
-        save(trainer, self.last)
+            save_atomic(trainer, self.best)
+        save_atomic(trainer, self.last)
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure so far."""
@@ -60,7 +60,7 @@ class Checkpoints(Callback):
         self.best_value, self.best_images = state_dict["best_value"], state_dict["best_images"]
 
 
-def save(trainer: Any, path: Path) -> None:
+def save_atomic(trainer: Any, path: Path) -> None:
     """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole.
 
     Raises:
@@ -68,17 +68,17 @@ def save(trainer: Any, path: Path) -> None:
     """
     module = trainer.lightning_module
     if trainer.world_size > 1:
-        share_buffers(module)
+        broadcast_buffers(module)
     for name, value in module.state_dict().items():
         if not torch.isfinite(value).all():
-            raise Refused(
+            raise UserError(
                 f"'{name}' has values that are not finite after {module.images_seen} images; {path} stays as it was. "
                 f"Lower model.learning_rate (now {module.learning_rate})"
             )
-    beside = path.with_suffix(".part")
-    trainer.save_checkpoint(beside)
+    tmp_path = path.with_suffix(".part")
+    trainer.save_checkpoint(tmp_path)
     if trainer.is_global_zero:
-        beside.replace(path)
+        tmp_path.replace(path)
     trainer.strategy.barrier("the checkpoint is in its place")
 
 
@@ -111,22 +111,22 @@ def load_weights(module: L.LightningModule, path: Path) -> None:
         weights = read_weights(path)
     except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Refused(f"{path} cannot be read as weights: {reason}") from None
-    wanted = without_training_state(module, module.state_dict())
-    weights = without_training_state(module, weights)
+        raise UserError(f"{path} cannot be read as weights: {reason}") from None
+    wanted = inference_state_dict(module, module.state_dict())
+    weights = inference_state_dict(module, weights)
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = (tuple(side[name].shape) if name in side else "nothing" for side in (weights, wanted))
         if have != want:
-            raise Refused(f"{path} does not fit this model: '{name}' is {have} there, the model needs {want}")
+            raise UserError(f"{path} does not fit this model: '{name}' is {have} there, the model needs {want}")
     module.load_state_dict(weights, strict=False)
 
 
-def without_training_state(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a method's weights is used after training: all but the parts that it calls `training_state`.
+def inference_state_dict(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a method's weights is used after training: all but the parts that it calls `training_only_modules`.
 
     Args:
         method: a method, or its class.
         weights: its state.
     """
-    parts = tuple(f"{part}." for part in getattr(method, "training_state", ()))
+    parts = tuple(f"{part}." for part in getattr(method, "training_only_modules", ()))
     return {name: tensor for name, tensor in weights.items() if not (parts and name.startswith(parts))}

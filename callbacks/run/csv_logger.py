@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 COLUMNS = ["step", "images", "name", "value"]
 
 
-class CSVLog(Logger):
+class CSVLogger(Logger):
     """One row a figure: step, images seen, name, value. Nothing that is written is ever lost or rewritten.
 
     Lightning's CSVLogger deletes the file of an earlier part of the run and rewrites it when a new name appears.
@@ -26,7 +26,7 @@ class CSVLog(Logger):
         super().__init__()
         self.path = path
         self.images = resumed_at
-        self._keep_until(resumed_at)
+        self._truncate_after(resumed_at)
 
     @property
     def name(self) -> str:
@@ -39,14 +39,14 @@ class CSVLog(Logger):
         return ""
 
     @rank_zero_only
-    def _keep_until(self, images: int) -> None:
-        rows = read_log(self.path) if self.path.exists() else []
-        beside = self.path.with_suffix(".part")
-        with beside.open("w", newline="") as file:
+    def _truncate_after(self, images: int) -> None:
+        rows = read_metrics_csv(self.path) if self.path.exists() else []
+        tmp_path = self.path.with_suffix(".part")
+        with tmp_path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(row for row in rows if int(row["images"]) <= images)
-        beside.replace(self.path)
+        tmp_path.replace(self.path)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -63,7 +63,7 @@ class CSVLog(Logger):
                     writer.writerow([step, self.images, name, repr(float(value))])
 
 
-def read_log(path: Path) -> list[dict[str, str]]:
+def read_metrics_csv(path: Path) -> list[dict[str, str]]:
     """The whole rows of a log; a last one that was cut short by a kill is left out."""
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["value"]]

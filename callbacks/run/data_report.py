@@ -5,11 +5,11 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 
-class Preflight(Callback):
+class PrintDataReport(Callback):
     """Says how many unusable files were left out, and which."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """After the datamodule has looked at its pictures."""
-        left_out = trainer.datamodule.survey.left_out if trainer.datamodule else []
-        if left_out and trainer.is_global_zero:
-            print(f"left out  {len(left_out)} unusable files: {'; '.join(left_out)}", flush=True)
+        skipped = trainer.datamodule.data_report.skipped if trainer.datamodule else []
+        if skipped and trainer.is_global_zero:
+            print(f"left out  {len(skipped)} unusable files: {'; '.join(skipped)}", flush=True)

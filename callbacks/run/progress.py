@@ -19,12 +19,12 @@ class ProgressBar(Callback):
         self.monitor = monitor
         self.console = Console()
         self.progress: Progress | None = None
-        self.drawn = 0.0
+        self.last_drawn = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Draw the bar."""
         self.started, self.images_at_start = time.monotonic(), pl_module.images_seen
-        self._open(trainer, "images", pl_module.images, pl_module.images_seen)
+        self._open(trainer, "images", pl_module.total_images, pl_module.images_seen)
 
     def _open(self, trainer: Any, unit: str, total: int, completed: int = 0) -> None:
         if not trainer.is_global_zero or not self.console.is_terminal:
@@ -44,9 +44,9 @@ class ProgressBar(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Redraw it twice a second at most."""
-        if self.progress is not None and (now := time.monotonic()) - self.drawn > 0.5:
-            self.drawn = now
-            self.progress.update(self.task, completed=pl_module.images_seen, text=self._text(trainer, pl_module))
+        if self.progress is not None and (now := time.monotonic()) - self.last_drawn > 0.5:
+            self.last_drawn = now
+            self.progress.update(self.task, completed=pl_module.images_seen, text=self._status_text(trainer, pl_module))
             self.progress.refresh()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -54,13 +54,13 @@ class ProgressBar(Callback):
         if trainer.state.fn == "validate":
             self._close()
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking and self.progress is None:
-            done = f"{pl_module.images_seen:,} of {pl_module.images:,} images"
-            print(f"{done}  {self._text(trainer, pl_module)}", flush=True)
+            done = f"{pl_module.images_seen:,} of {pl_module.total_images:,} images"
+            print(f"{done}  {self._status_text(trainer, pl_module)}", flush=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the full bar standing."""
         if self.progress is not None:
-            self.progress.update(self.task, completed=pl_module.images_seen, text=self._text(trainer, pl_module))
+            self.progress.update(self.task, completed=pl_module.images_seen, text=self._status_text(trainer, pl_module))
         self._close()
 
     def _close(self) -> None:
@@ -99,7 +99,7 @@ class ProgressBar(Callback):
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer)
 
-    def _text(self, trainer: Any, pl_module: Any) -> str:
+    def _status_text(self, trainer: Any, pl_module: Any) -> str:
         rate = (pl_module.images_seen - self.images_at_start) / (time.monotonic() - self.started)
         shown = [f"{rate:,.0f}/s"]
         if self.monitor in trainer.callback_metrics:

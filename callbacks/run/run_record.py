@@ -1,6 +1,5 @@
 """The run's record: what was run and what came of it, as JSON in the run's folder."""
 
-import json
 import math
 import os
 import platform
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.run.checkpoints import read_weights, weights_hash, without_training_state
+from callbacks.run.checkpoints import inference_state_dict, read_weights, weights_hash
+from callbacks.run.record_file import read_record, write_record
 
-LEG = ("commit", "fingerprints", "versions")  # what makes a resumed run another run than it was
+SEGMENT_KEYS = ("commit", "code", "versions")  # what makes a resumed run another run than it was
 
 
 class RunRecord(Callback):
@@ -25,13 +25,13 @@ class RunRecord(Callback):
 
     Args:
         path: the file.
-        facts: what is known before the run starts.
+        metadata: what is known before the run starts.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path, self.facts = path, facts
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+        self.path, self.metadata = path, metadata
         self.seconds = 0.0
-        self.earlier: list[dict[str, Any]] = []  # what earlier legs of this run were, where they differ from this one
+        self.previous_segments: list[dict[str, Any]] = []  # by other code than this one
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock; a resumed run goes on with the time it has taken so far."""
@@ -39,14 +39,14 @@ class RunRecord(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The time taken so far, in seconds, and the code that it was spent by."""
-        legs = [*self.earlier, {key: self.facts[key] for key in LEG}]
-        return {"seconds": self.seconds + time.monotonic() - self.started, "legs": legs}
+        segments = [*self.previous_segments, {key: self.metadata[key] for key in SEGMENT_KEYS}]
+        return {"seconds": self.seconds + time.monotonic() - self.started, "segments": segments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.seconds = state_dict["seconds"]
-        this = {key: self.facts[key] for key in LEG}
-        self.earlier = [leg for leg in state_dict["legs"] if leg != this]
+        this = {key: self.metadata[key] for key in SEGMENT_KEYS}
+        self.previous_segments = [segment for segment in state_dict["segments"] if segment != this]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write what the training was."""
@@ -54,17 +54,17 @@ class RunRecord(Callback):
         self._write(
             trainer,
             {
-                **self.facts,
-                "earlier_legs": self.earlier,
-                "weights": weights_hash(without_training_state(pl_module, read_weights(checkpoints.best)))
+                **self.metadata,
+                "previous_segments": self.previous_segments,
+                "weights": weights_hash(inference_state_dict(pl_module, read_weights(checkpoints.best)))
                 if checkpoints.best.exists()
                 else None,
-                "data": trainer.datamodule.survey.fingerprints(),
-                "left_out": trainer.datamodule.survey.left_out,
+                "data": trainer.datamodule.data_report.fingerprints(),
+                "skipped": trainer.datamodule.data_report.skipped,
                 "hardware": hardware(trainer),
-                "images": pl_module.images_seen,
+                "images_seen": pl_module.images_seen,
                 "best_images": checkpoints.best_images,
-                "best": {"figure": checkpoints.monitor, "value": number(checkpoints.best_value)},
+                "best": {"metric": checkpoints.monitor, "value": json_number(checkpoints.best_value)},
                 "seconds": round(self.seconds + time.monotonic() - self.started, 1),
                 "peak_memory_mib": peak_memory_mib(trainer),
                 "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -75,42 +75,49 @@ class RunRecord(Callback):
         """Add what the test measured, picture by picture."""
         metrics: dict[str, Any] = {}
         for callback in trainer.callbacks:
-            for data_set, pictures in getattr(callback, "results", {}).items():
-                for protocol in next(iter(pictures.values())):
-                    values = [pictures[name][protocol] for name in sorted(pictures)]
-                    metrics.setdefault(data_set, {})[protocol] = {
-                        "mean": number(sum(values) / len(values), 8),
-                        "pictures": {name: number(value, 8) for name, value in zip(sorted(pictures), values, strict=True)},
+            for dataset, images in getattr(callback, "results", {}).items():
+                for protocol in next(iter(images.values())):
+                    values = [images[name][protocol] for name in sorted(images)]
+                    metrics.setdefault(dataset, {})[protocol] = {
+                        "mean": json_number(sum(values) / len(values), 8),
+                        "images": {name: json_number(value, 8) for name, value in zip(sorted(images), values, strict=True)},
                     }
-        known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        weights = weights_hash(without_training_state(pl_module, pl_module.state_dict()))
-        if known.get("weights") != weights or not self._trained_alike(known):
-            known = {**self.facts, "weights": weights, "hardware": hardware(trainer)}
-        elif known["fingerprints"] != self.facts["fingerprints"]:  # measured before by other protocols
-            known = {**known, **{key: self.facts[key] for key in ("fingerprints", "config")}, "metrics": {}}
-        instruments = {type(c).__name__: c.instrument for c in trainer.callbacks if getattr(c, "instrument", None)}
-        if instruments:  # networks that figures hang on, by the hash of their weights
-            known["instruments"] = instruments
-        known["data"] = {**known.get("data", {}), **trainer.datamodule.survey.fingerprints()}
-        metrics = {**known.get("metrics", {}), **metrics}  # a set that is not here today may have been measured before
-        self._write(
-            trainer, {**known, "absent": [line.partition(":")[0] for line in trainer.datamodule.absent], "metrics": metrics}
+        existing = read_record(self.path) if self.path.exists() else {}
+        weights = weights_hash(inference_state_dict(pl_module, pl_module.state_dict()))
+        if existing.get("weights") != weights or not self._same_training(existing):
+            existing = {**self.metadata, "weights": weights, "hardware": hardware(trainer)}
+        elif not self._same_code(existing, "metrics"):  # evaluated before by other metrics
+            existing = {**existing, **{key: self.metadata[key] for key in ("code", "content", "config")}, "metrics": {}}
+        evaluator_weights = {
+            type(c).__name__: c.evaluator_hash for c in trainer.callbacks if getattr(c, "evaluator_hash", None)
+        }
+        if evaluator_weights:  # hashes of the networks that metrics rest on
+            existing["evaluator_weights"] = evaluator_weights
+        existing["data"] = {**existing.get("data", {}), **trainer.datamodule.data_report.fingerprints()}
+        metrics = {**existing.get("metrics", {}), **metrics}  # a set that is not here today may have been evaluated before
+        missing_sets = [line.partition(":")[0] for line in trainer.datamodule.missing_sets]
+        self._write(trainer, {**existing, "missing_sets": missing_sets, "metrics": metrics})
+
+    def _same_training(self, existing: dict[str, Any]) -> bool:
+        """Whether what a record says of its training holds for the recipe as it stands."""
+        same_recipe = all(existing.get("content", {}).get(key) == self.metadata["content"][key] for key in ("model", "data"))
+        return (
+            same_recipe
+            and self._same_code(existing, "training")
+            and existing["config"]["model"] == self.metadata["config"]["model"]
         )
 
-    def _trained_alike(self, known: dict[str, Any]) -> bool:
-        """Whether what a record says of its training holds for the recipe as it stands."""
-        now = self.facts
-        code = all(known.get("fingerprints", {}).get(part) == now["fingerprints"][part] for part in ("method", "data"))
-        return code and known["config"]["model"] == now["config"]["model"]
+    def _same_code(self, existing: dict[str, Any], part: str) -> bool:
+        """Whether a part of the code is that of a record, or of the last check that certified it."""
+        known = (existing.get("code", {}), existing.get("certified", {}).get("code", {}))
+        return any(code.get(part) == self.metadata["code"][part] for code in known)
 
     def _write(self, trainer: Any, record: dict[str, Any]) -> None:
         if trainer.is_global_zero:
-            beside = self.path.with_suffix(".part")
-            beside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-            beside.replace(self.path)
+            write_record(record, self.path)
 
 
-def number(value: float, digits: int | None = None) -> float | str:
+def json_number(value: float, digits: int | None = None) -> float | str:
     """A figure as JSON can hold it, rounded: infinities (a perfect picture's PSNR) and NaN as text, which float() reads."""
     if not math.isfinite(value):
         return str(value)

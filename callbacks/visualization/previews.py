@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from callbacks.visualization.overlays import row
+from callbacks.visualization.overlays import comparison_row
 
 
-class Samples(Callback):
+class PreviewImages(Callback):
     """Writes a picture after every validation as `<images seen>.png`, and to the loggers that take pictures.
 
     Outputs with a "target" become one row a picture: input, prediction, original; a smaller input is shown with its own
@@ -38,8 +38,8 @@ class Samples(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Show what is to be imitated."""
-        if trainer.is_global_zero and pl_module.images_seen == 0 and hasattr(trainer.datamodule, "examples"):
-            real = trainer.datamodule.examples(self.sheet)
+        if trainer.is_global_zero and pl_module.images_seen == 0 and hasattr(trainer.datamodule, "preview_images"):
+            real = trainer.datamodule.preview_images(self.sheet)
             if real.ndim == 4:
                 self._write(trainer, "reals", sheet(real))
 
@@ -66,11 +66,11 @@ class Samples(Callback):
                 self.shown.append(torch.cat(parts, dim=3).clamp(0, 1).cpu())
         elif "mask" in outputs:
             if len(self.shown) < self.rows:
-                self.shown.append(row(outputs["image"][0], outputs["prediction"][0].argmax(0), outputs["mask"][0]))
+                self.shown.append(comparison_row(outputs["image"][0], outputs["prediction"][0].argmax(0), outputs["mask"][0]))
         elif "code" in outputs:
             if batch_idx == 0:
                 parts = [outputs[name][: self.sheet // 4] for name in ("image", "input", "prediction") if name in outputs]
-                self.shown = [below_each_other(*parts)]
+                self.shown = [stack_rows(*parts)]
         elif "target" not in outputs:
             if outputs["prediction"].ndim == 2:  # points, which belong into one picture
                 self.points.append(outputs["prediction"].float().cpu())
@@ -84,7 +84,7 @@ class Samples(Callback):
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write it."""
         if self.points:
-            self.shown = [plot(torch.cat(self.points), trainer.datamodule.examples(1000))]
+            self.shown = [scatter_plot(torch.cat(self.points), trainer.datamodule.preview_images(1000))]
         if self.shown and trainer.state.fn == "fit":
             width = max(shown.shape[3] for shown in self.shown)
             rows = [F.pad(shown, (0, width - shown.shape[3], 0, 4), value=1.0) for shown in self.shown]
@@ -105,18 +105,18 @@ def sheet(images: Tensor) -> Tensor:
     return make_grid(images.float().clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)[None]
 
 
-def below_each_other(*rows: Tensor) -> Tensor:
+def stack_rows(*rows: Tensor) -> Tensor:
     """Pictures that belong together below each other: (N, C, H, W) each, as one picture (1, 3, H', W')."""
-    pictures = torch.stack([row.float().clamp(0, 1).cpu() for row in rows])
+    pictures = torch.stack([comparison_row.float().clamp(0, 1).cpu() for comparison_row in rows])
     return make_grid(pictures.flatten(0, 1), nrow=pictures.shape[1], padding=2, pad_value=1.0)[None]
 
 
-def plot(points: Tensor, real: Tensor, side: int = 360) -> Tensor:
+def scatter_plot(points: Tensor, real: Tensor, side: int = 360) -> Tensor:
     """Points (N, 2), red, over real ones, grey, as a picture (1, 3, side, side); the origin is in the middle."""
-    reach = 1.2 * torch.cat([points, real]).abs().max().clamp(min=1e-6)
+    extent = 1.2 * torch.cat([points, real]).abs().max().clamp(min=1e-6)
     picture = torch.ones(3, side, side)
     for shown, colour in ((real, (0.7, 0.7, 0.7)), (points, (0.8, 0.1, 0.1))):
-        columns, rows = ((shown * torch.tensor([1, -1]) / reach + 1) / 2 * (side - 2)).long().T
+        columns, rows = ((shown * torch.tensor([1, -1]) / extent + 1) / 2 * (side - 2)).long().T
         for down in (0, 1):
             for across in (0, 1):
                 picture[:, rows + down, columns + across] = torch.tensor(colour)[:, None]

@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from datamodules.io.user_images import put_together
+from datamodules.io.user_images import merge_channels
 
 
-class WritePhotos(BasePredictionWriter):
+class ImageWriter(BasePredictionWriter):
     """Writes each prediction as PNG: a picture in colour, or a luma together with its picture's colour.
 
     Args:
@@ -33,7 +33,7 @@ class WritePhotos(BasePredictionWriter):
     ) -> None:
         """Write one picture and say so."""
         made = prediction["prediction"][0].float().cpu()
-        image = put_together(made, prediction["chroma"].cpu(), prediction["alpha"].cpu())
+        image = merge_channels(made, prediction["chroma"].cpu(), prediction["alpha"].cpu())
         target = self.targets[prediction["path"]]
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)

@@ -12,7 +12,7 @@ from PIL import Image
 from callbacks.visualization.overlays import overlay
 
 
-class WriteMasks(BasePredictionWriter):
+class MaskWriter(BasePredictionWriter):
     """Writes each picture's class ids as a grey PNG, and below `overlays` a copy of the picture with the classes in colours.
 
     Args:

@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from datamodules.io.folders import list_images
 
 HERE = Path(__file__).parent
 MANIFESTS = HERE / "manifests"
 
 
-class MissingData(Refused):
+class DatasetNotFound(UserError):
     """A data set that is asked for is not here; the message says how to get it."""
 
 
@@ -30,14 +30,14 @@ def data_root() -> Path:
 
 
 @dataclass(frozen=True)
-class DataSet:
+class CatalogEntry:
     """One entry of the catalogue; `catalog.yaml` explains the fields."""
 
     name: str
     title: str
     origin: str
     licence: str
-    get: str
+    source: str
     instructions: str = ""
     url: str = ""
     folder: str = ""
@@ -46,10 +46,10 @@ class DataSet:
     scales: tuple[int, ...] = ()
     count: dict[str, int] = field(default_factory=dict)
     arrays: str = ""
-    equal_is_grey: bool = False
-    manifest_of: str = ""
+    treat_equal_rgb_as_grey: bool = False
+    manifest_from: str = ""
     masks: dict[str, Any] = field(default_factory=dict)
-    large: bool = False
+    skip_file_count: bool = False
 
     @property
     def path(self) -> Path:
@@ -68,18 +68,18 @@ class DataSet:
             MissingData: the set has no pictures for that scale.
         """
         if self.arrays:
-            raise Refused(f"{self.name} is not a set of picture files")
+            raise UserError(f"{self.name} is not a set of picture files")
         if split is not None and split not in self.splits:
-            raise Refused(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
+            raise UserError(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
         if self.scales and scale is not None and scale not in self.scales:
-            raise MissingData(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
-        if self.get == "embedded":
+            raise DatasetNotFound(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
+        if self.source == "embedded":
             return sorted({path for part in self._parts(split) for path in _embedded(part)})
         return sorted({path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)})
 
-    def wanted(self, split: str | None = None, scale: int | None = None) -> int:
+    def expected_count(self, split: str | None = None, scale: int | None = None) -> int:
         """How many files belong to the set, a split or a scale of it; 0 if that is not known."""
-        if self.get == "embedded":
+        if self.source == "embedded":
             return len(self.files(split))
         if self.count:
             return self.count[split] if split else sum(self.count.values())
@@ -96,33 +96,33 @@ class DataSet:
         scales = [scale] if scale is not None else (self.scales or [None])
         return [part.replace("{scale}", str(s)) for part in self._parts(split) for s in scales]
 
-    def relative(self, path: Path) -> str:
+    def manifest_name(self, path: Path) -> str:
         """A file's name in the manifest."""
-        return path.name if self.get == "embedded" else path.relative_to(self.path).as_posix()
+        return path.name if self.source == "embedded" else path.relative_to(self.path).as_posix()
 
     def manifest(self) -> dict[str, tuple[str, str]]:
         """What the set must hold: file name to (sha256 of its decoded pixels, sha256 of the file or '-')."""
-        path = MANIFESTS / f"{self.manifest_of or self.name}.txt"
+        path = MANIFESTS / f"{self.manifest_from or self.name}.txt"
         if not path.exists():
             return {}
         rows = (line.split(maxsplit=2) for line in path.read_text().splitlines() if not line.startswith("#"))
         return {name: (pixels, whole) for pixels, whole, name in rows}
 
-    def state(self) -> str:
+    def status(self) -> str:
         """In a word whether the set is here: 'here', 'absent', or '201 of 400' files."""
-        if self.get == "embedded" and self.arrays:
+        if self.source == "embedded" and self.arrays:
             return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
-        if self.large or self.arrays:
+        if self.skip_file_count or self.arrays:
             first = next((path for pattern in self._patterns(None, None) for path in self.path.glob(pattern)), None)
             return "here" if first else "absent"
-        found, wanted = len(self.files()), self.wanted()
+        found, wanted = len(self.files()), self.expected_count()
         return "absent" if not found else "here" if found >= wanted else f"{found} of {wanted}"
 
-    def how(self) -> str:
+    def install_hint(self) -> str:
         """How to get the set, in one line."""
-        if self.get == "embedded":
+        if self.source == "embedded":
             return "with the installed packages"
-        if self.get in ("files", "torchvision"):
+        if self.source in ("files", "torchvision"):
             return f"darkroom data get {self.name}"
         return f"by hand, below {data_root()}: {self.instructions}"
 
@@ -133,19 +133,21 @@ def _embedded(packages: dict[str, list[str]]) -> list[Path]:
         top, _, rest = package.partition(".")
         spec = importlib.util.find_spec(top)  # the top package alone, so that nothing heavy is imported
         if spec is None or spec.origin is None:
-            raise MissingData(f"the package {top} is not installed: pip install -e .")
+            raise DatasetNotFound(f"the package {top} is not installed: pip install -e .")
         paths += [Path(spec.origin).parent.joinpath(*rest.split("."), name) for name in names]
     return paths
 
 
 @cache
-def catalogue() -> dict[str, DataSet]:
+def catalog() -> dict[str, CatalogEntry]:
     """All known data sets by name."""
     entries = yaml.safe_load((HERE / "catalog.yaml").read_text())
-    return {name: DataSet(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))}) for name, entry in entries.items()}
+    return {
+        name: CatalogEntry(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))}) for name, entry in entries.items()
+    }
 
 
-def find(name: str) -> DataSet:
+def get_dataset(name: str) -> CatalogEntry:
     """The data set of that name.
 
     Raises:
@@ -153,18 +155,18 @@ def find(name: str) -> DataSet:
     """
     from difflib import get_close_matches
 
-    if name not in catalogue():
-        near = get_close_matches(name, catalogue(), n=1, cutoff=0)
-        raise Refused(f"no data set '{name}'; did you mean '{near[0]}'?")
-    return catalogue()[name]
+    if name not in catalog():
+        near = get_close_matches(name, catalog(), n=1, cutoff=0)
+        raise UserError(f"no data set '{name}'; did you mean '{near[0]}'?")
+    return catalog()[name]
 
 
-def locate(spec: str, scale: int | None = None) -> list[Path]:
+def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
     """The picture files that a recipe's data key names.
 
     Args:
         spec: a set of the catalogue ("set5"), one split of it ("photographs/test"), or a folder of one's own.
-        scale: see `DataSet.files`.
+        scale: see `CatalogEntry.files`.
 
     Raises:
         MissingData: the set is absent or not complete, or the folder holds no pictures.
@@ -172,20 +174,22 @@ def locate(spec: str, scale: int | None = None) -> list[Path]:
     """
     if is_folder(spec):
         if not (found := list_images(spec)):
-            raise MissingData(f"{spec}: no pictures in this folder")
+            raise DatasetNotFound(f"{spec}: no pictures in this folder")
         return found
     name, _, split = spec.partition("/")
-    if name not in catalogue() and (Path(spec).is_absolute() or spec.startswith(".")):
-        raise MissingData(f"no folder {spec}")
-    data_set = find(name)
+    if name not in catalog() and (Path(spec).is_absolute() or spec.startswith(".")):
+        raise DatasetNotFound(f"no folder {spec}")
+    data_set = get_dataset(name)
     if not (found := data_set.files(split or None, scale)):
-        raise MissingData(f"{spec} is not here: {data_set.how()}")
-    wanted = data_set.wanted(split or None, scale)
+        raise DatasetNotFound(f"{spec} is not here: {data_set.install_hint()}")
+    wanted = data_set.expected_count(split or None, scale)
     if len(found) < wanted:
-        raise MissingData(f"{spec} has {len(found)} of its {wanted} files (darkroom data verify {name}): {data_set.how()}")
+        raise DatasetNotFound(
+            f"{spec} has {len(found)} of its {wanted} files (darkroom data verify {name}): {data_set.install_hint()}"
+        )
     return found
 
 
 def is_folder(spec: str) -> bool:
     """Whether a data key is a folder of one's own and not a name of the catalogue."""
-    return spec.partition("/")[0] not in catalogue() and Path(spec).is_dir()
+    return spec.partition("/")[0] not in catalog() and Path(spec).is_dir()

@@ -5,10 +5,10 @@ from rich.console import Console
 from rich.progress import track
 from torchvision import datasets
 
-from datamodules.catalog.catalog import DataSet, MissingData, data_root, find
+from datamodules.catalog.catalog import CatalogEntry, DatasetNotFound, data_root, get_dataset
 
 
-def download(data_set: DataSet) -> int:
+def download(data_set: CatalogEntry) -> int:
     """Fetch a set's files, each checked against its sha256, into the data root; files that are intact stay.
 
     Returns:
@@ -17,18 +17,18 @@ def download(data_set: DataSet) -> int:
     Raises:
         MissingData: the set must be had by hand, or the download failed; the message says what to do.
     """
-    if data_set.get == "torchvision":
+    if data_set.source == "torchvision":
         download_torchvision(data_set.name)
         return sum(1 for pattern in data_set._patterns(None, None) for _ in data_set.path.glob(pattern))
-    if data_set.get != "files":
-        raise MissingData(f"{data_set.name} cannot be downloaded: {data_set.how()}")
+    if data_set.source != "files":
+        raise DatasetNotFound(f"{data_set.name} cannot be downloaded: {data_set.install_hint()}")
     registry = {name: f"sha256:{whole}" for name, (_, whole) in data_set.manifest().items()}
     store = pooch.create(path=data_set.path, base_url=data_set.url, registry=registry, retry_if_failed=3)
     for name in track(registry, description=data_set.name, disable=not Console().is_terminal):
         try:
             store.fetch(name)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong checksum
-            raise MissingData(f"{data_set.name}: {name} could not be fetched from {data_set.url} ({error})") from None
+            raise DatasetNotFound(f"{data_set.name}: {name} could not be fetched from {data_set.url} ({error})") from None
     return len(registry)
 
 
@@ -38,7 +38,7 @@ def download_torchvision(name: str) -> None:
     Raises:
         MissingData: that failed.
     """
-    data_set = find(name)
+    data_set = get_dataset(name)
     root = data_set.path
     try:
         if name == "mnist":
@@ -56,4 +56,4 @@ def download_torchvision(name: str) -> None:
             for part in ("train", "test"):
                 datasets.SVHN(str(root), split=part, download=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise MissingData(f"{name} could not be fetched: {error}") from None
+        raise DatasetNotFound(f"{name} could not be fetched: {error}") from None

@@ -11,30 +11,30 @@ import numpy as np
 from scipy.ndimage import binary_fill_holes, label
 from torch import Tensor
 
-from datamodules.catalog.catalog import MissingData, catalogue, find, is_folder
-from datamodules.errors import Refused
+from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset, is_folder
+from datamodules.errors import UserError
 from datamodules.io.folders import list_images
-from datamodules.io.image_io import BadImage, open_image, read_image, with_channels
-from datamodules.io.image_refs import Picture, pictures_of, slug
-from datamodules.transforms.downsample import smaller, thinned
+from datamodules.io.image_io import InvalidImage, open_image, read_image, to_channels
+from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
+from datamodules.transforms.downsample import downsample_image, downsample_mask
 
 COINS = {"train": (0, 256), "val": (256, 384)}  # columns of the one picture
 
 
 @dataclass(frozen=True)
-class Meaning:
+class MaskSpec:
     """What the values of a set's masks mean.
 
     Args:
         classes: names of the classes, in the order of their ids; empty where they are not known.
         values: the class of each value of the files, where those are not the ids; all others are refused, or ignored.
-        others: what values that are not in `values` become; None to refuse them.
+        default_class: what values that are not in `values` become; None to refuse them.
         instances: the values are numbers of objects, 0 for the ground; the classes are ground and object.
     """
 
     classes: tuple[str, ...] = ()
     values: dict[int, int] = field(default_factory=dict)
-    others: int | None = None
+    default_class: int | None = None
     instances: bool = False
 
 
@@ -43,19 +43,19 @@ class Sample(NamedTuple):
 
     pixels: Tensor  # uint8 (C, H, W)
     mask: np.ndarray  # uint8 (H, W): class ids; 1 for all objects
-    cells: np.ndarray  # int32 (H, W): numbers of the objects, 0 for the ground; else the connected parts of class 1
+    instance_ids: np.ndarray  # int32 (H, W): numbers of the objects, 0 for the ground; else the connected parts of class 1
     instances: bool
 
 
 @dataclass(frozen=True)
-class Labelled:
+class MaskedImage:
     """A picture, its mask, and how that is read."""
 
-    picture: Picture
+    picture: ImageRef
     mask: Path
-    meaning: Meaning
+    meaning: MaskSpec
 
-    def read(self, channels: int, shrink: int = 1) -> tuple[Tensor, np.ndarray]:
+    def read(self, channels: int, downscale: int = 1) -> tuple[Tensor, np.ndarray]:
         """The picture, uint8 (channels, H, W), and its mask, see `read_mask`; both may be smaller by a whole number.
 
         Raises:
@@ -64,12 +64,12 @@ class Labelled:
         pixels, values = read_image(self.picture.path), self.read_mask()
         if pixels.shape[-2:] != values.shape:
             sizes = " but ".join(f"{shape[1]}x{shape[0]}" for shape in (values.shape, pixels.shape[-2:]))
-            raise BadImage(f"{self.mask}: {sizes} is its picture's size")
-        return smaller(with_channels(pixels, channels), shrink), thinned(values, shrink)
+            raise InvalidImage(f"{self.mask}: {sizes} is its picture's size")
+        return downsample_image(to_channels(pixels, channels), downscale), downsample_mask(values, downscale)
 
-    def sample(self, channels: int, shrink: int = 1) -> Sample:
+    def load(self, channels: int, downscale: int = 1) -> Sample:
         """The same with what follows from it."""
-        pixels, values = self.read(channels, shrink)
+        pixels, values = self.read(channels, downscale)
         if self.meaning.instances:
             numbers = np.unique(np.append(values, 0), return_inverse=True)[1][:-1]  # without gaps, 0 for the ground
             return Sample(pixels, (values > 0).astype(np.uint8), numbers.reshape(values.shape).astype(np.int32), True)
@@ -83,40 +83,40 @@ class Labelled:
         """
         values = np.asarray(open_image(self.mask))
         if values.ndim != 2:
-            raise BadImage(f"{self.mask}: colours instead of class ids; save one number a pixel")
+            raise InvalidImage(f"{self.mask}: colours instead of class ids; save one number a pixel")
         if values.dtype.kind == "f" or values.min() < 0:
-            raise BadImage(f"{self.mask}: fractions or negative numbers instead of ids; save whole ones from 0 on")
+            raise InvalidImage(f"{self.mask}: fractions or negative numbers instead of ids; save whole ones from 0 on")
         values = values.astype(np.int32)
         if not self.meaning.values:
             return values
         present = np.unique(values)
         strange = np.setdiff1d(present, list(self.meaning.values))
-        if len(strange) and self.meaning.others is None:
-            raise BadImage(f"{self.mask}: the value {strange[0]} is none of {', '.join(map(str, self.meaning.values))}")
-        kinds = np.array([self.meaning.values.get(int(value), self.meaning.others) for value in present], dtype=np.int32)
+        if len(strange) and self.meaning.default_class is None:
+            raise InvalidImage(f"{self.mask}: the value {strange[0]} is none of {', '.join(map(str, self.meaning.values))}")
+        kinds = np.array([self.meaning.values.get(int(value), self.meaning.default_class) for value in present], dtype=np.int32)
         return kinds[np.searchsorted(present, values)]
 
 
 @dataclass(frozen=True)
-class Coins(Labelled):
+class CoinsImage(MaskedImage):
     """Part of scikit-image's picture of coins, whose mask is derived from it, as in that library's own example."""
 
     columns: tuple[int, int] = (0, 384)
 
-    def read(self, channels: int, shrink: int = 1) -> tuple[Tensor, np.ndarray]:
-        """See `Labelled`."""
+    def read(self, channels: int, downscale: int = 1) -> tuple[Tensor, np.ndarray]:
+        """See `MaskedImage`."""
         pixels = read_image(self.picture.path)
         part = slice(*self.columns)
-        values = label(coins_of(self.picture.path)[:, part])[0].astype(np.int32)
-        return smaller(with_channels(pixels[..., part], channels), shrink), thinned(values, shrink)
+        values = label(coins_mask(self.picture.path)[:, part])[0].astype(np.int32)
+        return downsample_image(to_channels(pixels[..., part], channels), downscale), downsample_mask(values, downscale)
 
     def read_mask(self) -> np.ndarray:
-        """See `Labelled`."""
+        """See `MaskedImage`."""
         return self.read(1)[1]
 
 
 @cache
-def coins_of(path: Path) -> np.ndarray:
+def coins_mask(path: Path) -> np.ndarray:
     """Coins, found by flooding the edges from what is surely dark and surely bright: bool (H, W)."""
     from skimage.filters import sobel
     from skimage.morphology import remove_small_objects
@@ -128,7 +128,7 @@ def coins_of(path: Path) -> np.ndarray:
     return remove_small_objects(coins, max_size=500)
 
 
-def labelled_pictures(spec: str, instances: bool = False) -> list[Labelled]:
+def list_masked_images(spec: str, instances: bool = False) -> list[MaskedImage]:
     """The pictures and masks that a recipe's data key names.
 
     Args:
@@ -141,65 +141,71 @@ def labelled_pictures(spec: str, instances: bool = False) -> list[Labelled]:
         Refused: the set has no masks.
     """
     if is_folder(spec):
-        return _of_folder(Path(spec), Meaning(instances=instances))
+        return _of_folder(Path(spec), MaskSpec(instances=instances))
     name, _, split = spec.partition("/")
-    entry = find(name) if name in catalogue() else None
+    entry = get_dataset(name) if name in catalog() else None
     if entry is None:
-        return [Labelled(picture, picture.path, Meaning()) for picture in pictures_of(spec)]  # which refuses it in its words
+        return [
+            MaskedImage(picture, picture.path, MaskSpec()) for picture in list_image_refs(spec)
+        ]  # which refuses it in its words
     if not entry.masks:
-        raise Refused(f"{name} has no masks; sets that have: {', '.join(k for k, v in catalogue().items() if v.masks)}")
+        raise UserError(f"{name} has no masks; sets that have: {', '.join(k for k, v in catalog().items() if v.masks)}")
     rule = dict(entry.masks)
-    source, replace, partly = (rule.pop(key, None) for key in ("torchvision", "replace", "partly"))
-    meaning = Meaning(**{**rule, "classes": tuple(rule["classes"])})
+    source, replace, allow_missing = (rule.pop(key, None) for key in ("torchvision", "replace", "allow_missing"))
+    meaning = MaskSpec(**{**rule, "classes": tuple(rule["classes"])})
     if name == "coins":
-        (path,) = (picture.path for picture in pictures_of(spec))
+        (path,) = (picture.path for picture in list_image_refs(spec))
         parts = {split: COINS[split]} if split else COINS
-        return [Coins(Picture(slug(spec), part, path), path, meaning, columns) for part, columns in parts.items()]
+        return [
+            CoinsImage(ImageRef(dataset_label(spec), part, path), path, meaning, columns) for part, columns in parts.items()
+        ]
     if source:
         return _of_torchvision(source, spec, meaning)
-    found, pictures = [], pictures_of(spec)
+    found, pictures = [], list_image_refs(spec)
     for picture in pictures:
-        mask = entry.path / re.sub(replace[0], replace[1], entry.relative(picture.path))
+        mask = entry.path / re.sub(replace[0], replace[1], entry.manifest_name(picture.path))
         if mask.exists():
-            found.append(Labelled(picture, mask, meaning))
-        elif not partly:
-            raise MissingData(f"{picture.path} has no mask {mask}")
+            found.append(MaskedImage(picture, mask, meaning))
+        elif not allow_missing:
+            raise DatasetNotFound(f"{picture.path} has no mask {mask}")
     if not found:
-        raise MissingData(f"{spec}: none of its {len(pictures)} pictures has a mask: {entry.how()}")
+        raise DatasetNotFound(f"{spec}: none of its {len(pictures)} pictures has a mask: {entry.install_hint()}")
     return found
 
 
-def _of_folder(folder: Path, meaning: Meaning) -> list[Labelled]:
+def _of_folder(folder: Path, meaning: MaskSpec) -> list[MaskedImage]:
     masks: dict[Path, Path] = {}
     for path in list_images(folder / "masks"):
-        _only(masks, path.relative_to(folder / "masks").with_suffix(""), path)
+        _add_unique(masks, path.relative_to(folder / "masks").with_suffix(""), path)
     pictures = list_images(folder / "images")
     if not pictures:
-        raise MissingData(f"{folder}: no pictures in {folder / 'images'}; their masks belong into {folder / 'masks'}")
+        raise DatasetNotFound(f"{folder}: no pictures in {folder / 'images'}; their masks belong into {folder / 'masks'}")
     found, names = [], dict[Path, Path]()
     for path in pictures:
         name = path.relative_to(folder / "images").with_suffix("")
-        _only(names, name, path)
+        _add_unique(names, name, path)
         if name not in masks:
-            raise MissingData(f"{path} has no mask {folder / 'masks' / name}.png")
-        found.append(Labelled(Picture(slug(str(folder)), name.as_posix(), path), masks[name], meaning))
+            raise DatasetNotFound(f"{path} has no mask {folder / 'masks' / name}.png")
+        found.append(MaskedImage(ImageRef(dataset_label(str(folder)), name.as_posix(), path), masks[name], meaning))
     return found
 
 
-def _only(known: dict[Path, Path], name: Path, path: Path) -> None:
+def _add_unique(known: dict[Path, Path], name: Path, path: Path) -> None:
     if name in known:
-        raise BadImage(f"{known[name]} and {path} have the same name; rename one")
+        raise InvalidImage(f"{known[name]} and {path} have the same name; rename one")
     known[name] = path
 
 
-def _of_torchvision(source: str, spec: str, meaning: Meaning) -> list[Labelled]:
+def _of_torchvision(source: str, spec: str, meaning: MaskSpec) -> list[MaskedImage]:
     name, _, split = spec.partition("/")
     try:
-        images, masks = TORCHVISION[source](find(name).path, split or "train")
+        images, masks = TORCHVISION[source](get_dataset(name).path, split or "train")
     except (RuntimeError, ValueError, OSError) as error:
-        raise MissingData(f"{spec} is not here: {find(name).how()} ({str(error).splitlines()[0]})") from None
+        raise DatasetNotFound(
+            f"{spec} is not here: {get_dataset(name).install_hint()} ({str(error).splitlines()[0]})"
+        ) from None
     return [
-        Labelled(Picture(slug(spec), Path(image).stem, Path(image)), Path(mask), meaning)
+        MaskedImage(ImageRef(dataset_label(spec), Path(image).stem, Path(image)), Path(mask), meaning)
         for image, mask in zip(images, masks, strict=True)
     ]
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.errors import Refused
-from datamodules.transforms.downsample import IGNORE
+from datamodules.errors import UserError
+from datamodules.transforms.downsample import IGNORE_INDEX
 
 VOID = (0, 0, 0)  # what pixels that do not count are shown as
 # In the order of the class ids. CamVid: SegNet's colours; Cityscapes: the set's own, of the 19 classes that count.
@@ -25,19 +25,19 @@ def palette(name: str) -> np.ndarray:
         Refused: none are known.
     """
     if name not in PALETTES:
-        raise Refused(f"no colours are known for the classes of {name}; sets that have: {', '.join(PALETTES)}")
+        raise UserError(f"no colours are known for the classes of {name}; sets that have: {', '.join(PALETTES)}")
     return np.array(PALETTES[name], dtype=np.uint8)
 
 
-def coloured(mask: np.ndarray, colours: np.ndarray) -> Tensor:
+def colorize(mask: np.ndarray, colours: np.ndarray) -> Tensor:
     """Class ids (H, W) as a picture: uint8 (3, H, W)."""
-    every = np.zeros((IGNORE + 1, 3), dtype=np.uint8)
+    every = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)
     every[: len(colours)] = colours
-    every[IGNORE] = VOID
+    every[IGNORE_INDEX] = VOID
     return torch.from_numpy(every[mask]).permute(2, 0, 1).contiguous()
 
 
-def classes_of(picture: Tensor, colours: np.ndarray) -> Tensor:
+def nearest_class(picture: Tensor, colours: np.ndarray) -> Tensor:
     """The class whose colour is nearest to each pixel's: (3, H, W) in [0, 1] to int64 (H, W). Void is no class to choose."""
     of_class = torch.from_numpy(colours).float() / 255
     distances = torch.cdist(picture.detach().float().cpu().flatten(1).T, of_class)  # (H W, classes)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from datamodules.catalog.array_readers import READERS
-from datamodules.catalog.catalog import DataSet
-from datamodules.errors import Refused
-from datamodules.io.image_io import BadImage, pixel_hash, read_image
+from datamodules.catalog.catalog import CatalogEntry
+from datamodules.errors import UserError
+from datamodules.io.image_io import InvalidImage, pixel_hash, read_image
 
 
-def verify(data_set: DataSet) -> Iterator[str]:
+def verify(data_set: CatalogEntry) -> Iterator[str]:
     """Compare a set with its manifest; yields one line for each file that differs, is missing, cut short or unknown."""
     wanted = data_set.manifest()
     if not wanted:
@@ -20,7 +20,7 @@ def verify(data_set: DataSet) -> Iterator[str]:
     if data_set.arrays:
         yield from _verify_arrays(data_set, wanted)
         return
-    found = {data_set.relative(path): path for path in data_set.files()}
+    found = {data_set.manifest_name(path): path for path in data_set.files()}
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             yield f"{name}: missing"
@@ -31,15 +31,15 @@ def verify(data_set: DataSet) -> Iterator[str]:
             try:
                 if pixel_hash(read_image(found[name])) != wanted[name][0]:
                     yield f"{name}: pixels differ from the manifest's"
-            except BadImage as error:
+            except InvalidImage as error:
                 yield str(error)
 
 
-def _verify_arrays(data_set: DataSet, wanted: dict[str, tuple[str, str]]) -> Iterator[str]:
+def _verify_arrays(data_set: CatalogEntry, wanted: dict[str, tuple[str, str]]) -> Iterator[str]:
     for part in dict.fromkeys(bounds[0] for bounds in data_set.splits.values()):
         try:
             images, labels = READERS[data_set.name](part)
-        except Refused as error:
+        except UserError as error:
             yield str(error)
             continue
         if len(images) != data_set.count[part]:

@@ -10,14 +10,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what the last bytes of a whole file hold
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such a picture is refused here
 
 
-class BadImage(Refused):
+class InvalidImage(UserError):
     """A file that cannot be used as a picture; the message names it and says why."""
 
 
@@ -30,22 +30,22 @@ def open_image(path: str | Path) -> Image.Image:
     path = Path(path)
     try:
         if path.stat().st_size == 0:
-            raise BadImage(f"{path}: empty file")
+            raise InvalidImage(f"{path}: empty file")
         with Image.open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise BadImage(f"{path}: no such file") from None
+        raise InvalidImage(f"{path}: no such file") from None
     except PermissionError:
-        raise BadImage(f"{path}: not readable (permissions)") from None
+        raise InvalidImage(f"{path}: not readable (permissions)") from None
     except UnidentifiedImageError:
-        raise BadImage(f"{path}: not an image in a known format") from None
+        raise InvalidImage(f"{path}: not an image in a known format") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb") from None
+        raise InvalidImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadImage(f"{path}: cut short or damaged ({error})") from None
+        raise InvalidImage(f"{path}: cut short or damaged ({error})") from None
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -60,18 +60,18 @@ def read_image(path: str | Path) -> Tensor:
 def to_pixels(image: Image.Image, path: str | Path) -> Tensor:
     """A decoded PIL image of any mode as uint8 (1 or 3, H, W); `path` is for the message of a refusal."""
     if image.mode == "F":
-        raise BadImage(f"{path}: floating-point pixels of unknown range; save it as 8- or 16-bit")
+        raise InvalidImage(f"{path}: floating-point pixels of unknown range; save it as 8- or 16-bit")
     if image.mode.startswith("I"):  # 16-bit grey: 65535 is white
         grey = np.asarray(image).astype(np.float64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise BadImage(f"{path}: integer pixels outside 0..65535")
+            raise InvalidImage(f"{path}: integer pixels outside 0..65535")
         return torch.from_numpy(np.floor(grey / 257 + 0.5).astype(np.uint8))[None]
     if image.mode in ("1", "L", "LA"):
         return torch.from_numpy(np.array(image.convert("L")))[None]
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def with_channels(pixels: Tensor, channels: int) -> Tensor:
+def to_channels(pixels: Tensor, channels: int) -> Tensor:
     """uint8 pixels (1 or 3, H, W) with 1 or 3 channels: grey is repeated, of colours the luma is taken (BT.601, full range)."""
     if len(pixels) > channels:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
@@ -85,7 +85,7 @@ def pixel_hash(pixels: Tensor) -> str:
     return hashlib.sha256(f"{shape} ".encode() + pixels.numpy().tobytes()).hexdigest()
 
 
-def survey_image(path: str | Path, minimum: int) -> str:
+def probe_image(path: str | Path, minimum: int) -> str:
     """Look at a file's header and its last bytes; what cannot be judged from them is decoded.
 
     Returns:
@@ -112,4 +112,4 @@ def survey_image(path: str | Path, minimum: int) -> str:
 def check_size(width: int, height: int, path: str | Path, minimum: int) -> None:
     """Raise BadImage if a picture is narrower or lower than `minimum` pixels."""
     if min(height, width) < minimum:
-        raise BadImage(f"{path}: {width}x{height} pixels, too small: at least {minimum}x{minimum} are needed")
+        raise InvalidImage(f"{path}: {width}x{height} pixels, too small: at least {minimum}x{minimum} are needed")

@@ -8,11 +8,11 @@ from os.path import commonpath
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.catalog.catalog import locate
-from datamodules.io.image_io import BadImage, check_size, pixel_hash, read_image, survey_image
+from datamodules.catalog.catalog import resolve_images
+from datamodules.io.image_io import InvalidImage, check_size, pixel_hash, probe_image, read_image
 
 
-class Picture(NamedTuple):
+class ImageRef(NamedTuple):
     """A picture file with the names under which logs and records know it."""
 
     data_set: str
@@ -20,25 +20,26 @@ class Picture(NamedTuple):
     path: Path
 
 
-def pictures_of(spec: str, scale: int | None = None) -> list[Picture]:
-    """The pictures that a recipe's data key names, see `catalogue.locate`; no two have the same name.
+def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
+    """The pictures that a recipe's data key names, see `catalog.resolve_images`; no two have the same name.
 
     A picture is called by its file's stem where that is its own, else by its path below the folder of them all.
     """
-    paths = locate(spec, scale)
+    paths = resolve_images(spec, scale)
     stems = Counter(path.stem for path in paths)
     top = commonpath([path.parent for path in paths])
     return [
-        Picture(slug(spec), path.stem if stems[path.stem] == 1 else path.relative_to(top).as_posix(), path) for path in paths
+        ImageRef(dataset_label(spec), path.stem if stems[path.stem] == 1 else path.relative_to(top).as_posix(), path)
+        for path in paths
     ]
 
 
-def slug(spec: str) -> str:
+def dataset_label(spec: str) -> str:
     """What a data key is called in logs and records: "photographs/test" gives "photographs-test", a folder its name."""
     return Path(spec).name if Path(spec).is_absolute() else spec.strip("./").replace("/", "-")
 
 
-class Survey:
+class DataReport:
     """What a look at the pictures of a run has found.
 
     Args:
@@ -47,10 +48,10 @@ class Survey:
 
     def __init__(self, skip_bad: bool = False) -> None:
         self.skip_bad = skip_bad
-        self.left_out: list[str] = []
-        self.contents: dict[str, dict[str, str]] = {}
+        self.skipped: list[str] = []
+        self.content_hashes: dict[str, dict[str, str]] = {}
 
-    def usable(self, pictures: Sequence[Picture], minimum: int, whole: bool = True) -> list[Picture]:
+    def validate(self, pictures: Sequence[ImageRef], minimum: int, whole: bool = True) -> list[ImageRef]:
         """The pictures that can be used.
 
         Args:
@@ -63,39 +64,39 @@ class Survey:
             BadImage: some cannot be used, and that was not allowed for; or none can.
         """
         with ThreadPoolExecutor() as pool:
-            looks = list(pool.map(lambda picture: _look(picture.path, minimum, whole), pictures))
+            looks = list(pool.map(lambda picture: _inspect(picture.path, minimum, whole), pictures))
         good, reasons = [], []
         for picture, (reason, content) in zip(pictures, looks, strict=True):
             if reason:
                 reasons.append(reason)
             else:
                 good.append(picture)
-                self.contents.setdefault(picture.data_set, {})[picture.name] = content
+                self.content_hashes.setdefault(picture.data_set, {})[picture.name] = content
         if reasons and not self.skip_bad:
-            raise BadImage(
+            raise InvalidImage(
                 f"{len(reasons)} of {len(pictures)} pictures cannot be used "
                 f"(--data.skip_bad true leaves them out): {'; '.join(reasons)}"
             )
         if not good:
-            raise BadImage(f"no picture can be used: {'; '.join(reasons)}")
-        self.left_out += reasons
+            raise InvalidImage(f"no picture can be used: {'; '.join(reasons)}")
+        self.skipped += reasons
         return good
 
     def fingerprints(self) -> dict[str, str]:
         """For each data set, a hash over the names and contents of its usable pictures."""
         return {
             data_set: hashlib.sha256(repr(sorted(pictures.items())).encode()).hexdigest()[:16]
-            for data_set, pictures in self.contents.items()
+            for data_set, pictures in self.content_hashes.items()
         }
 
 
-def _look(path: Path, minimum: int, whole: bool) -> tuple[str, str]:
+def _inspect(path: Path, minimum: int, whole: bool) -> tuple[str, str]:
     """Why a picture cannot be used (empty if it can), and what identifies its content."""
     try:
         if not whole:
-            return "", survey_image(path, minimum)
+            return "", probe_image(path, minimum)
         pixels = read_image(path)
         check_size(pixels.shape[-1], pixels.shape[-2], path, minimum)
-    except BadImage as error:
+    except InvalidImage as error:
         return str(error), ""
     return "", pixel_hash(pixels)

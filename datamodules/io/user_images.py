@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.io.folders import list_images
-from datamodules.io.image_io import BadImage, open_image, to_pixels, with_channels
+from datamodules.io.image_io import InvalidImage, open_image, to_channels, to_pixels
 from datamodules.transforms import resize
 from datamodules.transforms.color import is_grey, rgb_to_ycbcr, ycbcr_to_rgb
-from datamodules.transforms.downsample import smaller
+from datamodules.transforms.downsample import downsample_image
 from datamodules.transforms.resize import imresize
 
 
-class Photos(Dataset[dict[str, Any]]):
+class LumaInputs(Dataset[dict[str, Any]]):
     """Pictures of any size and mode: grey, RGB, palette, with alpha, CMYK, 16-bit.
 
     Args:
@@ -45,23 +45,23 @@ class Photos(Dataset[dict[str, Any]]):
         return {
             "input": luma[None],
             "chroma": chroma,
-            "alpha": alpha_of(image),
+            "alpha": read_alpha(image),
             "path": str(self.files[index]),
             "size": f"{image.width}x{image.height}",
         }
 
 
-class WholePhotos(Dataset[dict[str, Any]]):
+class SegmentationInputs(Dataset[dict[str, Any]]):
     """Pictures of any size and mode, with all their colours, or made grey for a network that sees only that.
 
     Args:
         files: the pictures; each must be readable.
         channels: 1 or 3.
-        shrink: how many times smaller the network wants them.
+        downscale: how many times smaller the network wants them.
     """
 
-    def __init__(self, files: Sequence[Path], channels: int, shrink: int = 1) -> None:
-        self.files, self.channels, self.shrink = files, channels, shrink
+    def __init__(self, files: Sequence[Path], channels: int, downscale: int = 1) -> None:
+        self.files, self.channels, self.downscale = files, channels, downscale
 
     def __len__(self) -> int:
         return len(self.files)
@@ -69,54 +69,54 @@ class WholePhotos(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": (1, channels, h, w) in [0, 1], "photo": uint8 (1 or 3, H, W), "path": str}."""
         photo = to_pixels(open_image(self.files[index]), self.files[index])
-        if min(photo.shape[-2:]) < self.shrink:
-            raise BadImage(
-                f"{self.files[index]}: {photo.shape[-1]}x{photo.shape[-2]} pixels, too small to be shrunk by {self.shrink}"
+        if min(photo.shape[-2:]) < self.downscale:
+            raise InvalidImage(
+                f"{self.files[index]}: {photo.shape[-1]}x{photo.shape[-2]} pixels, too small to be shrunk by {self.downscale}"
             )
-        image = smaller(with_channels(photo, self.channels), self.shrink)[None].float() / 255
+        image = downsample_image(to_channels(photo, self.channels), self.downscale)[None].float() / 255
         return {"image": image, "photo": photo, "path": str(self.files[index])}
 
 
-class PhotosToTranslate(Dataset[dict[str, Any]]):
+class TranslationInputs(Dataset[dict[str, Any]]):
     """Pictures of any size and mode, in colour.
 
     Args:
         files: the pictures; each must be readable.
-        shorter: what their shorter side is made, for a network that knows its domains at that size; None to leave it.
+        short_side: what their shorter side is made, for a network that knows its domains at that size; None to leave it.
         direction: "AtoB" or "BtoA".
     """
 
-    def __init__(self, files: Sequence[Path], shorter: int | None, direction: str) -> None:
-        self.files, self.shorter, self.direction = files, shorter, direction
+    def __init__(self, files: Sequence[Path], short_side: int | None, direction: str) -> None:
+        self.files, self.short_side, self.direction = files, short_side, direction
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": (1, 3, h, w) in [0, 1], "direction": [str], "path", "size", "chroma": empty, "alpha"}, see `Photos`."""
+        """{"image": (1, 3, h, w) in [0, 1], "direction": [str], "path", "size", "chroma": empty, "alpha"}, see `LumaInputs`."""
         image = open_image(self.files[index])
-        photo = with_channels(to_pixels(image, self.files[index]), 3)[None].float()
-        if self.shorter is not None:
-            sides = [max(1, round(side * self.shorter / min(photo.shape[-2:]))) for side in photo.shape[-2:]]
+        photo = to_channels(to_pixels(image, self.files[index]), 3)[None].float()
+        if self.short_side is not None:
+            sides = [max(1, round(side * self.short_side / min(photo.shape[-2:]))) for side in photo.shape[-2:]]
             photo = F.interpolate(photo, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
         return {
             "image": photo / 255,
             "direction": [self.direction],
             "chroma": torch.empty(0),
-            "alpha": alpha_of(image),
+            "alpha": read_alpha(image),
             "path": str(self.files[index]),
             "size": f"{image.width}x{image.height}",
         }
 
 
-def alpha_of(image: Image.Image) -> Tensor:
+def read_alpha(image: Image.Image) -> Tensor:
     """A picture's opacity, (1, H, W) in [0, 1]; empty if it has none."""
     if not image.has_transparency_data:
         return torch.empty(0)
     return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
 
 
-def put_together(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
+def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
     """A picture as it came from a network, 8 bits a channel: L, LA, RGB or RGBA.
 
     Args:
@@ -134,28 +134,28 @@ def put_together(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
 
 
-def photo_files(source: str, leaving_out: Path) -> list[Path]:
+def list_user_images(source: str, exclude: Path) -> list[Path]:
     """The pictures that `source`, a file or a folder, names; each has been decoded once and can be read.
 
     Args:
         source: what a user names.
-        leaving_out: a folder below it that is not meant, such as that of earlier results.
+        exclude: a folder below it that is not meant, such as that of earlier results.
 
     Raises:
         BadImage: there are none, or some cannot be read; the message names them.
     """
     path = Path(source)
-    inside = leaving_out.resolve()
+    inside = exclude.resolve()
     found = list_images(path) if path.is_dir() else [path]
     files = [file for file in found if not path.is_dir() or inside == path.resolve() or inside not in file.resolve().parents]
     if not files:
-        raise BadImage(f"{path}: no pictures in this folder")
+        raise InvalidImage(f"{path}: no pictures in this folder")
     bad = []
     for file in files:
         try:
             to_pixels(open_image(file), file)
-        except BadImage as error:
+        except InvalidImage as error:
             bad.append(str(error))
     if bad:
-        raise BadImage("; ".join(bad))
+        raise InvalidImage("; ".join(bad))
     return files

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from datamodules.random.philox import draws
+from datamodules.random.philox import random_words
 
 
 def uniform(seed: int, stream: str, items: Sequence[int], size: int) -> np.ndarray:
@@ -43,16 +43,16 @@ def normal(
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
 
 
-def number(seed: int, stream: str) -> int:
+def derive_seed(seed: int, stream: str) -> int:
     """A seed for a generator that has a state, in [0, 2**63)."""
-    return int(draws(seed, stream, 0, 1)[0, 0] >> np.uint64(1))
+    return int(random_words(seed, stream, 0, 1)[0, 0] >> np.uint64(1))
 
 
 def _words(seed: int, stream: str, items: Sequence[int], blocks: int) -> np.ndarray:
     """Random words, uint64 (len(items), 4 * blocks): `blocks` counter values for each item."""
     first, count = (items[0], len(items)) if len(items) else (0, 0)
     if list(items) == list(range(first, first + count)):
-        words = draws(seed, stream, first * blocks, count * blocks)
+        words = random_words(seed, stream, first * blocks, count * blocks)
     else:
-        words = np.concatenate([draws(seed, stream, item * blocks, blocks) for item in items])
+        words = np.concatenate([random_words(seed, stream, item * blocks, blocks) for item in items])
     return words.reshape(count, 4 * blocks)

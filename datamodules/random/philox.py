@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 
 
-def draws(seed: int, stream: str, start: int, count: int) -> np.ndarray:
+def random_words(seed: int, stream: str, start: int, count: int) -> np.ndarray:
     """Raw random words for the samples at positions start ... start + count - 1.
 
     Args:
@@ -31,7 +31,7 @@ def permutation(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).permutation(length)
 
 
-def below(words: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
+def randint_from_words(words: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
     """Uniform integers in [0, limit) from raw words, element by element: int64. The bias is below limit / 2**32."""
     high = words >> np.uint64(32)
     return ((high * np.asarray(limit, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)

@@ -27,19 +27,19 @@ def ycbcr_to_rgb(image: Tensor) -> Tensor:
     return torch.einsum("ij,...jhw->...ihw", inverse, image - offset[:, None, None])
 
 
-def luma(image: Tensor, equal_is_grey: bool = False) -> Tensor:
+def luma(image: Tensor, treat_equal_rgb_as_grey: bool = False) -> Tensor:
     """The 8-bit luma on which super-resolution tables are measured.
 
     Args:
         image: uint8, (1, H, W) grey or (3, H, W) RGB.
-        equal_is_grey: take an RGB picture whose channels are equal as grey too. The papers do not: `bridge` of Set14 is
+        treat_equal_rgb_as_grey: take an RGB picture whose channels are equal as grey too. The papers do not: `bridge` of Set14 is
             stored grey, `man` as RGB, and MATLAB's ``rgb2ycbcr`` squeezes the latter into [16, 235], which lifts its PSNR
             by 1.31 dB and the mean of Set14 by 0.09 (bicubic x3: 27.54 as published, 27.45 with `man` as grey).
 
     Returns:
         uint8 (1, H, W): a grey picture as it is, else Y in 16..235, rounded half up.
     """
-    if image.shape[0] == 1 or (equal_is_grey and is_grey(image)):
+    if image.shape[0] == 1 or (treat_equal_rgb_as_grey and is_grey(image)):
         return image[:1]
     weights = _YCBCR[0] / 255
     y = torch.einsum("j,jhw->hw", weights, image.double()) + 16

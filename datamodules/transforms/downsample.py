@@ -5,19 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255  # a pixel that does not count
+IGNORE_INDEX = 255  # a pixel that does not count
 
 
-def thinned(mask: np.ndarray, shrink: int) -> np.ndarray:
+def downsample_mask(mask: np.ndarray, downscale: int) -> np.ndarray:
     """A mask (H, W) a whole number of times smaller: of each block, the value in its middle."""
-    height, width = (side // shrink for side in mask.shape)
-    return np.ascontiguousarray(mask[shrink // 2 :: shrink, shrink // 2 :: shrink][:height, :width])
+    height, width = (side // downscale for side in mask.shape)
+    return np.ascontiguousarray(mask[downscale // 2 :: downscale, downscale // 2 :: downscale][:height, :width])
 
 
-def smaller(pixels: Tensor, shrink: int) -> Tensor:
+def downsample_image(pixels: Tensor, downscale: int) -> Tensor:
     """uint8 (C, H, W), a whole number of times smaller, antialiased."""
-    if shrink == 1:
+    if downscale == 1:
         return pixels
-    size = [side // shrink for side in pixels.shape[-2:]]
-    whole = pixels[None, :, : size[0] * shrink, : size[1] * shrink]
+    size = [side // downscale for side in pixels.shape[-2:]]
+    whole = pixels[None, :, : size[0] * downscale, : size[1] * downscale]
     return F.interpolate(whole.float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.run.run_record import cpu_name, peak_memory_mib
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from datamodules.generation import Generation
 from datamodules.segmentation import Segmentation
 from datamodules.superresolution import SuperResolution
@@ -44,14 +44,14 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         as_json: print JSON instead of a table.
         started: `time.perf_counter()` when the command began.
     """
-    if "images" not in parameters(recipe.class_path("model")):
-        raise Refused(f"{recipe.name} has nothing to train, and so nothing to time")
+    if "total_images" not in parameters(recipe.class_path("model")):
+        raise UserError(f"{recipe.name} has nothing to train, and so nothing to time")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         cli = build("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
         if not isinstance(cli.datamodule, SuperResolution | Generation | Segmentation | Unpaired):
-            raise Refused(f"{recipe.name} is a toy; bench times methods that make, enlarge, segment or translate images")
-        stopwatch = Stopwatch(cli.model, cli.datamodule, steps, started)
+            raise UserError(f"{recipe.name} is a toy; bench times methods that make, enlarge, segment or translate images")
+        stopwatch = InterleavedTimer(cli.model, cli.datamodule, steps, started)
         train_alone(cli, steps * (pairs + 1), stopwatch)
     method = cli.model.cpu().eval()
     figures = {**training_figures(stopwatch, cli), **use_figures(method, cli.datamodule)}
@@ -61,7 +61,7 @@ def bench(recipe: Recipe, pairs: int, steps: int, as_json: bool, started: float)
         show(recipe, figures)
 
 
-class Stopwatch(Callback):
+class InterleavedTimer(Callback):
     """Interleaves stretches of the Trainer's training with stretches of a bare loop and of a PIL-fed one.
 
     Args:
@@ -146,7 +146,7 @@ def parts(method: Method, data: Any, steps: int) -> dict[str, float]:
     return spent
 
 
-def training_figures(stopwatch: Stopwatch, cli: DarkroomCLI) -> dict[str, Any]:
+def training_figures(stopwatch: InterleavedTimer, cli: DarkroomCLI) -> dict[str, Any]:
     """Rates are medians over the stretches, ratios medians over pairs of neighbours with their quartiles."""
     spent = stopwatch.milliseconds
     rate = {name: 1000 * cli.datamodule.batch_size / statistics.median(values) for name, values in spent.items()}

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.catalog.catalog import MissingData
-from datamodules.io.image_refs import pictures_of
+from datamodules.catalog.catalog import DatasetNotFound
+from datamodules.io.image_refs import list_image_refs
 from datamodules.segmentation import Segmentation
-from datamodules.superresolution_datasets import Pictures
+from datamodules.superresolution_datasets import SREvalImages
 from datamodules.unpaired import Unpaired
 from experiments.bench.reference_loop import Step, bare_batches, flops_of, loop, optimizers_of, quartiles
 from modules.autoencoder import Autoencoder
-from modules.cyclegan import CycleGAN, squared
-from modules.networks.mlp_conv import sides
+from modules.cyclegan import CycleGAN, lsgan_loss
+from modules.networks.mlp_conv import to_hw
 from modules.srcnn import SRCNN
 from modules.tasks.generation import GenerativeMethod
 from modules.tasks.segmentation import SegmentationMethod
@@ -39,7 +39,7 @@ def use_figures(method: Method, data: Any) -> dict[str, Any]:
 
 def segmentation_figures(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:
     """Millions of pixels segmented a second, over the pictures that choose the checkpoint, in one view each."""
-    method.symmetries = 1
+    method.tta_views = 1
     data.setup("validate")
     pictures = [data.val_pictures[i]["image"].float() / 255 for i in range(min(5, len(data.val_pictures)))]
     pixels = sum(picture.shape[-1] * picture.shape[-2] for picture in pictures)
@@ -55,13 +55,13 @@ def segmentation_figures(method: SegmentationMethod, data: Segmentation) -> dict
 
 def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:
     """Images made a second, 64 at once."""
-    latents = method.latents(range(64))
+    latents = method.sample_latents(range(64))
     return {"samples_per_second": 64 / seconds(lambda: method.sample(latents))}
 
 
 def coding_figures(method: Autoencoder) -> dict[str, Any]:
     """Images that go there and back a second, 100 at once."""
-    images = torch.rand(100, method.hparams["channels"], *sides(method.hparams["size"]))
+    images = torch.rand(100, method.hparams["channels"], *to_hw(method.hparams["size"]))
     return {"reconstructions_per_second": len(images) / seconds(lambda: method(images))}
 
 
@@ -80,11 +80,11 @@ def inference_figures(method: Any) -> dict[str, Any]:
     """Milliseconds to enlarge a picture, mean over Set14 (else the embedded test photographs), and SRCNN 9-5-5 beside it."""
     name = "set14"
     try:
-        found = pictures_of(name)
-    except MissingData:
+        found = list_image_refs(name)
+    except DatasetNotFound:
         name = "photographs/test"
-        found = pictures_of(name)
-    pictures = Pictures(found, method.scale)
+        found = list_image_refs(name)
+    pictures = SREvalImages(found, method.scale)
     lows = [pictures[i]["input"] for i in range(len(pictures))]
     networks = (method, SRCNN(method.scale, "9-5-5").eval())
     ours, srcnn = (_milliseconds(network, lows) for network in networks)
@@ -128,28 +128,28 @@ def classic_step(method: CycleGAN, batch: Batch) -> Step:
     for group in generators.param_groups + discriminators.param_groups:
         group["lr"] = method.learning_rate
     a, b = batch["A"] * 2 - 1, batch["B"] * 2 - 1
-    weight, judges = method.cycle_weight, [method.of_a, method.of_b]
+    weight, judges = method.cycle_weight, [method.D_A, method.D_B]
 
     def step() -> None:
-        fake_b = method.a_to_b(a)
-        back_a = method.b_to_a(fake_b)
-        fake_a = method.b_to_a(b)
-        back_b = method.a_to_b(fake_a)
+        fake_b = method.G_AB(a)
+        back_a = method.G_BA(fake_b)
+        fake_a = method.G_BA(b)
+        back_b = method.G_AB(fake_a)
         for judge in judges:
             judge.requires_grad_(False)
         generators.zero_grad()
-        loss = squared(method.of_b(fake_b), 1) + squared(method.of_a(fake_a), 1)
+        loss = lsgan_loss(method.D_B(fake_b), 1) + lsgan_loss(method.D_A(fake_a), 1)
         loss = loss + weight * ((back_a - a).abs().mean() + (back_b - b).abs().mean())
         if method.identity_weight:
-            same = (method.a_to_b(b) - b).abs().mean() + (method.b_to_a(a) - a).abs().mean()
+            same = (method.G_AB(b) - b).abs().mean() + (method.G_BA(a) - a).abs().mean()
             loss = loss + weight * method.identity_weight * same
         loss.backward()
         generators.step()
         for judge in judges:
             judge.requires_grad_(True)
         discriminators.zero_grad()
-        for judge, real, fake in ((method.of_a, a, fake_a), (method.of_b, b, fake_b)):
-            ((squared(judge(real), 1) + squared(judge(fake.detach()), 0)) / 2).backward()
+        for judge, real, fake in ((method.D_A, a, fake_a), (method.D_B, b, fake_b)):
+            ((lsgan_loss(judge(real), 1) + lsgan_loss(judge(fake.detach()), 0)) / 2).backward()
         discriminators.step()
 
     return step

@@ -11,9 +11,9 @@ from scipy.ndimage import map_coordinates, zoom
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.catalog.catalog import locate
-from datamodules.catalog.domains import domains
-from datamodules.catalog.masked_images import labelled_pictures
+from datamodules.catalog.catalog import resolve_images
+from datamodules.catalog.domains import load_domains
+from datamodules.catalog.masked_images import list_masked_images
 from datamodules.generation import Generation
 from datamodules.reconstruction import Reconstruction
 from datamodules.segmentation import Segmentation
@@ -44,7 +44,7 @@ class PilPatches(Dataset[dict[str, Tensor]]):
     """A pair of patches an item, cut from a file opened for it."""
 
     def __init__(self, data: SuperResolution) -> None:
-        self.files, self.scale = locate(data.train, data.scale), data.scale
+        self.files, self.scale = resolve_images(data.train, data.scale), data.scale
         self.size = data.scale * data.patch_size
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class PilImages(Dataset[dict[str, Tensor]]):
         image = Image.fromarray(found["image"][0].permute(1, 2, 0).numpy().squeeze())
         image = image.resize((self.data.size,) * 2, Image.Resampling.BILINEAR)
         pixels = to_tensor(image)
-        if isinstance(self.data, Reconstruction) and self.data.pixels == "dynamic":
+        if isinstance(self.data, Reconstruction) and self.data.binarization == "dynamic":
             pixels = torch.bernoulli(pixels)
         return {"image": pixels, "label": found["label"][0]}
 
@@ -81,21 +81,21 @@ class PilTiles(Dataset[dict[str, Tensor]]):
     """A tile an item: PIL opens picture and mask, scipy turns and deforms them."""
 
     def __init__(self, data: Segmentation) -> None:
-        self.data, self.pictures = data, labelled_pictures(data.train, data.instances)
+        self.data, self.pictures = data, list_masked_images(data.train, data.instances)
 
     def __len__(self) -> int:
         return 100 * len(self.pictures)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         data, generator = self.data, np.random.default_rng(int(torch.randint(2**31, ())))
-        pixels, mask = self.pictures[index % len(self.pictures)].read(data.channels, data.shrink)
+        pixels, mask = self.pictures[index % len(self.pictures)].read(data.channels, data.downscale)
         side = data.crop + data.margin
         steps = np.stack(np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
-        angle = generator.uniform(0, 2 * np.pi) * data.deformation.turn
+        angle = generator.uniform(0, 2 * np.pi) * data.augment.rotate
         places = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], steps, 1)
         places += np.array([generator.uniform(0, length) for length in mask.shape])[:, None, None]
-        if data.deformation.elastic:
-            coarse = generator.normal(0, data.deformation.elastic, (2, 3, 3))
+        if data.augment.elastic_std:
+            coarse = generator.normal(0, data.augment.elastic_std, (2, 3, 3))
             places += np.stack([zoom(field, side / 3, order=3)[:side, :side] for field in coarse])
         image = np.stack([map_coordinates(channel, places, order=1, mode="mirror") for channel in pixels.numpy()])
         half = data.margin // 2
@@ -104,28 +104,28 @@ class PilTiles(Dataset[dict[str, Tensor]]):
             "image": torch.from_numpy(image).float() / 255,
             "mask": torch.from_numpy(map_coordinates(np.minimum(mask, data.classes - 1), inner, order=0, mode="mirror")).long(),
         }
-        return found if data.separation is None else {**found, "weight": torch.ones(data.crop, data.crop)}
+        return found if data.border_weight is None else {**found, "weight": torch.ones(data.crop, data.crop)}
 
 
 class PilPairs(Dataset[dict[str, Tensor]]):
     """Any picture of A and any of B an item, each opened, resized, cut and mirrored for it."""
 
     def __init__(self, data: Unpaired) -> None:
-        self.data, self.domains = data, dict(zip("AB", domains(data.train), strict=True))
+        self.data, self.load_domains = data, dict(zip("AB", load_domains(data.train), strict=True))
 
     def __len__(self) -> int:
-        return 100 * max(len(members) for members in self.domains.values())
+        return 100 * max(len(members) for members in self.load_domains.values())
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         found = {}
-        for name, members in self.domains.items():
+        for name, members in self.load_domains.items():
             member = members[int(torch.randint(len(members), ()))]
             image = Image.fromarray(member.pixels().permute(1, 2, 0).numpy())
             if self.data.resize is not None:
                 image = image.resize((self.data.resize,) * 2, Image.Resampling.BICUBIC)
             left, top = (int(torch.randint(length - self.data.crop + 1, ())) for length in image.size)
             image = image.crop((left, top, left + self.data.crop, top + self.data.crop))
-            if self.data.flip and torch.rand(()) < 0.5:
+            if self.data.hflip and torch.rand(()) < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             found[name] = to_tensor(image)
         return found

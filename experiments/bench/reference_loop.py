@@ -9,41 +9,41 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from modules.training.ema import Average
-from modules.training.image_pool import Pool
+from modules.training.ema import EMA
+from modules.training.image_pool import ImagePool
 from modules.training.method import Method
-from modules.training.phases import Batch, Player, only, size_of
+from modules.training.phases import ActivePhase, Batch, batch_size_of, train_only
 
 Step = Callable[[], None]
 
 
 def loop(method: Method, batches: Iterator[Batch], optimizers: Sequence[Any]) -> Step:
     """A training step as one would write it by hand: each network's optimizer in turn, the other networks frozen."""
-    players = [Player(*pair) for pair in zip(method.phases(), optimizers, strict=True)]
+    active_phases = [ActivePhase(*pair) for pair in zip(method.phases(), optimizers, strict=True)]
     seen = turn = 0
 
     def step() -> None:
         nonlocal seen, turn
         batch = next(batches)
-        size = size_of(batch)
+        size = batch_size_of(batch)
         turn += 1
-        moving = [player for player in players if not turn % player.phase.every]
-        for player in moving:
-            for repetition in range(player.phase.times):
-                if player is moving[0] or repetition:
-                    with only([player] if repetition else moving, players):
+        moving = [active for active in active_phases if not turn % active.phase.interval]
+        for active in moving:
+            for repetition in range(active.phase.n_updates):
+                if active is moving[0] or repetition:
+                    with train_only([active] if repetition else moving, active_phases):
                         joined = {**batch, "positions": range(seen, seen + size), "repetition": repetition}
-                        joined.update(method.shared(joined))
-                with only([player], players):
-                    for group in player.optimizer.param_groups:
-                        group.update(player.phase.schedule(seen))
-                    player.optimizer.zero_grad()
-                    torch.stack(list(player.phase.losses(joined).values())).sum().backward()
-                    if player.phase.clip is not None:
-                        torch.nn.utils.clip_grad_norm_(player.parameters, player.phase.clip)
-                    player.optimizer.step()
+                        joined.update(method.shared_forward(joined))
+                with train_only([active], active_phases):
+                    for group in active.optimizer.param_groups:
+                        group.update(active.phase.schedule(seen))
+                    active.optimizer.zero_grad()
+                    torch.stack(list(active.phase.losses(joined).values())).sum().backward()
+                    if active.phase.max_grad_norm is not None:
+                        torch.nn.utils.clip_grad_norm_(active.parameters, active.phase.max_grad_norm)
+                    active.optimizer.step()
         for part in method.children():
-            if isinstance(part, Average | Pool):
+            if isinstance(part, EMA | ImagePool):
                 part.update(size)
         seen += size
         method.images_seen = seen

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.bench.scaling_report import page
 from experiments.cli.errors import parameters
@@ -44,8 +44,8 @@ def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: flo
         Refused: a recipe cannot be trained, or a stretch has failed; its output is named.
     """
     for recipe in recipes:
-        if "images" not in parameters(recipe.class_path("model")):
-            raise Refused(f"{recipe.name} has nothing to train, and so nothing to time")
+        if "total_images" not in parameters(recipe.class_path("model")):
+            raise UserError(f"{recipe.name} has nothing to train, and so nothing to time")
     words = ["scaling", *(recipe.name for recipe in recipes), "--processes", processes, "--rounds", rounds]
     record = {
         "command": "darkroom " + shlex.join(map(str, [*words, "--seconds", f"{seconds:g}"])),
@@ -128,6 +128,6 @@ def figures(process: subprocess.Popen[str], recipe: Recipe) -> dict[str, Any]:
     if process.returncode:
         _, _, ours = complaints.partition("darkroom: ")  # torchrun says much beside it
         said = ours.splitlines() or complaints.strip().splitlines()[::-1] or [f"status {process.returncode}"]
-        raise Refused(f"{recipe.name} cannot be timed: {said[0]}")
+        raise UserError(f"{recipe.name} cannot be timed: {said[0]}")
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.run.run_record import hardware
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.bench.reference_loop import bare_batches, flops_of, loop, optimizers_of, wait
 from experiments.run.fit import train_alone
 from experiments.run.lightning_cli import build, tell
@@ -60,14 +60,14 @@ def traffic(phases: Sequence[Phase]) -> list[dict[str, Any]]:
     found = []
     for phase in phases:
         moving = sum(parameter.nbytes for parameter in phase.parameters if parameter.requires_grad)
-        found.append({"name": phase.name, "bytes": moving, "moves": phase.times / phase.every})
+        found.append({"name": phase.name, "bytes": moving, "moves": phase.n_updates / phase.interval})
     return found
 
 
 def work(method: Method, data: Any) -> dict[str, Any]:
     """What a training step is made of: operations of arithmetic, operators, gradients that travel."""
     phases = method.phases()
-    period = math.lcm(*(phase.every for phase in phases))
+    period = math.lcm(*(phase.interval for phase in phases))
     step = loop(method, bare_batches(data, method.device), optimizers_of(method))
     flops = flops_of(lambda: [step() for _ in range(period)]) / period
     with Operators() as operators:
@@ -91,5 +91,5 @@ def main(recipe: str, steps: str, *overrides: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except Refused as error:
+    except UserError as error:
         sys.exit(f"darkroom: {error}")

@@ -1,6 +1,6 @@
 """The command lines of the commands that make pictures with a trained network; what they do stands in sampling and coding."""
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.cli.parser import Parser
 from experiments.run.recipes import find_recipe
 
@@ -11,7 +11,7 @@ def sample(rest: list[str]) -> int:
     parser.add_argument("--count", type=int, default=64, metavar="N", help="how many (default 64)")
     chosen = parser.parse_args(rest)
     if chosen.count < 1:
-        raise Refused(f"sample: --count {chosen.count}: at least 1")
+        raise UserError(f"sample: --count {chosen.count}: at least 1")
     recipe = find_recipe(chosen.recipe)
     from experiments.run import sample as sampling
 
@@ -99,7 +99,7 @@ def retrieve(rest: list[str]) -> int:
 
 def _no_negative(where: str, numbers: list[int]) -> None:
     if bad := [number for number in numbers if number < 0]:
-        raise Refused(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
+        raise UserError(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
 
 
 def _of_latents(command: str, description: str, output: str) -> Parser:

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.catalog.catalog import catalogue, data_root, find
+from datamodules.catalog.catalog import catalog, data_root, get_dataset
 from experiments.results.tables import cells
 from experiments.run.recipes import methods, recipes
 
@@ -26,24 +26,24 @@ def show_all() -> None:
     console.print(table)
 
     table = Table("data set", "here?", "what", title=f"Data below {data_root()}", title_justify="left")
-    for name, data_set in catalogue().items():
-        table.add_row(name, data_set.state(), data_set.title)
+    for name, data_set in catalog().items():
+        table.add_row(name, data_set.status(), data_set.title)
     console.print(table)
 
 
 def show_data() -> None:
     """The catalogue: which sets are here, on what terms, and how the others are had."""
     table = Table("data set", "here?", "what", "terms", "how", title=f"Data below {data_root()}", title_justify="left")
-    for name, data_set in catalogue().items():
-        state = data_set.state()
-        table.add_row(name, state, data_set.title, data_set.licence, "" if state == "here" else data_set.how())
+    for name, data_set in catalog().items():
+        state = data_set.status()
+        table.add_row(name, state, data_set.title, data_set.licence, "" if state == "here" else data_set.install_hint())
     Console().print(table)
 
 
 def get_data(name: str) -> int:
     """Download a data set, or tell how it is had."""
-    data_set = find(name)
-    if data_set.get == "embedded":
+    data_set = get_dataset(name)
+    if data_set.source == "embedded":
         print(f"{name} comes with the installed packages; nothing to do")
         return 0
     from datamodules.catalog.download import download
@@ -55,7 +55,7 @@ def get_data(name: str) -> int:
 
 def verify_data(name: str) -> int:
     """Compare a data set with its manifest; status 1 if a file differs, is missing or cannot be read."""
-    data_set = find(name)
+    data_set = get_dataset(name)
     from datamodules.catalog.verify import verify
 
     problems = list(verify(data_set))

@@ -8,11 +8,11 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.cli import latent_commands as picture_commands
 from experiments.cli.errors import one_line
 from experiments.cli.parser import Parser
-from experiments.run.recipes import find_recipe, recipes
+from experiments.run.recipes import find_recipe, known_method, methods, recipes
 
 HELP = """\
 usage: darkroom COMMAND ...
@@ -37,7 +37,7 @@ train, measure and use
 
 look
   list                       methods, recipes, table cells, and which data are here
-  reproduce METHOD           the paper's tables, our figures beside theirs (--run, --seeds N, --write, --json)
+  reproduce METHOD           the paper's tables, our values next to theirs (--run, --check, --seeds N, --write, --json)
   sweep FILE                 search hyperparameters as a file of sweeps/ says; any number of workers share a --store
   submit RECIPE|FILE         train, or search, on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
   bench RECIPE               how fast training is, beside a bare loop and beside a PIL-fed loader (--json)
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         return dispatch(words)
-    except Refused as error:
+    except UserError as error:
         complain(error)
         return 2
     except KeyboardInterrupt:
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def complain(error: Refused) -> None:
+def complain(error: UserError) -> None:
     """Say it once: what is wrong in one process of a run is, as a rule, wrong in all, and the first has said it and ended."""
     if (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
         print(f"darkroom: {one_line(str(error))}", file=sys.stderr)
@@ -131,7 +131,7 @@ def dispatch(words: list[str]) -> int:
         return _run(command, rest)
     if command not in COMMANDS:
         near = get_close_matches(command, ["fit", "validate", "test", "predict", *COMMANDS], n=1, cutoff=0)
-        raise Refused(f"no command '{command}'; did you mean '{near[0]}'? (darkroom --help)")
+        raise UserError(f"no command '{command}'; did you mean '{near[0]}'? (darkroom --help)")
     return COMMANDS[command](rest)
 
 
@@ -140,7 +140,7 @@ def _run(command: str, rest: list[str]) -> int:
         print(RUN_HELP.format(command=command, own=OWN[command], recipes=" ".join(recipe.name for recipe in recipes())))
         return 0
     if not rest or rest[0].startswith("-"):
-        raise Refused(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")
+        raise UserError(f"{command} needs a recipe first: darkroom {command} espcn/demo (darkroom list shows all)")
     recipe = find_recipe(rest[0])
     if os.environ.get("LOCAL_RANK", "0") != "0" and "DARKROOM_RUN_FOLDER" in os.environ:  # Lightning's child, of a run's first
         end_with_parent()
@@ -182,14 +182,34 @@ def _data(rest: list[str]) -> int:
 
 
 def _reproduce(rest: list[str]) -> int:
-    parser = Parser(prog="darkroom reproduce", description="A paper's tables from run records, our figures beside theirs.")
-    parser.add_argument("method", help="a method: darkroom list shows them")
+    parser = Parser(prog="darkroom reproduce", description="A paper's tables from run records, our values next to theirs.")
+    parser.add_argument("method", nargs="?", help="a method: darkroom list shows them")
     parser.add_argument("--run", action="store_true", help="run what is missing or stale and feasible with the data here")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with --run: seeds 0 ... N-1 of each training")
     parser.add_argument("--only", metavar="RECIPE", help="with --run: this recipe alone")
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="",
+        metavar="all",
+        help="replay the records whose code has changed by the old code and by today's, and certify those that are equal",
+    )
+    parser.add_argument("--renames", metavar="FILE", type=Path, help="with --check: YAML of keys and names that were renamed")
     parser.add_argument("--write", action="store_true", help="put the tables into the method's page and the results page")
     parser.add_argument("--json", action="store_true", help="the cells, for programs")
     chosen = parser.parse_args(rest)
+    if chosen.renames and chosen.check is None:
+        raise UserError("reproduce: --renames goes with --check")
+    if chosen.check and chosen.method:
+        raise UserError("reproduce: --check all takes every method; without all, the one that is named")
+    method = chosen.method or chosen.check
+    if not method:
+        raise UserError("reproduce: name a method, or --check all for the records of every method")
+    if chosen.check is not None:
+        from experiments.results.check import check
+        from experiments.results.renames import read_renames
+
+        return 0 if check(methods() if method == "all" else [known_method(method)], read_renames(chosen.renames)) else 1
     from experiments.results.reproduce import reproduce
 
     reproduce(chosen.method, chosen.run, chosen.seeds, chosen.only, chosen.write, chosen.json)
@@ -206,7 +226,7 @@ def _bench(rest: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the figures, for programs")
     chosen = parser.parse_args(rest)
     if chosen.pairs < 6 or chosen.steps < 1:
-        raise Refused("bench: --pairs is at least 6, and --steps at least 1")
+        raise UserError("bench: --pairs is at least 6, and --steps at least 1")
     recipe = find_recipe(chosen.recipe)
     from experiments.bench.bench import bench
 
@@ -227,7 +247,7 @@ def _scaling(rest: list[str]) -> int:
     )
     chosen = parser.parse_args(rest)
     if chosen.processes < 2 or chosen.rounds < 1 or not chosen.seconds > 0:
-        raise Refused("scaling: --processes is at least 2, --rounds at least 1, and --seconds above 0")
+        raise UserError("scaling: --processes is at least 2, --rounds at least 1, and --seconds above 0")
     recipes = [find_recipe(name) for name in chosen.recipes]
     from experiments.bench.scaling import scaling
 
@@ -249,9 +269,9 @@ def _sweep(rest: list[str]) -> int:
     parser.add_argument("--cores", type=float, metavar="N", help="of a trial, with --ray (default 1)")
     chosen, keys = parser.parse_known_args(rest)
     if chosen.trials is not None and chosen.trials < 1:
-        raise Refused(f"sweep: --trials {chosen.trials}: at least 1")
+        raise UserError(f"sweep: --trials {chosen.trials}: at least 1")
     if not chosen.ray and (chosen.gpus is not None or chosen.cores is not None):
-        raise Refused("sweep: --gpus and --cores go with --ray; a worker by itself has the machine it is started on")
+        raise UserError("sweep: --gpus and --cores go with --ray; a worker by itself has the machine it is started on")
     from experiments.search.spec import read_search
 
     search = read_search(Path(chosen.search), keys, chosen.trials)
@@ -290,9 +310,9 @@ def _submit(rest: list[str]) -> int:
     chosen, keys = parser.parse_known_args(rest)
     for name in ("nodes", "cores", "processes", "workers"):
         if (value := getattr(chosen, name)) is not None and value < 1:
-            raise Refused(f"submit: --{name} {value}: at least 1")
+            raise UserError(f"submit: --{name} {value}: at least 1")
     if chosen.gpus < 0 or (chosen.gpus and chosen.processes):
-        raise Refused("submit: --gpus 0 or more; with GPUs there is a process for each")
+        raise UserError("submit: --gpus 0 or more; with GPUs there is a process for each")
     processes = chosen.processes or chosen.gpus or 1
     from experiments.cluster.slurm import Job, submit_search, submit_training
     from experiments.search.spec import is_search
@@ -302,7 +322,7 @@ def _submit(rest: list[str]) -> int:
         submit_search(Path(chosen.what), keys, job, chosen.dry_run)
         return 0
     if chosen.workers:
-        raise Refused(f"submit: --workers is for searches, and {chosen.what} is none")
+        raise UserError(f"submit: --workers is for searches, and {chosen.what} is none")
     submit_training(find_recipe(chosen.what), keys, job, chosen.dry_run)
     return 0
 

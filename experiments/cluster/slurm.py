@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from callbacks.run.exit_codes import PREEMPTED
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.run.lightning_cli import check_keys
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import runs_root
@@ -66,7 +66,7 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, dry_run: bool) -> N
     """
     search = read_search(path, list(keys))
     if job.nodes > 1:
-        raise Refused("submit: a trial has one node; --workers is how many of them work at once")
+        raise UserError("submit: a trial has one node; --workers is how many of them work at once")
     check_keys(search.recipe, search.example)
     devices = ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
     alone = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))
@@ -91,13 +91,13 @@ def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:
         print(text, end="")
         return
     if shutil.which("sbatch") is None:
-        raise Refused("submit: no sbatch here; --dry-run prints the file, which a machine of the cluster takes")
+        raise UserError("submit: no sbatch here; --dry-run prints the file, which a machine of the cluster takes")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}.sh"
     path.write_text(text)
     answer = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if answer.returncode:
-        raise Refused(f"sbatch: {' '.join(answer.stderr.split())}  ({path})")
+        raise UserError(f"sbatch: {' '.join(answer.stderr.split())}  ({path})")
     number = answer.stdout.strip().partition(";")[0]
     print(f"submitted {number}  ({path})")
     print(f"log       {folder / f'{name}-{number}.log'}" if not job.workers else f"logs      {folder}/{name}-{number}_*.log")

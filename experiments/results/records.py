@@ -1,114 +1,34 @@
-"""Run records: what was run and what came of it, with fingerprints that say whether it still holds.
+"""Run records: what was run and what came of it, with what it stands on; read with every check that a reader can make.
 
 Nothing heavy is imported here: tables are rendered from records alone.
 """
 
-import ast
-import hashlib
 import json
+import math
 import platform
 import subprocess
-from functools import cache
+from decimal import Decimal
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from callbacks.run.record_file import BrokenRecord, read_record
 from experiments import METHODS, ROOT
+from experiments.results.fingerprint import canonical, code_fingerprint
 from experiments.run.recipes import Recipe
 
-ROOMS = ("modules", "datamodules", "callbacks")
-# Code that a figure rests on, but whose changes another check would show, and so need not make a record stale.
-CHECKED_OTHERWISE = {
-    "modules.training.method": "tests hold its training bit for bit to a hand-written loop",
-    "modules.training.phases": "as modules.training.method",
-    "modules.training.gradients": "as modules.training.method",
-    "modules.training.lightning_compat": "as modules.training.method",
-    "modules.training.fsdp": "tests hold it to the same steps with whole weights",
-    "datamodules.catalog.catalog": "a record carries the hash of the pixels that were read",
-    "datamodules.io.image_io": "as datamodules.catalog.catalog",
-    "datamodules.catalog.array_readers": "as datamodules.catalog.catalog",
-}
+Record = dict[str, Any]
+REQUIRED = {"recipe": str, "content": dict, "seed": int, "commit": str, "config": dict, "data": dict, "metrics": dict}
 
 
-def recipe_fingerprint(recipe: Recipe) -> str:
-    """Hash of what the recipe decides; comments, the order of keys, and which sets are measured afterwards do not count."""
-    content = recipe.content
-    content["data"].get("init_args", {}).pop("test", None)
-    return _hash(json.dumps(content, sort_keys=True))
-
-
-@cache
-def code_fingerprint(module: str) -> str:
-    """Hash of a module of ours and all of ours that it imports; comments, docstrings, types and layout do not."""
-    pending, seen = [module], {}
-    while pending:
-        name = pending.pop()
-        if name in seen or name in CHECKED_OTHERWISE:
-            continue
-        path = ROOT / f"{name.replace('.', '/')}.py"
-        if not path.exists():  # a class of the user's own, or of a library
-            seen[name] = ""
-            continue
-        tree = ast.parse(path.read_text())
-        pending += [
-            node.module
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in ROOMS
-        ]
-        seen[name] = ast.dump(_Essence().visit(tree))
-    return _hash(json.dumps(seen, sort_keys=True))
-
-
-TYPES = ("typing", "collections.abc", "pydantic", "annotated_types")  # what is taken from these is about types
-
-
-class _Essence(ast.NodeTransformer):
-    """Takes out of a syntax tree what cannot change what the code does: docstrings and types."""
-
-    def visit(self, node: ast.AST) -> Any:
-        """Strip a node, after its children."""
-        if isinstance(node, ast.ImportFrom) and node.module in TYPES:
-            return None
-        self.generic_visit(node)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, ast.arg):
-            node.annotation = None
-        if isinstance(node, ast.AnnAssign) and node.value is not None:
-            return ast.Assign([node.target], node.value)
-        return node
-
-
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """What a record of this recipe must carry to be current: of the recipe, of the method's, data's and protocols' code."""
-    content = recipe.content
-    callbacks = content.get("trainer", {}).get("callbacks", [])
-    parts = {"method": content["model"], "data": content["data"], "protocol": callbacks}
-    code = {
-        part: _hash("".join(code_fingerprint(name.rpartition(".")[0]) for name in _classes(entries)))
-        for part, entries in parts.items()
-    }
-    return {"recipe": recipe_fingerprint(recipe), **code}
-
-
-def _classes(entry: Any) -> list[str]:
-    """The classes that a part of a recipe names, those that are given to others included."""
-    if isinstance(entry, list):
-        return [name for item in entry for name in _classes(item)]
-    if isinstance(entry, dict):
-        own = [entry["class_path"]] if "class_path" in entry else []
-        return own + [name for key, value in entry.items() if key != "class_path" for name in _classes(value)]
-    return []
-
-
-def facts(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
-    """What can be said about a run before it starts."""
+def metadata(recipe: Recipe, overrides: list[str]) -> Record:
+    """What a run's record can say before the run starts."""
     return {
         "recipe": recipe.name,
+        "content": canonical(recipe),
         "overrides": overrides,
-        "fingerprints": fingerprints(recipe),
         "commit": commit(),
+        "code": code_fingerprint(recipe),
         "versions": {name: version(name) for name in ("torch", "lightning", "pytorch-optimizer")},
         "python": platform.python_version(),
     }
@@ -116,28 +36,89 @@ def facts(recipe: Recipe, overrides: list[str]) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout, with "+" if tracked files differ from it; empty outside a checkout."""
+    words = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        described = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return described.stdout.strip()
 
 
-def committed_records(recipe: str) -> list[dict[str, Any]]:
-    """The records of a recipe that stand in its method's folder, by seed."""
-    method = recipe.partition("/")[0]
-    found = [
-        {**json.loads(path.read_text()), "file": path.relative_to(ROOT).as_posix()}
-        for path in sorted((METHODS / method / "records").glob("*.json"))
-    ]
-    return sorted((record for record in found if record["recipe"] == recipe), key=lambda record: record["seed"])
+# Files
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def validate(record: Record, path: Path) -> None:
+    """Refuse a record that lacks a key or a commit, or whose means are not those of its images.
+
+    Raises:
+        BrokenRecord: see there.
+    """
+    for key, kind in REQUIRED.items():
+        if not isinstance(record.get(key), kind):
+            raise BrokenRecord(f"{path}: has no {key}")
+    if not record["commit"]:
+        raise BrokenRecord(f"{path}: was not made at a commit")
+    for dataset, protocols in record["metrics"].items():
+        for protocol, result in protocols.items():
+            try:
+                values = [float(value) for value in result["images"].values()]
+                mean = float(result["mean"])
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise BrokenRecord(f"{path}: {dataset}/{protocol} has no mean or no images") from None
+            if not values or not _is_mean(mean, values):
+                raise BrokenRecord(f"{path}: {dataset}/{protocol}: its mean is not that of its images")
+
+
+def _is_mean(mean: float, values: list[float]) -> bool:
+    """Whether a mean is that of values, within what rounding to the digits that they are stored with can do."""
+    expected = sum(values) / len(values)
+    if not math.isfinite(expected) or not math.isfinite(mean):
+        return mean == expected or (math.isnan(mean) and math.isnan(expected))
+    decimals = max(-int(Decimal(repr(value)).as_tuple().exponent) for value in (mean, *values))
+    return abs(mean - expected) <= 10.0**-decimals + 1e-12 * abs(expected)
+
+
+def record_path(recipe: Recipe, seed: int) -> Path:
+    """Where a recipe's committed record of a seed stands."""
+    return METHODS / recipe.name.partition("/")[0] / "records" / f"{recipe.path.stem}-seed{seed}.json"
+
+
+def committed_records(recipe: str) -> tuple[list[Record], list[str]]:
+    """The records of a recipe in its method's folder, by seed, and what is wrong with those that cannot be used.
+
+    A file belongs to a recipe by its name, so that a broken one is missed where it stood.
+    """
+    method, _, stem = recipe.partition("/")
+    records, broken = [], []
+    for path in sorted((METHODS / method / "records").glob(f"{stem}-seed*.json")):
+        file = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        try:
+            record = read_record(path)
+            validate(record, path)
+            if record["recipe"] != recipe or path.stem != f"{stem}-seed{record['seed']}":
+                raise BrokenRecord(f"{path}: is a record of {record['recipe']}, seed {record['seed']}")
+        except BrokenRecord as error:
+            broken.append(str(error).replace(str(path), file.as_posix()))
+        else:
+            records.append({**record, "file": file.as_posix()})
+    return sorted(records, key=lambda record: record["seed"]), broken
+
+
+def differences(record: Record, recipe: Recipe) -> list[str]:
+    """The keys in which a recipe differs from what a record was made by, with both values."""
+    return _differences(record["content"], canonical(recipe), "")
+
+
+def _differences(old: Any, new: Any, key: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for name in keys for line in _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in _differences(*pair, f"{key}[{i}]")]
+    return [] if old == new else [f"{key} {json.dumps(old)}, now {json.dumps(new)}"]
+
+
+def changed_code(record: Record, recipe: Recipe) -> list[str]:
+    """The parts of the code, "training" and "metrics", that have changed since the record was made or last certified."""
+    known = [code for code in (record.get("code"), record.get("certified", {}).get("code")) if code]
+    return [part for part, value in code_fingerprint(recipe).items() if all(code.get(part) != value for code in known)]

@@ -8,23 +8,24 @@ import signal
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from callbacks.run.exit_codes import INTERRUPTED, PREEMPTED
-from datamodules.catalog.catalog import MissingData, catalogue, locate
-from datamodules.errors import Refused
+from callbacks.run.record_file import read_record, write_record
+from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
+from datamodules.errors import UserError
 from experiments import METHODS, ROOT
-from experiments.results.records import committed_records, fingerprints
-from experiments.results.tables import cells, ours, paper, render, spec
+from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
+from experiments.results.records import Record, changed_code, committed_records, differences, record_path
+from experiments.results.tables import cells, format_ours, format_paper, format_provenance, load_table, render
 from experiments.run.recipes import Recipe, find_recipe, methods
 from experiments.run.run_dir import Run, runs_root
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-LARGEST = 8 * 2**20  # bytes of weights that are committed; larger ones everyone trains
+MAX_WEIGHT_BYTES = 8 * 2**20  # bytes of weights that are committed; larger ones everyone trains
 RESULTS = ROOT / "experiments/RESULTS.md"
 REPLAYED = 1_000  # steps that show whether changed code still does the same
 TRAINING = ("train/", "learning_rate")  # figures of training, in a log
@@ -36,15 +37,15 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
     Raises:
         Refused: no such method, or it has no tables.
     """
-    tabled = [name for name in methods() if spec(name)["tables"]]
+    tabled = [name for name in methods() if load_table(name)["tables"]]
     if method not in tabled:
-        raise Refused(f"no tables for '{method}'; there are some for: {', '.join(tabled)}")
+        raise UserError(f"no tables for '{method}'; there are some for: {', '.join(tabled)}")
     if not run and (only or seeds != 1):
-        raise Refused("--seeds and --only say what --run runs; give --run too")
+        raise UserError("--seeds and --only say what --run runs; give --run too")
     if seeds < 1:
-        raise Refused(f"reproduce: --seeds {seeds}: at least 1")
+        raise UserError(f"reproduce: --seeds {seeds}: at least 1")
     if run:
-        for recipe in wanted(method, only):
+        for recipe in recipes_in_tables(method, only):
             run_recipe(recipe, seeds)
     if write:
         write_pages(method)
@@ -54,43 +55,46 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
         Console().print(Markdown(render(method)))
 
 
-def wanted(method: str, only: str | None) -> list[Recipe]:
+def recipes_in_tables(method: str, only: str | None) -> list[Recipe]:
     """The recipes behind the rows of a method's tables, each once."""
-    names = dict.fromkeys(row["recipe"] for table in spec(method)["tables"] for row in table["rows"] if "recipe" in row)
+    names = dict.fromkeys(row["recipe"] for table in load_table(method)["tables"] for row in table["rows"] if "recipe" in row)
     if only and only not in names:
-        raise Refused(f"--only: no row of {method}'s tables needs '{only}'; rows need: {', '.join(names)}")
+        raise UserError(f"--only: no row of {method}'s tables needs '{only}'; rows need: {', '.join(names)}")
     return [find_recipe(name) for name in names if only in (None, name)]
 
 
 def run_recipe(recipe: Recipe, seeds: int) -> None:
-    """Run the seeds of a recipe that have no current record, if its data are here."""
-    learns = "images" in recipe.content["model"]["init_args"]
-    of_recipe = {record["seed"]: record for record in committed_records(recipe.name)}
-    current = {seed: record for seed, record in of_recipe.items() if record["fingerprints"] == fingerprints(recipe)}
-    if 0 in current and (sets := unmeasured(recipe, current[0])):
+    """Run the seeds of a recipe that have no record of it as it stands, if its data are here.
+
+    A record whose code alone has changed is for `--check`.
+    """
+    learns = "total_images" in recipe.content["model"]["init_args"]
+    current = {record["seed"]: record for record in committed_records(recipe.name)[0] if not differences(record, recipe)}
+    if 0 in current and (sets := unevaluated_sets(recipe, current[0])):
         words = ["--ckpt", str(recipe.weights)] if learns else []
-        darkroom("test", recipe.name, *words, "--data.test", json.dumps(sets), "--record", str(record_path(recipe, 0)))
-    if missing := lacking(recipe, learns):
+        run_command("test", recipe.name, *words, "--data.test", json.dumps(sets), "--record", str(record_path(recipe, 0)))
+    if missing := missing_inputs(recipe, learns):
         print(f"{recipe.name}: not feasible here, {', '.join(missing)} not here", flush=True)
         return
     for seed in range(seeds if learns else 1):
         if seed in current:
-            print(f"{recipe.name}: the record of seed {seed} is current", flush=True)
+            due = changed_code(current[seed], recipe)
+            print(f"{recipe.name}: the record of seed {seed} is current{', a check is due' if due else ''}", flush=True)
             continue
         if learns:
-            version = "-".join(fingerprints(recipe).values())  # what is stale by now is another run
+            version = recipe_fingerprint(recipe) + json.dumps(code_fingerprint(recipe))  # what has changed is another run
             name = f"reproduce-seed{seed}-{hashlib.sha256(version.encode()).hexdigest()[:8]}"
             run = Run(runs_root() / recipe.name / name)
             if not run.measured:
-                darkroom("fit", recipe.name, "--seed_everything", str(seed), "--run", name)
-            keep(run, recipe)
+                run_command("fit", recipe.name, "--seed_everything", str(seed), "--run", name)
+            commit_record(run, recipe)
         else:
             path = record_path(recipe, seed)
             path.parent.mkdir(exist_ok=True)
-            darkroom("test", recipe.name, "--record", str(path))
+            run_command("test", recipe.name, "--record", str(path))
 
 
-def darkroom(*words: str) -> None:
+def run_command(*words: str) -> None:
     """Run a command of our own in a process of its own.
 
     Raises:
@@ -102,17 +106,17 @@ def darkroom(*words: str) -> None:
     process = subprocess.Popen([sys.executable, "-m", "experiments", *words], env=environment)
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
-        status = _end_of(process)
+        status = _wait_for(process)
     finally:
         signal.signal(signal.SIGTERM, before)
     if status in (PREEMPTED, INTERRUPTED):
         print("so does the same darkroom reproduce command", flush=True)
         raise SystemExit(status)
     if status:
-        raise Refused(f"darkroom {' '.join(words)} ended with status {status}")
+        raise UserError(f"darkroom {' '.join(words)} ended with status {status}")
 
 
-def _end_of(process: subprocess.Popen[bytes]) -> int:
+def _wait_for(process: subprocess.Popen[bytes]) -> int:
     """A process's exit status; Ctrl-C reaches it too, and it is given the time to save."""
     while True:
         try:
@@ -121,68 +125,68 @@ def _end_of(process: subprocess.Popen[bytes]) -> int:
             continue
 
 
-def lacking(recipe: Recipe, learns: bool) -> list[str]:
+def missing_inputs(recipe: Recipe, learns: bool) -> list[str]:
     """What a recipe needs and cannot find: its training data, or all of its test sets."""
     data: dict[str, Any] = recipe.content["data"].get("init_args", {})
     needed = [name for name in (data.get("train"), data.get("val")) if name and learns]
     tests = data.get("test", [])
-    return [name for name in needed if not here(recipe, name)] or ([] if any(here(recipe, name) for name in tests) else tests)
+    return [name for name in needed if not is_available(recipe, name)] or (
+        [] if any(is_available(recipe, name) for name in tests) else tests
+    )
 
 
-def unmeasured(recipe: Recipe, record: dict[str, Any]) -> list[str]:
+def unevaluated_sets(recipe: Recipe, record: Record) -> list[str]:
     """The recipe's test sets that are here but not yet in its record."""
     tests = recipe.content["data"].get("init_args", {}).get("test", [])
-    return [name for name in tests if name.replace("/", "-") not in record["metrics"] and here(recipe, name)]
+    return [name for name in tests if name.replace("/", "-") not in record["metrics"] and is_available(recipe, name)]
 
 
-def here(recipe: Recipe, spec: str) -> bool:
+def is_available(recipe: Recipe, spec: str) -> bool:
     """Whether what a data key of a recipe names is here, as its datamodule would look for it."""
-    data_set = catalogue().get(spec.partition("/")[0])
+    data_set = catalog().get(spec.partition("/")[0])
     if data_set and data_set.arrays:
-        return data_set.state() == "here"
+        return data_set.status() == "here"
     try:
         match recipe.class_path("data"):
             case "datamodules.unpaired.Unpaired":
-                from datamodules.catalog.domains import domains
+                from datamodules.catalog.domains import load_domains
 
-                return all(domains(spec))
+                return all(load_domains(spec))
             case "datamodules.segmentation.Segmentation":
-                from datamodules.catalog.masked_images import labelled_pictures
+                from datamodules.catalog.masked_images import list_masked_images
 
-                return bool(labelled_pictures(spec))
-        return bool(locate(spec, recipe.content["data"]["init_args"].get("scale")))
-    except MissingData:
+                return bool(list_masked_images(spec))
+        return bool(resolve_images(spec, recipe.content["data"]["init_args"].get("scale")))
+    except DatasetNotFound:
         return False
 
 
-def keep(run: Run, recipe: Recipe) -> None:
+def commit_record(run: Run, recipe: Recipe) -> None:
     """Make a finished run's record, and with seed 0 its weights, part of the project.
 
     A long run may have been begun before a change of the code that moves nothing: `replay` must show that.
 
     Raises:
-        Refused: the run is not one of the recipe as it stands.
+        UserError: the run is not one of the recipe and the code as they stand.
     """
     from safetensors.torch import save_file
     from torch import load
 
-    from callbacks.run.checkpoints import without_training_state
+    from callbacks.run.checkpoints import inference_state_dict
 
-    record = json.loads(run.record.read_text())
-    changed = [part for part, value in fingerprints(recipe).items() if record["fingerprints"].get(part) != value]
+    record = read_record(run.record)
+    changed = [*differences(record, recipe), *changed_code(record, recipe)]
     if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
-        raise Refused(f"{run.folder} is not a run of {recipe.name} as it stands: {changed or record['overrides']}")
+        raise UserError(f"{run.folder} is not a run of {recipe.name} as it stands: {changed or record['overrides']}")
     if "metrics" not in record:
-        raise Refused(f"{run.folder} has not been measured")
-    if any(leg["fingerprints"] != record["fingerprints"] for leg in record["earlier_legs"]):
+        raise UserError(f"{run.folder} has not been measured")
+    if any(segment["code"] != record["code"] for segment in record["previous_segments"]):
         record["replayed_images"] = replay(run, recipe, record["seed"])
-    path = record_path(recipe, record["seed"])
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_record(record, record_path(recipe, record["seed"]))
     state = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     module, _, name = recipe.class_path("model").rpartition(".")
-    weights = without_training_state(getattr(import_module(module), name), state)
-    if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= LARGEST:
+    weights = inference_state_dict(getattr(import_module(module), name), state)
+    if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= MAX_WEIGHT_BYTES:
         recipe.weights.parent.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)
         recipe.weights.chmod(0o644)  # safetensors writes files that only their owner reads
@@ -197,24 +201,21 @@ def replay(run: Run, recipe: Recipe, seed: int) -> int:
     Raises:
         Refused: the logs differ, or have nothing in common: the code that began the run did something else.
     """
-    from callbacks.run.csv_logger import read_log
+    from callbacks.run.csv_logger import read_metrics_csv
 
     again = Run(runs_root() / recipe.name / f"replay-of-{run.folder.name}")
     shutil.rmtree(again.folder, ignore_errors=True)
     words = ["--seed_everything", str(seed), "--run", again.folder.name, "--data.test", "[]"]
-    darkroom("fit", str(recipe.path), *words, "--trainer.max_steps", str(REPLAYED))
-    rows = [row for row in read_log(again.log) if row["name"].startswith(TRAINING)]
+    run_command("fit", str(recipe.path), *words, "--trainer.max_steps", str(REPLAYED))
+    rows = [row for row in read_metrics_csv(again.log) if row["name"].startswith(TRAINING)]
     shutil.rmtree(again.folder)
     images = max((int(row["images"]) for row in rows), default=0)
-    began = [row for row in read_log(run.log) if row["name"].startswith(TRAINING) and int(row["images"]) <= images]
+    began = [row for row in read_metrics_csv(run.log) if row["name"].startswith(TRAINING) and int(row["images"]) <= images]
     if not rows or rows != began:
-        raise Refused(f"{run.folder} was begun by other code than it was ended by, and today's does not repeat its first steps")
+        raise UserError(
+            f"{run.folder} was begun by other code than it was ended by, and today's does not repeat its first steps"
+        )
     return images
-
-
-def record_path(recipe: Recipe, seed: int) -> Path:
-    """Where a recipe's committed record of a seed stands."""
-    return METHODS / recipe.name.partition("/")[0] / "records" / f"{recipe.path.stem}-seed{seed}.json"
 
 
 def write_pages(method: str) -> None:
@@ -228,19 +229,21 @@ def results_page() -> str:
     """All tables of all methods."""
     parts = ["# Results", "", "Rendered from the records by `darkroom reproduce METHOD --write`; nothing here is typed."]
     for method in methods():
-        if spec(method)["tables"]:
-            parts += ["", f"## {spec(method)['title']}", "", spec(method)["paper"], "", render(method)]
+        if load_table(method)["tables"]:
+            parts += ["", f"## {load_table(method)['title']}", "", load_table(method)["paper"], "", render(method)]
     return "\n".join(parts) + "\n"
 
 
 def summary() -> str:
     """The cells of all methods that are measured on whole data sets and have a paper's figure beside them, a line each."""
-    lines = ["| method | row | data set | protocol | paper | ours |", "|---|---|---|---|---:|---:|"]
+    lines = ["| method | row | dataset | protocol | paper | ours | state |", "|---|---|---|---|---:|---:|---|"]
     for method in methods():
         for cell in cells(method):
             if None not in (cell["ours"], cell["paper"]) and "/" not in cell["dataset"]:
                 row, data_set, metric = cell["row"], cell["dataset"], cell["metric"]
-                lines.append(f"| {method} | {cell['table']}: {row} | {data_set} | `{metric}` | {paper(cell)} | {ours(cell)} |")
+                lines.append(
+                    f"| {method} | {cell['table']}: {row} | {data_set} | `{metric}` | {format_paper(cell)}{format_provenance(cell)} | {format_ours(cell)} | {cell['state']} |"
+                )
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A paper's tables, rendered from run records alone: the paper's figure, ours, the difference, and the state of each cell.
+"""A paper's tables, rendered from run records alone: the paper's value, ours, the difference, and the state of each cell.
 
 Nothing heavy is imported here.
 """
@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from experiments import METHODS
-from experiments.results.records import committed_records, fingerprints
+from experiments.results.records import Record, changed_code, committed_records, differences
 from experiments.run.recipes import find_recipe
 
 Cell = dict[str, Any]
-MARKS = {
+PROVENANCE = {
     "V": "read in a source",
     "C": "[C] recomputed",
     "M+": "[M+] from memory, passing an arithmetic check",
@@ -21,7 +21,7 @@ MARKS = {
 }
 
 
-def spec(method: str) -> dict[str, Any]:
+def load_table(method: str) -> dict[str, Any]:
     """The tables of a method's paper as `table.yaml` states them; empty if it has none."""
     path = METHODS / method / "table.yaml"
     return yaml.safe_load(path.read_text()) if path.exists() else {"tables": []}
@@ -30,72 +30,79 @@ def spec(method: str) -> dict[str, Any]:
 def cells(method: str) -> list[Cell]:
     """All cells of a method's tables.
 
-    A table says what is `better`, "higher" (the default) or "lower", and with how many `decimals` (2) its figures are shown;
-    a row's figure of the paper may be null: it has none. Each cell has `table`, `row`, `dataset`, `metric` (the protocol's
-    name), `decimals`, `paper`, `mark` (how sure the paper's figure is), `ours`, `std` and `seeds` (None and 0 without a
-    record), `difference`, `state` and `record` (the files).
+    A table says what is `better`, "higher" (the default) or "lower", and with how many `decimals` (2) its values are shown;
+    a row's value of the paper may be null: it has none. Each cell has `table`, `row`, `dataset`, `metric` (the protocol's
+    name), `decimals`, `paper`, `provenance` (how sure the paper's value is), `ours`, `std` and `seeds` (None and 0 without a
+    record), `difference`, `state`, `checked` and `record` (the files).
     """
     return [
-        _cell(table, row, data_set, paper)
-        for table in spec(method)["tables"]
+        _cell(table, row, dataset, paper)
+        for table in load_table(method)["tables"]
         for row in table["rows"]
-        for data_set, paper in row["paper"].items()
+        for dataset, paper in row["paper"].items()
     ]
 
 
-def _cell(table: dict[str, Any], row: dict[str, Any], data_set: str, paper: float | None) -> Cell:
+def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float | None) -> Cell:
     metric = row.get("metric", table["metric"])
+    records, broken = committed_records(row["recipe"]) if "recipe" in row else ([], [])
     found = []
-    for record in _records(row):
-        if (value := figure(record, data_set, metric, table.get("average", {}))) is not None:
+    for record in records:
+        if (value := record_value(record, dataset, metric, table.get("average", {}))) is not None:
             found.append((record, value))
     values = [value for _, value in found]
     mean = statistics.fmean(values) if values else None
     cell = {
         "table": table["table"],
         "row": row["row"],
-        "dataset": data_set,
+        "dataset": dataset,
         "metric": metric,
         "decimals": table.get("decimals", 2),
         "paper": paper,
-        "mark": row.get("marks", {}).get(data_set, table["mark"]),
+        "provenance": row.get("provenances", {}).get(dataset, table["provenance"]),
         "ours": None if mean is None else round(mean, 8),
         "std": round(statistics.stdev(values), 8) if len(values) > 1 else None,
         "seeds": len(values),
         "difference": None if mean is None or paper is None else round(mean - paper, 8),
         "record": [record["file"] for record, _ in found],
     }
-    return {**cell, "state": _state(cell, row, [record for record, _ in found], table.get("better", "higher"))}
+    used = [record for record, _ in found]
+    state = _state(cell, row, used, bool(records), broken, table.get("better", "higher"))
+    return {**cell, "state": state, "checked": _checked(row, used)}
 
 
-def _records(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return committed_records(row["recipe"]) if "recipe" in row else []
-
-
-def figure(record: dict[str, Any], data_set: str, metric: str, average: dict[str, int]) -> float | None:
-    """A record's figure: of a data set, of one picture ("set14/baboon"), or the mean over all pictures ("average")."""
+def record_value(record: Record, dataset: str, metric: str, average: dict[str, int]) -> float | None:
+    """A record's value: of a dataset, of one image ("set14/baboon"), or the mean over all images of several ("average")."""
     metrics = record.get("metrics", {})
-    if data_set == "average":
-        parts = [(figure(record, name, metric, {}), count) for name, count in average.items()]
+    if dataset == "average":
+        parts = [(record_value(record, name, metric, {}), count) for name, count in average.items()]
         known = [(value, count) for value, count in parts if value is not None]
         if len(known) < len(parts):
             return None
         return sum(value * count for value, count in known) / sum(count for _, count in known)
-    name, _, picture = data_set.partition("/")
-    measured = metrics.get(name, {}).get(metric)
-    if measured is None:
+    name, _, image = dataset.partition("/")
+    result = metrics.get(name, {}).get(metric)
+    if result is None:
         return None
-    value = measured["pictures"].get(picture) if picture else measured["mean"]
+    value = result["images"].get(image) if image else result["mean"]
     return None if value is None else float(value)
 
 
-def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]], better: str) -> str:
+def _state(cell: Cell, row: dict[str, Any], records: list[Record], has_records: bool, broken: list[str], better: str) -> str:
+    if broken:
+        return f"broken record: {'; '.join(broken)}"
     if not records:
-        return f"not run: {_why_not(cell, row)}"
-    current = fingerprints(find_recipe(row["recipe"]))
-    changed = sorted({part for record in records for part in current if record["fingerprints"].get(part) != current[part]})
-    if changed:
-        return f"stale: {', '.join(changed)} changed since"
+        return f"not run: {_why_not(cell, row, has_records)}"
+    recipe = find_recipe(row["recipe"])
+    if changed := list(dict.fromkeys(line for record in records for line in differences(record, recipe))):
+        return f"stale: the recipe has changed: {'; '.join(changed)}"
+    state = _verdict(cell, row, better)
+    if any(record["commit"].endswith("+") for record in records):
+        state += ", made in a modified checkout"
+    return state
+
+
+def _verdict(cell: Cell, row: dict[str, Any], better: str) -> str:
     if cell["paper"] is None:
         return "measured"
     sign = -1 if better == "lower" else 1
@@ -106,22 +113,39 @@ def _state(cell: Cell, row: dict[str, Any], records: list[dict[str, Any]], bette
     return f"short by {-sign * cell['difference']:.{cell['decimals']}f}" if missed else "reproduced"
 
 
-def _why_not(cell: Cell, row: dict[str, Any]) -> str:
+def _checked(row: dict[str, Any], records: list[Record]) -> str:
+    """By which commits the records are certified; "check due" where the code has changed since."""
+    if not records:
+        return ""
+    recipe = find_recipe(row["recipe"])
+    if changed := {part for record in records for part in changed_code(record, recipe)}:
+        return f"check due: code of {' and '.join(sorted(changed))}"
+    return ", ".join(dict.fromkeys(record.get("certified", record)["commit"][:7] for record in records))
+
+
+def _why_not(cell: Cell, row: dict[str, Any], has_records: bool) -> str:
     """From what is committed alone, so that a table reads the same on every machine."""
-    if "why" in row:
-        return row["why"]
-    if _records(row):
-        return "not all of its sets are measured" if cell["dataset"] == "average" else "its pictures were not at hand"
+    if "reason" in row:
+        return row["reason"]
+    if has_records:
+        return "not all of its datasets are evaluated" if cell["dataset"] == "average" else "its images were not available"
     return f"no record of {row['recipe']} yet"
 
 
-def paper(cell: Cell) -> str:
-    """The paper's figure; empty if it has none."""
+def format_paper(cell: Cell) -> str:
+    """The paper's value; empty if it has none."""
     return "" if cell["paper"] is None else f"{cell['paper']:.{cell['decimals']}f}"
 
 
-def ours(cell: Cell) -> str:
-    """Our figure, with mean and spread where there are several seeds; empty if there is none."""
+def format_provenance(cell: Cell) -> str:
+    """How sure the paper's value is, behind it; nothing where it was read in a source."""
+    if cell["paper"] is None or cell["provenance"] == "V":
+        return ""
+    return " (unverified)" if cell["provenance"] == "M" else f" [{cell['provenance']}]"
+
+
+def format_ours(cell: Cell) -> str:
+    """Our value, with mean and standard deviation where there are several seeds; empty if there is none."""
     if cell["ours"] is None:
         return ""
     places = cell["decimals"]
@@ -133,16 +157,16 @@ def render(method: str) -> str:
     """A method's tables in Markdown."""
     lines: list[str] = []
     of_method = cells(method)
-    for table in spec(method)["tables"]:
+    for table in load_table(method)["tables"]:
         lines += [f"**{table['table']}.** {table['caption']} Protocol: `{table['metric']}`.", ""]
-        lines += ["| row | data set | paper | ours | difference | state |", "|---|---|---:|---:|---:|---|"]
+        lines += ["| row | dataset | paper | ours | difference | state | checked |", "|---|---|---:|---:|---:|---|---|"]
         for cell in (cell for cell in of_method if cell["table"] == table["table"]):
-            mark = {"V": "", "M": " (unverified)"}.get(cell["mark"], f" [{cell['mark']}]") if cell["paper"] is not None else ""
             difference = "" if cell["difference"] is None else f"{cell['difference']:+.{cell['decimals']}f}"
-            figures = f"{paper(cell)}{mark} | {ours(cell)} | {difference}"
-            lines.append(f"| {cell['row']} | {cell['dataset']} | {figures} | {cell['state']} |")
+            values = f"{format_paper(cell)}{format_provenance(cell)} | {format_ours(cell)} | {difference}"
+            lines.append(f"| {cell['row']} | {cell['dataset']} | {values} | {cell['state']} | {cell['checked']} |")
         lines += ["", *([table["note"].strip(), ""] if "note" in table else [])]
-    used = {cell["mark"] for cell in of_method if cell["paper"] is not None}
+    used = {cell["provenance"] for cell in of_method if cell["paper"] is not None}
     if used:
-        lines.append("How sure the paper's figures are: " + "; ".join(MARKS[mark] for mark in MARKS if mark in used) + ".")
+        marks = "; ".join(PROVENANCE[mark] for mark in PROVENANCE if mark in used)
+        lines.append(f"How sure the paper's values are: {marks}.")
     return "\n".join(lines)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from callbacks.metrics.psnr_ssim import protocols, psnr_y
 from datamodules.io.image_io import read_image
-from datamodules.io.image_refs import Picture, pictures_of
-from datamodules.io.user_images import put_together
-from datamodules.superresolution_datasets import Pictures
+from datamodules.io.image_refs import ImageRef, list_image_refs
+from datamodules.io.user_images import merge_channels
+from datamodules.superresolution_datasets import SREvalImages
 from datamodules.transforms.color import rgb_to_ycbcr
 from datamodules.transforms.resize import imresize
 from experiments.run.execute import execute
@@ -38,7 +38,7 @@ def demo() -> None:
     console = Console()
     console.print(table)
     picture = cli.run.folder / "comparison.png"
-    comparison(network, pictures_of(TEST)).save(picture)
+    comparison(network, list_image_refs(TEST)).save(picture)
     console.print(f"look at   {picture}  (input, bicubic, ESPCN, original)", soft_wrap=True)
     console.print(f"run       {cli.run.folder}  (configuration, figures, samples, weights, record)", soft_wrap=True)
     command = own_name()
@@ -49,7 +49,7 @@ def demo() -> None:
 
 def measure(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
     """Each protocol's mean over the test photographs."""
-    pictures = Pictures(pictures_of(TEST), scale)
+    pictures = SREvalImages(list_image_refs(TEST), scale)
     means = {}
     for name, protocol in protocols(scale).items():
         values = []
@@ -60,7 +60,7 @@ def measure(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
     return means
 
 
-def comparison(network: SuperResolutionMethod, pictures: list[Picture]) -> Image.Image:
+def comparison(network: SuperResolutionMethod, pictures: list[ImageRef]) -> Image.Image:
     """One row a photograph: the whole with its detail marked, then the detail as input, bicubic, ESPCN and original."""
     rows = [_row(network, picture) for picture in pictures]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
@@ -69,7 +69,7 @@ def comparison(network: SuperResolutionMethod, pictures: list[Picture]) -> Image
     return sheet
 
 
-def _row(network: SuperResolutionMethod, picture: Picture) -> Image.Image:
+def _row(network: SuperResolutionMethod, picture: ImageRef) -> Image.Image:
     scale, zoom, gap, caption = network.scale, 3, 8, 24
     pixels = read_image(picture.path)
     height, width = (length - length % scale for length in pixels.shape[-2:])
@@ -79,10 +79,10 @@ def _row(network: SuperResolutionMethod, picture: Picture) -> Image.Image:
     empty = torch.empty(0)
     with torch.no_grad():
         enlarged = {
-            "bicubic": put_together(Bicubic(scale)(luma[None])[0], chroma, empty),
-            "ESPCN": put_together(network(luma[None])[0], chroma, empty),
+            "bicubic": merge_channels(Bicubic(scale)(luma[None])[0], chroma, empty),
+            "ESPCN": merge_channels(network(luma[None])[0], chroma, empty),
         }
-    batch = Pictures([picture], scale)[0]
+    batch = SREvalImages([picture], scale)[0]
     with torch.no_grad():
         decibels = {
             name: psnr_y(method(batch["input"]), batch["target"], scale).item()

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.run.lightning_cli import DarkroomCLI, tell
 from experiments.run.weights import fill
 
@@ -12,7 +12,7 @@ from experiments.run.weights import fill
 def measure(cli: DarkroomCLI) -> None:
     """`validate` or `test`: measure weights."""
     if cli.command == "test" and cli.config.record and not os.access(Path(cli.config.record).absolute().parent, os.W_OK):
-        raise Refused(f"--record: cannot write to {Path(cli.config.record).absolute().parent}")
+        raise UserError(f"--record: cannot write to {Path(cli.config.record).absolute().parent}")
     path = fill(cli)
     tell(f"weights   {path or 'none needed'}")
     run = cli.trainer.test if cli.command == "test" else cli.trainer.validate
@@ -37,5 +37,5 @@ def say_results(trainer: Any, cli: DarkroomCLI) -> None:
     for protocol, of_protocol in sorted(found.items()):
         table.add_row(protocol, *(f"{of_protocol[name]:.4f}" if name in of_protocol else "" for name in data_sets))
     Console().print(table)
-    for line in cli.datamodule.absent:
+    for line in cli.datamodule.missing_sets:
         print(f"not measured: {line}")

@@ -4,7 +4,7 @@ import errno
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.run.evaluate import measure
 from experiments.run.fit import fit
 from experiments.run.lightning_cli import DarkroomCLI, build
@@ -26,12 +26,12 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
     try:
         COMMANDS[command](cli)
     except MisconfigurationException as error:
-        raise Refused(" ".join(str(error).split())) from None
+        raise UserError(" ".join(str(error).split())) from None
     except OSError as error:
         if error.errno not in NO_ROOM or command != "fit":
             raise
         place = error.filename or cli.run.folder
-        raise Refused(f"cannot write to {place}: {error.strerror}; with room for it, go on with: {cli.again()}") from None
+        raise UserError(f"cannot write to {place}: {error.strerror}; with room for it, go on with: {cli.again()}") from None
     return cli
 
 

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.run.checkpoints import load_weights
-from callbacks.run.csv_logger import CSVLog
-from datamodules.catalog.catalog import MissingData
-from datamodules.errors import Refused
+from callbacks.run.csv_logger import CSVLogger
+from datamodules.catalog.catalog import DatasetNotFound
+from datamodules.errors import UserError
 from experiments.run.evaluate import say_results
 from experiments.run.lightning_cli import DarkroomCLI, tell
 from experiments.run.run_dir import Run
@@ -33,7 +33,7 @@ def fit(cli: DarkroomCLI) -> None:
     run, trainer, model = cli.run, cli.trainer, cli.model
     with alone(cli, run):
         if not list(model.parameters()):
-            raise Refused(f"{type(model).__name__} has nothing to train: darkroom test {cli.recipe.name} measures it")
+            raise UserError(f"{type(model).__name__} has nothing to train: darkroom test {cli.recipe.name} measures it")
         settle_batch(cli)
         measurable = can_be_measured(cli)
         resumed_at, checkpoint = prepare(cli, run, measurable)
@@ -41,7 +41,7 @@ def fit(cli: DarkroomCLI) -> None:
         spare_steps()
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if measurable:
-            trained = model if not model.units else cli.another_model()
+            trained = model if not model.fsdp_modules else cli.another_model()
             load_weights(trained, run.checkpoints / "best.ckpt")
             trainer.loggers = []
             trainer.test(trained, cli.datamodule, verbose=False)
@@ -51,7 +51,7 @@ def fit(cli: DarkroomCLI) -> None:
 
 def train_alone(cli: DarkroomCLI, steps: int, watch: Callback) -> None:
     """Train for so many steps, and neither validate nor measure: for a watch that stops how long it takes."""
-    cli.model.images = cli.datamodule.batch_size * steps
+    cli.model.total_images = cli.datamodule.batch_size * steps
     cli.trainer.limit_val_batches = 0
     cli.trainer.num_sanity_val_steps = 0
     cli.trainer.callbacks.append(watch)
@@ -69,7 +69,7 @@ def alone(cli: DarkroomCLI, run: Run) -> Iterator[None]:
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"cannot write to {run.folder}: {error.strerror}") from None
+        raise UserError(f"cannot write to {run.folder}: {error.strerror}") from None
     try:
         if not cli.trainer.is_global_zero:
             yield
@@ -77,8 +77,8 @@ def alone(cli: DarkroomCLI, run: Run) -> Iterator[None]:
         with FileLock(run.folder / ".lock", blocking=False):
             yield
     except Timeout:
-        raise Refused(f"run '{run.folder.name}' is being written by another process; another --run starts anew") from None
-    except Refused:
+        raise UserError(f"run '{run.folder.name}' is being written by another process; another --run starts anew") from None
+    except UserError:
         if not began and not cli.trainer.global_step and cli.trainer.is_global_zero:
             shutil.rmtree(run.folder)  # nothing came of it
         raise
@@ -90,11 +90,11 @@ def settle_batch(cli: DarkroomCLI) -> None:
     Raises:
         Refused: the global batch cannot be cut so.
     """
-    parts = cli.config.accumulate
+    parts = cli.config.accumulate_grad_batches
     if parts < 1 or cli.datamodule.batch_size % (parts * cli.trainer.world_size):
-        shared = f"{cli.trainer.world_size} processes with --accumulate {parts}"
-        raise Refused(f"data.batch_size: {cli.datamodule.batch_size} cannot be cut into equal parts for {shared}")
-    cli.model.accumulate = parts
+        shared = f"{cli.trainer.world_size} processes with --accumulate_grad_batches {parts}"
+        raise UserError(f"data.batch_size: {cli.datamodule.batch_size} cannot be cut into equal parts for {shared}")
+    cli.model.accumulate_grad_batches = parts
     if cli.config.compile:
         cli.model.compile_networks()
 
@@ -106,7 +106,7 @@ def can_be_measured(cli: DarkroomCLI) -> bool:
 
     try:
         deepcopy(cli.datamodule).setup("test")
-    except MissingData as error:
+    except DatasetNotFound as error:
         tell(f"not measured after training: {error}")
         return False
     return True
@@ -144,21 +144,21 @@ def prepare(cli: DarkroomCLI, run: Run, measurable: bool = False) -> tuple[int, 
     if last.exists():
         found = read_checkpoint(last)
         resumed_at, checkpoint = found["images_seen"], last
-        if resumed_at >= cli.model.images and (run.measured or (run.finished and not measurable)):
-            raise Refused(
-                f"run '{run.folder.name}' is finished after {resumed_at} images; a larger --model.images goes on with it, "
+        if resumed_at >= cli.model.total_images and (run.measured or (run.finished and not measurable)):
+            raise UserError(
+                f"run '{run.folder.name}' is finished after {resumed_at} images; a larger --model.total_images goes on with it, "
                 "another --run starts anew"
             )
         refuse_another_run(cli, run)
         tell(f"going on with {run.folder} after {resumed_at:,} images")
-        for key, now in (("processes", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
+        for key, now in (("world_size", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
             if found[key] != now:
                 tell(f"{key} {now} instead of {found[key]}: no longer bit for bit the uninterrupted run")
-        if run.record.exists() and resumed_at < cli.model.images and cli.trainer.is_global_zero:
+        if run.record.exists() and resumed_at < cli.model.total_images and cli.trainer.is_global_zero:
             run.record.rename(run.folder / f"record-{resumed_at}.json")  # what follows is another result
     write_config(cli, run)
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
-        raise Refused(f"only {free // 2**20} MiB are free at {run.folder}; at least 256 are needed")
+        raise UserError(f"only {free // 2**20} MiB are free at {run.folder}; at least 256 are needed")
     return resumed_at, checkpoint
 
 
@@ -166,10 +166,10 @@ def refuse_another_run(cli: DarkroomCLI, run: Run) -> None:
     """A run goes on with the network and the data it began with; budget and learning rate may change."""
     for part in ("model", "data"):
         for key, old, new in cli.differences(run, part):
-            raise Refused(f"run '{run.folder.name}' began with {key} {old}, not {new}; another --run starts anew")
+            raise UserError(f"run '{run.folder.name}' began with {key} {old}, not {new}; another --run starts anew")
     began = yaml.safe_load(run.config.read_text())
     if began.get("monitor") != cli.config.monitor:
-        raise Refused(f"run '{run.folder.name}' began with monitor {began.get('monitor')}, not {cli.config.monitor}")
+        raise UserError(f"run '{run.folder.name}' began with monitor {began.get('monitor')}, not {cli.config.monitor}")
 
 
 @rank_zero_only
@@ -184,14 +184,14 @@ def write_config(cli: DarkroomCLI, run: Run) -> None:
 
 def loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
     """The CSV log, and Weights & Biases if asked for."""
-    found: list[Logger] = [CSVLog(run.log, resumed_at)]
+    found: list[Logger] = [CSVLogger(run.log, resumed_at)]
     if cli.config.wandb:
         from lightning.pytorch.loggers import WandbLogger
 
         name = f"{cli.recipe.name}/{run.folder.name}"
         offline = cli.config.wandb == "offline"
         if not offline and not (os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()):
-            raise Refused("--wandb online needs an account: run `wandb login` first, or take --wandb offline")
+            raise UserError("--wandb online needs an account: run `wandb login` first, or take --wandb offline")
         # A run that goes on keeps its name there; one that W&B's agent has started has a name from it.
         identity = None if "WANDB_SWEEP_ID" in os.environ else re.sub(r"\W", "-", name)
         found.append(WandbLogger(name, run.folder, id=identity, project="darkroom", offline=offline, resume="allow"))

@@ -18,12 +18,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import PositiveInt
 
 from callbacks.run.checkpoints import Checkpoints
-from callbacks.run.data_report import Preflight
+from callbacks.run.data_report import PrintDataReport
 from callbacks.run.preemption import Preemption
 from callbacks.run.progress import ProgressBar
 from callbacks.run.run_record import RunRecord
-from callbacks.visualization.previews import Samples
-from datamodules.errors import Refused
+from callbacks.visualization.previews import PreviewImages
+from datamodules.errors import UserError
 from experiments.cli.errors import explain, parameters
 from experiments.cli.help import key_help
 from experiments.results import records
@@ -35,18 +35,25 @@ from modules.training.method import Method
 
 # What Darkroom sets itself, and the option that says it.
 INSTEAD = {
-    "--trainer.val_check_interval": "--validate_every",
-    "--trainer.check_val_every_n_epoch": "--validate_every",
+    "--trainer.val_check_interval": "--val_every_images",
+    "--trainer.check_val_every_n_epoch": "--val_every_images",
     "--trainer.logger": "--wandb for another log beside metrics.csv",
     "--trainer.default_root_dir": "--run, and DARKROOM_RUNS for the folder of all runs",
     "--data.seed": "--seed_everything",
     "--data.init_args.seed": "--seed_everything",
     "--model.seed": "--seed_everything",
     "--model.init_args.seed": "--seed_everything",
-    "--trainer.accumulate_grad_batches": "--accumulate",
+    "--trainer.accumulate_grad_batches": "--accumulate_grad_batches",
     "--trainer.gradient_clip_val": "a phase's clip, in the method's file",
 }
-FREE = {"images", "learning_rate", "warmup", "workers", "test", "skip_bad"}  # what a run that goes on may change
+RESUMABLE_KEYS = {
+    "total_images",
+    "learning_rate",
+    "warmup",
+    "num_workers",
+    "test",
+    "skip_bad",
+}  # what a run that goes on may change
 
 
 class DarkroomCLI(LightningCLI):
@@ -90,7 +97,7 @@ class DarkroomCLI(LightningCLI):
         """Answer a mistyped key or value with the nearest valid one."""
         typed = (word.partition("=")[0] for word in self.overrides)
         if option := next((word for word in typed if word in INSTEAD), None):
-            raise Refused(f"{option} is set by Darkroom; take {INSTEAD[option]}")
+            raise UserError(f"{option} is set by Darkroom; take {INSTEAD[option]}")
         if {"-h", "--help"} & {*self.overrides}:
             print(key_help(parser.format_help(), self.recipe))
             raise SystemExit
@@ -100,21 +107,23 @@ class DarkroomCLI(LightningCLI):
             options = [option.lstrip("-") for option in parser._option_string_actions]
             for group in ("model", "data"):
                 options += [f"{group}.{name}" for name in parameters(self.recipe.class_path(group))]
-            raise Refused(explain(str(error), options)) from None
+            raise UserError(explain(str(error), options)) from None
         except yaml.YAMLError as error:
-            raise Refused(" ".join(str(error).split())) from None
+            raise UserError(" ".join(str(error).split())) from None
 
         seed = self.config.seed_everything
         if not 0 <= seed < 2**32:
-            raise Refused(f"seed_everything: {seed} is not between 0 and {2**32 - 1}")
+            raise UserError(f"seed_everything: {seed} is not between 0 and {2**32 - 1}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The house's own options."""
         parser.add_argument("--monitor", type=str | None, help="logged figure that chooses the best weights")
-        parser.add_argument("--validate_every", type=PositiveInt, default=100_000, help="images between two validations")
+        parser.add_argument("--val_every_images", type=PositiveInt, default=100_000, help="images between two validations")
         if self.command == "fit":
             parser.add_argument("--run", type=str | None, help="name of the run; goes on with it if it exists")
-            parser.add_argument("--accumulate", type=int, default=1, help="parts in which a process takes its share of a batch")
+            parser.add_argument(
+                "--accumulate_grad_batches", type=int, default=1, help="parts in which a process takes its share of a batch"
+            )
             parser.add_argument("--compile", type=bool, default=False, help="let torch compile the networks")
             parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases as well")
         else:
@@ -134,27 +143,29 @@ class DarkroomCLI(LightningCLI):
         model, data = (self.config[part].init_args for part in ("model", "data"))
         for key in sorted(set(vars(model)) & set(vars(data))):
             if model[key] != data[key]:
-                raise Refused(f"model.{key} is {model[key]}, but data.{key} is {data[key]}")
+                raise UserError(f"model.{key} is {model[key]}, but data.{key} is {data[key]}")
         if data.batch_size < 1:
-            raise Refused(f"data.batch_size: {data.batch_size} is not a batch")
-        if data.workers < 0:
-            raise Refused(f"data.workers: {data.workers} is not a number of processes")
-        if data.get("kept") and data.get("val"):
-            raise Refused("data.val and data.kept both name what chooses the checkpoint; take --data.kept 0 or --data.val null")
-        self.config.trainer.val_check_interval = max(1, self.config.validate_every // data.batch_size)
+            raise UserError(f"data.batch_size: {data.batch_size} is not a batch")
+        if data.num_workers < 0:
+            raise UserError(f"data.num_workers: {data.num_workers} is not a number of processes")
+        if data.get("val_every_nth") and data.get("val"):
+            raise UserError(
+                "data.val and data.val_every_nth both name what chooses the checkpoint; take --data.val_every_nth 0 or --data.val null"
+            )
+        self.config.trainer.val_check_interval = max(1, self.config.val_every_images // data.batch_size)
         self.config.trainer.check_val_every_n_epoch = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer, with the run's callbacks and loggers."""
-        self.trainer_defaults["callbacks"] = [Preflight(), ProgressBar(self.config.monitor)]
+        self.trainer_defaults["callbacks"] = [PrintDataReport(), ProgressBar(self.config.monitor)]
         if self.command == "test" and self.config.record:
-            self.trainer_defaults["callbacks"].append(RunRecord(Path(self.config.record), self.facts()))
+            self.trainer_defaults["callbacks"].append(RunRecord(Path(self.config.record), self.metadata()))
         if self.command != "fit":
             return self.checked_trainer()
         self.run = open_run(self.recipe, self.config.run)
         self.trainer_defaults["callbacks"] += [
-            Samples(self.run.samples),
-            RunRecord(self.run.record, self.facts()),
+            PreviewImages(self.run.samples),
+            RunRecord(self.run.record, self.metadata()),
             Checkpoints(self.run.checkpoints, self.config.monitor),
             Preemption(self.run.checkpoints / "last.ckpt", f"Go on with: {self.again()}"),
         ]
@@ -164,35 +175,37 @@ class DarkroomCLI(LightningCLI):
     def checked_trainer(self, **settings: Any) -> L.Trainer:
         """The Trainer, unless its gradients would not be averaged as `modules/training/gradients.py` does it."""
         if str(self.config.trainer.strategy) in ("fsdp", "fsdp_cpu_offload"):
-            raise Refused("trainer.strategy: fsdp cannot train networks that alternate; take 'ddp', or 'fsdp2' to divide them")
+            raise UserError(
+                "trainer.strategy: fsdp cannot train networks that alternate; take 'ddp', or 'fsdp2' to divide them"
+            )
         if SLURMEnvironment.detect():  # which would save in the middle of a step; callbacks/run/preemption.py sees to it
             settings["plugins"] = SLURMEnvironment(auto_requeue=False)
         try:
             trainer = super().instantiate_trainer(logger=False, **settings)
         except (ValueError, TypeError, MisconfigurationException) as error:  # settings that do not go together
-            raise Refused(" ".join(str(error).split())) from None
+            raise UserError(" ".join(str(error).split())) from None
         if not isinstance(trainer.strategy, SingleDeviceStrategy | ManualDDPStrategy):
-            raise Refused(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; take 'ddp' or 'fsdp2'")
+            raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; take 'ddp' or 'fsdp2'")
         return trainer
 
     def another_model(self) -> Method:
         """The model as it was before training, in whole."""
         return self.parser.instantiate_classes(self.config.clone())["model"]
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the record of this run can say before it starts."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         for key in ("record", "ckpt"):  # where the record goes and the weights lie is no part of it
             config.pop(key, None)
         typed = without(without(self.overrides, "--record"), "--ckpt")
-        return {**records.facts(self.recipe, typed), "seed": self.config.seed_everything, "config": config}
+        return {**records.metadata(self.recipe, typed), "seed": self.config.seed_everything, "config": config}
 
     def differences(self, run: Run, part: str) -> list[tuple[str, Any, Any]]:
         """Keys of "model" or "data" in which a run began otherwise than is asked for now, with both values."""
         began = yaml.safe_load(run.config.read_text())
         now = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))
         old, new = ({"class_path": side[part]["class_path"], **side[part]["init_args"]} for side in (began, now))
-        keys = sorted((old.keys() | new.keys()) - FREE)
+        keys = sorted((old.keys() | new.keys()) - RESUMABLE_KEYS)
         return [(f"{part}.{key}", old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
     def again(self) -> str:
@@ -202,7 +215,7 @@ class DarkroomCLI(LightningCLI):
         return f"{own_name()} " + shlex.join(["fit", name, *typed, "--run", self.run.folder.name])
 
 
-class Parsed(DarkroomCLI):
+class ParseOnlyCLI(DarkroomCLI):
     """A command line that is read and checked, but of which nothing is made."""
 
     def instantiate_classes(self) -> None:
@@ -216,7 +229,7 @@ def check_keys(recipe: Recipe, keys: list[str]) -> None:
         Refused: a key or a value is wrong.
     """
     quieten()
-    Parsed("fit", recipe, keys)
+    ParseOnlyCLI("fit", recipe, keys)
 
 
 def without(words: list[str], option: str) -> list[str]:
@@ -241,7 +254,7 @@ def build(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
     try:
         return DarkroomCLI(command, recipe, overrides)
     except ValueError as error:
-        if isinstance(error.__cause__, Refused):  # of a constructor of ours; jsonargparse wraps it into many lines
+        if isinstance(error.__cause__, UserError):  # of a constructor of ours; jsonargparse wraps it into many lines
             raise error.__cause__ from None
         raise
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments import METHODS
 
 
@@ -28,9 +28,9 @@ class Recipe:
         try:
             content = yaml.safe_load(self.path.read_text())
         except yaml.YAMLError as error:
-            raise Refused(f"{self.path}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict) or not {"model", "data"} <= content.keys():
-            raise Refused(f"{self.path}: not a recipe, which has `model` and `data`")
+            raise UserError(f"{self.path}: not a recipe, which has `model` and `data`")
         return content
 
     def class_path(self, part: str) -> str:
@@ -64,6 +64,18 @@ def methods() -> list[str]:
     return sorted(path.parent.name for path in METHODS.glob("*/recipes"))
 
 
+def known_method(name: str) -> str:
+    """The name of a method.
+
+    Raises:
+        UserError: there is none; the message names the nearest.
+    """
+    if name not in methods():
+        near = get_close_matches(name, methods(), n=1, cutoff=0)
+        raise UserError(f"no method '{name}'; did you mean '{near[0]}'?")
+    return name
+
+
 def recipes() -> list[Recipe]:
     """The shipped recipes."""
     paths = sorted(METHODS.glob("*/recipes/*.yaml"))
@@ -83,8 +95,8 @@ def find_recipe(name: str) -> Recipe:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise Refused(f"no recipe file {name}")
+            raise UserError(f"no recipe file {name}")
         shipped = (recipe for recipe in known.values() if recipe.path.resolve() == path.resolve())
         return next(shipped, Recipe(path.stem, path))
     near = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
-    raise Refused(f"no recipe '{name}'; did you mean '{near[0]}'? (darkroom list shows all)")
+    raise UserError(f"no recipe '{name}'; did you mean '{near[0]}'? (darkroom list shows all)")

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from callbacks.metrics.retrieval import nearest
-from callbacks.visualization.previews import below_each_other
-from datamodules.errors import Refused
+from callbacks.metrics.retrieval import k_nearest
+from callbacks.visualization.previews import stack_rows
+from datamodules.errors import UserError
 from datamodules.reconstruction import Reconstruction
 from experiments.run.lightning_cli import build, tell
 from experiments.run.recipes import Recipe
@@ -30,9 +30,7 @@ def reconstruct(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], output
     """
     _, outputs = coded(recipe, ckpt)
     chosen = picked(outputs, numbers)
-    write(
-        below_each_other(*(outputs[name][chosen] for name in ("image", "input", "prediction") if name in outputs)), Path(output)
-    )
+    write(stack_rows(*(outputs[name][chosen] for name in ("image", "input", "prediction") if name in outputs)), Path(output))
 
 
 def retrieve(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], k: int, output: str) -> None:
@@ -46,8 +44,8 @@ def retrieve(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], k: int, o
     _, outputs = coded(recipe, ckpt)
     queries = picked(outputs, numbers)
     if not 0 < k < len(outputs["code"]):
-        raise Refused(f"retrieve: --k {k} of {len(outputs['code']) - 1} other pictures")
-    answers = nearest(outputs["code"].flatten(1).float(), k)[queries]
+        raise UserError(f"retrieve: --k {k} of {len(outputs['code']) - 1} other pictures")
+    answers = k_nearest(outputs["code"].flatten(1).float(), k)[queries]
     right = outputs["label"][answers] == outputs["label"][queries][:, None]
     rows = []
     for query, found, same in zip(queries, answers, right, strict=True):
@@ -66,7 +64,7 @@ def interpolate(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], steps:
     check_way(numbers, steps)
     method, outputs = coded(recipe, ckpt)
     with torch.no_grad():
-        shown = method.decoded(ways(outputs["code"][picked(outputs, numbers)], steps))
+        shown = method.decode(ways(outputs["code"][picked(outputs, numbers)], steps))
     write(grid(shown, columns=steps + 1), Path(output))
 
 
@@ -74,11 +72,11 @@ def coded(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder, dict[str
     """A recipe's method with its weights, and what it makes of the first of its test sets that is here, on the CPU."""
     cli = build("test", recipe, ["--ckpt", ckpt] if ckpt else [])
     if not isinstance(cli.model, VAE | Autoencoder) or not isinstance(cli.datamodule, Reconstruction):
-        raise Refused(f"{recipe.name} makes no codes of pictures")
+        raise UserError(f"{recipe.name} makes no codes of pictures")
     tell(f"weights   {fill(cli)}")
     method, data = cli.model.eval(), cli.datamodule
     data.setup("test")
-    first = next(iter(data.real))
+    first = next(iter(data.reference_sets))
     with torch.no_grad():
         outputs = [method.test_step(batch, i) for i, batch in enumerate(data.test_dataloader()) if batch["dataset"][0] == first]
     tell(f"pictures  {first}")
@@ -91,7 +89,7 @@ def picked(outputs: dict[str, Any], numbers: Sequence[int]) -> list[int]:
     """Numbers of pictures, refused if there are no such pictures."""
     count = len(outputs["image"])
     if bad := [number for number in numbers if not 0 <= number < count]:
-        raise Refused(f"no picture {bad[0]}: the {count} of the test set count from 0")
+        raise UserError(f"no picture {bad[0]}: the {count} of the test set count from 0")
     return list(numbers)
 
 

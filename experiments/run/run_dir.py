@@ -1,7 +1,6 @@
 """Run folders: one a run, with all it leaves. Nothing heavy is imported here."""
 
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -9,7 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.errors import Refused
+from callbacks.run.record_file import BrokenRecord, read_record
+from datamodules.errors import UserError
 from experiments.run.recipes import Recipe
 
 
@@ -47,13 +47,13 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether training has reached its budget."""
-        record = json.loads(self.record.read_text()) if self.record.exists() else {}
-        return "images" in record and record["images"] >= record["config"]["model"]["init_args"]["images"]
+        record = read_record(self.record) if self.record.exists() else {}
+        return "images_seen" in record and record["images_seen"] >= record["config"]["model"]["init_args"]["total_images"]
 
     @property
     def measured(self) -> bool:
         """Whether its best weights have been measured."""
-        return self.finished and "metrics" in json.loads(self.record.read_text())
+        return self.finished and "metrics" in read_record(self.record)
 
 
 def own_name() -> str:
@@ -82,9 +82,9 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
         name = os.environ["SLURM_JOB_ID"]
     name = name or os.environ.get("TORCHELASTIC_RUN_ID")
     if name and (Path(name).name != name or name == ".."):
-        raise Refused(f"--run {name}: a name, not a path (DARKROOM_RUNS is the folder of all runs)")
+        raise UserError(f"--run {name}: a name, not a path (DARKROOM_RUNS is the folder of all runs)")
     if name == "none":  # torchrun's own default: every such run would be the same
-        raise Refused("under torchrun, name the run: --run NAME, or torchrun --rdzv-id NAME")
+        raise UserError("under torchrun, name the run: --run NAME, or torchrun --rdzv-id NAME")
     parent = runs_root() / recipe.name
     run = Run(parent / name if name else _new_folder(parent))
     os.environ["DARKROOM_RUN_FOLDER"] = str(run.folder)
@@ -96,7 +96,7 @@ def _new_folder(parent: Path) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"cannot write to {parent}: {error.strerror} (DARKROOM_RUNS is the folder of all runs)") from None
+        raise UserError(f"cannot write to {parent}: {error.strerror} (DARKROOM_RUNS is the folder of all runs)") from None
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count():
         folder = parent / (f"{stamp}_{number}" if number else stamp)
@@ -111,5 +111,12 @@ def _new_folder(parent: Path) -> Path:
 def finished_runs(recipe: Recipe) -> list[Run]:
     """The runs of a recipe that have reached the end of their training and still have their best weights, newest first."""
     records = (runs_root() / recipe.name).glob("*/record.json")
-    runs = [Run(path.parent) for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True)]
-    return [run for run in runs if run.finished and (run.checkpoints / "best.ckpt").exists()]
+    runs = []
+    for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
+        run = Run(path.parent)
+        try:
+            if run.finished and (run.checkpoints / "best.ckpt").exists():
+                runs.append(run)
+        except BrokenRecord as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    return runs

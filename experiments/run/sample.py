@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from callbacks.visualization.previews import sheet
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from datamodules.random.noise import uniform
 from experiments.run.lightning_cli import build, tell
 from experiments.run.recipes import Recipe
@@ -31,7 +31,7 @@ def sample(recipe: Recipe, ckpt: str | None, count: int, seed: int, output: str)
     folder = writable(Path(output))
     for first in range(0, count, AT_ONCE):
         numbers = range(first, min(count, first + AT_ONCE))
-        images = made(method, method.latents(numbers, seed))
+        images = made(method, method.sample_latents(numbers, seed))
         for number, image in zip(numbers, images, strict=True):
             save_image(image, folder / f"{number:06d}.png")
         if first == 0:
@@ -47,7 +47,7 @@ def interpolate(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], steps:
     """
     check_way(numbers, steps)
     method = trained(recipe, ckpt)
-    write(grid(made(method, ways(method.latents(numbers, seed), steps)), columns=steps + 1), Path(output))
+    write(grid(made(method, ways(method.sample_latents(numbers, seed), steps)), columns=steps + 1), Path(output))
 
 
 def arithmetic(
@@ -61,9 +61,9 @@ def arithmetic(
         Refused: see `sample`; or there is nothing to add.
     """
     if not plus:
-        raise Refused("arithmetic: --plus names the samples of a concept, as in --plus 1 2 3 --minus 4 5 6 --plus 7 8 9")
+        raise UserError("arithmetic: --plus names the samples of a concept, as in --plus 1 2 3 --minus 4 5 6 --plus 7 8 9")
     method = trained(recipe, ckpt)
-    concepts = [method.latents(numbers, seed) for numbers in (*plus, *minus)]
+    concepts = [method.sample_latents(numbers, seed) for numbers in (*plus, *minus)]
     means = [latents.mean(dim=0, keepdim=True) for latents in concepts]
     total = torch.cat(means[: len(plus)]).sum(0, keepdim=True) - sum(means[len(plus) :])
     noise = torch.from_numpy(REACH * (2 * uniform(seed, "surroundings", range(8), total.shape[1]) - 1)).to(total)
@@ -85,12 +85,12 @@ def manifold(recipe: Recipe, ckpt: str | None, side: int, output: str) -> None:
         Refused: see `sample`; or there are not two latents, or no picture.
     """
     if side < 2:
-        raise Refused(f"manifold: --side {side}: at least 2")
+        raise UserError(f"manifold: --side {side}: at least 2")
     method = trained(recipe, ckpt)
     if method.latent_size != 2:
-        raise Refused(f"manifold: {recipe.name} has {method.latent_size} latents; a plane takes two")
+        raise UserError(f"manifold: {recipe.name} has {method.latent_size} latents; a plane takes two")
     quantiles = (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    places = torch.special.ndtri(quantiles) if method.latent == "normal" else 2 * quantiles - 1
+    places = torch.special.ndtri(quantiles) if method.latent_distribution == "normal" else 2 * quantiles - 1
     down, across = torch.meshgrid(places.flip(0), places, indexing="ij")
     latents = torch.stack([across, down], dim=2).flatten(0, 1).to(method.dtype)
     write(make_grid(made(method, latents), nrow=side, padding=0), Path(output))
@@ -99,7 +99,7 @@ def manifold(recipe: Recipe, ckpt: str | None, side: int, output: str) -> None:
 def check_way(numbers: Sequence[int], steps: int) -> None:
     """Refuse a way without an end, or without a step."""
     if len(numbers) < 2 or steps < 1:
-        raise Refused("interpolate: --between takes at least two numbers, --steps at least 1")
+        raise UserError("interpolate: --between takes at least two numbers, --steps at least 1")
 
 
 def ways(ends: Tensor, steps: int) -> Tensor:
@@ -112,11 +112,11 @@ def trained(recipe: Recipe, ckpt: str | None) -> GenerativeMethod:
     """A recipe's method with its weights, ready to make images."""
     cli = build("test", recipe, ["--ckpt", ckpt] if ckpt else [])
     if not isinstance(cli.model, GenerativeMethod):
-        raise Refused(f"{recipe.name} makes no images from latents")
+        raise UserError(f"{recipe.name} makes no images from latents")
     tell(f"weights   {fill(cli)}")
     method = cli.model.eval()
-    if made(method, method.latents([0])).ndim != 4:
-        raise Refused(f"{recipe.name} makes points, not images; its runs leave a picture of them")
+    if made(method, method.sample_latents([0])).ndim != 4:
+        raise UserError(f"{recipe.name} makes points, not images; its runs leave a picture of them")
     return method
 
 
@@ -137,14 +137,14 @@ def writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise Refused(f"cannot write to {folder}: {error.strerror}") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     return folder
 
 
 def write(picture: Tensor, path: Path) -> None:
     """A picture as PNG, and where it is."""
     if path.suffix.lower() != ".png":
-        raise Refused(f"--output {path}: the picture is a .png")
+        raise UserError(f"--output {path}: the picture is a .png")
     writable(path.parent)
     save_image(picture, path)
     tell(f"look at   {path}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from callbacks.run.checkpoints import load_weights
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.run.lightning_cli import DarkroomCLI
 from experiments.run.run_dir import finished_runs
 
@@ -25,11 +25,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UNREADABLE:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise Refused(f"{path} cannot be read as weights: it is damaged, or no checkpoint (.ckpt, .safetensors)")
+        raise UserError(f"{path} cannot be read as weights: it is damaged, or no checkpoint (.ckpt, .safetensors)")
     return content
 
 
@@ -51,7 +51,7 @@ def weights(cli: DarkroomCLI) -> Path | None:
     """
     if cli.config.ckpt:
         if not Path(cli.config.ckpt).is_file():
-            raise Refused(f"--ckpt: no file {cli.config.ckpt}")
+            raise UserError(f"--ckpt: no file {cli.config.ckpt}")
         return Path(cli.config.ckpt)
     if not list(cli.model.parameters()):
         return None
@@ -60,4 +60,4 @@ def weights(cli: DarkroomCLI) -> Path | None:
             return run.checkpoints / "best.ckpt"
     if cli.recipe.weights.exists():
         return cli.recipe.weights
-    raise Refused(f"no weights for {cli.recipe.name} yet: darkroom fit {cli.recipe.name}, or name some by --ckpt")
+    raise UserError(f"no weights for {cli.recipe.name} yet: darkroom fit {cli.recipe.name}, or name some by --ckpt")

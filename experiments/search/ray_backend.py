@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.run.run_dir import runs_root
 from experiments.search.spec import Search
@@ -37,7 +37,7 @@ def sweep_on_ray(search: Search, store: str | None, address: str, gpus: float, c
         import ray
         from ray import tune
     except ImportError:
-        raise Refused("sweep: --ray needs Ray Tune: pip install 'darkroom[ray]'") from None
+        raise UserError("sweep: --ray needs Ray Tune: pip install 'darkroom[ray]'") from None
     folder = folder_of(search).absolute()
     store = store or str(folder / "journal.log")
     store = store if "://" in store else str(Path(store).absolute())
@@ -47,7 +47,7 @@ def sweep_on_ray(search: Search, store: str | None, address: str, gpus: float, c
             address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=True, runtime_env={"env_vars": places()}
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise Refused(f"--ray {address}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--ray {address}: {' '.join(str(error).split())}") from None
     tried = partial(on_a_machine, search=search, store=store)
     while not none_left(search, study):
         before = told(study)
@@ -60,7 +60,7 @@ def sweep_on_ray(search: Search, store: str | None, address: str, gpus: float, c
         ).fit()
         refuse_if_hopeless(study)
         if told(study) == before:
-            raise Refused(f"sweep: Ray has tried nothing; its own logs are in {folder / 'ray'}")
+            raise UserError(f"sweep: Ray has tried nothing; its own logs are in {folder / 'ray'}")
     ray.shutdown()
     return study
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.run.recipes import Recipe, find_recipe
 
 METHODS = ("grid", "random", "bayes")
@@ -106,33 +106,33 @@ def read_search(path: Path, extra: list[str], cap: int | None = None) -> Search:
         Refused: the file is not there or asks for what cannot be done; the message names the key and its value.
     """
     if not path.is_file():
-        raise Refused(f"no search {path}; those that are shipped are in sweeps/")
+        raise UserError(f"no search {path}; those that are shipped are in sweeps/")
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise Refused(f"{path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not {"method", "metric", "parameters", "command"} <= content.keys():
-        raise Refused(f"{path}: not a search, which has `method`, `metric`, `parameters` and `command`")
+        raise UserError(f"{path}: not a search, which has `method`, `metric`, `parameters` and `command`")
     if unknown := sorted(content.keys() - KEYS):
-        raise Refused(f"{path}: {unknown[0]}: only W&B's own agent knows what that is (wandb sweep, wandb agent)")
+        raise UserError(f"{path}: {unknown[0]}: only W&B's own agent knows what that is (wandb sweep, wandb agent)")
     if content["method"] not in METHODS:
-        raise Refused(f"{path}: method: {content['method']}; one of {', '.join(METHODS)}")
+        raise UserError(f"{path}: method: {content['method']}; one of {', '.join(METHODS)}")
     recipe, fixed = _command(path, content["command"])
     parameters = {key: _range(path, key, value) for key, value in content["parameters"].items()}
     if both := [word for word in pairs(extra)[::2] if word.removeprefix("--") in parameters]:
-        raise Refused(f"{both[0]} is searched for by {path}")
+        raise UserError(f"{both[0]} is searched for by {path}")
     grid = 1
     for key, range_ in parameters.items():
         if content["method"] == "grid" and not {"value", "values"} & range_.keys():
-            raise Refused(f"{path}: {key}: a grid needs `values`")
+            raise UserError(f"{path}: {key}: a grid needs `values`")
         grid *= len(range_.get("values", [0]))
     name = str(content.get("name", path.stem))
     if Path(name).name != name:
-        raise Refused(f"{path}: name: {name}; a name, not a path")
+        raise UserError(f"{path}: name: {name}; a name, not a path")
     cap = cap or content.get("run_cap", grid if content["method"] == "grid" else CAP)
     metric = content["metric"]
     if not isinstance(metric, dict) or "name" not in metric or metric.get("goal", "minimize") not in ("minimize", "maximize"):
-        raise Refused(f"{path}: metric: {metric}; a name and a goal, minimize or maximize")
+        raise UserError(f"{path}: metric: {metric}; a name and a goal, minimize or maximize")
     return Search(
         name=name,
         recipe=recipe,
@@ -149,7 +149,7 @@ def read_search(path: Path, extra: list[str], cap: int | None = None) -> Search:
 def _command(path: Path, command: list[str]) -> tuple[Recipe, list[str]]:
     """The recipe and the fixed words of W&B's `command`, which runs `darkroom fit RECIPE ... ${args}`."""
     if "fit" not in command or command[-1] != "${args}" or command.index("fit") + 1 == len(command) - 1:
-        raise Refused(f"{path}: command: {command}; it is to end in [fit, RECIPE, ..., '${{args}}']")
+        raise UserError(f"{path}: command: {command}; it is to end in [fit, RECIPE, ..., '${{args}}']")
     recipe, *words = command[command.index("fit") + 1 : -1]
     if "--wandb" in words:  # what its agent needs, and nobody else
         at = words.index("--wandb")
@@ -161,23 +161,23 @@ def pairs(words: list[str]) -> list[str]:
     """Words of a command line as key and value by turns, for those that are written as one as well."""
     found = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if len(found) % 2 or any(not key.startswith("--") for key in found[::2]):
-        raise Refused(f"{' '.join(words)}: each key of a recipe needs one value, as in --trainer.devices 2")
+        raise UserError(f"{' '.join(words)}: each key of a recipe needs one value, as in --trainer.devices 2")
     return found
 
 
 def _range(path: Path, key: str, range_: Any) -> dict[str, Any]:
     """What a parameter may be: {"value"}, {"values"}, or {"distribution", "min", "max"} with "q" where values have steps."""
     if not isinstance(range_, dict):
-        raise Refused(f"{path}: {key}: {range_}; `value`, `values`, or `min` and `max`")
+        raise UserError(f"{path}: {key}: {range_}; `value`, `values`, or `min` and `max`")
     if "value" in range_ or range_.get("values"):
         return {name: range_[name] for name in ("value", "values") if name in range_}
     low, high = range_.get("min"), range_.get("max")
     if not isinstance(low, int | float) or not isinstance(high, int | float) or low >= high:
-        raise Refused(f"{path}: {key}: {range_}; `value`, `values`, or a `min` below its `max`")
+        raise UserError(f"{path}: {key}: {range_}; `value`, `values`, or a `min` below its `max`")
     whole = isinstance(low, int) and isinstance(high, int)
     distribution = range_.get("distribution", "int_uniform" if whole else "uniform")
     if distribution not in BOUNDED:
-        raise Refused(f"{path}: {key}: distribution: {distribution}; one of {', '.join(BOUNDED)}, or `values`")
+        raise UserError(f"{path}: {key}: distribution: {distribution}; one of {', '.join(BOUNDED)}, or `values`")
     return {**range_, "distribution": distribution}
 
 
@@ -186,6 +186,6 @@ def _early(path: Path, early: dict[str, Any] | None) -> Early | None:
         return None
     eta, last = int(early.get("eta", 3)), early.get("max_iter")
     if early.get("type") != "hyperband" or not ("min_iter" in early or {"max_iter", "s"} <= early.keys()):
-        raise Refused(f"{path}: early_terminate: {early}; type hyperband with min_iter, or with max_iter and s")
+        raise UserError(f"{path}: early_terminate: {early}; type hyperband with min_iter, or with max_iter and s")
     first = early["min_iter"] if "min_iter" in early else max(1, early["max_iter"] // eta ** int(early["s"]))
     return Early(first, last, eta)

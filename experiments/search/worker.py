@@ -26,9 +26,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from callbacks.run.csv_logger import read_log
+from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.exit_codes import PREEMPTED
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.run.run_dir import Run, runs_root
 from experiments.search.spec import Search
 
@@ -103,12 +103,12 @@ def open_study(search: Search, store: str | None) -> optuna.Study:
     try:
         study = begun(search, store or str(folder_of(search) / "journal.log"), pruner)
     except (OSError, ImportError, SQLAlchemyError) as error:
-        raise Refused(f"--store {store}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--store {store}: {' '.join(str(error).split())}") from None
     began = study.user_attrs.get("search")
     if began is None:
         study.set_user_attr("search", search.essence)
     elif began != search.essence:
-        raise Refused(f"'{search.name}' was begun as another search; give the file another `name`, or take another --store")
+        raise UserError(f"'{search.name}' was begun as another search; give the file another `name`, or take another --store")
     return study
 
 
@@ -265,9 +265,11 @@ def attempt(search: Search, study: optuna.Study, trial: Trial, folder: Path, sto
         told(study, trial.number, state=TrialState.FAIL)
         print(f"trial {trial.number}  failed: {trial.user_attrs['reason']}  ({output})", flush=True)
     elif not values:
-        logged = sorted({row["name"] for row in read_log(run.log) if "/" in row["name"]})
+        logged = sorted({row["name"] for row in read_metrics_csv(run.log) if "/" in row["name"]})
         told(study, trial.number, state=TrialState.FAIL)
-        raise Refused(f"metric: no figure '{search.metric}' is logged by {search.recipe.name}; these are: {', '.join(logged)}")
+        raise UserError(
+            f"metric: no figure '{search.metric}' is logged by {search.recipe.name}; these are: {', '.join(logged)}"
+        )
     else:
         value = (max if search.maximise else min)(values)
         told(study, trial.number, None if pruned else value, TrialState.PRUNED if pruned else TrialState.COMPLETE)
@@ -319,7 +321,7 @@ def end_with_worker() -> None:
 
 def figures(search: Search, run: Run) -> list[float]:
     """The metric at the validations so far."""
-    rows = read_log(run.log) if run.log.exists() else []
+    rows = read_metrics_csv(run.log) if run.log.exists() else []
     return [float(row["value"]) for row in rows if row["name"] == search.metric]
 
 
@@ -353,4 +355,4 @@ def refuse_if_hopeless(study: optuna.Study, enough: int = HOPELESS) -> None:
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     reasons = [trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs]
     if len(reasons) >= enough and not any(trial.state != TrialState.FAIL for trial in trials):
-        raise Refused(f"all {len(reasons)} trials so far failed; the last: {reasons[-1]}")
+        raise UserError(f"all {len(reasons)} trials so far failed; the last: {reasons[-1]}")

@@ -15,26 +15,28 @@ class GenerativeMethod(Method, ABC):
 
     Args:
         latent_size: numbers that a sample is made from.
-        latent: how they are distributed: "normal" with deviation 1, or "uniform" in (-1, 1).
-        images, learning_rate, seed: see `Method`.
+        latent_distribution: how they are distributed: "normal" with deviation 1, or "uniform" in (-1, 1).
+        total_images, learning_rate, seed: see `Method`.
     """
 
-    def __init__(self, latent_size: int, latent: str, images: int, learning_rate: float, seed: int = 0) -> None:
-        super().__init__(images, learning_rate, seed=seed)
-        self.latent_size, self.latent = latent_size, latent
+    def __init__(
+        self, latent_size: int, latent_distribution: str, total_images: int, learning_rate: float, seed: int = 0
+    ) -> None:
+        super().__init__(total_images, learning_rate, seed=seed)
+        self.latent_size, self.latent_distribution = latent_size, latent_distribution
 
-    def latents(self, indices: Sequence[int], seed: int = 0) -> Tensor:
+    def sample_latents(self, indices: Sequence[int], seed: int = 0) -> Tensor:
         """The latents of the samples of these numbers: (N, latent_size)."""
-        if self.latent == "normal":
-            drawn = normal(seed, "sample", indices, self.latent_size)
+        if self.latent_distribution == "normal":
+            z = normal(seed, "sample", indices, self.latent_size)
         else:
-            drawn = 2 * uniform(seed, "sample", indices, self.latent_size) - 1
-        return torch.from_numpy(drawn).to(self.dtype).to(self.device)
+            z = 2 * uniform(seed, "sample", indices, self.latent_size) - 1
+        return torch.from_numpy(z).to(self.dtype).to(self.device)
 
-    def training_latents(self, batch: Batch) -> Tensor:
-        """Latents of a training step, distributed as those of `latents`: (N, latent_size)."""
-        drawn = self.noise(batch, "latent", self.latent_size, self.latent)
-        return drawn if self.latent == "normal" else 2 * drawn - 1
+    def batch_latents(self, batch: Batch) -> Tensor:
+        """Latents of a training step, distributed as those of `sample_latents`: (N, latent_size)."""
+        z = self.batch_noise(batch, "latent", self.latent_size, self.latent_distribution)
+        return z if self.latent_distribution == "normal" else 2 * z - 1
 
     @abstractmethod
     def sample(self, latents: Tensor) -> Tensor:
@@ -42,6 +44,6 @@ class GenerativeMethod(Method, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The samples of the numbers in "index" (N,); what they are worth, callbacks say."""
-        return {**batch, "prediction": self.sample(self.latents(batch["index"].tolist(), self.seed))}
+        return {**batch, "prediction": self.sample(self.sample_latents(batch["index"].tolist(), self.seed))}
 
     test_step = validation_step

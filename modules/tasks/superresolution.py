@@ -18,20 +18,20 @@ class SuperResolutionMethod(Method):
 
     Args:
         scale: enlargement, an integer.
-        images, learning_rate, warmup: see `Method`.
+        total_images, learning_rate, warmup: see `Method`.
     """
 
-    def __init__(self, scale: int, images: int, learning_rate: float, warmup: int = 0) -> None:
-        super().__init__(images, learning_rate, warmup)
+    def __init__(self, scale: int, total_images: int, learning_rate: float, warmup: int = 0) -> None:
+        super().__init__(total_images, learning_rate, warmup)
         self.scale = scale
 
-    def enlarge(self, low: Tensor) -> Tensor:
+    def forward_valid(self, lr_image: Tensor) -> Tensor:
         """The network without padding: (N, 1, h, w) to somewhat less than (N, 1, h * scale, w * scale)."""
         raise TypeError(f"{type(self).__name__} has no network without padding")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean squared error over the pixels that the unpadded network predicts."""
-        prediction = self.enlarge(batch["input"])
+        prediction = self.forward_valid(batch["input"])
         return {"mse": F.mse_loss(prediction, center_crop(batch["target"], prediction.shape[-2:]))}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
@@ -42,27 +42,29 @@ class SuperResolutionMethod(Method):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The enlarged picture, of any size: memory does not grow with its height."""
-        return {**batch, "prediction": in_bands(self, batch["input"], self.scale)}
+        return {**batch, "prediction": predict_in_strips(self, batch["input"], self.scale)}
 
 
-def in_bands(network: Callable[[Tensor], Tensor], low: Tensor, scale: int, pixels: int = 2**20, context: int = 8) -> Tensor:
+def predict_in_strips(
+    network: Callable[[Tensor], Tensor], lr_image: Tensor, scale: int, pixels: int = 2**20, context: int = 8
+) -> Tensor:
     """Enlarge a picture in horizontal bands of at most about `pixels`; the result is that of the whole.
 
     Args:
         network: (N, 1, h, w) to (N, 1, h * scale, w * scale).
-        low: (N, 1, h, w).
+        lr_image: (N, 1, h, w).
         scale: enlargement.
         pixels: of a band.
         context: rows, beyond a band's own, that its outermost pixels depend on.
     """
-    height, width = low.shape[-2:]
+    height, width = lr_image.shape[-2:]
     rows = max(context, pixels // width)
-    bands = []
+    strips = []
     for top in range(0, height, rows):
         above = min(top, context)
-        band = network(low[..., top - above : top + rows + context, :])
-        bands.append(band[..., above * scale : (above + rows) * scale, :])
-    return torch.cat(bands, dim=-2)
+        strip = network(lr_image[..., top - above : top + rows + context, :])
+        strips.append(strip[..., above * scale : (above + rows) * scale, :])
+    return torch.cat(strips, dim=-2)
 
 
 def pad_replicate(image: Tensor, margin: int) -> Tensor:
@@ -70,6 +72,6 @@ def pad_replicate(image: Tensor, margin: int) -> Tensor:
     return F.pad(image, (margin,) * 4, mode="replicate")
 
 
-def margin_of(network: nn.Sequential) -> int:
+def valid_conv_margin(network: nn.Sequential) -> int:
     """How many pixels a chain of unpadded, odd, unstrided convolutions takes from every side."""
     return sum(layer.kernel_size[0] // 2 for layer in network if isinstance(layer, nn.Conv2d))

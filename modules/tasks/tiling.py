@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from datamodules.transforms.reflect import reflect_index
 
 
@@ -18,33 +18,33 @@ class Tiling:
     """How a network takes a picture piece by piece.
 
     Args:
-        largest: side of what it says of a piece at once, in pixels.
+        tile_size: side of what it says of a piece at once, in pixels.
         margin: by how much its input is wider than that, half of it on every side.
-        grid: it treats pixels alike whose places differ by multiples of this.
-        rest: sides that it can have are this more than a multiple of `grid`.
+        stride: it treats pixels alike whose places differ by multiples of this.
+        offset: sides that it can have are this more than a multiple of `stride`.
 
     Raises:
         Refused: it cannot have such a side.
     """
 
-    largest: int
+    tile_size: int
     margin: int
-    grid: int
-    rest: int = 0
+    stride: int
+    offset: int = 0
 
     def __post_init__(self) -> None:
-        if self.largest < self.grid + self.rest or (self.largest - self.rest) % self.grid:
-            near = self.side(max(self.largest, self.grid + self.rest))
-            raise Refused(
-                f"model.tile: {self.largest}; this network can have {self.rest} more than {self.grid} times n: {near}"
+        if self.tile_size < self.stride + self.offset or (self.tile_size - self.offset) % self.stride:
+            near = self.round_up(max(self.tile_size, self.stride + self.offset))
+            raise UserError(
+                f"model.tile_size: {self.tile_size}; this network can have {self.offset} more than {self.stride} times n: {near}"
             )
 
-    def side(self, length: int) -> int:
+    def round_up(self, length: int) -> int:
         """The smallest that covers a length."""
-        return max(1, -(-(length - self.rest) // self.grid)) * self.grid + self.rest
+        return max(1, -(-(length - self.offset) // self.stride)) * self.stride + self.offset
 
 
-def in_tiles(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Tiling) -> Tensor:
+def predict_tiled(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Tiling) -> Tensor:
     """What a network says of each pixel, tile by tile; beyond the border the picture is continued by its mirror image.
 
     Tiles lie on the network's grid: for a network whose margin holds all that a pixel depends on, such as U-Net, the result is
@@ -59,22 +59,22 @@ def in_tiles(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Tiling)
         (N, K, H, W).
     """
     height, width = image.shape[-2:]
-    high, wide = (min(tiling.largest, tiling.side(length)) for length in (height, width))
-    whole: Tensor | None = None
-    for top in range(0, max(1, height - tiling.rest), high - tiling.rest):
-        for left in range(0, max(1, width - tiling.rest), wide - tiling.rest):
-            found = network(piece(image, top, left, (high, wide), tiling.margin))
-            if whole is None:
-                whole = found.new_empty((*found.shape[:2], height, width))
-            part = whole[..., top : top + high, left : left + wide]
-            part.copy_(found[..., : part.shape[-2], : part.shape[-1]])
-    assert whole is not None
-    return whole
+    tile_h, tile_w = (min(tiling.tile_size, tiling.round_up(length)) for length in (height, width))
+    result: Tensor | None = None
+    for top in range(0, max(1, height - tiling.offset), tile_h - tiling.offset):
+        for left in range(0, max(1, width - tiling.offset), tile_w - tiling.offset):
+            output = network(crop_reflect(image, top, left, (tile_h, tile_w), tiling.margin))
+            if result is None:
+                result = output.new_empty((*output.shape[:2], height, width))
+            region = result[..., top : top + tile_h, left : left + tile_w]
+            region.copy_(output[..., : region.shape[-2], : region.shape[-1]])
+    assert result is not None
+    return result
 
 
-def piece(image: Tensor, top: int, left: int, size: tuple[int, int], margin: int) -> Tensor:
+def crop_reflect(image: Tensor, top: int, left: int, size: tuple[int, int], margin: int) -> Tensor:
     """A piece of (N, C, H, W) that may reach beyond it: (N, C, size + margin), half of the margin on every side."""
     for dim, (first, length) in enumerate(zip((top, left), size, strict=True), start=2):
-        places = torch.arange(first - margin // 2, first + length + margin - margin // 2, device=image.device)
-        image = image.index_select(dim, reflect_index(places, torch.tensor(image.shape[dim], device=image.device)))
+        index = torch.arange(first - margin // 2, first + length + margin - margin // 2, device=image.device)
+        image = image.index_select(dim, reflect_index(index, torch.tensor(image.shape[dim], device=image.device)))
     return image

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from modules.training.ddp import ManualDDPStrategy
-from modules.training.ema import Average
+from modules.training.ema import EMA
 
 
 class FSDP2Strategy(ManualDDPStrategy):
@@ -32,7 +32,7 @@ class FSDP2Strategy(ManualDDPStrategy):
         super().configure_ddp()
         method: Any = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
-        for network in networks(method, method.differentiated_twice):
+        for network in shardable_modules(method, method.double_backward_networks):
             network.to(memory_format=torch.contiguous_format)  # torch divides no weights that lie otherwise
             fully_shard(network, mesh=mesh, reshard_after_forward=False)
 
@@ -45,34 +45,34 @@ class FSDP2Strategy(ManualDDPStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if type(optimizer).__module__.partition(".")[0] != "torch":
-                raise Refused(f"trainer.strategy: fsdp2 cannot divide {type(optimizer).__name__}; take 'ddp'")
+                raise UserError(f"trainer.strategy: fsdp2 cannot divide {type(optimizer).__name__}; take 'ddp'")
 
     def on_validation_start(self) -> None:
         """Each process measures its share, and shares differ: from here on nothing may wait for another process."""
         assert self.lightning_module is not None
-        for unit in units(self.lightning_module):
+        for unit in fsdp_modules(self.lightning_module):
             unit.unshard()
 
     def on_validation_end(self) -> None:
         """See `on_validation_start`."""
         assert self.lightning_module is not None
-        for unit in units(self.lightning_module):
+        for unit in fsdp_modules(self.lightning_module):
             unit.reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Of whole weights, in every process."""
-        return whole(super().lightning_module_state_dict())
+        return gather_full_tensors(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Of whole weights, in every process."""
-        return whole(super().optimizer_state(optimizer))
+        return gather_full_tensors(super().optimizer_state(optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each process takes its part of the states."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             parts = {
-                i: {name: part_of(value, parameters[i]) for name, value in values.items()}
+                i: {name: local_shard(value, parameters[i]) for name, value in values.items()}
                 for i, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": parts})
@@ -81,32 +81,32 @@ class FSDP2Strategy(ManualDDPStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy)
 
 
-def networks(parent: nn.Module, without: Sequence[str] = ()) -> Iterator[nn.Module]:
+def shardable_modules(parent: nn.Module, exclude: Sequence[str] = ()) -> Iterator[nn.Module]:
     """What of a method is divided: its parts that have weights and a forward pass, and what is averaged with them."""
     for name, child in parent.named_children():
-        if name in without:
+        if name in exclude:
             continue
-        if isinstance(child, nn.ModuleList | nn.ModuleDict | Average):
-            yield from networks(child)
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | EMA):
+            yield from shardable_modules(child)
         elif any(True for _ in child.parameters()):
             yield child
 
 
-def units(module: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
     """The networks that are divided."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-def whole(value: Any) -> Any:
+def gather_full_tensors(value: Any) -> Any:
     """The same with its divided tensors put together, through nested containers; every process must call it."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
-    return [whole(part) for part in value] if isinstance(value, list) else value
+        return {key: gather_full_tensors(part) for key, part in value.items()}
+    return [gather_full_tensors(part) for part in value] if isinstance(value, list) else value
 
 
-def part_of(value: Any, like: Tensor) -> Any:
+def local_shard(value: Any, like: Tensor) -> Any:
     """This process's part of what belongs to a weight, if that is divided; a count of steps is not."""
     if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from datamodules.random.noise import uniform
 
 
-class Pool(nn.Module):
+class ImagePool(nn.Module):
     """Half of the time a discriminator sees an earlier fake, whose place the newest takes: CycleGAN, Section 4.
 
     A. Shrivastava et al. Learning from Simulated and Unsupervised Images through Adversarial Training. arXiv:1612.07828.
@@ -32,58 +32,58 @@ class Pool(nn.Module):
         super().__init__()
         self.capacity, self.stream, self.seed = capacity, stream, seed
         self.register_buffer("fakes", torch.zeros(capacity, *shape))
-        self.arrived: list[tuple[range, Tensor]] = []  # in this step: positions and fakes
+        self.pending: list[tuple[range, Tensor]] = []  # in this step: positions and fakes
 
-    def exchanged(self, newest: Tensor, positions: range, seen: int) -> Tensor:
+    def query(self, images: Tensor, positions: range, n_seen: int) -> Tensor:
         """What the discriminator sees in place of the newest fakes, without gradients.
 
         Args:
-            newest: fakes (N, C, H, W).
+            images: fakes (N, C, H, W).
             positions: of their samples in the stream.
-            seen: how many samples came before this step.
+            n_seen: how many samples came before this step.
 
         Returns:
             (N, C, H, W).
         """
-        newest = newest.detach()
+        images = images.detach()
         if not self.capacity:
-            return newest
-        self.arrived.append((positions, newest))
-        slots = self.slots(positions)
-        held = min(seen, self.capacity)
-        earlier = [0 <= slot < held and slot != position for slot, position in zip(slots, positions, strict=True)]
-        if not any(earlier):
-            return newest
-        chosen = self.fakes[sent(slots, newest.device)].to(newest.dtype)
-        return torch.where(sent(earlier, newest.device)[:, None, None, None], chosen, newest)
+            return images
+        self.pending.append((positions, images))
+        slot_indices = self.slot_indices(positions)
+        filled = min(n_seen, self.capacity)
+        use_stored = [0 <= slot < filled and slot != position for slot, position in zip(slot_indices, positions, strict=True)]
+        if not any(use_stored):
+            return images
+        chosen = self.fakes[to_device_async(slot_indices, images.device)].to(images.dtype)
+        return torch.where(to_device_async(use_stored, images.device)[:, None, None, None], chosen, images)
 
-    def slots(self, positions: range) -> list[int]:
+    def slot_indices(self, positions: range) -> list[int]:
         """Where each sample's fake will be kept: the first ones fill the pool, of the others half is kept; -1 for nowhere."""
-        kept, which = uniform(self.seed, self.stream, positions, 2).T
+        keep_draw, slot_draw = uniform(self.seed, self.stream, positions, 2).T
         return [
             position if position < self.capacity else int(place * self.capacity) if share < 0.5 else -1
-            for position, share, place in zip(positions, kept, which, strict=True)
+            for position, share, place in zip(positions, keep_draw, slot_draw, strict=True)
         ]
 
     @torch.no_grad()
-    def update(self, images: int) -> None:
-        """Keep what has arrived in a step of that many images, in all processes together."""
-        if not self.arrived:
+    def update(self, batch_size: int) -> None:
+        """Keep what has arrived in a step of `batch_size` images, in all processes together."""
+        if not self.pending:
             return
-        first = min(positions.start for positions, _ in self.arrived)
-        newest = torch.cat([fakes for _, fakes in self.arrived]).to(self.fakes.dtype)
-        self.arrived = []
-        if len(newest) < images:  # this process's share alone
-            rank, everyone = dist.get_rank(), newest.new_empty(images, *newest.shape[1:])
-            dist.all_gather_into_tensor(everyone, newest.contiguous())
-            first, newest = first - rank * len(newest), everyone
-        last = {slot: i for i, slot in enumerate(self.slots(range(first, first + images))) if slot >= 0}
+        first = min(positions.start for positions, _ in self.pending)
+        images = torch.cat([fakes for _, fakes in self.pending]).to(self.fakes.dtype)
+        self.pending = []
+        if len(images) < batch_size:  # this process's share alone
+            rank, gathered = dist.get_rank(), images.new_empty(batch_size, *images.shape[1:])
+            dist.all_gather_into_tensor(gathered, images.contiguous())
+            first, images = first - rank * len(images), gathered
+        last = {slot: i for i, slot in enumerate(self.slot_indices(range(first, first + batch_size))) if slot >= 0}
         if last:
             device = self.fakes.device
-            self.fakes[sent(list(last), device)] = newest[sent(list(last.values()), device)]
+            self.fakes[to_device_async(list(last), device)] = images[to_device_async(list(last.values()), device)]
 
 
-def sent(values: list[Any], device: torch.device) -> Tensor:
+def to_device_async(values: list[Any], device: torch.device) -> Tensor:
     """A tensor on a device, which need not be waited for."""
     made = torch.tensor(values)
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch.amp import GradScaler
 
-NOTHING = nullcontext()
+NULL_CONTEXT = nullcontext()
 
 
 class NoProfiler(PassThroughProfiler):
@@ -16,10 +16,10 @@ class NoProfiler(PassThroughProfiler):
 
     def profile(self, action_name: str) -> Any:
         """Nothing to measure."""
-        return NOTHING
+        return NULL_CONTEXT
 
 
-class LeanModule(L.LightningModule):
+class FastSetattrModule(L.LightningModule):
     """A LightningModule on which Lightning notes quickly where it is; `nn.Module` looks for parameters at each assignment."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -29,7 +29,7 @@ class LeanModule(L.LightningModule):
             super().__setattr__(name, value)
 
 
-def lean_loop(trainer: Any) -> None:
+def patch_training_loop(trainer: Any) -> None:
     """Take out of the training loop what a step does not need (asked in `on_train_start`).
 
     Lightning inspects the signature of `training_step` at every step, and with several processes broadcasts at every step
@@ -40,7 +40,7 @@ def lean_loop(trainer: Any) -> None:
     loop._broadcast_sigterm_tensor = lambda: None
 
 
-def count_step(trainer: Any) -> None:
+def increment_global_step(trainer: Any) -> None:
     """Let `trainer.global_step` and `max_steps` count this batch, however many optimizers stepped in it."""
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
@@ -52,12 +52,12 @@ def grad_scaler(trainer: Any) -> GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def log_every(trainer: Any) -> int:
+def log_every_n_steps(trainer: Any) -> int:
     """Every how many batches the loggers take figures."""
     return trainer.log_every_n_steps
 
 
-def align_log_axis(trainer: Any) -> None:
+def sync_logger_step(trainer: Any) -> None:
     """Set the loggers' step to the number of batches before this one (asked in `on_train_batch_start`).
 
     Lightning counts a batch for its loggers only after the validation that follows it. A checkpoint written between brings
@@ -68,7 +68,7 @@ def align_log_axis(trainer: Any) -> None:
     loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
 
-def validation_is_due(trainer: Any) -> bool:
+def is_validation_due(trainer: Any) -> bool:
     """Whether a validation follows the batch that has just ended (asked in `on_train_batch_end`).
 
     A checkpoint written between such a batch and its validation resumes without that validation.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 
 Batch = dict[str, Any]
 
@@ -23,9 +23,9 @@ class Phase:
         optimizer: makes the optimizer of their parameters.
         losses: the terms on a batch, by name; their sum is minimised.
         schedule: the optimizer's "lr" (and "momentum", ...) after that many images seen.
-        every: it takes part in every how many-th step.
-        times: how often it moves in such a step, each time with other noise.
-        clip: greatest norm of its gradients, in their own scale; None for no limit.
+        interval: it takes part in every how many-th step.
+        n_updates: how often it moves in such a step, each time with other noise.
+        max_grad_norm: greatest norm of its gradients, in their own scale; None for no limit.
     """
 
     name: str
@@ -33,14 +33,16 @@ class Phase:
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
     losses: Callable[[Batch], dict[str, Tensor]]
     schedule: Callable[[int], dict[str, float]]
-    every: int = 1
-    times: int = 1
-    clip: float | None = None
+    interval: int = 1
+    n_updates: int = 1
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no number of steps."""
-        if min(self.every, self.times) < 1:
-            raise Refused(f"phase '{self.name}' cannot move {self.times} times every {self.every} steps; both are at least 1")
+        if min(self.interval, self.n_updates) < 1:
+            raise UserError(
+                f"phase '{self.name}' cannot move {self.n_updates} times every {self.interval} steps; both are at least 1"
+            )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -54,7 +56,7 @@ class Phase:
 
 
 @dataclass
-class Player:
+class ActivePhase:
     """A phase in a running training."""
 
     phase: Phase
@@ -65,26 +67,26 @@ class Player:
 
 
 @contextmanager
-def only(moving: Sequence[Player], players: Sequence[Player]) -> Iterator[None]:
+def train_only(moving: Sequence[ActivePhase], active_phases: Sequence[ActivePhase]) -> Iterator[None]:
     """Freeze what no moving player trains: no gradient of it is computed, and the moving ones' flow through it."""
-    if len(players) == len(moving):
+    if len(active_phases) == len(moving):
         yield
         return
     try:
-        _require(players, False)
-        _require(moving, True)
+        _set_requires_grad(active_phases, False)
+        _set_requires_grad(moving, True)
         yield
     finally:
-        _require(players, True)
+        _set_requires_grad(active_phases, True)
 
 
-def _require(players: Sequence[Player], gradient: bool) -> None:
-    for player in players:
-        for parameter in player.parameters:
+def _set_requires_grad(active_phases: Sequence[ActivePhase], gradient: bool) -> None:
+    for active in active_phases:
+        for parameter in active.parameters:
             parameter.requires_grad = gradient
 
 
-def chunks_of(batch: Batch, count: int, first: int) -> list[Batch]:
+def split_micro_batches(batch: Batch, count: int, first: int) -> list[Batch]:
     """A process's share of a batch, cut for accumulation into `count` equal chunks.
 
     Args:
@@ -95,7 +97,7 @@ def chunks_of(batch: Batch, count: int, first: int) -> list[Batch]:
     Returns:
         Batches that carry "positions" too, the global positions of their samples.
     """
-    size = size_of(batch) // count
+    size = batch_size_of(batch) // count
     return [
         {**{key: value[i * size : (i + 1) * size] for key, value in batch.items()}, "positions": range(begin, begin + size)}
         for i in range(count)
@@ -103,6 +105,6 @@ def chunks_of(batch: Batch, count: int, first: int) -> list[Batch]:
     ]
 
 
-def size_of(batch: Batch) -> int:
+def batch_size_of(batch: Batch) -> int:
     """How many samples a batch has."""
     return len(next(iter(batch.values())))

@@ -15,15 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from callbacks.metrics import feature_metrics as generative_quality
+from callbacks.metrics import feature_metrics
 from callbacks.metrics.base import to_uint8
 from callbacks.metrics.feature_extractors import VGG16, Inception, MnistLeNet, find_weights
-from callbacks.metrics.feature_metrics import GenerativeQuality, frechet, measured
+from callbacks.metrics.feature_metrics import FeatureMetrics, compute_metric, frechet_distance
 from callbacks.metrics.parzen import best_sigma, log_likelihood
-from datamodules.catalog.array_readers import read_part
-from datamodules.errors import Refused
-from datamodules.io.image_refs import Survey
-from datamodules.io.image_set import read_images
+from datamodules.catalog.array_readers import read_split
+from datamodules.errors import UserError
+from datamodules.io.image_refs import DataReport
+from datamodules.io.image_set import load_image_set
 from tests.helpers.tiny_recipes import Projection, inception_weights, random_weights
 
 
@@ -60,7 +60,7 @@ def quality_of(callback, sets, batch=7):
         world_size=1,
         sanity_checking=False,
         state=SimpleNamespace(fn="test"),
-        datamodule=SimpleNamespace(real={"real": real}),
+        datamodule=SimpleNamespace(reference_sets={"real": real}),
         strategy=SimpleNamespace(root_device=torch.device("cpu"), barrier=lambda name: None),
     )
     logged = {}
@@ -72,14 +72,14 @@ def quality_of(callback, sets, batch=7):
         outputs = {"prediction": sets["made"][order[i]].float() / 255, "index": order[i]}
         callback.on_test_batch_end(trainer, module, outputs, None, i)
     callback.on_test_epoch_end(trainer, module)
-    assert logged == {f"real/{name}": value for name, value in callback.figures["real"]["all"].items()}
-    return callback.figures["real"]["all"]
+    assert logged == {f"real/{name}": value for name, value in callback.results["real"]["all"].items()}
+    return callback.results["real"]["all"]
 
 
 def test_figures_are_those_of_torch_fidelitys_command(folders, weights_of_inception, tmp_path, monkeypatch):
     root, sets = folders
     monkeypatch.setenv("DARKROOM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(generative_quality, "SUBSET", 10)
+    monkeypatch.setattr(feature_metrics, "KID_SUBSET_SIZE", 10)
     words = ["--input1", root / "made", "--input2", root / "real", "--fid", "--kid", "--isc", "--kid-subset-size", "10"]
     words += [
         "--feature-extractor-weights-path",
@@ -96,17 +96,17 @@ def test_figures_are_those_of_torch_fidelitys_command(folders, weights_of_incept
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout)
     assert theirs["frechet_inception_distance"] > 1
-    measures = ["frechet", "kernel", "inception-score"]
+    measures = ["fid", "kid", "inception-score"]
     expected = {
         "fid/inception-tf-12": theirs["frechet_inception_distance"],
-        "kernel/inception-tf-12": theirs["kernel_inception_distance_mean"],
+        "kid/inception-tf-12": theirs["kernel_inception_distance_mean"],
         "inception-score/inception-tf-12": theirs["inception_score_mean"],
         "inception-score-std/inception-tf-12": theirs["inception_score_std"],
     }
-    first = quality_of(GenerativeQuality(measures, weights=str(weights_of_inception)), sets)
+    first = quality_of(FeatureMetrics(measures, weights=str(weights_of_inception)), sets)
     assert first == pytest.approx(expected, rel=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    again = quality_of(GenerativeQuality(measures, weights=str(weights_of_inception)), sets, batch=12)
+    again = quality_of(FeatureMetrics(measures, weights=str(weights_of_inception)), sets, batch=12)
     assert again == pytest.approx(expected, rel=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -135,7 +135,7 @@ def test_precision_and_recall_are_those_of_torch_fidelitys_command(folders, tmp_
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout)
-    quality = GenerativeQuality(["precision-recall"], "callbacks.metrics.feature_extractors.VGG16", str(weights))
+    quality = FeatureMetrics(["precision-recall"], "callbacks.metrics.feature_extractors.VGG16", str(weights))
     assert quality_of(quality, sets) == {"precision/vgg16-12": theirs["precision"], "recall/vgg16-12": theirs["recall"]}
     assert 0 < theirs["precision"] < 1
 
@@ -143,19 +143,21 @@ def test_precision_and_recall_are_those_of_torch_fidelitys_command(folders, tmp_
 def test_without_weights_a_run_is_refused_or_goes_without(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(Inception, "url", "http://127.0.0.1:9/inception-6726825d.pth")
-    with pytest.raises(Refused, match=r"inception-tf could not be fetched from http://127.0.0.1:9/.*set `missing: skip`"):
-        GenerativeQuality(["frechet"]).setup(SimpleNamespace(is_global_zero=True), None, "test")
-    GenerativeQuality(["frechet"], missing="skip").setup(SimpleNamespace(is_global_zero=True), None, "test")
-    assert "without   frechet: weights of inception-tf could not be fetched" in capsys.readouterr().out
-    with pytest.raises(Refused, match=r"no file nowhere\.pth, neither here nor below"):
-        GenerativeQuality(["frechet"], weights="nowhere.pth").setup(None, None, "test")
-    with pytest.raises(Refused, match=r"no class callbacks\.features\.Incepton"):
-        GenerativeQuality(["frechet"], extractor="callbacks.metrics.feature_extractors.Incepton").setup(None, None, "test")
+    with pytest.raises(
+        UserError, match=r"inception-tf could not be fetched from http://127.0.0.1:9/.*set `on_missing_weights: skip`"
+    ):
+        FeatureMetrics(["fid"]).setup(SimpleNamespace(is_global_zero=True), None, "test")
+    FeatureMetrics(["fid"], on_missing_weights="skip").setup(SimpleNamespace(is_global_zero=True), None, "test")
+    assert "without   fid: weights of inception-tf could not be fetched" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no file nowhere\.pth, neither here nor below"):
+        FeatureMetrics(["fid"], weights="nowhere.pth").setup(None, None, "test")
+    with pytest.raises(UserError, match=r"no class callbacks\.metrics\.feature_extractors\.Incepton"):
+        FeatureMetrics(["fid"], extractor="callbacks.metrics.feature_extractors.Incepton").setup(None, None, "test")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
-    with pytest.raises(Refused, match=r"bad.pth cannot be read as weights"):
-        GenerativeQuality(["frechet"], weights=str(tmp_path / "bad.pth")).setup(None, None, "test")
+    with pytest.raises(UserError, match=r"bad.pth cannot be read as weights"):
+        FeatureMetrics(["fid"], weights=str(tmp_path / "bad.pth")).setup(None, None, "test")
     nothing = SimpleNamespace(datamodule=SimpleNamespace(test=[]))
-    GenerativeQuality(["frechet"], weights="nowhere.pth").setup(nothing, None, "fit")  # there will be nothing to measure
+    FeatureMetrics(["fid"], weights="nowhere.pth").setup(nothing, None, "fit")  # there will be nothing to measure
 
 
 def test_downloaded_weights_must_have_the_checksum_of_their_name(tmp_path, monkeypatch):
@@ -171,7 +173,7 @@ def test_downloaded_weights_must_have_the_checksum_of_their_name(tmp_path, monke
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(VGG16, "url", f"http://127.0.0.1:{server.server_port}/wrong-00000000.pth")
-    with pytest.raises(Refused, match="invalid hash value"):
+    with pytest.raises(UserError, match="invalid hash value"):
         find_weights(VGG16, None)
     monkeypatch.setattr(VGG16, "url", f"http://127.0.0.1:{server.server_port}/right-{digest}.pth")
     assert find_weights(VGG16, None).read_bytes() == content
@@ -191,18 +193,18 @@ def test_a_frechet_distance_is_the_closed_form_of_its_gaussians():
     made = torch.randn(4000, 3, generator=generator).double()
     made = (made - made.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(made.T))).T  # covariance 1, mean 0
     scale = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    assert frechet(made, made * scale + 2) == pytest.approx(3 * 4 + 0 + 1 + 4, rel=1e-6)
+    assert frechet_distance(made, made * scale + 2) == pytest.approx(3 * 4 + 0 + 1 + 4, rel=1e-6)
 
 
 def test_balance_and_confidence_have_their_extremes():
     even = {"logits": 50 * torch.eye(10).repeat(3, 1)}
-    assert measured("balance", even, {})["balance"] == pytest.approx(10)
-    assert measured("confidence", even, {})["confidence"] == pytest.approx(1)
+    assert compute_metric("effective-classes", even, {})["effective-classes"] == pytest.approx(10)
+    assert compute_metric("confidence", even, {})["confidence"] == pytest.approx(1)
     one = {"logits": torch.zeros(30, 10)}
-    assert measured("balance", one, {})["balance"] == pytest.approx(1)
-    assert measured("confidence", one, {})["confidence"] == pytest.approx(0.1)
-    with pytest.raises(Refused, match="confidence needs a classifier's logits"):
-        measured("confidence", {"features": torch.zeros(3, 2)}, {})
+    assert compute_metric("effective-classes", one, {})["effective-classes"] == pytest.approx(1)
+    assert compute_metric("confidence", one, {})["confidence"] == pytest.approx(0.1)
+    with pytest.raises(UserError, match="confidence needs a classifier's logits"):
+        compute_metric("confidence", {"features": torch.zeros(3, 2)}, {})
 
 
 def test_a_parzen_window_is_scipys_density():
@@ -217,25 +219,25 @@ def test_a_parzen_window_is_scipys_density():
 
 def test_parzens_reference_points(with_real_data):
     """Fact sheet: 10,000 training digits give 243.6 +/- 2.1 on the 10,000 test digits; here are two thirds of those."""
-    digits = read_part("mnist/train")[0][:10_000].double().flatten(1) / 255
-    held_out, test = (read_part(f"mnist/{part}")[0].double().flatten(1) / 255 for part in ("val", "test"))
-    sigma = best_sigma(digits, held_out[:1000])
+    digits = read_split("mnist/train")[0][:10_000].double().flatten(1) / 255
+    val_images, test = (read_split(f"mnist/{part}")[0].double().flatten(1) / 255 for part in ("val", "test"))
+    sigma = best_sigma(digits, val_images[:1000])
     assert sigma == pytest.approx(0.1668, abs=1e-4)
-    likelihood = log_likelihood(digits, test, sigma)
-    assert likelihood.mean().item() == pytest.approx(243.6, abs=6)
+    parzen_metrics = log_likelihood(digits, test, sigma)
+    assert parzen_metrics.mean().item() == pytest.approx(243.6, abs=6)
 
 
 def test_the_digits_classifier_is_as_good_as_it_says(with_real_data):
     weights = "weights/mnist-lenet/lenet_epoch12_acc0.991.pth"
-    images = read_images("mnist/test", 28, 1, None, Survey())
+    images = load_image_set("mnist/test", 28, 1, None, DataReport())
     network = MnistLeNet(find_weights(MnistLeNet, weights))
-    right = generative_quality.look(network, images.pixels)["logits"].argmax(1) == images.labels
+    right = feature_metrics.extract(network, images.pixels)["logits"].argmax(1) == images.labels
     assert right.double().mean().item() == pytest.approx(0.991, abs=0.001)
 
 
 def test_a_projection_is_an_extractor(tmp_path):
     torch.save(torch.ones(784, 2), tmp_path / "p.pth")
-    looked = generative_quality.look(
+    looked = feature_metrics.extract(
         Projection(find_weights(Projection, str(tmp_path / "p.pth"))), torch.full((3, 1, 28, 28), 255, dtype=torch.uint8)
     )
     assert looked["features"].tolist() == [[784.0] * 2] * 3

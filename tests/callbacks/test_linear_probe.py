@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks.metrics.linear_probe import LinearProbe, balanced, features
-from datamodules.errors import Refused
-from datamodules.io.image_refs import Survey
+from callbacks.metrics.linear_probe import LinearProbe, balanced_subset, features
+from datamodules.errors import UserError
+from datamodules.io.image_refs import DataReport
 from modules.dcgan import DCGAN
 
 
@@ -34,12 +34,12 @@ def test_three_layers_of_256_and_more_channels_give_as_many_features_as_the_pape
 
 def test_draws_are_balanced_and_differ():
     labels = np.arange(100) % 10
-    first, second = (balanced(labels, 4, repeat) for repeat in (0, 1))
+    first, second = (balanced_subset(labels, 4, repeat) for repeat in (0, 1))
     assert np.bincount(labels[first]).tolist() == [4] * 10
     assert len(set(first)) == 40
     assert set(first) != set(second)
-    with pytest.raises(Refused, match="per_class: 11, but there are only 10 images of class 0"):
-        balanced(labels, 11, 0)
+    with pytest.raises(UserError, match="per_class: 11, but there are only 10 images of class 0"):
+        balanced_subset(labels, 11, 0)
 
 
 def test_a_probe_of_digits_pixels_is_as_good_as_a_linear_svm_is():
@@ -50,11 +50,11 @@ def test_a_probe_of_digits_pixels_is_as_good_as_a_linear_svm_is():
         device=torch.device("cpu"),
         log_dict=lambda figures, sync_dist: logged.update(figures),
     )
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(size=28, channels=1, crop=None, survey=Survey()))
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(size=28, channels=1, crop=None, data_report=DataReport()))
     LinearProbe("digits/train", "digits/val", "digits/test", per_class=100, repeats=2).on_test_epoch_end(trainer, module)
     sets = ("digits/train", "digits/val", "digits/test")
     LinearProbe(*sets, per_class=None, figure="accuracy").on_test_epoch_end(trainer, module)
-    assert 8 < logged["digits-test/svm-error-of-pixels/1000-labels"] < 20
+    assert 8 < logged["digits-test/svm-error-pixels/1000-labels"] < 20
     assert logged["digits-test/svm-error/1000-labels"] < 60
-    assert 85 < logged["digits-test/svm-accuracy-of-pixels/4000-labels"] < 93  # more labels
+    assert 85 < logged["digits-test/svm-accuracy-pixels/4000-labels"] < 93  # more labels
     assert logged["digits-test/svm-accuracy/4000-labels/std"] == 0  # of one draw

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from callbacks.visualization.overlays import BLUE, COLOURS, RED, VIOLET, mistakes, overlay, row
+from callbacks.visualization.overlays import BLUE, COLORS, RED, VIOLET, comparison_row, error_overlay, overlay
 from experiments.cli.main import main
 from modules.unet import UNet
 from tests.helpers.subprocess_helpers import forked
@@ -19,24 +19,24 @@ def test_class_0_and_ignored_pixels_keep_the_picture():
     shown = overlay(image, mask, strength=1.0)
     for place in ((0, 0), (0, 2), (1, 0)):
         assert torch.equal(shown[:, *place], image[:, *place].expand(3))
-    assert torch.equal(shown[:, 0, 1], COLOURS[0])
-    assert torch.equal(shown[:, 1, 1], COLOURS[1])
-    assert torch.equal(shown[:, 1, 2], COLOURS[12 % len(COLOURS)])
+    assert torch.equal(shown[:, 0, 1], COLORS[0])
+    assert torch.equal(shown[:, 1, 1], COLORS[1])
+    assert torch.equal(shown[:, 1, 2], COLORS[12 % len(COLORS)])
 
 
 def test_mistakes_have_the_colour_of_their_kind():
     prediction, mask = torch.tensor([[1, 0, 2, 1, 1]]), torch.tensor([[0, 1, 1, 1, 255]])
-    shown = mistakes(torch.zeros(3, 1, 5), prediction, mask)
+    shown = error_overlay(torch.zeros(3, 1, 5), prediction, mask)
     for place, colour in enumerate((RED, BLUE, VIOLET)):
         assert torch.equal(shown[:, 0, place], colour)
     assert torch.equal(shown[:, 0, 3:], torch.full((3, 2), 0.5))
-    assert row(torch.zeros(1, 4, 5), mask.new_zeros(4, 5), mask.new_zeros(4, 5)).shape == (1, 3, 4, 32)
+    assert comparison_row(torch.zeros(1, 4, 5), mask.new_zeros(4, 5), mask.new_zeros(4, 5)).shape == (1, 3, 4, 32)
 
 
 @pytest.fixture
 def weights(workplace):
     torch.manual_seed(0)
-    values = UNet(width=8, depth=3, tile=132).state_dict()
+    values = UNet(base_channels=8, depth=3, tile_size=132).state_dict()
     save_file({name: value.contiguous() for name, value in values.items()}, workplace / "unet.safetensors")
     return workplace / "unet.safetensors"
 
@@ -54,7 +54,7 @@ def test_predict_writes_masks_and_overlays_of_whatever_users_bring(workplace, we
         mask, shown = Image.open(workplace / f"out/{name}.png"), Image.open(workplace / f"out/overlays/{name}.png")
         assert (mask.mode, mask.size, shown.mode, shown.size) == ("L", size, "RGB", size)
         assert set(np.unique(mask)) <= {0, 1}
-    method = UNet(width=8, depth=3, tile=132).eval()
+    method = UNet(base_channels=8, depth=3, tile_size=132).eval()
     method.load_state_dict(load_file(weights))
     grey = (
         torch.from_numpy(np.asarray(Image.open(workplace / "in/sixteen.tif")) / 257).add(0.5).floor().float()[None, None] / 255

@@ -17,7 +17,7 @@ import pytest
 import torch
 from wandb.proto.wandb_internal_pb2 import Record
 
-from callbacks.run.csv_logger import read_log
+from callbacks.run.csv_logger import read_metrics_csv
 from experiments import ROOT
 from experiments.cli.main import main
 from tests.helpers.method_contract import assert_equal, checkpoint, fit
@@ -33,15 +33,15 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 def recipe(workplace, monkeypatch):
     monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
     return write_generative_recipe(
-        workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {"images": 60}}
+        workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {"total_images": 60}}
     )
 
 
 def assert_same(workplace, recipe, one, other):
     left, right = (checkpoint(workplace, recipe, run) for run in (one, other))
-    for key in ("state_dict", "optimizer_states", "images_seen", "terms", "global_step"):
+    for key in ("state_dict", "optimizer_states", "images_seen", "pending_losses", "global_step"):
         assert_equal(left[key], right[key], key)
-    logs = [read_log(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in (one, other)]
+    logs = [read_metrics_csv(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in (one, other)]
     assert len(logs[0]) > 6
     assert logs[0] == logs[1]
 
@@ -117,7 +117,7 @@ def test_a_process_whose_first_is_killed_before_they_meet_does_not_wait_for_it(r
 
 @pytest.mark.slow
 def test_twenty_kills_at_any_moment_lose_no_run(workplace, recipe):
-    words = ["fit", str(recipe), "--model.images", "3600", "--validate_every", "40", "--data.workers", "1"]
+    words = ["fit", str(recipe), "--model.total_images", "3600", "--val_every_images", "40", "--data.num_workers", "1"]
     began = time.monotonic()
     assert forked(main, [*words, "--run", "whole"]) == 0
     whole = time.monotonic() - began

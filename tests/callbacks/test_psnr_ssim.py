@@ -4,9 +4,9 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from callbacks.metrics.psnr_ssim import PSNRSSIM, psnr_y, ssim_y
-from datamodules.errors import Refused
-from datamodules.io.image_refs import pictures_of
-from datamodules.superresolution_datasets import Pictures
+from datamodules.errors import UserError
+from datamodules.io.image_refs import list_image_refs
+from datamodules.superresolution_datasets import SREvalImages
 from modules.bicubic import Bicubic
 from tests.helpers.subprocess_helpers import SERVER
 
@@ -14,7 +14,7 @@ from tests.helpers.subprocess_helpers import SERVER
 @pytest.fixture(scope="module")
 def pair():
     """Three equally large cuttings of photographs, enlarged bicubically, beside their originals."""
-    pictures = Pictures(pictures_of("photographs/test"), 3)
+    pictures = SREvalImages(list_image_refs("photographs/test"), 3)
     batches = [pictures[i] for i in range(3)]
     prediction = torch.cat([Bicubic(3)(batch["input"])[..., 30:189, 30:201] for batch in batches])
     return prediction, torch.cat([batch["target"][..., 30:189, 30:201] for batch in batches])
@@ -24,14 +24,14 @@ def levels(image, crop_border):
     return np.floor(image.numpy() * 255.0 + 0.5).clip(0, 255)[0, crop_border:-crop_border, crop_border:-crop_border]
 
 
-@pytest.mark.parametrize("shave", [2, 3, 4])
+@pytest.mark.parametrize("crop_border", [2, 3, 4])
 def test_psnr_is_skimages(pair, crop_border):
     for i, value in enumerate(psnr_y(*pair, crop_border)):
         ours, theirs = (levels(side[i], crop_border) for side in pair)
         assert value.item() == pytest.approx(peak_signal_noise_ratio(theirs, ours, data_range=255), abs=1e-4)
 
 
-@pytest.mark.parametrize("shave", [2, 3, 4])
+@pytest.mark.parametrize("crop_border", [2, 3, 4])
 def test_ssim_is_skimages_over_inner_windows(pair, crop_border):
     for i, value in enumerate(ssim_y(*pair, crop_border)):
         ours, theirs = (levels(side[i], crop_border).astype(np.float64) for side in pair)
@@ -47,7 +47,7 @@ def test_a_perfect_picture(pair):
 
 
 def test_too_small_for_a_window_is_said():
-    with pytest.raises(Refused, match="11x11 pixels"):
+    with pytest.raises(UserError, match="11x11 pixels"):
         ssim_y(torch.zeros(1, 1, 16, 40), torch.zeros(1, 1, 16, 40), 3)
 
 
@@ -83,9 +83,9 @@ def measured(pair, batches, rank=0, world=1):
 
 def test_any_batch_size_gives_the_same_figures(pair):
     one_by_one = measured(pair, [[0], [1], [2]])
-    assert one_by_one.keys() == {"set/psnr/y-shave3", "set/ssim/y-shave3"}
+    assert one_by_one.keys() == {"set/psnr-y/crop3", "set/ssim-y/crop3"}
     assert one_by_one == pytest.approx(measured(pair, [[0, 1, 2]]), abs=1e-12)
-    assert one_by_one["set/psnr/y-shave3"] == pytest.approx(psnr_y(*pair, 3).mean().item(), abs=1e-12)
+    assert one_by_one["set/psnr-y/crop3"] == pytest.approx(psnr_y(*pair, 3).mean().item(), abs=1e-12)
 
 
 def _process(rank, pair, store, queue):
@@ -107,9 +107,9 @@ def test_two_processes_with_uneven_shares_give_the_same_figures(pair, tmp_path):
 
 def test_earlier_figures_are_forgotten(pair):
     stage, callback = Stage(), PSNRSSIM(3)
-    callback.figures = {"set": {"sanity": {"psnr/y-shave3": 0.0, "ssim/y-shave3": 0.0}}}
+    callback.state = {"set": {"sanity": {"psnr-y/crop3": 0.0, "ssim-y/crop3": 0.0}}}
     callback.on_validation_epoch_start(stage, stage)
-    assert callback.figures == {}
+    assert callback.state == {}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_earlier_figures_are_forgotten(pair):
 def test_published_bicubic_rows(with_real_data, scale, set5, set14, set14_grey):
     """The SRCNN, VDSR and ESPCN papers' rows; the last column counts `man` as grey."""
     for name, published in {"set5": set5, "set14": set14, "set14-grey": set14_grey}.items():
-        pictures = Pictures(pictures_of(name), scale)
+        pictures = SREvalImages(list_image_refs(name), scale)
         batches = [pictures[i] for i in range(len(pictures))]
         values = [psnr_y(Bicubic(scale)(batch["input"]), batch["target"], scale).item() for batch in batches]
         assert np.mean(values) == pytest.approx(published, abs=0.006)

@@ -10,9 +10,9 @@ from skimage.measure import euler_number
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, jaccard_score
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from callbacks.metrics.isbi2012 import EMChallenge, best_errors, counts, simple_neighbourhoods, warped
-from callbacks.metrics.seg_ctc import CellTracking, scores
-from callbacks.metrics.segmentation import SegmentationQuality, confusion, figures
+from callbacks.metrics.isbi2012 import ISBI2012Errors, best_errors, error_counts, simple_neighbourhoods, warp_topology
+from callbacks.metrics.seg_ctc import CTCSeg, seg_scores
+from callbacks.metrics.segmentation import SegmentationMetrics, confusion, metrics_from_confusion
 from tests.helpers.subprocess_helpers import SERVER
 
 NAMES = ["sky", "traffic light", "car"]
@@ -27,8 +27,8 @@ class Stage:
         self.sanity_checking = False
         self.datamodule = SimpleNamespace(class_names=names)
 
-    def log_dict(self, figures, sync_dist):
-        self.logged.update(figures)
+    def log_dict(self, metrics_from_confusion, sync_dist):
+        self.logged.update(metrics_from_confusion)
 
 
 def pictures(count=5, classes=3, seed=0):
@@ -67,7 +67,7 @@ def test_pooled_figures_are_those_of_other_libraries():
     guess = torch.cat([picture["prediction"].argmax(1).flatten() for picture in made])
     counted = mask != 255
     truth, found = mask[counted].numpy(), guess[counted].numpy()
-    logged = measured(SegmentationQuality(), made)
+    logged = measured(SegmentationMetrics(), made)
     each = jaccard_score(truth, found, labels=[0, 1, 2], average=None)
     assert logged["set/iou/sky"] == pytest.approx(each[0])
     assert logged["set/iou/traffic-light"] == pytest.approx(each[1])
@@ -91,18 +91,18 @@ def test_a_confusion_matrix_has_the_masks_in_its_rows():
 
 def test_absent_classes_and_empty_masks_are_as_defined():
     empty, right, wrong = torch.tensor([[[9, 0], [0, 0]], [[5, 0], [0, 4]], [[8, 1], [0, 0]]])
-    logged = figures(torch.stack([empty, right, wrong]), ["ground", "cell"])
+    logged = metrics_from_confusion(torch.stack([empty, right, wrong]), ["ground", "cell"])
     assert logged["iou/per-image-cell"] == pytest.approx((1 + 1 + 0) / 3)  # neither there nor predicted: 1
     assert logged["miou/per-image"] == pytest.approx((1 + 1 + (8 / 9 + 0) / 2) / 3)  # there, of the ground alone
-    nowhere = figures(torch.tensor([[[3, 1, 0], [0, 4, 0], [0, 0, 0]]]), NAMES)
+    nowhere = metrics_from_confusion(torch.tensor([[[3, 1, 0], [0, 4, 0], [0, 0, 0]]]), NAMES)
     assert nowhere["iou/car"] != nowhere["iou/car"]  # NaN
     assert nowhere["miou/pooled"] == pytest.approx((3 / 4 + 4 / 5) / 2)
-    predicted = figures(torch.tensor([[[3, 0, 1], [0, 4, 0], [0, 0, 0]]]), NAMES)  # in no mask, but predicted
+    predicted = metrics_from_confusion(torch.tensor([[[3, 0, 1], [0, 4, 0], [0, 0, 0]]]), NAMES)  # in no mask, but predicted
     assert predicted["iou/car"] == 0
     assert predicted["class-accuracy"] == pytest.approx((3 / 4 + 1) / 2)
 
 
-@pytest.mark.parametrize("kind", [SegmentationQuality, CellTracking])
+@pytest.mark.parametrize("kind", [SegmentationMetrics, CTCSeg])
 def test_any_batch_size_gives_the_same_figures(kind):
     made = pictures()
     one_by_one = measured(kind(), made)
@@ -116,7 +116,7 @@ def _process(rank, kind, store, queue):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", [SegmentationQuality, CellTracking])
+@pytest.mark.parametrize("kind", [SegmentationMetrics, CTCSeg])
 def test_two_processes_with_uneven_shares_give_the_same_figures(kind, tmp_path):
     queue = SERVER.SimpleQueue()
     processes = [SERVER.Process(target=_process, args=(rank, kind, tmp_path / "store", queue)) for rank in (0, 1)]
@@ -154,15 +154,19 @@ def test_seg_is_its_definition():
         true = label(generator.random((20, 20)) < 0.6)[0] * 3  # numbers with gaps
         predicted = label(generator.random((20, 20)) < 0.5)[0]
         predicted = np.where(generator.random((20, 20)) < 0.5, true, predicted)
-        assert scores(true, predicted) == pytest.approx(seg_by_definition(true, predicted))
+        assert seg_scores(true, predicted) == pytest.approx(seg_by_definition(true, predicted))
 
 
 def test_seg_of_a_worked_example():
     true = np.array([[1, 1, 0, 2], [1, 1, 0, 2], [0, 0, 0, 0], [3, 0, 4, 4]])
     predicted = np.array([[1, 1, 1, 0], [1, 0, 0, 2], [0, 0, 0, 0], [5, 0, 0, 0]])
-    assert scores(true, predicted).tolist() == [3 / 5, 0, 0]  # half of object 2 is not more than half; object 3 is one pixel
-    assert scores(true, np.zeros_like(true)).tolist() == [0, 0, 0]
-    assert scores(np.zeros_like(true), predicted).tolist() == []
+    assert seg_scores(true, predicted).tolist() == [
+        3 / 5,
+        0,
+        0,
+    ]  # half of object 2 is not more than half; object 3 is one pixel
+    assert seg_scores(true, np.zeros_like(true)).tolist() == [0, 0, 0]
+    assert seg_scores(np.zeros_like(true), predicted).tolist() == []
 
 
 # The EM challenge
@@ -184,7 +188,7 @@ def rand_error_by_pairs(truth, prediction):
 
 def errors(truth, prediction):
     """At one level, of one slice."""
-    return best_errors(np.array([counts(truth, prediction)]))
+    return best_errors(np.array([error_counts(truth, prediction)]))
 
 
 def test_pixel_and_rand_error_are_their_definitions():
@@ -207,7 +211,7 @@ def test_pairs_of_all_slices_count_together():
     """Two slices: the sums are added before F is taken."""
     generator = np.random.default_rng(1)
     slices = [tuple(generator.random((2, 12, 12)) < 0.7) for _ in range(2)]
-    found = best_errors(np.sum([[counts(*pair)] for pair in slices], axis=0))
+    found = best_errors(np.sum([[error_counts(*pair)] for pair in slices], axis=0))
     sums = np.zeros(3)
     for truth, prediction in slices:
         in_truth, in_both = (together(label(picture)[0][truth]) for picture in (truth, prediction))
@@ -224,10 +228,10 @@ def cells(columns, thickness=4, side=30):
 
 
 def test_a_shifted_membrane_costs_no_warping_error():
-    assert (warped(cells([10]), cells([12])) == cells([12])).all()
+    assert (warp_topology(cells([10]), cells([12])) == cells([12])).all()
     found = errors(cells([10]), cells([12]))
     assert found["pixel-error"] == pytest.approx(4 / 30)
-    assert found["warping-error/all"] == 0
+    assert found["warping-error/with-additions"] == 0
 
 
 def test_splits_and_mergers_count_and_spots_and_lost_cells_only_among_all():
@@ -246,14 +250,14 @@ def test_splits_and_mergers_count_and_spots_and_lost_cells_only_among_all():
     for name, (truth, prediction, split_or_merged, unlike) in expected.items():
         found = errors(truth, prediction)
         assert round(900 * found["warping-error"]) == split_or_merged, name
-        assert round(900 * found["warping-error/all"]) == unlike, name
+        assert round(900 * found["warping-error/with-additions"]) == unlike, name
 
 
 def test_warping_keeps_the_topology_and_only_approaches():
     generator = np.random.default_rng(0)
     for _ in range(5):
         truth, goal = generator.random((2, 24, 24)) < 0.6
-        found = warped(truth, goal)
+        found = warp_topology(truth, goal)
         assert label(found)[1] == label(truth)[1]
         around = np.pad(~truth, 1, constant_values=True), np.pad(~found, 1, constant_values=True)
         parts = [label(outside, np.ones((3, 3)))[1] for outside in around]
@@ -284,7 +288,7 @@ def slices():
 
 
 def test_the_best_level_counts_and_the_slices_count_together():
-    assert set(measured(EMChallenge(), slices()[:1]).values()) == {0}
-    both = measured(EMChallenge(), slices())
+    assert set(measured(ISBI2012Errors(), slices()[:1]).values()) == {0}
+    both = measured(ISBI2012Errors(), slices())
     assert both["em/pixel-error"] == pytest.approx(0.5 * (8 / 30))  # at 0.4 the second slice has no membrane
-    assert both == measured(EMChallenge(), [joined(slices())])
+    assert both == measured(ISBI2012Errors(), [joined(slices())])

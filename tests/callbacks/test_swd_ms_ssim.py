@@ -25,9 +25,9 @@ def pictures(photos):
 def test_a_pyramids_levels_are_scipys(pictures):
     image = pictures[0, 0].double()
     kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
-    smaller = ndimage.convolve(image.numpy(), kernel, mode="mirror")[::2, ::2]
+    downsample_image = ndimage.convolve(image.numpy(), kernel, mode="mirror")[::2, ::2]
     spread = np.zeros((64, 64))
-    spread[::2, ::2] = smaller
+    spread[::2, ::2] = downsample_image
     expected = image.numpy() - ndimage.convolve(spread, 4 * kernel, mode="mirror")
     levels = swd.laplacian_pyramid(pictures[:1].double())
     assert [level.shape[-1] for level in levels] == [64, 32, 16]
@@ -36,7 +36,7 @@ def test_a_pyramids_levels_are_scipys(pictures):
 
 def test_a_pyramid_adds_up_to_its_images(pictures):
     fine, middle, coarse = swd.laplacian_pyramid(pictures.double())
-    assert torch.allclose(fine + swd.doubled(middle + swd.doubled(coarse)), pictures.double())
+    assert torch.allclose(fine + swd.pyr_up(middle + swd.pyr_up(coarse)), pictures.double())
 
 
 def test_the_distance_is_the_mean_of_scipys_over_directions(pictures, monkeypatch):
@@ -44,9 +44,9 @@ def test_the_distance_is_the_mean_of_scipys_over_directions(pictures, monkeypatc
     made, real = pictures[:4], pictures[4:]
     ours = swd.sliced_wasserstein(made, real)
     generator = torch.Generator().manual_seed(0)
-    patches = [swd.patches_of(images, 64, generator) for images in (made, real)]
+    patches = [swd.sample_patches(images, 64, generator) for images in (made, real)]
     for side, distance in ours.items():
-        a, b = (swd.standardised(of_set[side]).double() for of_set in patches)
+        a, b = (swd.normalize_patches(of_set[side]).double() for of_set in patches)
         directions = torch.randn(147, 3, generator=generator)
         directions = (directions / directions.norm(dim=0)).double()
         expected = np.mean([wasserstein_distance(a @ direction, b @ direction) for direction in directions.T])
@@ -55,7 +55,7 @@ def test_the_distance_is_the_mean_of_scipys_over_directions(pictures, monkeypatc
 
 def test_patches_are_cut_from_their_images():
     images = torch.arange(2 * 16 * 16).view(2, 1, 16, 16).float()
-    patches = swd.patches_of(images, 64, torch.Generator().manual_seed(0))[16]
+    patches = swd.sample_patches(images, 64, torch.Generator().manual_seed(0))[16]
     assert patches.shape == (2 * 128, 1, 7, 7)
     corner = patches[:, :, :1, :1]
     steps = 16 * torch.arange(7).view(7, 1) + torch.arange(7)

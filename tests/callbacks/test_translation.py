@@ -9,16 +9,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
-from callbacks.metrics.cycle_l1 import TranslationQuality
-from callbacks.metrics.fcn_score import PROJECT, FCNScore
-from callbacks.metrics.translation_fid import TranslationFrechet
-from callbacks.visualization.previews import Samples
-from datamodules.catalog.masked_images import labelled_pictures
-from datamodules.catalog.palettes import PALETTES, classes_of, coloured, palette
-from datamodules.errors import Refused
+from callbacks.metrics.cycle_l1 import CycleL1
+from callbacks.metrics.fcn_score import ROOT, FCNScore
+from callbacks.metrics.translation_fid import TranslationFID
+from callbacks.visualization.previews import PreviewImages
+from datamodules.catalog.masked_images import list_masked_images
+from datamodules.catalog.palettes import PALETTES, colorize, nearest_class, palette
+from datamodules.errors import UserError
 from experiments.cli.main import main
 from experiments.run.recipes import find_recipe
-from modules.smp import EncoderDecoder
+from modules.smp import SMPSegmenter
 from modules.unet import UNet
 from tests.helpers.subprocess_helpers import forked
 
@@ -32,10 +32,10 @@ def outputs(direction, count=1, **more):
 
 
 def test_cycle_and_identity_errors_are_mean_absolute_differences():
-    quality = TranslationQuality()
+    quality = CycleL1()
     to_b, to_a = outputs("AtoB", 2), outputs("BtoA", 3)
-    kept = [quality.keep(to_b, i) for i in range(2)] + [quality.keep(to_a, i) for i in range(3)]
-    found = quality.put_together(kept, None)
+    kept = [quality.update(to_b, i) for i in range(2)] + [quality.update(to_a, i) for i in range(3)]
+    found = quality.compute(kept, None)
     for direction, out, identity in (("AtoB", to_b, "BtoA"), ("BtoA", to_a, "AtoB")):
         of = {name: value.double().numpy() for name, value in out.items() if name != "direction"}
         assert found[f"cycle-l1/{direction}"] == pytest.approx(np.abs(of["reconstruction"] - of["image"]).mean(), abs=1e-7)
@@ -48,13 +48,13 @@ def test_colours_are_distinct_and_come_back(name):
     colours = palette(name)
     assert len({tuple(colour) for colour in colours.tolist()} | {(0, 0, 0)}) == len(colours) + 1
     mask = np.arange(len(colours)).repeat(4).reshape(-1, 4)
-    assert np.array_equal(classes_of(coloured(mask, colours) / 255, colours), mask)
-    shifted = (coloured(mask, colours).float() + 5).clamp(0, 255) / 255  # not exactly the colours
-    assert np.array_equal(classes_of(shifted, colours), mask)
+    assert np.array_equal(nearest_class(colorize(mask, colours) / 255, colours), mask)
+    shifted = (colorize(mask, colours).float() + 5).clamp(0, 255) / 255  # not exactly the colours
+    assert np.array_equal(nearest_class(shifted, colours), mask)
 
 
 def test_unknown_colours_are_refused():
-    with pytest.raises(Refused, match="no colours are known for the classes of voc; sets that have: camvid, cityscapes"):
+    with pytest.raises(UserError, match="no colours are known for the classes of voc; sets that have: camvid, cityscapes"):
         palette("voc")
 
 
@@ -62,10 +62,10 @@ class Known(UNet):
     """A judge that knows the classes from the colours."""
 
     def __init__(self):
-        super().__init__(3, 11, width=2, depth=1)
+        super().__init__(3, 11, base_channels=2, depth=1)
 
     def probabilities(self, image):
-        classes = classes_of(image[0], palette("camvid"))
+        classes = nearest_class(image[0], palette("camvid"))
         return torch.nn.functional.one_hot(classes, 11).permute(2, 0, 1)[None].float()
 
 
@@ -75,14 +75,14 @@ def test_fcn_scores_are_sklearns():
     mask = generator.integers(0, 11, (12, 16))
     mask[0, :5] = 255
     wrong = np.where(generator.random(mask.shape) < 0.3, generator.integers(0, 11, mask.shape), mask)
-    picture = coloured(np.where(wrong == 255, 0, wrong), palette("camvid"))[None] / 255
+    picture = colorize(np.where(wrong == 255, 0, wrong), palette("camvid"))[None] / 255
     other = picture.flip(2)  # what no figure may be of
     out = {"dataset": ["some"], "mask": torch.from_numpy(mask)[None]}
     to_labels = {**out, "image": other, "prediction": picture, "direction": ["AtoB"]}
     to_photograph = {**out, "image": other, "prediction": picture, "direction": ["BtoA"]}
     real = {**out, "image": picture, "prediction": other, "direction": ["AtoB"]}
-    found = score.put_together([score.keep(to_labels, 0), score.keep(to_photograph, 0)], None)
-    found |= {name: value for name, value in score.put_together([score.keep(real, 0)], None).items() if "of-photo" in name}
+    found = score.compute([score.update(to_labels, 0), score.update(to_photograph, 0)], None)
+    found |= {name: value for name, value in score.compute([score.update(real, 0)], None).items() if "score-real" in name}
     counted = mask != 255
     matrix = confusion_matrix(mask[counted], np.where(wrong == 255, 0, wrong)[counted], labels=range(11))
     right = matrix.diagonal()
@@ -91,7 +91,7 @@ def test_fcn_scores_are_sklearns():
         "class-accuracy": (right / matrix.sum(1)).mean(),
         "class-iou": (right / (matrix.sum(0) + matrix.sum(1) - right)).mean(),
     }
-    for kind in ("fcn-score", "nearest-colour", "fcn-score-of-photographs"):
+    for kind in ("fcn-score", "nearest-color", "fcn-score-real"):
         for name, value in expected.items():
             assert found[f"{kind}/{name}"] == pytest.approx(value, abs=1e-12)
 
@@ -99,26 +99,28 @@ def test_fcn_scores_are_sklearns():
 def test_smaller_label_maps_are_enlarged_by_what_is_nearest():
     score = FCNScore(Known(), "weights")
     mask = np.array([[0, 1], [2, 3]]).repeat(6, 0).repeat(8, 1)
-    small = coloured(np.array([[0, 1], [2, 3]]), palette("camvid"))[None] / 255
+    small = colorize(np.array([[0, 1], [2, 3]]), palette("camvid"))[None] / 255
     out = {"image": small, "prediction": small, "mask": torch.from_numpy(mask)[None], "direction": ["AtoB"]}
-    assert score.keep(out, 0)["nearest-colour"].diagonal().sum() == mask.size
+    assert score.update(out, 0)["nearest-color"].diagonal().sum() == mask.size
 
 
 def test_judge_without_weights_is_refused(workplace):
     running = SimpleNamespace(datamodule=SimpleNamespace(test=["camvid/test"]))
-    with pytest.raises(Refused, match=r"FCNScore\.weights: no file deeplab/camvid\.safetensors, neither here nor below .*data"):
+    with pytest.raises(
+        UserError, match=r"FCNScore\.weights: no file deeplab/camvid\.safetensors, neither here nor below .*data"
+    ):
         FCNScore(Known(), "deeplab/camvid.safetensors").setup(running, None, "test")
 
 
 def test_camvids_label_maps_decode_to_the_labels(with_real_data):
-    for labelled in labelled_pictures("camvid/val")[:3]:
+    for labelled in list_masked_images("camvid/val")[:3]:
         mask = labelled.read_mask()
-        decoded = classes_of(coloured(mask, palette("camvid")) / 255, palette("camvid")).numpy()
+        decoded = nearest_class(colorize(mask, palette("camvid")) / 255, palette("camvid")).numpy()
         assert np.array_equal(decoded[mask != 255], mask[mask != 255])
 
 
 def test_the_sheet_shows_what_goes_there_and_comes_back_in_both_directions(tmp_path):
-    samples = Samples(tmp_path, rows=2)
+    samples = PreviewImages(tmp_path, rows=2)
     state = SimpleNamespace(fn="fit")
     trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], state=state)
     method = SimpleNamespace(images_seen=30)
@@ -137,14 +139,14 @@ def test_the_sheet_shows_what_goes_there_and_comes_back_in_both_directions(tmp_p
 
 def test_the_judges_scores_in_a_record_are_its_own(workplace, with_real_data):
     """Every photograph of CamVid's val, made small, enlarged and judged without any of the callback's code."""
-    recipe, judge = workplace / "judged.yaml", PROJECT / "experiments/methods/deeplab/weights/camvid.safetensors"
+    recipe, judge = workplace / "judged.yaml", ROOT / "experiments/methods/deeplab/weights/camvid.safetensors"
     settings = find_recipe("cyclegan/camvid").content
-    settings["model"]["init_args"] |= {"width": 2, "blocks": 0, "images": 2}
-    settings["data"]["init_args"] |= {"train": "camvid/val", "test": ["camvid/val"], "most": 1}
-    recipe.write_text(yaml.safe_dump({**settings, "validate_every": 2}))
+    settings["model"]["init_args"] |= {"base_channels": 2, "n_residual_blocks": 0, "total_images": 2}
+    settings["data"]["init_args"] |= {"train": "camvid/val", "test": ["camvid/val"], "max_val_images": 1}
+    recipe.write_text(yaml.safe_dump({**settings, "val_every_images": 2}))
     assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
     record = json.loads((workplace / "runs" / "judged" / "one" / "record.json").read_text())
-    network = EncoderDecoder("deeplabv3plus", "timm-mobilenetv3_small_minimal_100", None, classes=11, tile=256)
+    network = SMPSegmenter("deeplabv3plus", "timm-mobilenetv3_small_minimal_100", None, classes=11, tile_size=256)
     network.load_state_dict(load_file(judge))
     matrix = np.zeros((11, 11))
     for picture in sorted((with_real_data / "CamVid" / "val").glob("*.png")):
@@ -156,13 +158,13 @@ def test_the_judges_scores_in_a_record_are_its_own(workplace, with_real_data):
         found = torch.nn.functional.interpolate(given, (360, 480), mode="bilinear")[0].argmax(0).numpy()
         labels = np.asarray(Image.open(picture.parent.parent / "valannot" / picture.name))
         matrix += confusion_matrix(labels[labels < 11], found[labels < 11], labels=range(11))
-    measured = record["metrics"]["camvid-val"]
+    compute_metric = record["metrics"]["camvid-val"]
     right = matrix.diagonal()
-    assert measured["fcn-score-of-photographs/pixel-accuracy"]["mean"] == pytest.approx(right.sum() / matrix.sum(), abs=1e-6)
+    assert compute_metric["fcn-score-real/pixel-accuracy"]["mean"] == pytest.approx(right.sum() / matrix.sum(), abs=1e-6)
     iou = (right / (matrix.sum(0) + matrix.sum(1) - right)).mean()
-    assert measured["fcn-score-of-photographs/class-iou"]["mean"] == pytest.approx(iou, abs=1e-6)
-    assert 0 < measured["fcn-score/pixel-accuracy"]["mean"] < measured["fcn-score-of-photographs/pixel-accuracy"]["mean"]
-    assert list(record["instruments"]) == ["FCNScore"]
+    assert compute_metric["fcn-score-real/class-iou"]["mean"] == pytest.approx(iou, abs=1e-6)
+    assert 0 < compute_metric["fcn-score/pixel-accuracy"]["mean"] < compute_metric["fcn-score-real/pixel-accuracy"]["mean"]
+    assert list(record["evaluator_weights"]) == ["FCNScore"]
 
 
 def test_frechet_distances_are_of_each_directions_own_domain():
@@ -172,12 +174,12 @@ def test_frechet_distances_are_of_each_directions_own_domain():
         def __call__(self, images):
             return {"features": images.float().mean((2, 3)) / 255}
 
-    quality = TranslationFrechet()
+    quality = TranslationFID()
     quality.features.network = Network()
     to_b, to_a = outputs("AtoB", 40), outputs("BtoA", 50)
     to_b["prediction"] = to_b["prediction"] * 0.5
-    kept = [quality.keep(to_b, i) for i in range(40)] + [quality.keep(to_a, i) for i in range(50)]
-    found = quality.put_together(kept, None)
+    kept = [quality.update(to_b, i) for i in range(40)] + [quality.update(to_a, i) for i in range(50)]
+    found = quality.compute(kept, None)
 
     def written_out(made, real):
         from scipy.linalg import sqrtm
@@ -187,5 +189,5 @@ def test_frechet_distances_are_of_each_directions_own_domain():
         gap = made.mean(0) - real.mean(0)
         return gap @ gap + np.trace(one + two - 2 * sqrtm(one @ two).real)
 
-    assert found["frechet/means-AtoB-40"] == pytest.approx(written_out(to_b["prediction"], to_a["image"]), abs=1e-5)
-    assert found["frechet/means-BtoA-50"] == pytest.approx(written_out(to_a["prediction"], to_b["image"]), abs=1e-5)
+    assert found["fid/means-AtoB-40"] == pytest.approx(written_out(to_b["prediction"], to_a["image"]), abs=1e-5)
+    assert found["fid/means-BtoA-50"] == pytest.approx(written_out(to_a["prediction"], to_b["image"]), abs=1e-5)

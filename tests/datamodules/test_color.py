@@ -27,6 +27,6 @@ def test_grey_pictures(image):
     grey = image[:1]
     equal = grey.expand(3, -1, -1)
     assert torch.equal(luma(grey), grey)
-    assert torch.equal(luma(equal, equal_is_grey=True), grey)
+    assert torch.equal(luma(equal, treat_equal_rgb_as_grey=True), grey)
     assert luma(equal).min() >= 16
     assert luma(equal).max() <= 235

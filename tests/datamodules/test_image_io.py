@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from datamodules.io.folders import list_images
-from datamodules.io.image_io import BadImage, check_size, read_image
+from datamodules.io.image_io import InvalidImage, check_size, read_image
 
 
 @pytest.fixture
@@ -27,14 +27,14 @@ def test_bad_files_are_named_with_the_reason(tmp_path, rgb):
         "cut_whole.jpg": "cut short or damaged",
         "absent.png": "no such file",
     }.items():
-        with pytest.raises(BadImage, match=reason) as caught:
+        with pytest.raises(InvalidImage, match=reason) as caught:
             read_image(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 def test_too_small_pictures_are_named(tmp_path):
-    with pytest.raises(BadImage, match=r"small.png: 8x5 pixels, too small: at least 9x9"):
+    with pytest.raises(InvalidImage, match=r"small.png: 8x5 pixels, too small: at least 9x9"):
         check_size(8, 5, tmp_path / "small.png", 9)
 
 
@@ -57,7 +57,7 @@ def test_sixteen_bits_keep_black_and_white(tmp_path):
 
 def test_floating_point_is_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(BadImage, match="unknown range"):
+    with pytest.raises(InvalidImage, match="unknown range"):
         read_image(tmp_path / "float.tif")
 
 
@@ -71,7 +71,7 @@ def test_orientation_is_applied(tmp_path, rgb):
 def test_a_bomb_is_refused(tmp_path, rgb, monkeypatch):
     rgb.save(tmp_path / "big.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(BadImage, match="decompression bomb"):
+    with pytest.raises(InvalidImage, match="decompression bomb"):
         read_image(tmp_path / "big.png")
 
 

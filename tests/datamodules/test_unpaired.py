@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.catalog.catalog import MissingData, catalogue, locate
-from datamodules.catalog.domains import domains
-from datamodules.errors import Refused
-from datamodules.io.image_io import BadImage
+from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
+from datamodules.catalog.domains import load_domains
+from datamodules.errors import UserError
+from datamodules.io.image_io import InvalidImage
 from datamodules.unpaired import Unpaired
 
 
@@ -35,7 +35,7 @@ def numbers_of(batch):
 
 
 def test_each_domain_has_an_order_of_its_own(folder):
-    data = unpaired(resize=None, batch_size=1, flip=False)
+    data = unpaired(resize=None, batch_size=1, hflip=False)
     found = {"A": [], "B": []}
     for _, batch in zip(range(35), data.train_dataloader(), strict=False):
         for domain, numbers in numbers_of(batch).items():
@@ -44,14 +44,14 @@ def test_each_domain_has_an_order_of_its_own(folder):
         passes = np.array(found[domain]).reshape(-1, count)
         assert all(sorted(one) == list(range(count)) for one in passes.tolist())
         assert len({tuple(one) for one in passes.tolist()}) > 1
-    data.stacks.of_b = data.stacks.of_b[: len(data.stacks.of_a)]  # as many, so that the orders could be the same
+    data.stacks.images_b = data.stacks.images_b[: len(data.stacks.images_a)]  # as many, so that the orders could be the same
     batches = [numbers_of(batch) for _, batch in zip(range(20), data.train_dataloader(), strict=False)]
     assert sum(batch["A"] == batch["B"] for batch in batches) < 12
 
 
 def test_domains_keep_apart_and_batches_are_in_range(folder):
     data = unpaired(batch_size=3)
-    batch = data.floats(next(iter(data.train_dataloader())))
+    batch = data.prepare_train_batch(next(iter(data.train_dataloader())))
     for images in batch.values():
         assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32
     assert batch["A"][:, 0].min() > 0.7 and batch["B"][:, 2].min() > 0.7
@@ -73,7 +73,7 @@ def test_stream_goes_on_where_it_stood_and_processes_share_it(folder):
     half.trainer = Second()
     share = next(iter(half.train_dataloader()))
     for domain in "AB":
-        assert torch.equal(half.floats(share)[domain], whole.floats(batches[0])[domain][2:])
+        assert torch.equal(half.prepare_train_batch(share)[domain], whole.prepare_train_batch(batches[0])[domain][2:])
 
 
 def test_parts_are_cut_anywhere_and_half_are_mirrored(folder):
@@ -81,7 +81,7 @@ def test_parts_are_cut_anywhere_and_half_are_mirrored(folder):
     raw = next(iter(data.train_dataloader()))
     edge = (raw["A"][:, 1, 0] > raw["A"][:, 1, 0, -1:]).sum(1)  # columns of the left half that are in a part
     assert len(edge.unique()) > 8
-    batch = data.floats(raw)
+    batch = data.prepare_train_batch(raw)
     pairs = [(one, other / 255) for one, other in zip(batch["A"], raw["A"], strict=True) if other[1].unique().numel() > 1]
     assert all(torch.equal(one, other) or torch.equal(one, other.flip(2)) for one, other in pairs)
     mirrored = sum(torch.equal(one, other.flip(2)) for one, other in pairs)
@@ -90,8 +90,8 @@ def test_parts_are_cut_anywhere_and_half_are_mirrored(folder):
 
 
 def test_pictures_are_resized_as_pillow_does(folder):
-    member = domains("mine/train")[0][3]
-    ours = member.squared(member.pixels(), 20).permute(1, 2, 0).numpy().astype(int)
+    member = load_domains("mine/train")[0][3]
+    ours = member.resize_square(member.pixels(), 20).permute(1, 2, 0).numpy().astype(int)
     pillow = np.asarray(Image.open(member.picture.path).resize((20, 20), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(ours - pillow).max() <= 1
 
@@ -103,22 +103,22 @@ def test_pictures_to_measure_on(folder):
     assert [item["direction"] for item in items] == [["AtoB"]] * 2 + [["BtoA"]] * 3
     assert [item["name"] for item in items] == [["A/0"], ["A/1"], ["B/0"], ["B/1"], ["B/2"]]
     assert all(item["image"].shape == (1, 3, 16, 16) and item["dataset"] == ["mine-test"] for item in items)
-    assert len(unpaired(most=1).val_pictures) == 2
+    assert len(unpaired(max_val_images=1).val_pictures) == 2
 
 
 def test_textures_are_parts_of_scikit_images_pictures():
-    (grass,), (gravel,) = domains("textures/grass2gravel/train")
-    (rest,), _ = domains("textures/grass2gravel/test")
-    original = np.asarray(Image.open(locate("textures/grass")[0]))
+    (grass,), (gravel,) = load_domains("textures/grass2gravel/train")
+    (rest,), _ = load_domains("textures/grass2gravel/test")
+    original = np.asarray(Image.open(resolve_images("textures/grass")[0]))
     assert np.array_equal(np.concatenate([grass.pixels()[0], rest.pixels()[0]], 1), original)
     assert grass.pixels().shape == (3, 512, 384) and gravel.picture.path.name == "gravel.png"
 
 
 def test_sets_with_masks_are_photographs_and_label_maps(with_real_data):
-    photographs, labels = domains("camvid/val")
+    photographs, labels = load_domains("camvid/val")
     assert len(photographs) == len(labels) == 21
     assert labels[0].pixels().shape == photographs[0].pixels().shape == (3, 360, 480)
-    assert set(map(tuple, labels[0].squared(labels[0].pixels(), 64).flatten(1).T.tolist())) <= set(
+    assert set(map(tuple, labels[0].resize_square(labels[0].pixels(), 64).flatten(1).T.tolist())) <= set(
         map(tuple, labels[0].pixels().flatten(1).T.tolist())
     )
     data = Unpaired("camvid/val", "camvid/val", ["camvid/val"], 64, 72)
@@ -131,44 +131,44 @@ def test_sets_with_masks_are_photographs_and_label_maps(with_real_data):
 @pytest.mark.parametrize(
     ("spec", "error", "says"),
     [
-        ("mine/tset", MissingData, r"mine/tset: no folder mine/tsetA; the two domains belong into mine/tsetA and \.\.\.B"),
-        ("hors2zebra/train", Refused, r"no data set 'hors2zebra'; did you mean 'horse2zebra'"),
+        ("mine/tset", DatasetNotFound, r"mine/tset: no folder mine/tsetA; the two domains belong into mine/tsetA and \.\.\.B"),
+        ("hors2zebra/train", UserError, r"no data set 'hors2zebra'; did you mean 'horse2zebra'"),
         (
             "textures/grass2gravel/val",
-            Refused,
+            UserError,
             r"textures/grass2gravel/val: two of grass, gravel, brick and train or test, as in",
         ),
-        ("textures/grass2moss/train", Refused, r"two of grass, gravel, brick"),
-        ("textures/train", Refused, r"textures/train: two of grass, gravel, brick"),
-        ("digits/train", Refused, r"digits/train has no two domains"),
-        ("horse2zebra/val", Refused, r"horse2zebra/val has no two domains; take horse2zebra/test, horse2zebra/train"),
-        ("horse2zebra/train", MissingData, r"horse2zebra/trainA is not here: by hand, below .*: unzip horse2zebra\.zip"),
+        ("textures/grass2moss/train", UserError, r"two of grass, gravel, brick"),
+        ("textures/train", UserError, r"textures/train: two of grass, gravel, brick"),
+        ("digits/train", UserError, r"digits/train has no two domains"),
+        ("horse2zebra/val", UserError, r"horse2zebra/val has no two domains; take horse2zebra/test, horse2zebra/train"),
+        ("horse2zebra/train", DatasetNotFound, r"horse2zebra/trainA is not here: by hand, below .*: unzip horse2zebra\.zip"),
     ],
 )
 def test_what_is_no_pair_of_domains_is_refused(folder, spec, error, says):
     with pytest.raises(error, match=says):
-        domains(spec)
+        load_domains(spec)
 
 
 def test_unusable_pictures_are_named(folder):
     (folder / "trainA" / "3.png").write_bytes(b"")
     Image.new("RGB", (12, 60)).save(folder / "trainB" / "small.png")
-    with pytest.raises(BadImage, match=r"1 of 5 pictures cannot be used: .*trainA/3\.png: empty file"):
+    with pytest.raises(InvalidImage, match=r"1 of 5 pictures cannot be used: .*trainA/3\.png: empty file"):
         unpaired()
     (folder / "trainA" / "3.png").unlink()
     with pytest.raises(
-        BadImage, match=r"1 of 8 pictures cannot be used: .*small\.png: 12x60 pixels, too small: at least 16x16"
+        InvalidImage, match=r"1 of 8 pictures cannot be used: .*small\.png: 12x60 pixels, too small: at least 16x16"
     ):
         unpaired(resize=None)
     unpaired()  # where all are resized, none is too small
 
 
 def test_a_resize_below_the_crop_is_refused():
-    with pytest.raises(Refused, match=r"data\.resize: 10 is smaller than data\.crop: 16"):
+    with pytest.raises(UserError, match=r"data\.resize: 10 is smaller than data\.crop: 16"):
         Unpaired("textures/grass2gravel/train", "textures/grass2gravel/test", crop=16, resize=10)
 
 
 def test_every_set_of_the_paper_is_in_the_catalogue():
     names = "apple2orange summer2winter_yosemite horse2zebra monet2photo cezanne2photo ukiyoe2photo vangogh2photo maps facades iphone2dslr_flower"
     for name in names.split():
-        assert {"trainA", "trainB", "testA", "testB"} == set(catalogue()[name].splits)
+        assert {"trainA", "trainB", "testA", "testB"} == set(catalog()[name].splits)

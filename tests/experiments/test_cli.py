@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from callbacks.run.record_file import write_record
 from experiments import ROOT
 from experiments.cli.errors import explain, one_line
 from experiments.cli.main import main
@@ -60,7 +61,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--trainer.precision", "fp17"], "trainer.precision: 'fp17' is not one of"),
         (["fit", DEMO, "--model", "modules.espcn.ESPCM"], "model: no class modules.espcn.ESPCM; did you mean 'modules.espcn.ESPCN'?"),
         (["fit", DEMO, "--model.scale", "4"], "model.scale is 4, but data.scale is 3"),
-        (["fit", DEMO, "--model.images", "0"], "model.images: 0 is not a budget"),
+        (["fit", DEMO, "--model.total_images", "0"], "model.total_images: 0 is not a budget"),
         (["fit", "espcn/t91_x3"], "t91 is not here: by hand"),
         (["fit", DEMO, "--monitor", "nothing"], "monitor: no figure 'nothing' is logged; these are: "),
         (["fit", DEMO, "--trainer.gradient_clip_val", "1"], "is set by Darkroom; take a phase's clip, in the method's file"),
@@ -79,20 +80,20 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["bench", DEMO, "--piars", "2"], "unknown argument --piars; did you mean '--pairs'?"),
         (["reproduce", "espcn", "--seeds", "3"], "give --run too"),
         (["predict", "espcn/t91_x3"], "predict needs --input"),
-        (["fit", DEMO, "--data.workers", "-1"], "data.workers: -1 is not a number of processes"),
+        (["fit", DEMO, "--data.num_workers", "-1"], "data.num_workers: -1 is not a number of processes"),
         (["fit", DEMO, "--data.batch_size", "0"], "data.batch_size: 0 is not a batch"),
-        (["fit", DEMO, "--data.kept", "3"], "data.val and data.kept both name what chooses the checkpoint"),
+        (["fit", DEMO, "--data.val_every_nth", "3"], "data.val and data.val_every_nth both name what chooses the checkpoint"),
         (["fit", DEMO, "--data.seed", "3"], "--data.seed is set by Darkroom; take --seed_everything"),
         (["fit", DEMO, "--data.test", "set5"], "data.test: 'set5' is not a list; write [set5]"),
         (["fit", DEMO, "--data.train", "./nowhere"], "no folder ./nowhere"),
         (["fit", DEMO, "--run", "a/b"], "--run a/b: a name, not a path"),
         (["fit", DEMO, "--run", ".."], "--run ..: a name, not a path"),
-        (["fit", DEMO, "--validate_every", "0"], "validate_every: 0 must be greater than 0"),
+        (["fit", DEMO, "--val_every_images", "0"], "val_every_images: 0 must be greater than 0"),
         (["fit", DEMO, "--seed_everything", "-1"], "seed_everything: -1 is not between 0 and 4294967295"),
         (["reproduce", "espcn", "--run", "--seeds", "0"], "reproduce: --seeds 0: at least 1"),
         (["fit", DEMO, "--trainer.devices", "two"], "devices"),
         (["fit", DEMO, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "DDPStrategy is not supported; take 'ddp' or 'fsdp2'"),
-        (["fit", DEMO, "--trainer.val_check_interval", "5"], "--trainer.val_check_interval is set by Darkroom; take --validate_every"),
+        (["fit", DEMO, "--trainer.val_check_interval", "5"], "--trainer.val_check_interval is set by Darkroom; take --val_every_images"),
         (["test", "espcn/t91_x3_relu", "--record", "/nowhere/r.json"], "--record: cannot write to /nowhere"),
     ],
 )  # fmt: skip
@@ -139,7 +140,7 @@ def test_what_is_not_understood_is_still_one_line():
 
 @pytest.fixture
 def recipe(workplace, photos):
-    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60, "warmup": 8}}
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60, "warmup": 8}}
     return write_recipe(workplace / "tiny.yaml", photos, model, test=["photographs/test"])
 
 
@@ -157,11 +158,12 @@ def test_a_run_leaves_its_folder(workplace, recipe):
         *(f"samples/{images:09d}.png" for images in (20, 40, 60)),
     }
     record = json.loads((folder / "record.json").read_text())
-    assert record["images"] == 60
+    assert record["images_seen"] == 60
     assert record["seed"] == 0
     assert record["config"]["model"]["init_args"]["activation"] == "tanh"
-    assert record["metrics"]["photographs-test"]["psnr/y-shave3"]["pictures"].keys() == {"astronaut", "chelsea", "china"}
-    assert record["fingerprints"].keys() == {"recipe", "method", "data", "protocol"}
+    assert record["metrics"]["photographs-test"]["psnr-y/crop3"]["images"].keys() == {"astronaut", "chelsea", "china"}
+    assert record["code"].keys() == {"training", "metrics"}
+    assert record["content"]["data"]["init_args"]["scale"] == 3
     assert record["seconds"] > 0
     assert record["peak_memory_mib"] > 100
 
@@ -178,7 +180,18 @@ def test_a_runs_configuration_is_a_recipe_for_the_same_run(workplace, recipe):
 
 def test_what_is_typed_wins_over_the_checkpoint(workplace, recipe):
     assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]"]) == 0
-    words = ["fit", str(recipe), "--run", "one", "--data.test", "[]", "--model.images", "80", "--model.learning_rate", "0.001"]
+    words = [
+        "fit",
+        str(recipe),
+        "--run",
+        "one",
+        "--data.test",
+        "[]",
+        "--model.total_images",
+        "80",
+        "--model.learning_rate",
+        "0.001",
+    ]
     assert forked(main, words) == 0
     config = yaml.safe_load((workplace / "runs/tiny/one/config.yaml").read_text())
     assert config["model"]["init_args"]["learning_rate"] == 0.001
@@ -200,7 +213,7 @@ def test_what_is_typed_wins_over_the_checkpoint(workplace, recipe):
 def test_another_network_or_data_is_another_run(workplace, recipe, capfd, change, says):
     words = ["fit", str(recipe), "--run", "one", "--data.test", "[]"]
     assert forked(main, words) == 0
-    assert forked(main, [*words, "--model.images", "80", *change]) == 2
+    assert forked(main, [*words, "--model.total_images", "80", *change]) == 2
     assert says in capfd.readouterr().err
 
 
@@ -345,12 +358,12 @@ def test_a_run_that_ended_before_it_was_measured_goes_on_with_that(workplace, re
     record, last = json.loads((folder / "record.json").read_text()), (folder / "checkpoints/last.ckpt").read_bytes()
     log = (folder / "metrics.csv").read_text()
     if lost == "metrics":
-        (folder / "record.json").write_text(json.dumps({key: value for key, value in record.items() if key != "metrics"}))
+        write_record({key: value for key, value in record.items() if key != "metrics"}, folder / "record.json")
     else:
         (folder / "record.json").unlink()
     assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
     again = json.loads((folder / "record.json").read_text())
-    for key in ("metrics", "images", "weights", "fingerprints", "best_images"):
+    for key in ("metrics", "images_seen", "weights", "code", "best_images"):
         assert again[key] == record[key], key
     assert (folder / "checkpoints/last.ckpt").read_bytes() == last
     assert (folder / "metrics.csv").read_text() == log

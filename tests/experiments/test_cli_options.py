@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from datamodules.errors import Refused
+from datamodules.errors import UserError
 from experiments.cli.main import main
 from experiments.run.lightning_cli import build
 from experiments.run.recipes import find_recipe
@@ -34,7 +34,7 @@ def refuse_numbers_below_zero(name):
     numbers = [key for key, value in keys_of(recipe) if type(value) in (int, float)]
     assert len(numbers) >= 4
     for key in numbers:
-        with pytest.raises(Refused, match=rf"{key}\b"):
+        with pytest.raises(UserError, match=rf"{key}\b"):
             build("fit", recipe, [f"--{key}", "-1"])
 
 
@@ -48,14 +48,14 @@ def test_a_number_below_zero_is_refused_by_name_before_anything_is_read(workplac
     [
         (["vae/demo", "--model.latent_size", "0"], "model.latent_size: 0 must be greater than 0"),
         (["vae/demo", "--model.latent_size", "2.5"], "model.latent_size: '2.5' is not of type int"),
-        (["vae/demo", "--model.hidden", "[20, 0]"], "model.hidden: 0 must be greater than 0"),
-        (["vae/demo", "--model.hidden", "20"], "model.hidden: '20' is not a list; write [20]"),
-        (["vae/demo", "--model.first_leg", "-1"], "model.first_leg: -1 must be greater than or equal to 0"),
+        (["vae/demo", "--model.hidden_dims", "[20, 0]"], "model.hidden_dims: 0 must be greater than 0"),
+        (["vae/demo", "--model.hidden_dims", "20"], "model.hidden_dims: '20' is not a list; write [20]"),
+        (["vae/demo", "--model.first_stage_images", "-1"], "model.first_stage_images: -1 must be greater than or equal to 0"),
         (["vae/demo", "--model.epsilon", "nan"], "model.epsilon: nan must be greater than 0"),
         (["vae/demo", "--model.epsilon", "tiny"], "model.epsilon: 'tiny' is not of type float"),
         (["vae/demo", "--model.learning_rate", "-1"], "model.learning_rate: -1 must be greater than 0"),
         (["unet/demo", "--model.dropout", "1"], "model.dropout: 1 must be less than 1"),
-        (["unet/demo", "--data.separation", "-2"], "data.separation: -2 must be greater than or equal to 0"),
+        (["unet/demo", "--data.border_weight", "-2"], "data.border_weight: -2 must be greater than or equal to 0"),
         (["dcgan/demo", "--data.crop", "0"], "data.crop: 0 must be greater than 0"),
     ],
 )
@@ -77,7 +77,7 @@ def test_help_lists_every_key_with_the_recipes_value(workplace, monkeypatch, cap
     assert (
         said.index("--run ")
         < said.index("--trainer.devices ")
-        < said.index("--model.images ")
+        < said.index("--model.total_images ")
         < said.index("--data.batch_size ")
     )
     assert "Annotated" not in said

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from datamodules.catalog.array_readers import read_part
-from datamodules.reconstruction import binarised
+from datamodules.catalog.array_readers import read_split
+from datamodules.reconstruction import binarize
 from experiments.cli.main import main
 from modules.autoencoder import Autoencoder
 from modules.dcgan import DCGAN
@@ -55,7 +55,7 @@ def test_a_concept_minus_itself_leaves_the_other(workplace, ckpt):
 def of_two_latents(path):
     """A network as that of vae/demo, untrained, and its weights in a file."""
     torch.manual_seed(0)
-    method = VAE(hidden=[256, 128], latent_size=2, activation="relu").eval()
+    method = VAE(hidden_dims=[256, 128], latent_size=2, activation="relu").eval()
     torch.save({"state_dict": method.state_dict()}, path)
     return method
 
@@ -66,7 +66,7 @@ def pixels(picture, left, top, side=28):
 
 def of_digits():
     """The pictures that vae/demo is measured on: (500, 1, 28, 28)."""
-    return binarised(read_part("digits/test")[0].float() / 255, 0, "binarise/digits-test", 0)
+    return binarize(read_split("digits/test")[0].float() / 255, 0, "binarise/digits-test", 0)
 
 
 def test_what_comes_back_stands_below_the_pictures(workplace):
@@ -89,7 +89,7 @@ def test_a_denoisers_row_shows_what_it_saw(workplace):
 
 def denoiser(folder):
     torch.manual_seed(0)
-    method = Autoencoder(hidden=[512, 128], latent_size=32, corruption="noise", amount=0.4)
+    method = Autoencoder(hidden_dims=[512, 128], latent_size=32, corruption="noise", corruption_level=0.4)
     torch.save({"state_dict": method.state_dict()}, folder / "denoiser.ckpt")
     return str(folder / "denoiser.ckpt")
 
@@ -99,7 +99,7 @@ def test_answers_are_the_nearest_codes(workplace, capfd):
     method = of_two_latents(workplace / "vae.ckpt")
     words = ["retrieve", "vae/demo", "--ckpt", "vae.ckpt", "--numbers", "4", "20", "--k", "3", "--output", "found.png"]
     assert forked(main, words) == 0
-    images, labels = of_digits(), read_part("digits/test")[1]
+    images, labels = of_digits(), read_split("digits/test")[1]
     with torch.no_grad():
         codes = method.posterior(images)[0].numpy()
     answers = cKDTree(codes).query(codes[[4, 20]], 4)[1]
@@ -125,7 +125,7 @@ def test_interpolation_goes_between_pictures(workplace):
     assert forked(main, [*words, "--output", "way.png"]) == 0
     with torch.no_grad():
         codes = method.posterior(of_digits()[[7, 30]])[0]
-        expected = 255 * method.decoded(codes.mean(0, keepdim=True)).flatten()
+        expected = 255 * method.decode(codes.mean(0, keepdim=True)).flatten()
     assert (pixels(Image.open(workplace / "way.png"), 32, 2) - expected).abs().max() <= 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from datamodules.catalog.catalog import locate
+from datamodules.catalog.catalog import resolve_images
 from experiments import ROOT
 from experiments.cli.main import main
 from experiments.run.lightning_cli import check_keys
@@ -19,7 +19,7 @@ from tests.helpers.subprocess_helpers import forked
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 CLUSTERS = (ROOT / "experiments/cluster/CLUSTERS.md").read_text()
-SHORT = ["--model.images", "64", "--validate_every", "32"]
+SHORT = ["--model.total_images", "64", "--val_every_images", "32"]
 
 
 def test_there_are_commands():
@@ -39,7 +39,7 @@ def test_command(command, workplace, capfd):
     extra = {"fit": SHORT, "bench": ["--pairs", "6", "--steps", "2"], "sweep": ["--trials", "1", *SHORT]}.get(words[1], [])
     (workplace / "sweeps").symlink_to(ROOT / "sweeps")
     if words[1] == "predict":
-        Image.open(locate("photographs/test")[0]).resize((60, 50)).save(words[words.index("--input") + 1])
+        Image.open(resolve_images("photographs/test")[0]).resize((60, 50)).save(words[words.index("--input") + 1])
     assert forked(main, words[1:] + extra) == 0, capfd.readouterr().err
 
 

@@ -9,7 +9,7 @@ import torch
 
 from callbacks.metrics.feature_extractors import Inception
 from experiments.cli.main import main
-from experiments.results.tables import spec
+from experiments.results.tables import load_table
 from experiments.run.lightning_cli import DarkroomCLI
 from experiments.run.recipes import methods, recipes
 from tests.helpers.fake_datasets import accept_what_is_laid_out, lay_out
@@ -17,7 +17,7 @@ from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import inception_weights
 
 ALL = recipes()
-TRAINED = [recipe for recipe in ALL if "images" in recipe.content["model"]["init_args"]]
+TRAINED = [recipe for recipe in ALL if "total_images" in recipe.content["model"]["init_args"]]
 
 
 def kind(recipe):
@@ -57,15 +57,15 @@ def test_a_few_real_steps_on_its_data_sets_layout(recipe, workplace):
     for name in {data["train"], *data.get("test", [])}:
         lay_out(name)
     batch = min(data.get("batch_size", 16), 4)
-    shrunk = ["--model.images", str(3 * batch), "--data.batch_size", str(batch), "--validate_every", str(2 * batch)]
-    if data.get("workers"):
-        shrunk += ["--data.workers", "1", "--data.kept", "3"]
+    shrunk = ["--model.total_images", str(3 * batch), "--data.batch_size", str(batch), "--val_every_images", str(2 * batch)]
+    if data.get("num_workers"):
+        shrunk += ["--data.num_workers", "1", "--data.val_every_nth", "3"]
     if data["train"] == "photographs/train":
         shrunk += ["--data.val", "photographs/test", "--data.train", "photographs/val"]
-    elif not data.get("workers"):
-        shrunk += ["--data.kept", "3"]
-    monitor = "photographs-test" if data["train"] == "photographs/train" else f"{data['train']}-kept"
-    shrunk += ["--monitor", f"{monitor}/psnr/y-shave{data['scale']}"]
+    elif not data.get("num_workers"):
+        shrunk += ["--data.val_every_nth", "3"]
+    monitor = "photographs-test" if data["train"] == "photographs/train" else f"{data['train']}-holdout"
+    shrunk += ["--monitor", f"{monitor}/psnr-y/crop{data['scale']}"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
     assert (workplace / "runs" / recipe.name / "short/record.json").exists()
 
@@ -92,15 +92,15 @@ def test_a_few_real_steps_of_making_images(recipe, workplace, torch_home, monkey
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], *data.get("test", [])}:
         lay_out(name)
-    shrunk = ["--model.images", "12", "--data.batch_size", "4", "--validate_every", "8", "--data.samples", "10"]
+    shrunk = ["--model.total_images", "12", "--data.batch_size", "4", "--val_every_images", "8", "--data.val_samples", "10"]
     if data.get("test", [""])[0].startswith("mnist"):
         shrunk += ["--data.test_samples", "60"]
         if "LinearProbe" in recipe.path.read_text():  # the last callback
             shrunk += ["--trainer.callbacks.init_args.repeats", "1", "--trainer.callbacks.init_args.per_class", "10"]
     else:
         shrunk += ["--data.test", "[]"]  # random weights of Inception say nothing, and take long
-    if data.get("workers"):
-        shrunk += ["--data.workers", "1"]
+    if data.get("num_workers"):
+        shrunk += ["--data.num_workers", "1"]
     assert forked(run_on_what_is_laid_out, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
     folder = workplace / "runs" / recipe.name / "short"
     assert (folder / "record.json").exists()
@@ -112,9 +112,9 @@ def test_a_few_real_steps_of_giving_back(recipe, workplace):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data["val"], *data["test"]}:
         lay_out(name)
-    shrunk = ["--model.images", "8", "--data.batch_size", "4", "--validate_every", "4"]
+    shrunk = ["--model.total_images", "8", "--data.batch_size", "4", "--val_every_images", "4"]
     if "Likelihood" in recipe.path.read_text():
-        shrunk += ["--trainer.callbacks.init_args.k", "2"]
+        shrunk += ["--trainer.callbacks.init_args.n_samples", "2"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
     folder = workplace / "runs" / recipe.name / "short"
     assert json.loads((folder / "record.json").read_text())["metrics"]
@@ -127,17 +127,17 @@ def test_a_few_real_steps_of_segmenting(recipe, workplace):
     for name in {data["train"], data["val"], *data.get("test", [])}:
         lay_out(name)
     batch = 2 if data.get("batch_size") else 1
-    shrunk = ["--model.images", str(2 * batch), "--validate_every", str(batch)]
+    shrunk = ["--model.total_images", str(2 * batch), "--val_every_images", str(batch)]
     if batch > 1:
         shrunk += ["--data.batch_size", "2"]
-    if data.get("workers"):
-        shrunk += ["--data.workers", "1"]
+    if data.get("num_workers"):
+        shrunk += ["--data.num_workers", "1"]
     if "UNet" in recipe.class_path("model"):
         crop = 4 + 2 ** model.get("depth", 4)
-        shrunk += ["--model.width", "2", "--model.symmetries", "1", "--model.tile", "100", "--data.crop", str(crop)]
+        shrunk += ["--model.base_channels", "2", "--model.tta_views", "1", "--model.tile_size", "100", "--data.crop", str(crop)]
     else:
-        shrunk += ["--model.weights", "null", "--model.encoder", "tu-mobilenetv3_small_050"]
-        shrunk += ["--model.tile", "96", "--data.crop", "64"]
+        shrunk += ["--model.encoder_weights", "null", "--model.encoder_name", "tu-mobilenetv3_small_050"]
+        shrunk += ["--model.tile_size", "96", "--data.crop", "64"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *shrunk]) == 0
     folder = workplace / "runs" / recipe.name / "short"
     assert json.loads((folder / "record.json").read_text())["metrics"]
@@ -149,7 +149,18 @@ def test_a_few_real_steps_of_translating(recipe, workplace):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data["val"], *data.get("test", [])}:
         lay_out(name)
-    shrunk = ["--model.images", "2", "--validate_every", "1", "--data.most", "1", "--model.width", "2", "--model.blocks", "1"]
+    shrunk = [
+        "--model.total_images",
+        "2",
+        "--val_every_images",
+        "1",
+        "--data.max_val_images",
+        "1",
+        "--model.base_channels",
+        "2",
+        "--model.n_residual_blocks",
+        "1",
+    ]
     shrunk += ["--model.crop", "32", "--data.crop", "32"]
     shrunk += [] if data.get("resize", 286) is None else ["--data.resize", "36"]
     if len(recipe.content["trainer"]["callbacks"]) > 1:  # whose judge or Inception is not here
@@ -177,7 +188,7 @@ def test_every_method_has_a_page_and_a_demo_or_nothing_to_train():
 def test_table_rows_name_recipes_that_exist():
     known = set(map(names, ALL))
     for method in methods():
-        for table in spec(method)["tables"]:
+        for table in load_table(method)["tables"]:
             for row in table["rows"]:
                 assert row.get("recipe") in known or "why" in row
 

@@ -1,25 +1,31 @@
 """Records, fingerprints, and the tables rendered from them."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
-from datamodules.catalog.catalog import find
-from datamodules.errors import Refused
+from callbacks.run.record_file import BrokenRecord, read_record, write_record
+from datamodules.catalog.catalog import get_dataset
+from datamodules.errors import UserError
 from experiments import METHODS, ROOT
 from experiments.cli.main import main
-from experiments.results import records, reproduce, tables
-from experiments.results.records import code_fingerprint, committed_records, fingerprints, recipe_fingerprint
+from experiments.results import fingerprint, records, reproduce, tables
+from experiments.results.fingerprint import canonical, code_fingerprint, own_attributes, recipe_fingerprint
+from experiments.results.records import committed_records, differences, metadata, validate
 from experiments.run.recipes import find_recipe, methods, recipes
 from experiments.run.run_dir import Run
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import write_recipe
 
+FILES = sorted(METHODS.glob("*/records/*.json"))
 
-def test_committed_pages_are_what_the_records_say():
+
+def test_committed_pages_are_rendered_from_the_records():
     for method in methods():
-        if tables.spec(method)["tables"]:
+        if tables.load_table(method)["tables"]:
             page = (METHODS / method / "README.md").read_text()
             assert reproduce.between_marks(page, tables.render(method)) == page, f"darkroom reproduce {method} --write"
     assert reproduce.RESULTS.read_text() == reproduce.results_page()
@@ -27,45 +33,115 @@ def test_committed_pages_are_what_the_records_say():
     assert reproduce.between_marks(readme, reproduce.summary()) == readme
 
 
-def test_no_committed_record_is_stale():
-    for cell in tables.cells("espcn"):
-        assert not cell["state"].startswith("stale"), cell
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.parent.name}/{path.stem}")
+def test_every_committed_record_can_be_used_and_is_of_its_recipe_as_it_stands(path):
+    record = read_record(path)
+    validate(record, path)
+    assert differences(record, find_recipe(record["recipe"])) == []
+    assert not record["commit"].endswith("+")
+    assert record["certified"]["commit"]
 
 
 def test_cells_for_programs(capsys):
     assert main(["reproduce", "espcn", "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)
-    keys = {"table", "row", "dataset", "metric", "paper", "ours", "state", "record"}
+    keys = {"table", "row", "dataset", "metric", "paper", "ours", "state", "checked", "record"}
     assert all(keys <= cell.keys() for cell in cells)
     bicubic = next(cell for cell in cells if cell["row"] == "bicubic" and cell["dataset"] == "set5")
-    assert bicubic["metric"] == "psnr/y-shave3"
+    assert bicubic["metric"] == "psnr-y/crop3"
     assert bicubic["ours"] == pytest.approx(30.39, abs=0.02)
     assert bicubic["state"] == "reproduced"
     assert bicubic["record"] == ["experiments/methods/bicubic/records/x3-seed0.json"]
 
 
-@pytest.mark.parametrize("recipe", ["espcn/t91_x3", "bicubic/x3"])
-def test_a_records_means_are_those_of_its_pictures(recipe):
-    for record in committed_records(recipe):
-        for data_set in record["metrics"].values():
-            for measured in data_set.values():
-                values = list(measured["pictures"].values())
-                assert measured["mean"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+# What a record is refused for
 
 
-RECORD = {"seed": 0, "file": "a.json", "metrics": {"set5": {"m": {"mean": 30.0, "pictures": {"bird": 31.0, "head": 29.0}}}}}
+def a_record(recipe="bicubic/x3", **changes):
+    result = {"mean": 30.0, "images": {"bird": 31.0, "head": 29.0}}
+    made = {**metadata(find_recipe(recipe), []), "commit": "abc", "seed": 0, "config": {}, "data": {}}
+    return {**made, "metrics": {"set5": {"m": result}}, **changes}
+
+
+def test_a_changed_figure_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    write_record(a_record(), path)
+    assert read_record(path)["metrics"]["set5"]["m"]["mean"] == 30.0
+    path.write_text(path.read_text().replace("30.0", "30.5"))
+    with pytest.raises(BrokenRecord, match=r"record\.json: was changed after it was written"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"word"', "\x00", "[" * 100_000], ids=["empty", "cut", "list", "word", "zero", "deep"]
+)
+def test_what_is_no_record_is_named(tmp_path, text):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(BrokenRecord, match=r"record\.json: "):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"metrics": {"set5": {"m": {"mean": 30.1, "images": {"bird": 31.0, "head": 29.0}}}}}, "its mean is not that"),
+        ({"metrics": {"set5": {"m": {"mean": "inf", "images": {"bird": 31.0}}}}}, "its mean is not that"),
+        ({"metrics": {"set5": {"m": {"images": {"bird": 31.0}}}}}, "no mean or no images"),
+        ({"metrics": {"set5": {"m": {"mean": 3, "images": {}}}}}, "its mean is not that|division|no images"),
+        ({"commit": ""}, "was not made at a commit"),
+        ({"config": None}, "has no config"),
+        ({"content": None}, "has no content"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(changes, reason):
+    with pytest.raises(BrokenRecord, match=reason):
+        validate(a_record(**changes), Path("record.json"))
+
+
+def test_means_may_be_rounded_as_they_are_stored():
+    for mean, images in ((28.1235, {"a": 28.1233, "b": 28.1236}), ("inf", {"a": "inf", "b": 30.0}), ("nan", {"a": "nan"})):
+        validate(a_record(metrics={"set5": {"m": {"mean": mean, "images": images}}}), Path("record.json"))
+
+
+@pytest.fixture
+def method_folder(tmp_path, monkeypatch):
+    """A copy of the methods' folder, whose files a test may break."""
+    copy = tmp_path / "methods"
+    for name in ("bicubic", "espcn", "srcnn"):
+        shutil.copytree(METHODS / name, copy / name)
+    monkeypatch.setattr(records, "METHODS", copy)
+    return copy
+
+
+def test_a_broken_record_is_named_and_the_table_goes_on(method_folder):
+    broken = method_folder / "bicubic/records/x3-seed0.json"
+    broken.write_text(broken.read_text()[:-100])
+    states = {(cell["row"], cell["dataset"]): cell["state"] for cell in tables.cells("espcn") if cell["table"] == "Table 2, x3"}
+    assert states["bicubic", "set5"].startswith("broken record: ")
+    assert "bicubic/records/x3-seed0.json" in states["bicubic", "set5"]
+    assert states["SRCNN (ImageNet), 9-5-5", "set5"] == "not run: needs ImageNet"
+    assert tables.cells("espcn")[0]["ours"] == pytest.approx(32.59, abs=0.01)
+
+
+def test_a_record_under_another_recipes_name_is_refused(method_folder):
+    shutil.copy(method_folder / "bicubic/records/x3-seed0.json", method_folder / "bicubic/records/x4-seed0.json")
+    found, broken = committed_records("bicubic/x4")
+    assert not found
+    assert "x4-seed0.json: is a record of bicubic/x3, seed 0" in broken[0]
+
+
+# The states of a cell
 
 
 @pytest.fixture
 def one_row(monkeypatch):
     """A table of one row and its record, with room for changes."""
 
-    def cell(paper, row=None, changed=None, dataset="set5"):
-        current = {"recipe": "1", "method": "2"}
-        monkeypatch.setattr(tables, "fingerprints", lambda recipe: current)
-        record = {**RECORD, "fingerprints": {**current, **(changed or {})}}
-        monkeypatch.setattr(tables, "committed_records", lambda name: [record])
-        table = {"table": "T", "metric": "m", "mark": "V"}
+    def cell(paper, row=None, dataset="set5", **changes):
+        record = {**a_record(**changes), "file": "a.json"}
+        monkeypatch.setattr(tables, "committed_records", lambda name: ([record], []))
+        table = {"table": "T", "metric": "m", "provenance": "V"}
         return tables._cell(table, {"row": "r", "recipe": "bicubic/x3", **(row or {})}, dataset, paper)
 
     return cell
@@ -76,27 +152,45 @@ def test_states(one_row):
     assert one_row(29.5)["state"] == "reproduced"  # better than the paper
     assert one_row(29.5, {"exact": True})["state"] == "over by 0.50"  # but not where nothing is trained
     assert one_row(30.55)["state"] == "short by 0.55"
-    assert one_row(30.0, changed={"method": "0"})["state"] == "stale: method changed since"
+    assert one_row(30.0, commit="abc+")["state"] == "reproduced, made in a modified checkout"
     assert one_row(31.0, dataset="set5/bird")["ours"] == 31.0
-    assert one_row(31.0, dataset="set14")["state"] == "not run: its pictures were not at hand"
+    assert one_row(31.0, dataset="set14")["state"] == "not run: its images were not available"
+
+
+def test_a_changed_recipe_is_stale_and_says_in_what(one_row):
+    content = canonical(find_recipe("bicubic/x3"))
+    content["model"]["init_args"]["scale"] = 2
+    assert one_row(30.0, content=content)["state"] == "stale: the recipe has changed: model.init_args.scale 2, now 3"
+
+
+def test_changed_code_is_due_for_a_check_until_it_is_certified(one_row):
+    now = code_fingerprint(find_recipe("bicubic/x3"))
+    assert one_row(30.0)["checked"] == "abc"
+    changed = one_row(30.0, code={**now, "metrics": "0"})
+    assert (changed["state"], changed["checked"]) == ("reproduced", "check due: code of metrics")
+    certified = {"commit": "0123456789ab", "code": now}
+    assert one_row(30.0, code={"training": "0", "metrics": "0"}, certified=certified)["checked"] == "0123456"
 
 
 def test_several_seeds_give_mean_and_spread(monkeypatch):
     found = [
-        {**RECORD, "fingerprints": {}, "seed": seed, "metrics": {"set5": {"m": {"mean": mean, "pictures": {}}}}}
+        {**a_record(seed=seed, metrics={"set5": {"m": {"mean": mean, "images": {"a": mean}}}}), "file": "a.json"}
         for seed, mean in enumerate((32.5, 32.7, 32.9))
     ]
-    monkeypatch.setattr(tables, "committed_records", lambda name: found)
-    monkeypatch.setattr(tables, "fingerprints", lambda recipe: {})
-    cell = tables._cell({"table": "T", "metric": "m", "mark": "V"}, {"row": "r", "recipe": "bicubic/x3"}, "set5", 32.55)
+    monkeypatch.setattr(tables, "committed_records", lambda name: (found, []))
+    table = {"table": "T", "metric": "m", "provenance": "V"}
+    cell = tables._cell(table, {"row": "r", "recipe": "bicubic/x3"}, "set5", 32.55)
     assert (cell["ours"], cell["std"], cell["seeds"]) == (32.7, 0.2, 3)
-    assert tables.ours(cell) == "32.70 ± 0.20 (3 seeds)"
+    assert tables.format_ours(cell) == "32.70 ± 0.20 (3 seeds)"
 
 
-def test_the_average_weighs_by_pictures():
-    record = {"metrics": {name: {"m": {"mean": mean, "pictures": {}}} for name, mean in (("a", 30.0), ("b", 20.0))}}
-    assert tables.figure(record, "average", "m", {"a": 1, "b": 3}) == 22.5
-    assert tables.figure(record, "average", "m", {"a": 1, "c": 3}) is None
+def test_the_average_weighs_by_images():
+    record = {"metrics": {name: {"m": {"mean": mean, "images": {}}} for name, mean in (("a", 30.0), ("b", 20.0))}}
+    assert tables.record_value(record, "average", "m", {"a": 1, "b": 3}) == 22.5
+    assert tables.record_value(record, "average", "m", {"a": 1, "c": 3}) is None
+
+
+# Fingerprints
 
 
 def test_recipe_fingerprint_is_of_what_is_trained(tmp_path):
@@ -108,127 +202,204 @@ def test_recipe_fingerprint_is_of_what_is_trained(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(remeasured))
     assert recipe_fingerprint(find_recipe(str(tmp_path / "c.yaml"))) == recipe_fingerprint(recipe)
     changed = recipe.content
-    changed["model"]["init_args"]["images"] += 1
+    changed["model"]["init_args"]["total_images"] += 1
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(changed))
     assert recipe_fingerprint(find_recipe(str(tmp_path / "b.yaml"))) != recipe_fingerprint(recipe)
 
 
-def test_code_fingerprint_ignores_what_cannot_move_a_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "ROOT", tmp_path)
+BEFORE = '''
+import torch
+from modules.b import gain
+from datamodules.errors import UserError
+
+def f(image, size):
+    """Adds."""
+    if size < 1:
+        raise UserError(f"size: {size} is too small")
+    mean, std = image.mean(), image.std()
+    return gain(image, size) + mean - std
+'''
+SAME = {
+    "comments, types and docstrings": BEFORE.replace('"""Adds."""', '"""Add."""  # up').replace(
+        "(image, size):", "(image: int, size: int) -> int:", 1
+    ),
+    "an error's text": BEFORE.replace("is too small", "must be at least 1"),
+    "names": BEFORE.replace("image", "picture").replace("mean,", "m,").replace("+ mean", "+ m").replace("def f", "def g"),
+}
+OTHER = {
+    "a sign": BEFORE.replace("+ mean", "- mean"),
+    "a library's function": BEFORE.replace("image.mean()", "image.median()"),
+    "two of them exchanged": BEFORE.replace("image.mean(), image.std()", "image.std(), image.mean()"),
+    "two arguments exchanged": BEFORE.replace("gain(image, size)", "gain(size, image)"),
+    "a condition": BEFORE.replace("size < 1", "size < 2"),
+}
+
+
+@pytest.fixture
+def hash_of(tmp_path, monkeypatch):
+    """The hash of a small module that imports another, in a project of its own."""
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     (tmp_path / "modules").mkdir()
-    file, shared = tmp_path / "modules/a.py", tmp_path / "modules/b.py"
 
-    def fingerprint(text, other="y = 1\n"):
-        file.write_text(text)
-        shared.write_text(other)
-        code_fingerprint.cache_clear()
-        return code_fingerprint("modules.a")
+    def hashed(text, shared="def gain(x, y):\n    return x * y\n"):
+        (tmp_path / "modules/a.py").write_text(text)
+        (tmp_path / "modules/b.py").write_text(shared)
+        fingerprint._module_hashes.cache_clear()
+        own_attributes.cache_clear()
+        return fingerprint._hash_of_classes(["modules.a.f"])
 
-    code = "from modules.b import y\n\ndef f(x):\n    return x + y\n"
-    before = fingerprint(code)
-    same = '"""About."""\nfrom typing import Any\nfrom modules.b import y  # shared\n\ndef f(x: Any) -> Any:\n    """Adds."""\n    return (x + y)\n'
-    assert fingerprint(same) == before
-    assert fingerprint(code.replace("+", "-")) != before
-    assert fingerprint(code, other="y = 2\n") != before
-    code_fingerprint.cache_clear()
+    yield hashed
+    fingerprint._module_hashes.cache_clear()
+    own_attributes.cache_clear()
 
 
-def test_a_run_of_another_recipe_is_not_kept(tmp_path):
-    recipe = find_recipe("espcn/t91_x3")
-    record = {"fingerprints": fingerprints(recipe), "overrides": ["--model.images", "3"], "seed": 0}
-    (tmp_path / "record.json").write_text(json.dumps(record))
-    with pytest.raises(Refused, match="is not a run of espcn/t91_x3 as it stands"):
-        reproduce.keep(Run(tmp_path), recipe)
+@pytest.mark.parametrize("change", SAME)
+def test_the_alarm_does_not_ring_for(hash_of, change):
+    assert SAME[change] != BEFORE
+    assert hash_of(SAME[change]) == hash_of(BEFORE)
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_the_alarm_rings_for(hash_of, change):
+    assert OTHER[change] != BEFORE
+    assert hash_of(OTHER[change]) != hash_of(BEFORE)
+
+
+def test_the_alarm_rings_for_what_is_imported_and_not_for_where_it_lies(hash_of):
+    before = hash_of(BEFORE)
+    assert hash_of(BEFORE, shared="def gain(x, y):\n    return x / y\n") != before
+    (fingerprint.ROOT / "modules/sub").mkdir()
+    (fingerprint.ROOT / "modules/sub/c.py").write_text("def gain(x, y):\n    return x * y\n")
+    assert hash_of(BEFORE.replace("modules.b", "modules.sub.c")) == before
+
+
+def test_the_alarm_rings_for_a_users_own_class(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = find_recipe("espcn/demo")
+    content = recipe.content
+    content["model"]["class_path"] = "my_networks.Net"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    hashes = []
+    for gain in ("1", "2"):
+        (tmp_path / "my_networks.py").write_text(f"from modules.espcn import ESPCN\n\nclass Net(ESPCN):\n    gain = {gain}\n")
+        fingerprint._module_hashes.cache_clear()
+        hashes.append(code_fingerprint(find_recipe(str(tmp_path / "own.yaml"))))
+    assert hashes[0]["training"] != hashes[1]["training"]
+    assert hashes[0]["metrics"] == hashes[1]["metrics"]
+
+
+def test_attributes_that_libraries_have_too_keep_their_names():
+    from numpy import ndarray
+    from torch import Tensor, nn, optim
+
+    types = (Tensor, ndarray, nn.Module, optim.Optimizer, str, list, dict, set, tuple, int, float, Path)
+    assert not own_attributes() & {name for kind in types for name in dir(kind)}, "add these to fingerprint.SHARED"
+
+
+# Running what is missing
+
+
+def a_run(tmp_path, **changes):
+    record = {**a_record("espcn/t91_x3"), "overrides": [], "previous_segments": [], **changes}
+    write_record(record, tmp_path / "record.json")
+    return Run(tmp_path)
+
+
+def test_a_run_of_another_recipe_is_not_committed(tmp_path):
+    run = a_run(tmp_path, overrides=["--model.total_images", "3"])
+    with pytest.raises(UserError, match="is not a run of espcn/t91_x3 as it stands"):
+        reproduce.commit_record(run, find_recipe("espcn/t91_x3"))
+
+
+def test_a_run_that_was_not_evaluated_is_not_committed(tmp_path):
+    record = {**a_record("espcn/t91_x3"), "overrides": [], "previous_segments": []}
+    del record["metrics"]
+    write_record(record, tmp_path / "record.json")
+    with pytest.raises(UserError, match="has not been measured"):
+        reproduce.commit_record(Run(tmp_path), find_recipe("espcn/t91_x3"))
 
 
 def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workplace, monkeypatch, capfd):
     """Without data, nothing of the paper's is feasible; current records stay as they are."""
-    before = {path: path.read_bytes() for path in METHODS.glob("*/records/*.json")}
+    before = {path: path.read_bytes() for path in FILES}
     assert forked(main, ["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]) == 0
     assert "espcn/imagenet_x3: not feasible here, imagenet not here" in capfd.readouterr().out
-    assert before == {path: path.read_bytes() for path in METHODS.glob("*/records/*.json")}
+    assert before == {path: path.read_bytes() for path in FILES}
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
-def test_what_a_recipe_lacks_is_what_is_not_embedded(recipe, workplace):
+def test_missing_inputs_are_what_is_not_embedded(recipe, workplace):
     """Whatever the kind of its data: a set, a split, two domains, photographs with masks."""
     data = recipe.content["data"].get("init_args", {})
     sets = {data[key].partition("/")[0] for key in ("train", "val") if data.get(key)} or {
         name.partition("/")[0] for name in data.get("test", [])
     }
-    embedded = all(find(name).get == "embedded" for name in sets)
-    assert (reproduce.lacking(recipe, bool(data.get("train"))) == []) == embedded
+    embedded = all(get_dataset(name).source == "embedded" for name in sets)
+    assert (reproduce.missing_inputs(recipe, bool(data.get("train"))) == []) == embedded
 
 
-def test_sets_that_have_come_since_are_measured_into_the_record(workplace, monkeypatch):
-    """bicubic/x3's record without its embedded photographs gets them, and keeps what cannot be measured here."""
+def test_sets_that_have_come_since_are_evaluated_into_the_record(workplace, monkeypatch):
+    """bicubic/x3's record without its embedded photographs gets them, and keeps what cannot be evaluated here."""
     recipe = find_recipe("bicubic/x3")
     path = workplace / "record.json"
-    record = json.loads(reproduce.record_path(recipe, 0).read_text())
+    record = read_record(METHODS / "bicubic/records/x3-seed0.json")
+    record["code"] = code_fingerprint(recipe)  # whether or not a check is due
     photographs = record["metrics"].pop("photographs-test")
-    path.write_text(json.dumps(record))
+    write_record(record, path)
     monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: path)
-    monkeypatch.setattr(reproduce, "committed_records", lambda name: [json.loads(path.read_text())])
+    monkeypatch.setattr(reproduce, "committed_records", lambda name: ([read_record(path)], []))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert reproduce.unmeasured(recipe, record) == ["photographs/test"]
+    assert reproduce.unevaluated_sets(recipe, record) == ["photographs/test"]
     reproduce.run_recipe(recipe, seeds=1)
-    renewed = json.loads(path.read_text())["metrics"]
+    renewed = read_record(path)["metrics"]
     assert renewed["photographs-test"].keys() == photographs.keys()
-    for protocol, of_protocol in photographs.items():  # another processor rounds otherwise
-        assert renewed["photographs-test"][protocol]["pictures"] == pytest.approx(of_protocol["pictures"], rel=3e-6)
+    for protocol, result in photographs.items():  # another processor rounds otherwise
+        assert renewed["photographs-test"][protocol]["images"] == pytest.approx(result["images"], rel=3e-6)
     assert renewed["set5"] == record["metrics"]["set5"]
 
 
 def test_an_interrupted_reproduction_ends_as_its_run_does(workplace, photos, monkeypatch, capfd):
-    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60}}
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = write_recipe(workplace / "tiny.yaml", photos, model)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@0")
     with pytest.raises(SystemExit) as ended:
-        reproduce.darkroom("fit", str(recipe), "--run", "one")
+        reproduce.run_command("fit", str(recipe), "--run", "one")
     assert ended.value.code == 85
     assert "nothing is lost" in capfd.readouterr().out
     assert (workplace / "runs/tiny/one/checkpoints/last.ckpt").exists()
 
 
-def test_a_run_that_was_not_measured_is_not_kept(tmp_path):
-    recipe = find_recipe("espcn/t91_x3")
-    record = {"fingerprints": fingerprints(recipe), "overrides": [], "seed": 0, "earlier_legs": []}
-    (tmp_path / "record.json").write_text(json.dumps(record))
-    with pytest.raises(Refused, match="has not been measured"):
-        reproduce.keep(Run(tmp_path), recipe)
-
-
 @pytest.fixture
 def resumed(workplace, photos, monkeypatch):
-    """A finished, measured run whose first leg was another code's, by its record."""
-    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60}}
+    """A finished, evaluated run whose first segment was another code's, by its record."""
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = find_recipe(str(write_recipe(workplace / "tiny.yaml", photos, model, test=["photographs/test"])))
     assert forked(main, ["fit", str(recipe.path), "--run", "long"]) == 0
     run = Run(workplace / "runs/tiny/long")
-    record = json.loads(run.record.read_text())
-    leg = {"commit": "", "versions": {}, "fingerprints": {**record["fingerprints"], "method": "another"}}
-    run.record.write_text(json.dumps({**record, "earlier_legs": [leg]}))
+    record = read_record(run.record)
+    segment = {"commit": "", "versions": {}, "code": {**record["code"], "training": "another"}}
+    write_record({**record, "previous_segments": [segment]}, run.record)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(reproduce, "REPLAYED", 8)
     monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: workplace / "kept/record.json")
-    monkeypatch.setattr(reproduce, "LARGEST", 0)
+    monkeypatch.setattr(reproduce, "MAX_WEIGHT_BYTES", 0)
     return run, recipe
 
 
-def test_a_run_that_other_code_began_is_kept_if_todays_code_repeats_its_first_steps(workplace, resumed):
+def test_a_run_that_other_code_began_is_committed_if_todays_code_repeats_its_first_steps(workplace, resumed):
     run, recipe = resumed
-    reproduce.keep(run, recipe)
-    assert json.loads((workplace / "kept/record.json").read_text())["replayed_images"] == 32
+    reproduce.commit_record(run, recipe)
+    assert read_record(workplace / "kept/record.json")["replayed_images"] == 32
 
 
-def test_a_run_that_other_code_began_otherwise_is_not_kept(workplace, resumed):
+def test_a_run_that_other_code_began_otherwise_is_not_committed(workplace, resumed):
     run, recipe = resumed
     lines = run.log.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if "train/" in line)
     run.log.write_text("\n".join([*lines[:at], lines[at] + "1", *lines[at + 1 :]]) + "\n")
-    with pytest.raises(Refused, match="was begun by other code than it was ended by, and today's does not repeat"):
-        reproduce.keep(run, recipe)
+    with pytest.raises(UserError, match="was begun by other code than it was ended by, and today's does not repeat"):
+        reproduce.commit_record(run, recipe)
     assert not (workplace / "kept").exists()
 
 
@@ -237,13 +408,29 @@ def test_reproduce_only_names_rows(capsys):
     assert "no row of espcn's tables needs 'espcn/demo'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "name a method, or --check all"),
+        (["--check"], "name a method, or --check all"),
+        (["espcm", "--check"], "no method 'espcm'; did you mean 'espcn'?"),
+        (["espcn", "--check", "all"], "--check all takes every method"),
+        (["espcn", "--renames", "map.yaml"], "--renames goes with --check"),
+        (["espcn", "--check", "--renames", "nowhere.yaml"], "--renames nowhere.yaml: "),
+    ],
+)
+def test_reproduce_refuses(capsys, workplace, words, reason):
+    assert main(["reproduce", *words]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_committed_weights_give_the_recorded_figures(with_real_data, tmp_path, monkeypatch):
     """The weights that come with the project measure what the table says, on this machine too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_RUNS", str(tmp_path / "runs"))
     words = ["test", "espcn/t91_x3", "--record", "record.json", "--data.test", "[set5]"]
     assert forked(main, words) == 0
-    measured = json.loads((tmp_path / "record.json").read_text())["metrics"]["set5"]["psnr/y-shave3"]["mean"]
-    recorded = committed_records("espcn/t91_x3")[0]["metrics"]["set5"]["psnr/y-shave3"]["mean"]
+    measured = read_record(tmp_path / "record.json")["metrics"]["set5"]["psnr-y/crop3"]["mean"]
+    recorded = committed_records("espcn/t91_x3")[0][0]["metrics"]["set5"]["psnr-y/crop3"]["mean"]
     assert measured == pytest.approx(recorded, abs=1e-3)
     assert measured > 32.55

@@ -35,7 +35,7 @@ def fit_and_count(recipe):
 @pytest.mark.parametrize("settings", [{"discriminator_steps": 1}, {"discriminator_steps": 3}])
 def test_what_travels_is_what_is_summed(workplace, monkeypatch, settings):
     monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
-    settings = {"channels": 1, "size": 28, "width": 16, "images": 60, **settings}
+    settings = {"channels": 1, "size": 28, "hidden_dim": 16, "total_images": 60, **settings}
     recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "modules.gan.GAN", "init_args": settings})
     status, said = two_forked(fit_and_count, recipe)
     assert status == [0, 0], said

@@ -14,8 +14,8 @@ import yaml
 from optuna.trial import TrialState
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
-from callbacks.run.csv_logger import read_log
-from datamodules.errors import Refused
+from callbacks.run.csv_logger import read_metrics_csv
+from datamodules.errors import UserError
 from experiments import METHODS, ROOT
 from experiments.cli.main import main
 from experiments.run.lightning_cli import DarkroomCLI
@@ -76,26 +76,26 @@ def test_what_came_of_a_search_is_what_its_file_asked_for(name):
 
 
 SHRUNK = {
-    "espcn": ["--model.images", "32", "--validate_every", "16"],
-    "srcnn": ["--model.images", "32", "--validate_every", "16"],
-    "gan": ["--model.images", "200", "--validate_every", "100"],
-    "dcgan": ["--model.images", "64", "--validate_every", "32"],
+    "espcn": ["--model.total_images", "32", "--val_every_images", "16"],
+    "srcnn": ["--model.total_images", "32", "--val_every_images", "16"],
+    "gan": ["--model.total_images", "200", "--val_every_images", "100"],
+    "dcgan": ["--model.total_images", "64", "--val_every_images", "32"],
     "cyclegan": [
-        "--model.images",
+        "--model.total_images",
         "2",
-        "--validate_every",
+        "--val_every_images",
         "1",
-        "--data.most",
+        "--data.max_val_images",
         "1",
-        "--model.width",
+        "--model.base_channels",
         "2",
-        "--model.blocks",
+        "--model.n_residual_blocks",
         "1",
     ],
     "unet": [
-        "--model.images",
+        "--model.total_images",
         "8",
-        "--validate_every",
+        "--val_every_images",
         "4",
         "--data.crop",
         "44",
@@ -103,23 +103,23 @@ SHRUNK = {
         "40",
         "--model.depth",
         "2",
-        "--model.tile",
+        "--model.tile_size",
         "100",
     ],
     "deeplab": [
-        "--model.images",
+        "--model.total_images",
         "8",
-        "--validate_every",
+        "--val_every_images",
         "4",
         "--data.batch_size",
         "2",
         "--data.crop",
         "64",
-        "--model.tile",
+        "--model.tile_size",
         "96",
     ],
     "vae": [],
-    "autoencoder": ["--model.images", "200", "--validate_every", "100"],
+    "autoencoder": ["--model.total_images", "200", "--val_every_images", "100"],
 }
 
 
@@ -141,7 +141,7 @@ def test_each_runs_a_trial_whose_metric_is_there(path, workplace):
     assert forked(main, ["sweep", str(path), "--trials", "1", *SHRUNK[path.stem]]) == 0
     (trial,) = trials_of(workplace, path.stem)
     assert trial["state"] == "COMPLETE"
-    log = read_log(workplace / "runs" / search.recipe.name / trial["run"] / "metrics.csv")
+    log = read_metrics_csv(workplace / "runs" / search.recipe.name / trial["run"] / "metrics.csv")
     values = [float(row["value"]) for row in log if row["name"] == search.metric]
     assert float(trial[search.metric]) == (max if search.maximise else min)(values)
 
@@ -163,7 +163,7 @@ def test_each_runs_a_trial_whose_metric_is_there(path, workplace):
     ],
 )
 def test_what_cannot_be_done_is_refused(workplace, photos, changes, says):
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(UserError, match=says):
         read_search(write_search(workplace, photos, **changes), [])
 
 
@@ -173,12 +173,12 @@ def test_what_cannot_be_done_is_refused(workplace, photos, changes, says):
         (["sweep", "nowhere.yaml"], "no search nowhere.yaml; those that are shipped are in sweeps/"),
         (["sweep", "search.yaml", "--trials", "0"], "sweep: --trials 0: at least 1"),
         (["sweep", "search.yaml", "--model.learning_rate", "1e-3"], "--model.learning_rate is searched for by search.yaml"),
-        (["sweep", "search.yaml", "--model.images"], "--model.images: each key of a recipe needs one value"),
+        (["sweep", "search.yaml", "--model.total_images"], "--model.total_images: each key of a recipe needs one value"),
         (["sweep", "search.yaml", "--store", "oracle://nowhere"], "--store oracle://nowhere:"),
         (["sweep", "search.yaml", "--model.imags", "60"], "unknown key 'model.imags' of modules.espcn.ESPCN"),
         pytest.param(
-            ["sweep", "search.yaml", "--model.images", "0"],
-            "all 3 trials so far failed; the last: darkroom: model.images: 0 is not a budget",
+            ["sweep", "search.yaml", "--model.total_images", "0"],
+            "all 3 trials so far failed; the last: darkroom: model.total_images: 0 is not a budget",
             marks=pytest.mark.slow,
         ),
     ],
@@ -193,7 +193,7 @@ def test_mistakes_are_answered_in_a_line(workplace, photos, capfd, words, says):
 def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(workplace, photos, capfd):
     write_search(workplace, photos, metric={"name": "psnr", "goal": "maximize"})
     assert forked(main, ["sweep", "search.yaml"]) == 2
-    assert f"metric: no figure 'psnr' is logged by tiny; these are: {photos.name}-kept/psnr" in capfd.readouterr().err
+    assert f"metric: no figure 'psnr' is logged by tiny; these are: {photos.name}-holdout/psnr" in capfd.readouterr().err
 
 
 # What is chosen
@@ -268,5 +268,5 @@ def test_a_store_keeps_one_search_of_a_name(workplace, photos):
     search, _ = study_of(workplace, photos)
     open_study(search, None)
     other = read_search(write_search(workplace, photos, parameters={"model.learning_rate": {"values": [1.0]}}), [])
-    with pytest.raises(Refused, match=r"'search' was begun as another search; give the file another `name`"):
+    with pytest.raises(UserError, match=r"'search' was begun as another search; give the file another `name`"):
         open_study(other, None)

@@ -11,8 +11,8 @@ import time
 import pytest
 from filelock import FileLock
 
-from callbacks.run.csv_logger import read_log
-from datamodules.errors import Refused
+from callbacks.run.csv_logger import read_metrics_csv
+from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.cli.main import main
 from experiments.run.run_dir import Run
@@ -31,7 +31,7 @@ from tests.helpers.subprocess_helpers import forked
 def test_of_two_workers_one_is_killed_and_nothing_is_missing(workplace, photos, store):
     """SIGKILL ends its trial with it; the other worker, or the next one to be started, goes on with that very run."""
     write_search(workplace, photos)
-    words = ["sweep", "search.yaml", "--model.images", "4000", "--validate_every", "400"]
+    words = ["sweep", "search.yaml", "--model.total_images", "4000", "--val_every_images", "400"]
     words += ["--store", store.format(workplace)] if store else []
     workers = [started(words) for _ in range(2)]
     wait_for(lambda: len(list((workplace / "runs/tiny").glob("search-*/checkpoints/last.ckpt"))) == 2)
@@ -66,7 +66,7 @@ def test_a_run_that_is_still_trained_is_waited_for(tmp_path, monkeypatch):
 def test_a_worker_that_is_asked_to_stop_puts_its_trial_back_and_goes_on_later(workplace, photos, stop):
     """The trial's last weights are those of a run that nobody stopped."""
     write_search(workplace, photos, parameters={"model.learning_rate": {"values": [1e-2]}})
-    words = ["sweep", "search.yaml", "--model.images", "4000", "--validate_every", "400"]
+    words = ["sweep", "search.yaml", "--model.total_images", "4000", "--val_every_images", "400"]
     worker = started(words)
     wait_for(lambda: list((workplace / "runs/tiny").glob("search-*/checkpoints/last.ckpt")))
     if stop == "signal":
@@ -77,7 +77,7 @@ def test_a_worker_that_is_asked_to_stop_puts_its_trial_back_and_goes_on_later(wo
     assert worker.returncode == 85 and "is put back" in said and "The same command goes on" in said
     assert forked(main, words) == 0
     (trial,) = trials_of(workplace)
-    settings = ["--model.images", "4000", "--validate_every", "400", "--model.learning_rate", "0.01"]
+    settings = ["--model.total_images", "4000", "--val_every_images", "400", "--model.learning_rate", "0.01"]
     assert forked(main, ["fit", "tiny.yaml", "--run", "whole", *settings]) == 0
     records = [json.loads((workplace / f"runs/tiny/{name}/record.json").read_text()) for name in (trial["run"], "whole")]
     assert records[0]["weights"] == records[1]["weights"]
@@ -87,7 +87,7 @@ def test_a_worker_that_is_asked_to_stop_puts_its_trial_back_and_goes_on_later(wo
 def test_a_trial_that_is_behind_ends_early(workplace, photos):
     early = {"type": "hyperband", "min_iter": 1, "max_iter": 2}
     path = write_search(workplace, photos, parameters={"model.learning_rate": {"values": [1e-2, 1e-7]}}, early_terminate=early)
-    assert forked(fast_worker, ["sweep", str(path), "--model.images", "12000", "--validate_every", "400"]) == 0
+    assert forked(fast_worker, ["sweep", str(path), "--model.total_images", "12000", "--val_every_images", "400"]) == 0
     good, bad = trials_of(workplace)
     assert (good["state"], bad["state"]) == ("COMPLETE", "PRUNED")
     runs = workplace / "runs/tiny"
@@ -123,14 +123,14 @@ def test_ray_places_the_trials_and_a_worker_goes_on_where_it_stopped(workplace, 
 def test_without_ray_it_says_how_it_is_had(workplace, photos, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     search = read_search(write_search(workplace, photos), [])
-    with pytest.raises(Refused, match="pip install 'darkroom\\[ray\\]'"):
+    with pytest.raises(UserError, match="pip install 'darkroom\\[ray\\]'"):
         sweep_on_ray(search, None, "local", 0, 1)
 
 
 def test_a_search_of_which_all_trials_fail_says_so(workplace, photos, capfd):
-    write_search(workplace, photos, parameters={"model.images": {"values": [0, -1]}})
+    write_search(workplace, photos, parameters={"model.total_images": {"values": [0, -1]}})
     assert forked(main, ["sweep", "search.yaml"]) == 2
-    assert "all 2 trials so far failed; the last: darkroom: model.images: -1 is not a budget" in capfd.readouterr().err
+    assert "all 2 trials so far failed; the last: darkroom: model.total_images: -1 is not a budget" in capfd.readouterr().err
 
 
 # What it leaves
@@ -142,7 +142,7 @@ def test_table_pictures_and_the_best_recipe(workplace, photos):
     assert forked(main, ["sweep", "search.yaml"]) == 0
     folder = workplace / "runs/sweeps/<b>rates"
     trials = trials_of(workplace, "<b>rates")
-    metric = f"{photos.name}-kept/psnr/y-shave3"
+    metric = f"{photos.name}-holdout/psnr-y/crop3"
     assert len(trials) == 2
     assert [float(trial[metric]) for trial in trials] == sorted((float(trial[metric]) for trial in trials), reverse=True)
     page = (folder / "report.html").read_text()
@@ -154,7 +154,7 @@ def test_table_pictures_and_the_best_recipe(workplace, photos):
         assert f"({plot}.png)" in markdown
         assert (folder / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
     assert forked(main, ["fit", str(folder / "best.yaml"), "--run", "best"]) == 0
-    best = read_log(workplace / "runs/best/best/metrics.csv")
+    best = read_metrics_csv(workplace / "runs/best/best/metrics.csv")
     assert max(float(row["value"]) for row in best if row["name"] == metric) == float(trials[0][metric])
     before = (folder / "trials.csv").read_text()
     assert forked(main, ["sweep", "search.yaml", "--report"]) == 0

@@ -102,7 +102,7 @@ def test_without_slurm_it_says_so(workplace, monkeypatch, capfd):
 
 def test_a_job_that_is_told_to_stop_is_queued_again_and_ends_as_if_it_had_not_been(played, workplace, photos, capfd):
     write_search(workplace, photos)  # and the recipe beside it
-    keys = ["--model.images", "6000", "--validate_every", "400"]
+    keys = ["--model.total_images", "6000", "--val_every_images", "400"]
     assert forked(main, ["submit", "tiny.yaml", "--cores", "1", *keys]) == 0
     assert "submitted 77" in capfd.readouterr().out
     (batch,) = (workplace / "runs/slurm").glob("*.sh")
@@ -128,7 +128,7 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_ends_as_if_it_had_not_be
 @pytest.mark.skipif(not scheduler_answers(), reason="no SLURM scheduler answers here")
 def test_a_real_scheduler_runs_two_processes_and_queues_them_again(workplace, photos, capfd):
     write_search(workplace, photos)
-    keys = ["--model.images", "12000", "--validate_every", "400"]
+    keys = ["--model.total_images", "12000", "--val_every_images", "400"]
     assert forked(main, ["submit", "tiny.yaml", "--processes", "2", "--cores", "1", "--time", "00:20:00", *keys]) == 0
     number = re.search(r"submitted (\d+)", capfd.readouterr().out)[1]
     run = workplace / f"runs/tiny/{number}"

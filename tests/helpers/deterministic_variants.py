@@ -14,7 +14,7 @@ from modules.cyclegan import CycleGAN
 from modules.dcgan import DCGAN
 from modules.espcn import ESPCN
 from modules.gan import GAN
-from modules.smp import EncoderDecoder
+from modules.smp import SMPSegmenter
 from modules.srcnn import SRCNN
 from modules.unet import UNet
 
@@ -43,7 +43,7 @@ class SteadyUNet(UNet):
         self.dropout.p = 0
 
 
-class SteadyEncoderDecoder(EncoderDecoder):
+class SteadyEncoderDecoder(SMPSegmenter):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         for layer in self.modules():

@@ -13,14 +13,14 @@ from PIL import Image
 from scipy.io import savemat
 
 from datamodules.catalog.array_readers import read_digits
-from datamodules.catalog.catalog import DataSet, find, locate
-from datamodules.catalog.masked_images import labelled_pictures
+from datamodules.catalog.catalog import CatalogEntry, get_dataset, resolve_images
+from datamodules.catalog.masked_images import list_masked_images
 
 
 def lay_out(name: str) -> None:
     """Small real pictures where the data set's files lie."""
-    data_set = find(name.partition("/")[0])
-    if data_set.get == "embedded":
+    data_set = get_dataset(name.partition("/")[0])
+    if data_set.source == "embedded":
         return
     if data_set.arrays:
         LAY_OUT[data_set.name](data_set.path)
@@ -28,7 +28,7 @@ def lay_out(name: str) -> None:
     if data_set.masks:
         lay_out_masks(data_set)
         return
-    photographs = locate("photographs/train")[:4] + locate("photographs/test")
+    photographs = resolve_images("photographs/train")[:4] + resolve_images("photographs/test")
     cuttings = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
     chosen = [re.sub(r"\[(.)[^]]*\]", r"\1", pattern) for pattern in data_set._patterns(None, None)]
     stars = [name.replace("**/", "some/").replace("*", "picture{}").replace("??", "1{}").replace("?", "{}") for name in chosen]
@@ -39,9 +39,9 @@ def lay_out(name: str) -> None:
         cuttings[i % 7].save(path)
 
 
-def lay_out_masks(data_set: DataSet) -> None:
+def lay_out_masks(data_set: CatalogEntry) -> None:
     """Three pictures a split, of coins, whose masks have some of the set's values; two for sets that torchvision reads."""
-    sample = labelled_pictures("coins")[0].sample(1)
+    sample = list_masked_images("coins")[0].load(1)
     values = list(data_set.masks.get("values", range(len(data_set.masks["classes"]))))
     values = values if not data_set.masks.get("instances") else list(range(40))
     deep = data_set.masks.get("instances")
@@ -51,15 +51,15 @@ def lay_out_masks(data_set: DataSet) -> None:
         top, left = 20 * (i % 8), 10 * (i % 8)
         cut = np.s_[top : top + 96, left : left + 80]
         Image.fromarray(sample.pixels[0].numpy()[cut]).save(picture)
-        shown = np.array(values)[(sample.cells[cut] + np.arange(80) // 16) % len(values)]
+        shown = np.array(values)[(sample.instance_ids[cut] + np.arange(80) // 16) % len(values)]
         Image.fromarray(shown.astype(np.uint16 if deep else np.uint8)).save(mask)
 
 
-def pairs_by_pattern(data_set: DataSet) -> list[tuple[Path, Path]]:
+def pairs_by_pattern(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
     """Paths of pictures and masks where the catalogue looks for them."""
     pictures = []
     for pattern in data_set._patterns(None, None):
-        for i in range(data_set.wanted() if data_set.count else 3):
+        for i in range(data_set.expected_count() if data_set.count else 3):
             name = re.sub(
                 r"\[(\d)-(\d)\]",
                 lambda found, i=i: str(range(int(found[1]), int(found[2]) + 1)[i % (int(found[2]) - int(found[1]) + 1)]),
@@ -71,7 +71,7 @@ def pairs_by_pattern(data_set: DataSet) -> list[tuple[Path, Path]]:
     return [(path, data_set.path / re.sub(source, target, path.relative_to(data_set.path).as_posix())) for path in pictures]
 
 
-def pairs_of_voc(data_set: DataSet) -> list[tuple[Path, Path]]:
+def pairs_of_voc(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
     root = data_set.path / "VOCdevkit/VOC2012"
     (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
     for i, split in enumerate(("train", "val")):
@@ -79,7 +79,7 @@ def pairs_of_voc(data_set: DataSet) -> list[tuple[Path, Path]]:
     return [(root / f"JPEGImages/2007_00000{i}.jpg", root / f"SegmentationClass/2007_00000{i}.png") for i in (0, 1)]
 
 
-def pairs_of_pets(data_set: DataSet) -> list[tuple[Path, Path]]:
+def pairs_of_pets(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
     root = data_set.path / "oxford-iiit-pet"
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for i, split in enumerate(("trainval", "test")):
@@ -87,7 +87,7 @@ def pairs_of_pets(data_set: DataSet) -> list[tuple[Path, Path]]:
     return [(root / f"images/Birman_{i}.jpg", root / f"annotations/trimaps/Birman_{i}.png") for i in (0, 1)]
 
 
-def pairs_of_cityscapes(data_set: DataSet) -> list[tuple[Path, Path]]:
+def pairs_of_cityscapes(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
     stem = "{kind}/{split}/ulm/ulm_0_{kind}{ending}.png"
     return [
         (
@@ -161,14 +161,14 @@ def lay_out_omniglot28(folder: Path) -> None:
 def lay_out_frey(folder: Path) -> None:
     """One of MATLAB's files: a column a face, row by row; 1,965 cuttings of a photograph."""
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.asarray(Image.open(locate("photographs/test")[0]).convert("L"))
+    pixels = np.asarray(Image.open(resolve_images("photographs/test")[0]).convert("L"))
     faces = [pixels[i // 40 : i // 40 + 28, 10 * (i % 40) : 10 * (i % 40) + 20].reshape(560) for i in range(1965)]
     savemat(folder / "frey_rawface.mat", {"ff": np.stack(faces, 1)})
 
 
 def hundred_tiles() -> np.ndarray:
     """Cuttings of a photograph: uint8 (100, 32, 32, 3)."""
-    pixels = np.asarray(Image.open(locate("photographs/test")[0]).convert("RGB").resize((320, 320)))
+    pixels = np.asarray(Image.open(resolve_images("photographs/test")[0]).convert("RGB").resize((320, 320)))
     return pixels.reshape(10, 32, 10, 32, 3).swapaxes(1, 2).reshape(100, 32, 32, 3)
 
 
@@ -188,10 +188,10 @@ def accept_what_is_laid_out(patch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10, SVHN
 
     for part, (url, name, _) in SVHN.split_list.items():
-        if (path := find("svhn").path / name).exists():
+        if (path := get_dataset("svhn").path / name).exists():
             digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
             patch.setitem(SVHN.split_list, part, [url, name, digest])
-    inside = find("cifar10").path / "cifar-10-batches-py"
+    inside = get_dataset("cifar10").path / "cifar-10-batches-py"
     if not inside.exists():
         return
     digest = {path.name: hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in inside.iterdir()}

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from callbacks.run.csv_logger import read_log
-from datamodules.random.noise import number
+from callbacks.run.csv_logger import read_metrics_csv
+from datamodules.random.noise import derive_seed
 from experiments.run.execute import execute
 from experiments.run.recipes import find_recipe
-from modules.training.ema import Average
-from modules.training.image_pool import Pool
+from modules.training.ema import EMA
+from modules.training.image_pool import ImagePool
 from tests.helpers.subprocess_helpers import forked, two_forked
 from tests.helpers.tiny_recipes import (
     write_generative_recipe,
@@ -86,7 +86,7 @@ class Contract(ABC):
             left, right = (checkpoint(workplace, recipe, run, name) for run in (one, other))
             for key in left.keys() - {"callbacks", "loops"}:  # wall times
                 assert_equal(left[key], right[key], key)
-        logs = [read_log(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in (one, other)]
+        logs = [read_metrics_csv(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in (one, other)]
         assert len(logs[0]) > 6
         assert logs[0] == logs[1]
 
@@ -102,7 +102,7 @@ class Contract(ABC):
         ],
     )
     def test_resumed_run_is_the_uninterrupted_one(self, workplace, recipe, monkeypatch, signal_at, workers, log_every):
-        settings = [f"--data.workers={workers}", f"--trainer.log_every_n_steps={log_every}"]
+        settings = [f"--data.num_workers={workers}", f"--trainer.log_every_n_steps={log_every}"]
         assert forked(fit, recipe, "--run", "whole", *settings) == 0
         monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signal_at)
         output = workplace / "output.txt"
@@ -126,29 +126,29 @@ class Contract(ABC):
         optimizers = method.configure_optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for turn, batch in zip(range(15), self.batches(data), strict=False):
-            torch.manual_seed(number(0, f"step/{4 * turn}/0"))
+            torch.manual_seed(derive_seed(0, f"step/{4 * turn}/0"))
             place = {"positions": range(4 * turn, 4 * turn + 4), "repetition": 0}
-            shared = method.shared({**batch, **place})
+            shared_forward = method.shared_forward({**batch, **place})
             for phase, optimizer in zip(method.phases(), optimizers, strict=True):
-                if (turn + 1) % phase.every:
+                if (turn + 1) % phase.interval:
                     continue
-                for repetition in range(phase.times):
+                for repetition in range(phase.n_updates):
                     place["repetition"] = repetition
                     if repetition:
-                        shared = method.shared({**batch, **place})
+                        shared_forward = method.shared_forward({**batch, **place})
                     for group in optimizer.param_groups:
                         group.update(phase.schedule(4 * turn))
                     method.zero_grad()
-                    sum(phase.losses({**batch, **place, **shared}).values()).backward()
-                    if phase.clip:
-                        torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
+                    sum(phase.losses({**batch, **place, **shared_forward}).values()).backward()
+                    if phase.max_grad_norm:
+                        torch.nn.utils.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
                     optimizer.step()
-            for pool in (child for child in method.children() if isinstance(child, Pool)):
+            for pool in (child for child in method.children() if isinstance(child, ImagePool)):
                 pool.update(4)
             method.images_seen += 4
-            for average in (child for child in method.children() if isinstance(child, Average)):
+            for average in (child for child in method.children() if isinstance(child, EMA)):
                 kept = 0.5 ** (4 / average.half_life)
-                for mine, theirs in zip(average.parameters(), average.source.parameters(), strict=True):
+                for mine, theirs in zip(average.parameters(), average.online.parameters(), strict=True):
                     mine.data = mine.lerp(theirs.detach(), 1 - kept)
         assert_equal(checkpoint(workplace, recipe, "house")["state_dict"], method.state_dict())
 
@@ -156,21 +156,23 @@ class Contract(ABC):
         exact = ["--model", self.steady, "--trainer.precision", "64-true"]
         assert forked(fit, recipe, "--run", "one", *exact) == 0
         for run, parts in (("two", "1"), ("parts", "2")):
-            status, said = two_forked(fit, recipe, "--run", run, "--trainer.devices", "2", "--accumulate", parts, *exact)
+            status, said = two_forked(
+                fit, recipe, "--run", run, "--trainer.devices", "2", "--accumulate_grad_batches", parts, *exact
+            )
             assert status == [0, 0], said
             assert "recommended" not in said
         whole, *others = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("one", "two", "parts"))
         for other in others:
             for name in whole:
                 assert (whole[name] - other[name]).abs().max() < 1e-9, name
-        logs = [read_log(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in ("one", "two")]
+        logs = [read_metrics_csv(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in ("one", "two")]
         figures = [[float(row["value"]) for row in log] for log in logs]
         assert figures[0] == pytest.approx(figures[1], abs=1e-6)
         one, two = (json.loads((workplace / "runs" / recipe.stem / run / "record.json").read_text()) for run in ("one", "two"))
         assert one["metrics"]
         for data_set, protocols in one["metrics"].items():  # an odd number of pictures or batches: the shares are uneven
             for protocol, of_one in protocols.items():
-                assert of_one["pictures"] == pytest.approx(two["metrics"][data_set][protocol]["pictures"], abs=1e-5)
+                assert of_one["images"] == pytest.approx(two["metrics"][data_set][protocol]["images"], abs=1e-5)
 
     def test_bf16_stays_near_fp32(self, workplace, recipe):
         assert forked(fit, recipe, "--run", "own optimizer", "--trainer.precision", "bf16-mixed") == 0
@@ -180,13 +182,13 @@ class Contract(ABC):
         left, right = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("fp32", "bf16"))
         assert all(weights.dtype == torch.float32 for weights in right.values())
         assert any(not torch.equal(left[name], right[name]) for name in left)  # it did run in another precision
-        logs = [read_log(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in ("fp32", "bf16")]
+        logs = [read_metrics_csv(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in ("fp32", "bf16")]
         losses = [[float(row["value"]) for row in log if row["name"].startswith("train/")] for log in logs]
         assert losses[0] == pytest.approx(losses[1], rel=self.rounding, abs=self.rounding / 10)
 
     def test_learns(self, workplace, recipe):
         assert forked(fit, recipe, "--run", "long", *self.learns) == 0
-        assert self.has_learned(read_log(workplace / "runs" / recipe.stem / "long" / "metrics.csv"))
+        assert self.has_learned(read_metrics_csv(workplace / "runs" / recipe.stem / "long" / "metrics.csv"))
 
     def test_exports_to_onnx(self, workplace):
         import onnxruntime
@@ -206,11 +208,11 @@ class SuperResolutionContract(Contract):
 
     @pytest.fixture
     def recipe(self, workplace: Path, photos: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60, "warmup": 8}}
+        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60, "warmup": 8}}
         return write_recipe(workplace / "tiny.yaml", photos, model, test=["photographs/test"])
 
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
-        return (data.pairs(batch["patches"]) for batch in data.train_dataloader())
+        return (data.prepare_train_batch(batch["patches"]) for batch in data.train_dataloader())
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         quality = [float(row["value"]) for row in log if "-kept/psnr" in row["name"]]
@@ -226,18 +228,18 @@ class GenerativeContract(Contract):
     @pytest.fixture
     def recipe(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
-        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
+        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
         return write_generative_recipe(workplace / "tiny.yaml", model)
 
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
-        return (data.floats(batch) for batch in data.train_dataloader())
+        return (data.prepare_train_batch(batch) for batch in data.train_dataloader())
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
-        distances = [float(row["value"]) for row in log if "/frechet/" in row["name"]]
+        distances = [float(row["value"]) for row in log if "/fid/" in row["name"]]
         return distances[-1] < self.nearer * distances[0]
 
     def example(self) -> torch.Tensor:
-        return made(self.model).latents(range(3))
+        return made(self.model).sample_latents(range(3))
 
 
 class SegmentationContract(Contract):
@@ -248,11 +250,11 @@ class SegmentationContract(Contract):
 
     @pytest.fixture
     def recipe(self, workplace: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
+        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
         return write_segmentation_recipe(workplace / "tiny.yaml", model, **self.samples)
 
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
-        return (data.floats(batch) for batch in data.train_dataloader())
+        return (data.prepare_train_batch(batch) for batch in data.train_dataloader())
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         return max(float(row["value"]) for row in log if row["name"] == "coins-val/miou/pooled") > self.mark
@@ -265,11 +267,11 @@ class SegmentationContract(Contract):
 class TranslationContract(Contract):
     @pytest.fixture
     def recipe(self, workplace: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
+        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
         return write_translation_recipe(workplace / "tiny.yaml", model)
 
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
-        return (data.floats(batch) for batch in data.train_dataloader())
+        return (data.prepare_train_batch(batch) for batch in data.train_dataloader())
 
     def example(self) -> torch.Tensor:
         return torch.rand(1, 3, 24, 32)
@@ -280,11 +282,11 @@ class ReconstructionContract(Contract):
 
     @pytest.fixture
     def recipe(self, workplace: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
+        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
         return write_reconstruction_recipe(workplace / "tiny.yaml", model)
 
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
-        return (data.floats(batch) for batch in data.train_dataloader())
+        return (data.prepare_train_batch(batch) for batch in data.train_dataloader())
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         return [float(row["value"]) for row in log if "/elbo/" in row["name"]][-1] > self.mark

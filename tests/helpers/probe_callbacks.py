@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
-from modules.training.fsdp import whole
+from modules.training.fsdp import gather_full_tensors
 
 
 class SignalAt(Callback):
@@ -71,7 +71,7 @@ class RanksAgree(Callback):
         if trainer.world_size == 1:
             return
         for name, tensor in tensors.items():
-            tensor = whole(tensor.detach())
+            tensor = gather_full_tensors(tensor.detach())
             of_first = tensor.clone()
             dist.broadcast(of_first, src=0)
             assert torch.equal(of_first, tensor), f"{name} differs on rank {trainer.global_rank}"

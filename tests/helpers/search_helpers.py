@@ -18,14 +18,14 @@ RATE = {"model.learning_rate": {"values": [1e-2, 1e-3, 1e-5]}}
 
 def write_search(folder, photos, **changes):
     """Of a network of 15 steps."""
-    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60}}
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = write_recipe(folder / "tiny.yaml", photos, model)
     settings = yaml.safe_load(recipe.read_text())
     del settings["trainer"]["callbacks"][1:]  # the tests' own, which a user's process does not find
     recipe.write_text(yaml.safe_dump(settings))
     content = {
         "method": "grid",
-        "metric": {"name": f"{photos.name}-kept/psnr/y-shave3", "goal": "maximize"},
+        "metric": {"name": f"{photos.name}-holdout/psnr-y/crop3", "goal": "maximize"},
         "parameters": RATE,
         "command": ["${env}", "darkroom", "fit", str(recipe), "${args}"],
         **changes,

@@ -20,15 +20,15 @@ def write_recipe(path: Path, photos: Path, model: Model, **data: Any) -> Path:
     init_args = {
         "scale": scale,
         "train": str(photos),
-        "kept": 4,
+        "val_every_nth": 4,
         "batch_size": 4,
         "patch_size": 17,
-        "overhang": 4,
+        "border_overhang": 4,
         **data,
     }
     data = {"class_path": "datamodules.superresolution.SuperResolution", "init_args": init_args}
     quality = {"class_path": "callbacks.metrics.psnr_ssim.PSNRSSIM", "init_args": {"crop_border": scale}}
-    return _write(path, model, data, [quality], f"{photos.name}-kept/psnr/y-shave{scale}")
+    return _write(path, model, data, [quality], f"{photos.name}-holdout/psnr-y/crop{scale}")
 
 
 def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
@@ -41,16 +41,16 @@ def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
         "channels": 1,
         "val": "digits/val",
         "test": ["digits/test"],
-        "samples": 230,
+        "val_samples": 230,
         "test_samples": 230,
         "batch_size": 4,
         **data,
     }
     data = {"class_path": "datamodules.generation.Generation", "init_args": init_args}
     quality = {
-        "class_path": "callbacks.metrics.feature_metrics.GenerativeQuality",
+        "class_path": "callbacks.metrics.feature_metrics.FeatureMetrics",
         "init_args": {
-            "measures": ["frechet", "floor"],
+            "metrics": ["fid", "fid-split-half"],
             "extractor": "tests.helpers.tiny_recipes.Projection",
             "weights": str(projection),
             "on_validation": True,
@@ -67,17 +67,17 @@ def write_segmentation_recipe(path: Path, model: Model, **data: Any) -> Path:
         "test": ["coins/train", "coins/val"],
         "classes": 2,
         "channels": 1,
-        "turn": True,
-        "elastic": 3.0,
-        "contrast": 0.2,
-        "separation": 10.0,
+        "rotate": True,
+        "elastic_std": 3.0,
+        "contrast_jitter": 0.2,
+        "border_weight": 10.0,
         "batch_size": 4,
         **data,
     }
     data = {"class_path": "datamodules.segmentation.Segmentation", "init_args": init_args}
     measures = [
-        {"class_path": "callbacks.metrics.segmentation.SegmentationQuality"},
-        {"class_path": "callbacks.metrics.seg_ctc.CellTracking"},
+        {"class_path": "callbacks.metrics.segmentation.SegmentationMetrics"},
+        {"class_path": "callbacks.metrics.seg_ctc.CTCSeg"},
     ]
     return _write(path, model, data, measures, "coins-val/miou/pooled")
 
@@ -94,7 +94,7 @@ def write_translation_recipe(path: Path, model: Model, **data: Any) -> Path:
         **data,
     }
     data = {"class_path": "datamodules.unpaired.Unpaired", "init_args": init_args}
-    return _write(path, model, data, [{"class_path": "callbacks.metrics.cycle_l1.TranslationQuality"}])
+    return _write(path, model, data, [{"class_path": "callbacks.metrics.cycle_l1.CycleL1"}])
 
 
 def write_reconstruction_recipe(path: Path, model: Model, measures: list[Model] | None = None, **data: Any) -> Path:
@@ -104,12 +104,12 @@ def write_reconstruction_recipe(path: Path, model: Model, measures: list[Model] 
         "size": 28,
         "val": "digits/val",
         "test": ["digits/test"],
-        "pixels": "dynamic",
+        "binarization": "dynamic",
         "batch_size": 4,
         **data,
     }
     data = {"class_path": "datamodules.reconstruction.Reconstruction", "init_args": init_args}
-    likelihood = {"class_path": "callbacks.metrics.likelihood.Likelihood", "init_args": {"k": 3}}
+    likelihood = {"class_path": "callbacks.metrics.likelihood.Likelihood", "init_args": {"n_samples": 3}}
     if measures is not None:
         return _write(path, model, data, measures)
     return _write(path, model, data, [likelihood], "digits-val/elbo/bernoulli-dynamic")
@@ -122,7 +122,7 @@ def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monito
         "data": data,
         "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, "callbacks": [*callbacks, *watching]},
         "monitor": monitor,
-        "validate_every": 20,
+        "val_every_images": 20,
     }
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path

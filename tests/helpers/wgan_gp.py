@@ -5,21 +5,21 @@ from torch import Tensor, nn
 
 from modules.losses.adversarial import gradient_penalty
 from modules.tasks.generation import GenerativeMethod
-from modules.training.ema import Average
+from modules.training.ema import EMA
 from modules.training.phases import Batch, Phase
 
 
 class WGANGP(GenerativeMethod):
     """The generator moves twice at every other step; the critic is clipped; the generator's weights are averaged."""
 
-    differentiated_twice = ("critic",)
+    double_backward_networks = ("critic",)
 
-    def __init__(self, images: int = 60, learning_rate: float = 1e-3, seed: int = 0) -> None:
-        super().__init__(16, "normal", images, learning_rate, seed)
+    def __init__(self, total_images: int = 60, learning_rate: float = 1e-3, seed: int = 0) -> None:
+        super().__init__(16, "normal", total_images, learning_rate, seed)
         self.save_hyperparameters()
         self.generator = nn.Sequential(nn.Linear(16, 64), nn.Softplus(), nn.Linear(64, 784), nn.Sigmoid())
         self.critic = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Softplus(), nn.Linear(64, 1))
-        self.average = Average(self.generator, half_life=32)
+        self.average = EMA(self.generator, half_life=32)
 
     def sample(self, latents: Tensor) -> Tensor:
         return self.average(latents).view(-1, 1, 28, 28)
@@ -35,20 +35,20 @@ class WGANGP(GenerativeMethod):
             return torch.optim.Adam(parameters, betas=(0.0, 0.9), eps=1e-3)
 
         return [
-            Phase("critic", [self.critic], adam, self.critic_losses, rate, clip=0.7),
-            Phase("generator", [self.generator], adam, self.generator_losses, rate, every=2, times=2),
+            Phase("critic", [self.critic], adam, self.critic_losses, rate, max_grad_norm=0.7),
+            Phase("generator", [self.generator], adam, self.generator_losses, rate, interval=2, n_updates=2),
         ]
 
-    def shared(self, batch: Batch) -> Batch:
-        return {"fake": self.generator(self.training_latents(batch)).view(-1, 1, 28, 28)}
+    def shared_forward(self, batch: Batch) -> Batch:
+        return {"fake": self.generator(self.batch_latents(batch)).view(-1, 1, 28, 28)}
 
     def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
         fake = batch["fake"].detach()
-        mixing = self.noise(batch, "mixing", 1, "uniform")
+        alpha = self.batch_noise(batch, "mixing", 1, "uniform")
         return {
             "real": -self.critic(batch["image"]).mean(),
             "fake": self.critic(fake).mean(),
-            "penalty": 10 * gradient_penalty(self.critic, batch["image"], fake, mixing),
+            "penalty": 10 * gradient_penalty(self.critic, batch["image"], fake, alpha),
         }
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:

@@ -15,14 +15,14 @@ from skimage.restoration import denoise_tv_chambolle
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
-from callbacks.metrics.anomaly import AnomalyScore
-from callbacks.metrics.denoising import Restoration
-from callbacks.metrics.reconstruction_sse import SquaredError
-from callbacks.metrics.retrieval import Retrieval
-from callbacks.visualization.previews import Samples
-from datamodules.catalog.array_readers import read_part
-from datamodules.errors import Refused
-from datamodules.io.image_set import Images
+from callbacks.metrics.anomaly import ReconstructionAUROC
+from callbacks.metrics.denoising import DenoisingPSNR
+from callbacks.metrics.reconstruction_sse import ReconstructionSSE
+from callbacks.metrics.retrieval import PrecisionAtK
+from callbacks.visualization.previews import PreviewImages
+from datamodules.catalog.array_readers import read_split
+from datamodules.errors import UserError
+from datamodules.io.image_set import ImageSet
 from experiments import METHODS
 from experiments.cli.main import main
 from modules.autoencoder import Autoencoder
@@ -31,24 +31,26 @@ from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import of_digits, write_reconstruction_recipe
 
 QUALITY = [
-    {"class_path": "callbacks.metrics.denoising.Restoration", "init_args": {"weights": [0.1], "on_validation": True}},
-    {"class_path": "callbacks.metrics.retrieval.Retrieval", "init_args": {"k": 3, "on_validation": True}},
-    {"class_path": "callbacks.metrics.anomaly.AnomalyScore"},
+    {"class_path": "callbacks.metrics.denoising.DenoisingPSNR", "init_args": {"tv_weights": [0.1], "on_validation": True}},
+    {"class_path": "callbacks.metrics.retrieval.PrecisionAtK", "init_args": {"k": 3, "on_validation": True}},
+    {"class_path": "callbacks.metrics.anomaly.ReconstructionAUROC"},
 ]
 
 
 class TestDenoisingAutoencoder(ReconstructionContract):
     model = {
         "class_path": "modules.autoencoder.Autoencoder",
-        "init_args": {"hidden": [60], "latent_size": 16, "corruption": "noise", "amount": 0.4},
+        "init_args": {"hidden_dims": [60], "latent_size": 16, "corruption": "noise", "corruption_level": 0.4},
     }
     steady = "modules.autoencoder.Autoencoder"
-    learns = ["--model.images", "60000", "--validate_every", "20000", "--data.batch_size", "50"]
+    learns = ["--model.total_images", "60000", "--val_every_images", "20000", "--data.batch_size", "50"]
 
     @pytest.fixture
     def recipe(self, workplace):
-        model = {**self.model, "init_args": {**self.model["init_args"], "images": 60}}
-        return write_reconstruction_recipe(workplace / "tiny.yaml", model, QUALITY, pixels="real-valued", without=[3])
+        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
+        return write_reconstruction_recipe(
+            workplace / "tiny.yaml", model, QUALITY, binarization="real-valued", exclude_classes=[3]
+        )
 
     def has_learned(self, log):
         """Better than what it is given, by three dB."""
@@ -57,7 +59,7 @@ class TestDenoisingAutoencoder(ReconstructionContract):
 
 
 def digits():
-    images, labels = read_part("digits/train")
+    images, labels = read_split("digits/train")
     return images[:1000].double() / 255, labels[:1000]
 
 
@@ -65,7 +67,7 @@ def test_a_linear_one_finds_the_subspace_of_the_principal_components():
     """Trained to its end on centred digits, it leaves what PCA leaves, and its code's span is PCA's."""
     images = digits()[0][:, :, 6:22, 6:22]
     images = images - images.mean(0)
-    method = Autoencoder(size=16, hidden=[], latent_size=4).double()
+    method = Autoencoder(size=16, hidden_dims=[], latent_size=4).double()
     optimizer = torch.optim.LBFGS(method.parameters(), max_iter=2000, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
@@ -84,13 +86,13 @@ def test_a_linear_one_finds_the_subspace_of_the_principal_components():
     assert cosines.min() > 0.999
 
 
-@pytest.mark.parametrize(("corruption", "amount"), [("noise", 0.3), ("masking", 0.25), ("block", 0.5)])
-def test_corruptions_are_what_they_are_called(corruption, amount):
-    method = Autoencoder(corruption=corruption, amount=amount)
+@pytest.mark.parametrize(("corruption", "corruption_level"), [("noise", 0.3), ("masking", 0.25), ("block", 0.5)])
+def test_corruptions_are_what_they_are_called(corruption, corruption_level):
+    method = Autoencoder(corruption=corruption, corruption_level=corruption_level)
     image = torch.full((3000, 1, 28, 28), 0.5)
     batch = {"image": image, "positions": range(3000), "repetition": 0}
-    noise = method.noise(batch, "corruption", method.draws(image), method.kind)
-    seen = method.corrupted(image, noise)
+    noise = method.batch_noise(batch, "corruption", method.noise_dim(image), method.noise_kind)
+    seen = method.corrupt(image, noise)
     assert 0 <= seen.min() <= seen.max() <= 1
     if corruption == "noise":
         inside, cut = (seen > 0) & (seen < 1), truncnorm(-5 / 3, 5 / 3, scale=0.3)
@@ -109,10 +111,10 @@ def test_corruptions_are_what_they_are_called(corruption, amount):
 
 
 def test_the_loss_is_of_the_sound_picture():
-    method = Autoencoder(hidden=[20], latent_size=4, corruption="masking", amount=0.5)
+    method = Autoencoder(hidden_dims=[20], latent_size=4, corruption="masking", corruption_level=0.5)
     image = torch.rand(6, 1, 28, 28)
     batch = {"image": image, "positions": range(6), "repetition": 0}
-    seen = image * (method.noise(batch, "corruption", 784, "uniform").view(6, 1, 28, 28) >= 0.5)
+    seen = image * (method.batch_noise(batch, "corruption", 784, "uniform").view(6, 1, 28, 28) >= 0.5)
     assert method.losses(batch)["mse"].item() == pytest.approx((method(seen) - image).square().mean().item(), rel=1e-6)
 
 
@@ -126,15 +128,18 @@ def test_a_convolutional_one_gives_pictures_of_the_same_size():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"corruption": "noise"}, r"model\.amount: 0\.0 of model\.corruption: noise makes no sense"),
-        ({"corruption": "none", "amount": 0.5}, r"model\.amount: 0\.5 of model\.corruption: none makes no sense"),
-        ({"corruption": "block", "amount": 1.0}, r"model\.amount: 1\.0"),
-        ({"corruption": "block", "amount": 0.01}, r"model\.amount: 0\.01 of 28 pixels is no block"),
-        ({"network": "convolutional", "hidden": []}, r"model\.hidden: a convolutional network needs layers"),
+        ({"corruption": "noise"}, r"model\.corruption_level: 0\.0 of model\.corruption: noise makes no sense"),
+        (
+            {"corruption": "none", "corruption_level": 0.5},
+            r"model\.corruption_level: 0\.5 of model\.corruption: none makes no sense",
+        ),
+        ({"corruption": "block", "corruption_level": 1.0}, r"model\.corruption_level: 1\.0"),
+        ({"corruption": "block", "corruption_level": 0.01}, r"model\.corruption_level: 0\.01 of 28 pixels is no block"),
+        ({"network": "convolutional", "hidden_dims": []}, r"model\.hidden_dims: a convolutional network needs layers"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings, says):
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(UserError, match=says):
         Autoencoder(**settings)
 
 
@@ -154,33 +159,35 @@ def test_anomaly_scores_are_sklearns():
     image, made = torch.rand(2, 300, 1, 8, 8, generator=generator).unbind(0)
     label = torch.arange(300) % 10
     made[label == 3] = 0.5 * made[label == 3] + 0.2
-    callback = AnomalyScore()
+    callback = ReconstructionAUROC()
     outputs = {"image": image, "prediction": made, "label": label}
 
     def running_on(**sets):
-        data = SimpleNamespace(without=["3", "7"], novel=partial(torch.isin, test_elements=torch.tensor([3, 7])), real=sets)
+        data = SimpleNamespace(
+            exclude_classes=["3", "7"], is_unseen=partial(torch.isin, test_elements=torch.tensor([3, 7])), reference_sets=sets
+        )
         return SimpleNamespace(datamodule=data)
 
-    running = running_on(some=Images(image, label))
+    running = running_on(some=ImageSet(image, label))
     callback.setup(running, None, "test")
-    found = callback.put_together([callback.keep(outputs, i) for i in range(300)], running)
+    found = callback.compute([callback.update(outputs, i) for i in range(300)], running)
     errors = np.square((made - image).numpy()).reshape(300, -1).mean(1)
     assert found["auroc/image-l2"] == pytest.approx(roc_auc_score(np.isin(label.numpy(), [3, 7]), errors), abs=1e-6)
     made[0] = torch.nan
-    with pytest.raises(Refused, match=r"AnomalyScore: the network gives values back that are not finite"):
-        callback.put_together([callback.keep(outputs, i) for i in range(2)], running)
-    with pytest.raises(Refused, match=r"AnomalyScore: SimpleNamespace does not know which classes training sees"):
+    with pytest.raises(UserError, match=r"ReconstructionAUROC: the network gives values back that are not finite"):
+        callback.compute([callback.update(outputs, i) for i in range(2)], running)
+    with pytest.raises(UserError, match=r"ReconstructionAUROC: SimpleNamespace does not know which classes training sees"):
         callback.setup(SimpleNamespace(datamodule=SimpleNamespace()), None, "test")
-    with pytest.raises(Refused, match=r"threes needs both, pictures of classes that training sees and others"):
-        callback.setup(running_on(threes=Images(image, 0 * label + 3)), None, "test")
+    with pytest.raises(UserError, match=r"threes needs both, pictures of classes that training sees and others"):
+        callback.setup(running_on(threes=ImageSet(image, 0 * label + 3)), None, "test")
 
 
 def test_retrieval_is_a_trees():
     images, labels = digits()
     codes = torch.randn(784, 12, generator=torch.Generator().manual_seed(0)).double()
     outputs = {"image": images, "code": images.flatten(1) @ codes, "label": labels}
-    callback = Retrieval(k=5)
-    found = callback.put_together([callback.keep(outputs, i) for i in range(1000)], None)
+    callback = PrecisionAtK(k=5)
+    found = callback.compute([callback.update(outputs, i) for i in range(1000)], None)
     for name in ("code", "pixels"):
         vectors = outputs["code" if name == "code" else "image"].flatten(1).float().numpy()
         _, answers = cKDTree(vectors).query(vectors, 6)
@@ -198,9 +205,9 @@ def test_retrieval_is_a_trees():
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_the_first_step(k, method, says):
-    sets = {"some": Images(torch.zeros(5, 1, 2, 2), torch.zeros(5))}
-    with pytest.raises(Refused, match=says):
-        Retrieval(k=k).setup(SimpleNamespace(datamodule=SimpleNamespace(real=sets)), method, "fit")
+    sets = {"some": ImageSet(torch.zeros(5, 1, 2, 2), torch.zeros(5))}
+    with pytest.raises(UserError, match=says):
+        PrecisionAtK(k=k).setup(SimpleNamespace(datamodule=SimpleNamespace(reference_sets=sets)), method, "fit")
 
 
 def test_squared_errors_are_those_of_a_singular_value_decomposition(workplace):
@@ -210,21 +217,21 @@ def test_squared_errors_are_those_of_a_singular_value_decomposition(workplace):
     images = digits()[0][:20].float()
     outputs = {"image": images, "prediction": 0.9 * images, "code": torch.zeros(20, 6)}
     outputs |= {"name": [f"{i:02d}" for i in range(20)], "dataset": ["some"] * 20}
-    callback = SquaredError()
+    callback = ReconstructionSSE()
     callback.setup(running, Autoencoder(), "test")
     callback.on_test_batch_end(running, None, outputs, None, 0)
-    found = callback.put_together(list(callback.kept["some"].values()), running)
-    assert found["squared-error/network"] == pytest.approx(0.01 * images.square().sum().item() / 20, rel=1e-6)
-    seen = read_part("digits/train")[0].flatten(1).double() / 255
+    found = callback.compute(list(callback.state["some"].values()), running)
+    assert found["sse/network"] == pytest.approx(0.01 * images.square().sum().item() / 20, rel=1e-6)
+    seen = read_split("digits/train")[0].flatten(1).double() / 255
     mean = seen.mean(0)
     components = torch.linalg.svd(seen - mean, full_matrices=False)[2][:6]
     centred = images.flatten(1).double() - mean
     lost = (centred - centred @ components.T @ components).square().sum(1).mean().item()
-    assert found["squared-error/pca"] == pytest.approx(lost, rel=1e-4)
-    data.without = ["3"]
-    with pytest.raises(Refused, match=r"SquaredError: the components are those of whole sets"):
+    assert found["sse/pca"] == pytest.approx(lost, rel=1e-4)
+    data.exclude_classes = ["3"]
+    with pytest.raises(UserError, match=r"ReconstructionSSE: the components are those of whole sets"):
         callback.setup(running, Autoencoder(), "fit")
-    with pytest.raises(Refused, match=r"SquaredError: Identity on Reconstruction has no codes"):
+    with pytest.raises(UserError, match=r"ReconstructionSSE: Identity on Reconstruction has no codes"):
         callback.setup(running, torch.nn.Identity(), "fit")
 
 
@@ -233,15 +240,15 @@ def test_restoration_is_skimages():
     image = digits()[0][:4].float()
     outputs = {"image": image, "input": (image + 0.3 * torch.randn(image.shape, generator=generator)).clamp(0, 1)}
     outputs["prediction"] = 0.8 * image
-    callback = Restoration([0.1, 0.4])
-    found = callback.put_together([callback.keep(outputs, i) for i in range(4)], None)
+    callback = DenoisingPSNR([0.1, 0.4])
+    found = callback.compute([callback.update(outputs, i) for i in range(4)], None)
     sound, seen, made = (outputs[name].double().numpy()[:, 0] for name in ("image", "input", "prediction"))
 
     def mean(pictures):
         return np.mean([peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(sound, pictures, strict=True)])
 
-    assert found["psnr/restored"] == pytest.approx(mean(made), abs=1e-6)
-    assert found["psnr/corrupted"] == pytest.approx(mean(seen), abs=1e-6)
+    assert found["psnr/output"] == pytest.approx(mean(made), abs=1e-6)
+    assert found["psnr/input"] == pytest.approx(mean(seen), abs=1e-6)
     of_weights = [mean([denoise_tv_chambolle(picture, weight=weight) for picture in seen]) for weight in (0.1, 0.4)]
     assert found["psnr/tv-chambolle"] == pytest.approx(max(of_weights), abs=1e-6)
 
@@ -249,7 +256,7 @@ def test_restoration_is_skimages():
 def test_the_sheet_shows_what_comes_back_below_the_pictures(tmp_path):
     generator = torch.Generator().manual_seed(0)
     image, seen, made = torch.rand(3, 20, 1, 6, 8, generator=generator).unbind(0)
-    samples = Samples(tmp_path, sheet=12)
+    samples = PreviewImages(tmp_path, sheet=12)
     trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], state=SimpleNamespace(fn="fit"))
     method = SimpleNamespace(images_seen=30)
     samples.on_validation_epoch_start(trainer, method)
@@ -275,7 +282,10 @@ def test_defects_are_found_by_the_command_that_the_page_has(workplace, photos):
             noise = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(noise).save(workplace / f"bottle/{folder}/{i:03d}.png")
     assert (
-        forked(main, [*shlex.split(command), "--model.images", "64", "--validate_every", "64", "--data.batch_size", "4"]) == 0
+        forked(
+            main, [*shlex.split(command), "--model.total_images", "64", "--val_every_images", "64", "--data.batch_size", "4"]
+        )
+        == 0
     )
-    record = json.loads((workplace / "runs/autoencoder/without_0/bottle/record.json").read_text())
+    record = json.loads((workplace / "runs/autoencoder/exclude_0/bottle/record.json").read_text())
     assert 0 <= record["metrics"]["bottle-test"]["auroc/image-l2"]["mean"] <= 1

@@ -7,20 +7,20 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from callbacks.run.checkpoints import load_weights, without_training_state
-from datamodules.errors import Refused
+from callbacks.run.checkpoints import inference_state_dict, load_weights
+from datamodules.errors import UserError
 from datamodules.random.noise import uniform
 from experiments.bench.inference import classic_step
 from experiments.bench.reference_loop import loop, optimizers_of
 from experiments.cli.main import main
 from modules.cyclegan import CycleGAN
-from modules.training.image_pool import Pool
-from modules.training.phases import Player, only
+from modules.training.image_pool import ImagePool
+from modules.training.phases import ActivePhase, train_only
 from tests.helpers.method_contract import TranslationContract
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import write_translation_recipe
 
-SMALL = {"crop": 32, "blocks": 1, "width": 4, "pool": 6, "identity_weight": 0.5}
+SMALL = {"crop": 32, "n_residual_blocks": 1, "base_channels": 4, "pool_size": 6, "identity_weight": 0.5}
 
 
 class TestCycleGAN(TranslationContract):
@@ -29,9 +29,9 @@ class TestCycleGAN(TranslationContract):
     rounding = 0.15  # of what is nearly nothing: fakes that are told
     rounded_at = ("--model.crop", "64", "--data.crop", "64")  # at 32, instance normalisation over 3 x 3 values enlarges it
     learns = [
-        "--model.images",
+        "--model.total_images",
         "1200",
-        "--validate_every",
+        "--val_every_images",
         "60",
         "--model.learning_rate",
         "2e-3",
@@ -51,19 +51,19 @@ class TestCycleGAN(TranslationContract):
 @pytest.mark.parametrize(("blocks", "size", "parameters"), [(6, 128, 7_837_699), (9, 256, 11_378_179)])
 def test_parameters_are_the_papers(blocks, size, parameters):
     method = CycleGAN(size, blocks)
-    for network in (method.a_to_b, method.b_to_a):
+    for network in (method.G_AB, method.G_BA):
         assert sum(p.numel() for p in network.parameters()) == parameters
-    for network in (method.of_a, method.of_b):
+    for network in (method.D_A, method.D_B):
         assert sum(p.numel() for p in network.parameters()) == 2_764_737
 
 
 def test_a_discriminators_value_sees_70_pixels():
-    judge = CycleGAN(256, 1, 4).of_a
-    for layer in judge:
+    discriminator = CycleGAN(256, 1, 4).D_A
+    for layer in discriminator:
         if isinstance(layer, torch.nn.InstanceNorm2d):  # which sees the whole picture
             layer.forward = lambda maps: maps
     image = torch.zeros(1, 3, 256, 256, requires_grad=True)
-    values = judge(image)
+    values = discriminator(image)
     values[0, 0, values.shape[2] // 2, values.shape[3] // 2].backward()
     rows, columns = image.grad[0].abs().sum(0).nonzero().T
     assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (70, 70)
@@ -83,7 +83,7 @@ def test_a_discriminators_value_sees_70_pixels():
 def test_objectives(objective, identity, terms):
     method = CycleGAN(**{**SMALL, "objective": objective, "identity_weight": identity})
     batch = {"A": torch.rand(2, 3, 32, 32), "B": torch.rand(2, 3, 32, 32), "positions": range(2)}
-    joined = {**batch, **method.shared(batch)}
+    joined = {**batch, **method.shared_forward(batch)}
     assert set(method.generator_losses(joined)) == terms
     assert [phase.name for phase in method.phases()] == ["generators", "discriminators"][: 1 + (objective != "cycle")]
 
@@ -94,13 +94,13 @@ def test_losses_are_those_written_out():
     method = CycleGAN(**SMALL).double()
     a, b = torch.rand(2, 2, 3, 32, 32, dtype=torch.float64).unbind(0)
     batch = {"A": a, "B": b, "positions": range(2)}
-    joined = {**batch, **method.shared(batch)}
+    joined = {**batch, **method.shared_forward(batch)}
     terms = method.generator_losses(joined)
     found = dict.fromkeys(terms, 0.0)
     for x, y in zip(a[:, None] * 2 - 1, b[:, None] * 2 - 1, strict=True):
-        to_b, to_a = method.a_to_b, method.b_to_a
-        found["adversarial/B"] += (method.of_b(to_b(x)) - 1).pow(2).mean() / 2
-        found["adversarial/A"] += (method.of_a(to_a(y)) - 1).pow(2).mean() / 2
+        to_b, to_a = method.G_AB, method.G_BA
+        found["adversarial/B"] += (method.D_B(to_b(x)) - 1).pow(2).mean() / 2
+        found["adversarial/A"] += (method.D_A(to_a(y)) - 1).pow(2).mean() / 2
         found["cycle/A"] += 10 * (to_a(to_b(x)) - x).abs().mean() / 2
         found["cycle/B"] += 10 * (to_b(to_a(y)) - y).abs().mean() / 2
         found["identity/A"] += 5 * (to_a(x) - x).abs().mean() / 2
@@ -108,8 +108,8 @@ def test_losses_are_those_written_out():
     for name, value in found.items():
         assert terms[name].item() == pytest.approx(value.item(), abs=1e-12), name
     judged = method.discriminator_losses(joined)
-    real = (method.of_b(b * 2 - 1) - 1).pow(2).mean() / 2
-    fake = method.of_b(method.a_to_b(a * 2 - 1)).pow(2).mean() / 2
+    real = (method.D_B(b * 2 - 1) - 1).pow(2).mean() / 2
+    fake = method.D_B(method.G_AB(a * 2 - 1)).pow(2).mean() / 2
     assert (judged["real/B"].item(), judged["fake/B"].item()) == pytest.approx((real.item(), fake.item()), abs=1e-12)
 
 
@@ -120,7 +120,7 @@ def test_the_classic_order_of_passes_comes_to_the_same(identity):
     found = []
     for order in ("ours", "classic"):
         torch.manual_seed(0)
-        method = CycleGAN(**{**SMALL, "pool": 0, "identity_weight": identity}).double()
+        method = CycleGAN(**{**SMALL, "pool_size": 0, "identity_weight": identity}).double()
         step = classic_step(method, batch) if order == "classic" else loop(method, repeat(batch), optimizers_of(method))
         for _ in range(3):
             step()
@@ -143,21 +143,21 @@ def test_bench_of_pairs_names_its_figures(workplace, capfd):
 
 def test_no_gradient_of_the_standing_networks_is_computed():
     method = CycleGAN(**SMALL)
-    players = [Player(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
+    active_phases = [ActivePhase(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
     batch = {"A": torch.rand(1, 3, 32, 32), "B": torch.rand(1, 3, 32, 32), "positions": range(1)}
-    with only(players, players):
-        joined = {**batch, **method.shared(batch)}
-    for moving, standing in (players, players[::-1]):
+    with train_only(active_phases, active_phases):
+        joined = {**batch, **method.shared_forward(batch)}
+    for moving, standing in (active_phases, active_phases[::-1]):
         method.zero_grad()
-        with only([moving], players):
+        with train_only([moving], active_phases):
             sum(moving.phase.losses(joined).values()).backward()
         assert all(p.grad is not None for p in moving.parameters)
         assert all(p.grad is None for p in standing.parameters)
 
 
 def test_learning_rate_is_constant_and_then_falls_along_a_line():
-    method = CycleGAN(**SMALL, images=200)
-    rates = [method.constant_then_linear(images)["lr"] for images in (0, 99, 100, 150, 200)]
+    method = CycleGAN(**SMALL, total_images=200)
+    rates = [method.linear_decay_after_half(images)["lr"] for images in (0, 99, 100, 150, 200)]
     assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 1e-4, 0])
 
 
@@ -176,33 +176,33 @@ def test_translates_any_size():
         ({"objective": "none"}, r"model\.objective: none; take full, cycle, gan, gan-cycle-A, gan-cycle-B"),
         ({"crop": 30}, r"model\.crop: 30 is not a multiple of 4 from 24 on"),
         ({"crop": 20}, r"model\.crop: 20 is not a multiple of 4 from 24 on"),
-        ({"pool": -1}, r"model\.pool: -1 is less than 0"),
-        ({"width": 0}, r"model\.width: 0 is less than 1"),
+        ({"pool_size": -1}, r"model\.pool_size: -1 is less than 0"),
+        ({"base_channels": 0}, r"model\.base_channels: 0 is less than 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings, says):
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(UserError, match=says):
         CycleGAN(**{**SMALL, **settings})
 
 
 def test_weights_for_use_are_without_the_pools(tmp_path):
     method = CycleGAN(**SMALL)
-    used = without_training_state(method, method.state_dict())
+    used = inference_state_dict(method, method.state_dict())
     assert {name.partition(".")[0] for name in method.state_dict().keys() - used.keys()} == {"pool_a", "pool_b"}
     save_file(used, tmp_path / "used.safetensors")
-    other = CycleGAN(**{**SMALL, "pool": 2})
+    other = CycleGAN(**{**SMALL, "pool_size": 2})
     load_weights(other, tmp_path / "used.safetensors")
     assert all(torch.equal(other.state_dict()[name], values) for name, values in used.items())
-    del used["a_to_b.1.weight"]
+    del used["G_AB.1.weight"]
     save_file(used, tmp_path / "used.safetensors")
-    with pytest.raises(Refused, match=r"'a_to_b\.1\.weight' is nothing there"):
+    with pytest.raises(UserError, match=r"'G_AB\.1\.weight' is nothing there"):
         load_weights(other, tmp_path / "used.safetensors")
 
 
 def test_predict_translates_what_a_user_has(workplace, capfd):
     """Of any size, grey or with alpha; the weights are of a run whose pictures were resized to 32."""
     method, recipe = CycleGAN(**SMALL).eval(), workplace / "tiny.yaml"
-    save_file(without_training_state(method, method.state_dict()), workplace / "weights.safetensors")
+    save_file(inference_state_dict(method, method.state_dict()), workplace / "weights.safetensors")
     write_translation_recipe(recipe, {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL}, resize=36)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (48, 60, 4), dtype=np.uint8)
@@ -215,7 +215,7 @@ def test_predict_translates_what_a_user_has(workplace, capfd):
     colours = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1)[None].float()
     seen = torch.nn.functional.interpolate(colours, (32, 40), mode="bicubic", antialias=True).round().clamp(0, 255) / 255
     with torch.no_grad():
-        expected = (method.b_to_a(seen * 2 - 1) * 127.5 + 127.5)[0].permute(1, 2, 0).numpy()
+        expected = (method.G_BA(seen * 2 - 1) * 127.5 + 127.5)[0].permute(1, 2, 0).numpy()
     made = np.asarray(Image.open(workplace / "out" / "clear.png"))
     assert made.shape == (32, 40, 4)
     assert np.abs(made[..., :3] - expected).max() < 0.51  # rounded, not cut
@@ -235,9 +235,9 @@ def fakes_of(positions):
 
 def test_pool_of_single_fakes_is_the_authors():
     """Shrivastava's history as CycleGAN's code has it: full first, then an even chance of an old one, which the new one replaces."""
-    pool, held, swaps = Pool(5, (3, 2, 2), "pool/A", seed=3), [], 0
+    pool, held, swaps = ImagePool(5, (3, 2, 2), "pool/A", seed=3), [], 0
     for position in range(300):
-        shown = pool.exchanged(fakes_of([position]), range(position, position + 1), position)[0, 0, 0, 0].item()
+        shown = pool.query(fakes_of([position]), range(position, position + 1), position)[0, 0, 0, 0].item()
         pool.update(1)
         chance, place = uniform(3, "pool/A", range(position, position + 1), 2)[0]
         expected = position + 1
@@ -253,12 +253,12 @@ def test_pool_of_single_fakes_is_the_authors():
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_pool_is_the_same_for_any_parts_of_a_batch(parts):
-    pools = [Pool(6, (3, 2, 2), "pool/A") for _ in range(2)]
+    pools = [ImagePool(6, (3, 2, 2), "pool/A") for _ in range(2)]
     for start in range(0, 80, 4):
-        whole = pools[0].exchanged(fakes_of(range(start, start + 4)), range(start, start + 4), start)
+        whole = pools[0].query(fakes_of(range(start, start + 4)), range(start, start + 4), start)
         size = 4 // parts
         pieces = [
-            pools[1].exchanged(fakes_of(range(first, first + size)), range(first, first + size), start)
+            pools[1].query(fakes_of(range(first, first + size)), range(first, first + size), start)
             for first in range(start, start + 4, size)
         ]
         assert torch.equal(whole, torch.cat(pieces))
@@ -269,8 +269,8 @@ def test_pool_is_the_same_for_any_parts_of_a_batch(parts):
 
 
 def test_no_pool():
-    pool = Pool(0, (3, 2, 2), "pool/A")
+    pool = ImagePool(0, (3, 2, 2), "pool/A")
     newest = fakes_of(range(4)).requires_grad_()
-    assert torch.equal(pool.exchanged(newest, range(4), 0), newest)
-    assert not pool.exchanged(newest, range(4), 0).requires_grad
+    assert torch.equal(pool.query(newest, range(4), 0), newest)
+    assert not pool.query(newest, range(4), 0).requires_grad
     pool.update(4)

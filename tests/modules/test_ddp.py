@@ -6,11 +6,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from callbacks.run.csv_logger import read_log
+from callbacks.run.csv_logger import read_metrics_csv
 from experiments.cli.main import main
 from experiments.run.lightning_cli import build
 from experiments.run.recipes import find_recipe
-from modules.training.gradients import buckets
+from modules.training.gradients import make_buckets
 from tests.helpers.method_contract import assert_equal, checkpoint, fit
 from tests.helpers.subprocess_helpers import forked, launched, two_forked
 from tests.helpers.tiny_recipes import write_recipe, write_reconstruction_recipe
@@ -20,18 +20,18 @@ TWO = ["--trainer.devices", "2"]
 
 @pytest.fixture
 def recipe(workplace, photos):
-    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "images": 60, "warmup": 8}}
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60, "warmup": 8}}
     return write_recipe(workplace / "tiny.yaml", photos, model)
 
 
 def test_a_set_of_fewer_pictures_than_processes_is_measured_once(workplace):
-    words = ["espcn/demo", "--model.images", "64", "--validate_every", "32"]  # one picture chooses its weights
+    words = ["espcn/demo", "--model.total_images", "64", "--val_every_images", "32"]  # one picture chooses its weights
     assert forked(fit, *words, "--run", "one") == 0
     assert two_forked(fit, *words, "--run", "two", *TWO)[0] == [0, 0]
     folders = [workplace / "runs/espcn/demo" / run for run in ("one", "two")]
     records = [json.loads((folder / "record.json").read_text()) for folder in folders]
     assert records[0]["metrics"].keys() == records[1]["metrics"].keys() == {"photographs-test"}
-    logs = [[float(row["value"]) for row in read_log(folder / "metrics.csv")] for folder in folders]
+    logs = [[float(row["value"]) for row in read_metrics_csv(folder / "metrics.csv")] for folder in folders]
     assert logs[0] == pytest.approx(logs[1], abs=1e-3)
 
 
@@ -47,13 +47,13 @@ def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterru
     left, right = (checkpoint(workplace, recipe, run) for run in ("whole", "broken"))
     for key in ("state_dict", "optimizer_states", "images_seen", "SuperResolution", "global_step"):
         assert_equal(left[key], right[key], key)
-    logs = [read_log(workplace / "runs/tiny" / run / "metrics.csv") for run in ("whole", "broken")]
+    logs = [read_metrics_csv(workplace / "runs/tiny" / run / "metrics.csv") for run in ("whole", "broken")]
     assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("processes", [[], TWO], ids=["one", "two"])
 def test_a_signal_while_it_measures_leaves_the_training_and_the_same_command_measures(workplace, monkeypatch, processes):
-    model = {"class_path": "modules.vae.VAE", "init_args": {"hidden": [20], "latent_size": 3, "images": 40}}
+    model = {"class_path": "modules.vae.VAE", "init_args": {"hidden_dims": [20], "latent_size": 3, "total_images": 40}}
     recipe = write_reconstruction_recipe(workplace / "tiny.yaml", model)
     whole = ["--run", "whole", *processes]
     assert not any(two_forked(fit, recipe, *whole)[0] if processes else [forked(fit, recipe, *whole)])
@@ -81,7 +81,7 @@ def test_a_loss_that_breaks_stops_the_run_in_one_line(workplace, recipe, process
 
 
 def test_weights_that_broke_between_two_logged_steps_are_not_saved(workplace, recipe, capfd):
-    assert forked(main, ["fit", str(recipe), "--run", "broken", "--model.images", "20"]) == 0
+    assert forked(main, ["fit", str(recipe), "--run", "broken", "--model.total_images", "20"]) == 0
     before = (workplace / "runs/tiny/broken/checkpoints/last.ckpt").read_bytes()
     seldom = ["--trainer.log_every_n_steps", "1000", "--model.learning_rate", "1e30"]
     assert forked(main, ["fit", str(recipe), "--run", "broken", *seldom]) == 2
@@ -96,7 +96,7 @@ def test_a_finished_run_is_not_trained_further_by_accident(workplace, recipe, ca
 
 
 def test_a_run_that_another_process_writes_is_refused(workplace, recipe, capfd):
-    assert forked(main, ["fit", str(recipe), "--run", "one", "--model.images", "20"]) == 0
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--model.total_images", "20"]) == 0
     with FileLock(workplace / "runs/tiny/one/.lock"):
         assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
     assert "darkroom: run 'one' is being written by another process; another --run starts anew" in capfd.readouterr().err
@@ -118,4 +118,4 @@ def test_gradients_travel_in_buckets_of_one_type():
         torch.zeros(n, dtype=dtype)
         for n, dtype in ((3, torch.float32), (2, torch.float32), (9, torch.float32), (1, torch.float64))
     ]
-    assert [[t.numel() for t in bucket] for bucket in buckets(tensors, size=24)] == [[3, 2], [9], [1]]
+    assert [[t.numel() for t in bucket] for bucket in make_buckets(tensors, size=24)] == [[3, 2], [9], [1]]

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from modules.espcn import ESPCN
-from modules.tasks.superresolution import in_bands
+from modules.tasks.superresolution import predict_in_strips
 from tests.helpers.method_contract import SuperResolutionContract
 
 
 class TestESPCN(SuperResolutionContract):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3}}
     steady = "tests.helpers.deterministic_variants.SteadyESPCN"
-    learns = ["--model.images", "1600", "--validate_every", "400", "--model.warmup", "160"]
+    learns = ["--model.total_images", "1600", "--val_every_images", "400", "--model.warmup", "160"]
     gain = 0.5
 
 
@@ -36,17 +36,17 @@ def test_tanh_and_relu_differ_only_in_the_activation():
 
 def test_unpadded_network_is_the_inside_of_the_padded_one():
     network, low = ESPCN(3), torch.rand(2, 1, 20, 21)
-    assert torch.allclose(network.enlarge(low), network(low)[..., 12:-12, 12:-12], atol=1e-6)
+    assert torch.allclose(network.forward_valid(low), network(low)[..., 12:-12, 12:-12], atol=1e-6)
 
 
 def test_bands_equal_the_whole():
     network, low = ESPCN(3), torch.rand(1, 1, 70, 31)
     with torch.no_grad():
-        assert torch.allclose(in_bands(network, low, 3, pixels=31 * 13), network(low), atol=1e-6)
+        assert torch.allclose(predict_in_strips(network, low, 3, pixels=31 * 13), network(low), atol=1e-6)
 
 
 def test_schedule_counts_images():
-    network = ESPCN(images=1000, learning_rate=2e-3, warmup=100)
+    network = ESPCN(total_images=1000, learning_rate=2e-3, warmup=100)
     assert network.schedule(0) == pytest.approx(2e-5)
     assert network.schedule(100) == pytest.approx(2e-3)
     assert network.schedule(550) == pytest.approx(1e-3)

@@ -5,18 +5,22 @@ import json
 import pytest
 import torch
 
-from callbacks.run.csv_logger import read_log
+from callbacks.run.csv_logger import read_metrics_csv
 from modules.training.optimizers import soap
 from modules.vae import VAE
 from tests.helpers.method_contract import assert_equal, checkpoint
 from tests.helpers.subprocess_helpers import launched
 from tests.helpers.tiny_recipes import write_generative_recipe, write_reconstruction_recipe
 
-DCGAN = {"channels": 1, "size": 28, "kernel": 4, "width": 8, "images": 60}
+DCGAN = {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8, "total_images": 60}
 MODELS = {
     "alternating": ("tests.helpers.deterministic_variants.SteadyDCGAN", DCGAN, []),
-    "averaged, clipped, penalised, many moves": ("tests.helpers.wgan_gp.WGANGP", {"images": 60}, []),
-    "one loss, in parts": ("modules.vae.VAE", {"hidden": [20], "latent_size": 3, "images": 60}, ["--accumulate", "2"]),
+    "averaged, clipped, penalised, many moves": ("tests.helpers.wgan_gp.WGANGP", {"total_images": 60}, []),
+    "one loss, in parts": (
+        "modules.vae.VAE",
+        {"hidden_dims": [20], "latent_size": 3, "total_images": 60},
+        ["--accumulate_grad_batches", "2"],
+    ),
 }
 
 
@@ -82,13 +86,13 @@ def test_divided_is_as_whole_and_goes_on_as_if_uninterrupted(workplace, write, m
     assert ended.returncode == 0, ended.stderr
 
     ddp, divided, broken = (checkpoint(workplace, recipe, run) for run in ("ddp", "fsdp2", "broken"))
-    for key in ("state_dict", "optimizer_states", "terms"):
+    for key in ("state_dict", "optimizer_states", "pending_losses"):
         assert_equal(divided[key], broken[key], key)
-        whole, parts = flat(dict(ddp[key]) if key == "state_dict" else ddp[key], key), flat(divided[key], key)
-        assert whole.keys() == parts.keys()
-        for leaf in whole:
-            assert_close(whole[leaf], parts[leaf], leaf)
-    logs = [read_log(workplace / "runs/tiny" / run / "metrics.csv") for run in ("fsdp2", "broken")]
+        gather_full_tensors, parts = flat(dict(ddp[key]) if key == "state_dict" else ddp[key], key), flat(divided[key], key)
+        assert gather_full_tensors.keys() == parts.keys()
+        for leaf in gather_full_tensors:
+            assert_close(gather_full_tensors[leaf], parts[leaf], leaf)
+    logs = [read_metrics_csv(workplace / "runs/tiny" / run / "metrics.csv") for run in ("fsdp2", "broken")]
     assert logs[0] == logs[1]
     records = [json.loads((workplace / f"runs/tiny/{run}/record.json").read_text()) for run in ("ddp", "fsdp2")]
     assert records[0]["metrics"].keys() == records[1]["metrics"].keys()
@@ -101,7 +105,7 @@ def test_divided_is_as_whole_and_goes_on_as_if_uninterrupted(workplace, write, m
 def test_a_run_goes_on_under_another_strategy(workplace, write):
     recipe = write("tests.helpers.deterministic_variants.SteadyDCGAN", DCGAN)
     for first, second in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
-        assert on_two(first, recipe, "--run", first, "--model.images", "40").returncode == 0
+        assert on_two(first, recipe, "--run", first, "--model.total_images", "40").returncode == 0
         ended = on_two(second, recipe, "--run", first)
         assert ended.returncode == 0, ended.stderr
     left, right = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("ddp", "fsdp2"))
@@ -123,10 +127,15 @@ def test_each_process_holds_its_part(workplace, write):
     ("strategy", "path", "settings", "complaint"),
     [
         pytest.param(
-            *("fsdp2", "tests.modules.test_fsdp.Soapy", {"images": 60}, "fsdp2 cannot divide SOAP; take 'ddp'"),
+            *("fsdp2", "tests.modules.test_fsdp.Soapy", {"total_images": 60}, "fsdp2 cannot divide SOAP; take 'ddp'"),
             marks=pytest.mark.slow,
         ),
-        ("fsdp", "modules.gan.GAN", {"width": 60}, "cannot train networks that alternate; take 'ddp', or 'fsdp2' to divide"),
+        (
+            "fsdp",
+            "modules.gan.GAN",
+            {"hidden_dim": 60},
+            "cannot train networks that alternate; take 'ddp', or 'fsdp2' to divide",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_one_line(workplace, write, strategy, path, settings, complaint):

@@ -9,20 +9,20 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
+from modules.training.ddp import ManualDDPStrategy
 from modules.training.lightning_compat import (
-    LeanModule,
-    ManualDDPStrategy,
+    FastSetattrModule,
     NoProfiler,
-    align_log_axis,
-    count_step,
     grad_scaler,
-    lean_loop,
-    log_every,
-    validation_is_due,
+    increment_global_step,
+    is_validation_due,
+    log_every_n_steps,
+    patch_training_loop,
+    sync_logger_step,
 )
 
 
-class Tiny(LeanModule):
+class Tiny(FastSetattrModule):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
@@ -59,7 +59,7 @@ def test_a_due_validation_is_foreseen():
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, *args):
-            seen.append(validation_is_due(trainer))
+            seen.append(is_validation_due(trainer))
 
         def on_validation_end(self, trainer, *args):
             seen.append("validated")
@@ -75,7 +75,7 @@ def test_the_logged_step_is_the_batch_whatever_was_restored():
         def on_train_batch_start(self, trainer, *args):
             if len(steps) == 5:
                 trainer.fit_loop.epoch_loop._batches_that_stepped += 7  # as a checkpoint might bring it back
-            align_log_axis(trainer)
+            sync_logger_step(trainer)
             steps.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     run(Watch(), max_epochs=1)
@@ -85,13 +85,13 @@ def test_the_logged_step_is_the_batch_whatever_was_restored():
 def test_profiler_and_log_interval():
     trainer = run(Callback(), max_epochs=1, profiler=NoProfiler(), log_every_n_steps=3)
     assert isinstance(trainer.profiler, NoProfiler)
-    assert log_every(trainer) == 3
+    assert log_every_n_steps(trainer) == 3
 
 
 def test_the_step_counts_batches_whatever_steps_in_them():
     class Count(Callback):
         def on_train_batch_end(self, trainer, *args):
-            count_step(trainer)
+            increment_global_step(trainer)
 
     assert run(Count(), max_epochs=1).global_step == 12
     assert run(Count(), max_epochs=-1, max_steps=5).fit_loop.total_batch_idx == 4
@@ -105,7 +105,7 @@ def test_a_lean_loop_passes_what_lightnings_own_does():
             loop = trainer.fit_loop.epoch_loop
             theirs = loop._build_kwargs(OrderedDict(), "batch", 3)
             assert callable(loop._broadcast_sigterm_tensor)
-            lean_loop(trainer)
+            patch_training_loop(trainer)
             passed.append((theirs, loop._build_kwargs(OrderedDict(), "batch", 3)))
 
     run(Lean(), max_epochs=1)

@@ -7,12 +7,12 @@ import torch
 import yaml
 from torch import nn
 
-from callbacks.run.csv_logger import read_log
+from callbacks.run.csv_logger import read_metrics_csv
 from experiments.cli.main import main
-from modules.losses.adversarial import called_fake, called_real, gradient_penalty
+from modules.losses.adversarial import bce_fake, bce_real, gradient_penalty
 from modules.training import gradients
-from modules.training.ema import Average
-from modules.training.phases import Player, chunks_of, only
+from modules.training.ema import EMA
+from modules.training.phases import ActivePhase, split_micro_batches, train_only
 from tests.helpers.method_contract import GenerativeContract, checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import write_generative_recipe
@@ -22,17 +22,26 @@ from tests.helpers.wgan_gp import WGANGP
 class TestWGANGP(GenerativeContract):
     model = {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}}
     steady = "tests.helpers.wgan_gp.WGANGP"
-    learns = ["--model.images", "6400", "--validate_every", "1600", "--data.batch_size", "16", "--model.learning_rate", "1e-2"]
+    learns = [
+        "--model.total_images",
+        "6400",
+        "--val_every_images",
+        "1600",
+        "--data.batch_size",
+        "16",
+        "--model.learning_rate",
+        "1e-2",
+    ]
     nearer = 0.75
 
 
 def players_of(method):
-    return [Player(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
+    return [ActivePhase(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
 
 
 def test_others_stand_still_and_move_again_whatever_happens():
     critic, generator = players_of(WGANGP())
-    with pytest.raises(RuntimeError, match="in the middle"), only([generator], [critic, generator]):
+    with pytest.raises(RuntimeError, match="in the middle"), train_only([generator], [critic, generator]):
         assert not any(p.requires_grad for p in critic.parameters)
         assert all(p.requires_grad for p in generator.parameters)
         raise RuntimeError("in the middle")
@@ -41,14 +50,14 @@ def test_others_stand_still_and_move_again_whatever_happens():
 
 def test_averaged_weights_belong_to_no_phase():
     method = WGANGP()
-    trained = {id(p) for player in players_of(method) for p in player.parameters}
+    trained = {id(p) for active in players_of(method) for p in active.parameters}
     assert not any(id(p) in trained or p.requires_grad for p in method.average.parameters())
 
 
 def test_an_averages_half_life_is_in_images():
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
-    average = Average(network, half_life=100)
+    average = EMA(network, half_life=100)
     nn.init.ones_(network.weight)
     for _ in range(10):
         average.update(images=10)
@@ -58,7 +67,7 @@ def test_an_averages_half_life_is_in_images():
 
 def test_chunks_carry_their_global_positions():
     batch = {"image": torch.arange(6.0).view(6, 1), "label": torch.arange(6)}
-    first, second = chunks_of(batch, 2, first=106)
+    first, second = split_micro_batches(batch, 2, first=106)
     assert first["positions"] == range(106, 109)
     assert second["positions"] == range(109, 112)
     assert second["label"].tolist() == [3, 4, 5]
@@ -74,7 +83,7 @@ def test_gradients_are_clipped_in_their_own_scale_under_fp16():
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
     gradients.backward(fp16, layer(torch.tensor([[30.0, 40.0, 0.0]])).sum())
-    gradients.step(fp16, optimizer, list(layer.parameters()), clip=0.01)
+    gradients.optimizer_step(fp16, optimizer, list(layer.parameters()), max_grad_norm=0.01)
     moved = before - layer.weight.detach()
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-4)
     assert moved[0, 0] / moved[0, 1] == pytest.approx(0.75, rel=1e-4)
@@ -85,7 +94,7 @@ def test_a_scaled_loss_steps_as_an_unscaled_one_does():
     optimizer = torch.optim.SGD([weight], lr=0.5)
     fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
     gradients.backward(fp16, (weight**2).sum())
-    gradients.step(fp16, optimizer, [weight])
+    gradients.optimizer_step(fp16, optimizer, [weight])
     assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
 
 
@@ -97,8 +106,8 @@ def test_a_step_that_overflows_is_skipped_and_the_next_phases_is_not():
     for layer, size in zip(layers, (float("inf"), 1.0), strict=True):
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         gradients.backward(fp16, layer(torch.ones(1, 1)).sum() * size)
-        gradients.step(fp16, optimizer, list(layer.parameters()))
-        gradients.end_of_step(fp16)
+        gradients.optimizer_step(fp16, optimizer, list(layer.parameters()))
+        gradients.update_grad_scaler(fp16)
     assert scaler.get_scale() == 512
     assert layers[0].weight.item() == before[0]
     assert layers[1].weight.item() == pytest.approx(before[1] - 1)
@@ -108,27 +117,27 @@ def test_a_phases_gradients_travel_once_and_no_others(monkeypatch):
     critic, generator = players_of(WGANGP())
     sent = []
     monkeypatch.setattr(gradients.dist, "all_reduce", lambda flat: sent.append(flat.nbytes))
-    for player in (critic, generator):
-        with only([player], [critic, generator]):
-            loss = sum(p.square().sum() for p in player.parameters)
+    for active in (critic, generator):
+        with train_only([active], [critic, generator]):
+            loss = sum(p.square().sum() for p in active.parameters)
             gradients.backward(trainer(world_size=2), loss)
-            gradients.step(trainer(world_size=2), player.optimizer, player.parameters)
-        assert sum(sent) == sum(p.nbytes for p in player.parameters)
+            gradients.optimizer_step(trainer(world_size=2), active.optimizer, active.parameters)
+        assert sum(sent) == sum(p.nbytes for p in active.parameters)
         sent.clear()
 
 
 def test_adversarial_losses_are_cross_entropies():
     logits = torch.tensor([-3.0, 0.5, 60.0])
     entropy = nn.functional.binary_cross_entropy_with_logits
-    assert called_real(logits).item() == pytest.approx(entropy(logits, torch.ones(3)).item())
-    assert called_fake(logits).item() == pytest.approx(entropy(logits, torch.zeros(3)).item())
+    assert bce_real(logits).item() == pytest.approx(entropy(logits, torch.ones(3)).item())
+    assert bce_fake(logits).item() == pytest.approx(entropy(logits, torch.zeros(3)).item())
 
 
 def test_losses_keep_the_digits_of_their_logits():
     """float64 stays; bf16 is taken to float32 before the exponentials."""
     logits = torch.tensor([0.1, -3.0, 40.0], dtype=torch.float64)
-    assert called_fake(logits).item() == pytest.approx(logits.exp().log1p().mean().item(), rel=1e-14)
-    assert called_fake(logits.bfloat16()) == called_fake(logits.bfloat16().float())
+    assert bce_fake(logits).item() == pytest.approx(logits.exp().log1p().mean().item(), rel=1e-14)
+    assert bce_fake(logits.bfloat16()) == bce_fake(logits.bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -184,7 +193,7 @@ def test_the_count_that_users_see_is_one_a_batch(workplace, monkeypatch):
     assert forked(fit, recipe, "--run", "r", "--trainer.max_steps", "10") == 0
     kept = checkpoint(workplace, recipe, "r")
     assert (kept["global_step"], kept["images_seen"]) == (10, 40)
-    log = read_log(workplace / "runs/tiny/r/metrics.csv")
+    log = read_metrics_csv(workplace / "runs/tiny/r/metrics.csv")
     moves = {
         name: [int(row["step"]) for row in log if row["name"] == f"train/{name}"]
         for name in ("critic/real", "generator/adversarial")
@@ -205,7 +214,7 @@ def test_fp16_trains_and_skips_what_overflows(workplace, monkeypatch):
     path = "lightning.pytorch.plugins.precision.MixedPrecision"
     content["trainer"]["plugins"] = [{"class_path": path, "init_args": plugin}]
     recipe.write_text(yaml.safe_dump(content))
-    assert forked(fit, recipe, "--run", "r", "--model.images", "400") == 0
+    assert forked(fit, recipe, "--run", "r", "--model.total_images", "400") == 0
     kept = checkpoint(workplace, recipe, "r")
     assert 1 < kept["MixedPrecision"]["scale"] < 2.0**40
     moves = [int(state["step"]) for optimizer in kept["optimizer_states"] for state in optimizer["state"].values()]
@@ -217,7 +226,7 @@ def test_compiled_networks_train_alike(workplace, monkeypatch):
     monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
     model = {
         "class_path": "tests.helpers.deterministic_variants.SteadyDCGAN",
-        "init_args": {"channels": 1, "size": 28, "kernel": 4, "width": 8, "images": 60},
+        "init_args": {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8, "total_images": 60},
     }
     recipe = write_generative_recipe(workplace / "tiny.yaml", model)
     for run, compiled in (("plain", "false"), ("compiled", "true")):
@@ -230,5 +239,8 @@ def test_compiled_networks_train_alike(workplace, monkeypatch):
 
 def test_a_batch_that_cannot_be_cut_is_refused(workplace, capfd):
     recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
-    assert forked(main, ["fit", str(recipe), "--accumulate", "3"]) == 2
-    assert "data.batch_size: 4 cannot be cut into equal parts for 1 processes with --accumulate 3" in capfd.readouterr().err
+    assert forked(main, ["fit", str(recipe), "--accumulate_grad_batches", "3"]) == 2
+    assert (
+        "data.batch_size: 4 cannot be cut into equal parts for 1 processes with --accumulate_grad_batches 3"
+        in capfd.readouterr().err
+    )

@@ -2,21 +2,30 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 
-from datamodules.errors import Refused
-from modules.smp import EncoderDecoder
+from datamodules.errors import UserError
+from modules.smp import SMPSegmenter
 from tests.helpers.method_contract import SegmentationContract
 
-SMALL = {"architecture": "deeplabv3plus", "encoder": "tu-mobilenetv3_small_050", "weights": None}
+SMALL = {"architecture": "deeplabv3plus", "encoder_name": "tu-mobilenetv3_small_050", "encoder_weights": None}
 
 
 class TestDeepLab(SegmentationContract):
     model = {
-        "class_path": "modules.smp.EncoderDecoder",
-        "init_args": {**SMALL, "channels": 1, "classes": 2, "tile": 64},
+        "class_path": "modules.smp.SMPSegmenter",
+        "init_args": {**SMALL, "channels": 1, "classes": 2, "tile_size": 64},
     }
     steady = "tests.helpers.deterministic_variants.SteadyEncoderDecoder"
-    samples = {"crop": 32, "margin": 0, "shrink": 4}
-    learns = ["--model.images", "1200", "--validate_every", "400", "--data.batch_size", "16", "--model.learning_rate", "0.006"]
+    samples = {"crop": 32, "margin": 0, "downscale": 4}
+    learns = [
+        "--model.total_images",
+        "1200",
+        "--val_every_images",
+        "400",
+        "--data.batch_size",
+        "16",
+        "--model.learning_rate",
+        "0.006",
+    ]
     mark = 0.65
     rounding = 0.05
 
@@ -27,7 +36,7 @@ class TestDeepLab(SegmentationContract):
 
 @pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "deeplabv3", "pspnet"])
 def test_any_architecture_tells_a_class_of_every_pixel(architecture):
-    method = EncoderDecoder(architecture, "resnet18", None, classes=5, tile=64).eval()
+    method = SMPSegmenter(architecture, "resnet18", None, classes=5, tile_size=64).eval()
     with torch.no_grad():
         found = method.probabilities(torch.rand(1, 3, 70, 41))
     assert found.shape == (1, 5, 70, 41)
@@ -35,56 +44,58 @@ def test_any_architecture_tells_a_class_of_every_pixel(architecture):
 
 
 def test_with_a_margin_tiles_have_context_on_every_side():
-    method = EncoderDecoder("unet", "resnet18", None, classes=2, tile=64, margin=64).eval()
+    method = SMPSegmenter("unet", "resnet18", None, classes=2, tile_size=64, margin=64).eval()
     image = torch.rand(2, 3, 128, 128)
-    assert torch.equal(method(image), method.network((image - method.mean) / method.deviation)[..., 32:-32, 32:-32])
+    assert torch.equal(method(image), method.network((image - method.mean) / method.std)[..., 32:-32, 32:-32])
 
 
 def test_what_the_networks_cannot_take_is_refused():
-    method = EncoderDecoder("deeplabv3plus", "resnet18", None, classes=2, tile=64)
-    with pytest.raises(Refused, match=r"data\.crop and data\.margin: 100 together is not a multiple of 32"):
+    method = SMPSegmenter("deeplabv3plus", "resnet18", None, classes=2, tile_size=64)
+    with pytest.raises(UserError, match=r"data\.crop and data\.margin: 100 together is not a multiple of 32"):
         method(torch.rand(2, 3, 100, 100))
-    with pytest.raises(Refused, match=r"data\.batch_size: batch normalisation needs two images"):
+    with pytest.raises(UserError, match=r"data\.batch_size: batch normalisation needs two images"):
         method(torch.rand(1, 3, 64, 64))
-    with pytest.raises(Refused, match=r"model\.margin: 20 is not a multiple of 32"):
-        EncoderDecoder("unet", "resnet18", None, margin=20)
+    with pytest.raises(UserError, match=r"model\.margin: 20 is not a multiple of 32"):
+        SMPSegmenter("unet", "resnet18", None, margin=20)
 
 
 def test_the_encoder_begins_with_what_it_has_learned_elsewhere(monkeypatch):
-    learned = smp.encoders.get_encoder("resnet18", weights=None)
-    monkeypatch.setattr(smp.encoders, "get_encoder", lambda name, in_channels, weights: learned)
+    pretrained = smp.encoders.get_encoder("resnet18", weights=None)
+    monkeypatch.setattr(smp.encoders, "get_encoder", lambda name, in_channels, weights: pretrained)
     monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda name, weights: {"mean": [0.5] * 3, "std": None})
-    method = EncoderDecoder("unet", "resnet18", "imagenet")
+    method = SMPSegmenter("unet", "resnet18", "imagenet")
     method.setup("fit")
-    assert all(torch.equal(value, learned.state_dict()[name]) for name, value in method.network.encoder.state_dict().items())
+    assert all(torch.equal(value, pretrained.state_dict()[name]) for name, value in method.network.encoder.state_dict().items())
     assert method.mean.flatten().tolist() == [0.5] * 3
-    assert method.deviation.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert method.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
 
 
 def test_the_output_stride_is_the_recipes():
     for stride in (8, 16):
-        method = EncoderDecoder("deeplabv3", "resnet18", None, output_stride=stride, classes=2).eval()
+        method = SMPSegmenter("deeplabv3", "resnet18", None, output_stride=stride, classes=2).eval()
         assert method.network.encoder(torch.rand(1, 3, 64, 64))[-1].shape[-1] == 64 // stride
 
 
 def test_what_does_not_exist_is_named():
-    with pytest.raises(Refused, match=r"model\.architecture unett, model\.encoder resnet18"):
-        EncoderDecoder("unett", "resnet18", None)
-    with pytest.raises(Refused, match=r"model\.architecture unet, model\.encoder resnet17"):
-        EncoderDecoder("unet", "resnet17", None)
-    with pytest.raises(Refused, match=r"model\.tile: 100"):
-        EncoderDecoder("unet", "resnet18", None, tile=100)
+    with pytest.raises(UserError, match=r"model\.architecture unett, model\.encoder_name resnet18"):
+        SMPSegmenter("unett", "resnet18", None)
+    with pytest.raises(UserError, match=r"model\.architecture unet, model\.encoder_name resnet17"):
+        SMPSegmenter("unet", "resnet17", None)
+    with pytest.raises(UserError, match=r"model\.tile_size: 100"):
+        SMPSegmenter("unet", "resnet18", None, tile_size=100)
 
 
 def test_weights_that_cannot_be_had_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    method = EncoderDecoder("unet", "resnet18", "imagenet")
+    method = SMPSegmenter("unet", "resnet18", "imagenet")
     method.setup("test")
-    with pytest.raises(Refused, match=r"model\.weights: imagenet weights of resnet18 cannot be had .*--model\.weights null"):
+    with pytest.raises(
+        UserError, match=r"model\.encoder_weights: imagenet weights of resnet18 cannot be had .*--model\.encoder_weights null"
+    ):
         method.setup("fit")
 
 
 def test_the_rate_falls_as_deeplabs_does():
-    method = EncoderDecoder("unet", "resnet18", None, images=1000, learning_rate=0.1)
+    method = SMPSegmenter("unet", "resnet18", None, total_images=1000, learning_rate=0.1)
     assert [method.schedule(seen) for seen in (0, 500, 1000)] == pytest.approx([0.1, 0.1 * 0.5**0.9, 0])

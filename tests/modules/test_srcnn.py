@@ -8,7 +8,7 @@ from tests.helpers.method_contract import SuperResolutionContract
 class TestSRCNN(SuperResolutionContract):
     model = {"class_path": "modules.srcnn.SRCNN", "init_args": {"scale": 3}}
     steady = "tests.helpers.deterministic_variants.SteadySRCNN"
-    learns = ["--model.images", "800", "--validate_every", "200", "--model.warmup", "80"]
+    learns = ["--model.total_images", "800", "--val_every_images", "200", "--model.warmup", "80"]
     gain = 0.5
 
 
@@ -21,4 +21,4 @@ def test_unpadded_network_is_the_inside_of_the_padded_one():
     network, low = SRCNN(3), torch.rand(2, 1, 20, 21)
     margin = 12
     inside = network(low)[..., margin:-margin, margin:-margin]
-    assert torch.allclose(network.enlarge(low), inside, atol=1e-6)
+    assert torch.allclose(network.forward_valid(low), inside, atol=1e-6)

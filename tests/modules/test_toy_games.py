@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from callbacks.metrics.modes import Modes
-from callbacks.visualization.previews import plot, sheet
+from callbacks.metrics.modes import ModeCoverage
+from callbacks.visualization.previews import scatter_plot, sheet
 from datamodules.toys import Ring
 from experiments.run.recipes import find_recipe
 from tests.helpers.method_contract import fit
@@ -12,7 +12,7 @@ from tests.helpers.subprocess_helpers import forked
 def test_the_game_never_ends(workplace):
     """Steps in turn, x' = x - r y and y' = y + r x', keep x**2 + y**2 - r x y as it is: an ellipse around (0, 0)."""
     assert forked(fit, find_recipe("gan/xy").path, "--run", "r") == 0
-    path = torch.load(workplace / "runs/gan/xy/r/checkpoints/last.ckpt", weights_only=True)["state_dict"]["path"].double()
+    path = torch.load(workplace / "runs/gan/xy/r/checkpoints/last.ckpt", weights_only=True)["state_dict"]["trajectory"].double()
     assert len(path) == 401
     kept = path[:, 0] ** 2 + path[:, 1] ** 2 - 0.1 * path[:, 0] * path[:, 1]
     assert kept.numpy() == pytest.approx(1.9, rel=1e-4)
@@ -22,8 +22,8 @@ def test_the_game_never_ends(workplace):
 
 
 def test_a_ring_is_what_it_says():
-    ring = Ring(modes=5, radius=3, deviation=0.1)
-    centres = ring.real["ring"].pixels
+    ring = Ring(modes=5, radius=3, std=0.1)
+    centres = ring.reference_sets["ring"].pixels
     assert centres.norm(dim=1).tolist() == pytest.approx([3.0] * 5)
     distance, nearest = torch.cdist(ring.points, centres).min(dim=1)
     assert torch.bincount(nearest).tolist() == [20_000] * 5
@@ -31,25 +31,25 @@ def test_a_ring_is_what_it_says():
 
 
 def test_modes_are_counted():
-    centres = Ring().real["ring"].pixels
+    centres = Ring().reference_sets["ring"].pixels
     near = centres[[0, 0, 3]] + 0.01
     far = centres[[5]] * 0.8
-    figures = Modes().measure(torch.cat([near, far]), centres, None)
-    assert figures == {"modes/3-sigma": 2, "modes/with-a-crowd": 3, "high-quality/3-sigma": 0.75}
+    figures = ModeCoverage().compute(torch.cat([near, far]), centres, None)
+    assert figures == {"modes/3-sigma": 2, "modes/populated": 3, "high-quality/3-sigma": 0.75}
 
 
 def test_the_ring_loses_modes(workplace):
     """The lecture's point: the generator sits on a mode or two, although it has seen all eight."""
-    words = ["--model.images", "250000", "--validate_every", "50000", "--run", "r"]
+    words = ["--model.total_images", "250000", "--val_every_images", "50000", "--run", "r"]
     assert forked(fit, find_recipe("gan/ring").path, *words) == 0
     log = (workplace / "runs/gan/ring/r/metrics.csv").read_text().splitlines()
-    crowds = [float(line.split(",")[3]) for line in log if "with-a-crowd" in line]
+    crowds = [float(line.split(",")[3]) for line in log if "modes/populated" in line]
     assert len(crowds) == 6
     assert 1 <= crowds[-1] <= 3
 
 
 def test_points_are_drawn_where_they_are():
-    picture = plot(torch.tensor([[1.0, 1.0]]), torch.tensor([[-1.0, -1.0]]), side=101)[0]
+    picture = scatter_plot(torch.tensor([[1.0, 1.0]]), torch.tensor([[-1.0, -1.0]]), side=101)[0]
     red = (picture[0] - picture[1] > 0.5).nonzero().float().mean(0)
     grey = ((picture[0] == picture[1]) & (picture[0] < 1)).nonzero().float().mean(0)
     assert red.tolist() == pytest.approx([50 - 50 / 1.2, 50 + 50 / 1.2], abs=2)  # row, column: above, right

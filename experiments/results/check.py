@@ -1,0 +1,382 @@
+"""`darkroom reproduce METHOD --check`: does today's code train and measure as the code that a record was certified by?
+
+A record stands on its recipe, its data and a replay. The replay runs the first steps of the training twice on this machine,
+by the code of the certified commit, taken from the history, and by today's, and compares logs and weights digit by digit;
+then both codes evaluate the committed weights, or the replay's where none are committed. So a check holds on any processor.
+"""
+
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from callbacks.run.csv_logger import read_metrics_csv
+from callbacks.run.record_file import read_record, write_record
+from callbacks.run.run_record import cpu_name
+from datamodules.catalog.catalog import data_root
+from datamodules.errors import UserError
+from experiments import ROOT
+from experiments.results.fingerprint import code_fingerprint
+from experiments.results.records import Record, changed_code, commit, committed_records, differences, record_path
+from experiments.results.renames import Renames
+from experiments.results.reproduce import missing_inputs
+from experiments.run.recipes import Recipe, recipes
+from experiments.run.run_dir import Run
+
+STEPS = 20  # of a replay, from each start, with a validation half way
+TEST_BATCHES = 10  # that the replay's own weights are evaluated on
+TOLERANCE = 1e-3  # relative, of the committed weights' metrics against the record's: another processor rounds otherwise
+
+
+@dataclass
+class Outcome:
+    """What a check of one record has found.
+
+    Args:
+        state: "unchanged", "certified", "differs" or "unchecked".
+        reasons: what moved and by how much, or why there was no check.
+        seconds: what it took.
+    """
+
+    state: str
+    reasons: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Code:
+    """One of the two codes that are compared.
+
+    Args:
+        root: its folder.
+        recipe: the recipe's file in it.
+        runs: where its runs go.
+        renames: from its names to today's.
+    """
+
+    root: Path
+    recipe: Path
+    runs: Path
+    renames: Renames
+
+    def command(self, *words: str) -> subprocess.Popen[str]:
+        """Start a `darkroom` command of this code, on one thread."""
+        environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("DARKROOM_RUN")},
+            "PYTHONPATH": str(self.root),
+            "OMP_NUM_THREADS": "1",
+            "DARKROOM_DATA": str(data_root().absolute()),
+            "DARKROOM_RUNS": str(self.runs),
+            "DARKROOM_CACHE": str(self.runs / "cache"),
+        }
+        program = [sys.executable, "-m", "experiments", *words]
+        return subprocess.Popen(
+            program, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def option(self, name: str) -> str:
+        """What an option of today's is called in this code."""
+        return f"--{self.renames.old_option(name)}"
+
+    @property
+    def weights(self) -> Path:
+        """Where the committed weights of the recipe are."""
+        return self.recipe.parent.parent / "weights" / f"{self.recipe.stem}.safetensors"
+
+    def run(self, name: str) -> Run:
+        """A run of the recipe."""
+        return Run(self.runs / self.renames.old_recipe(_recipe_name(self.recipe)) / name)
+
+
+class Moved(Exception):
+    """The two codes differ; the message says in what and by how much."""
+
+
+class Uncheckable(Exception):
+    """There can be no check; the message says why."""
+
+
+def check(methods: list[str], renames: Renames) -> bool:
+    """Check the records of methods whose code has changed since they were certified, and certify those that did not move.
+
+    The metrics of committed weights are compared with the record's in any case.
+
+    Returns:
+        Whether no record differs.
+
+    Raises:
+        UserError: tracked files differ from the commit by which records would be certified.
+    """
+    now = commit()
+    if not now or now.endswith("+"):
+        raise UserError("--check certifies records by a commit: commit the changes first")
+    outcomes: list[Outcome] = []
+    for recipe in recipes():
+        if recipe.name.partition("/")[0] not in methods:
+            continue
+        records, broken = _records(recipe, renames)
+        for reason in broken:
+            outcomes.append(Outcome("differs", [reason]))
+            print(f"{recipe.name}: {reason}", flush=True)
+        for record in records:
+            outcome = check_record(record, recipe, renames, now)
+            outcomes.append(outcome)
+            print(f"{Path(record['file']).stem:40} {outcome.state:10} {outcome.seconds:5.0f} s", flush=True)
+            for reason in outcome.reasons:
+                print(f"    {reason}", flush=True)
+    counts = {state: sum(outcome.state == state for outcome in outcomes) for state in dict.fromkeys(o.state for o in outcomes)}
+    total = sum(outcome.seconds for outcome in outcomes) / 60
+    print(", ".join(f"{count} {state}" for state, count in counts.items()) + f"; {total:.0f} min", flush=True)
+    return counts.get("differs", 0) == 0
+
+
+def _records(recipe: Recipe, renames: Renames) -> tuple[list[Record], list[str]]:
+    """A recipe's records, those of its old name included."""
+    names = dict.fromkeys((recipe.name, renames.old_recipe(recipe.name)))
+    found = [committed_records(name) for name in names]
+    return [record for records, _ in found for record in records], [reason for _, broken in found for reason in broken]
+
+
+def check_record(record: Record, recipe: Recipe, renames: Renames, now: str) -> Outcome:
+    """Check one record; if nothing moved, write that down in it."""
+    began = time.monotonic()
+    outcome = Outcome("unchanged")
+    try:
+        renamed = renames.record(record)
+        if changed := differences(renamed, recipe):
+            raise Moved(f"the recipe: {'; '.join(changed)}")
+        due = bool(changed_code(record, recipe)) or renamed != record
+        has_weights = recipe.weights.exists() and record["seed"] == 0
+        if due or has_weights:
+            if missing := missing_inputs(recipe, learns(recipe)):
+                raise Uncheckable(f"needs {', '.join(missing)}")
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = Outcome("certified" if due else "unchanged")
+                codes = list(_codes(record, recipe, renames, Path(folder), both=due))
+                certified = _compare(codes, renamed, recipe)
+        if due:
+            _certify(record, renamed, recipe, {"commit": now, **certified})
+    except Moved as moved:
+        outcome = Outcome("differs", [str(moved)])
+    except Uncheckable as reason:
+        outcome = Outcome("unchecked", [str(reason)])
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def learns(recipe: Recipe) -> bool:
+    """Whether a recipe trains something."""
+    return "total_images" in recipe.content["model"]["init_args"]
+
+
+def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both: bool) -> Iterator[Code]:
+    """Today's code, and before it that of the commit by which the record was certified."""
+    if both:
+        at = (record.get("certified") or record)["commit"].removesuffix("+")
+        old = folder / "code"
+        archive = subprocess.run(["git", "archive", "--format=tar", at], cwd=ROOT, capture_output=True, check=False)
+        if archive.returncode:
+            raise Uncheckable(f"commit {at} is not in this history: {archive.stderr.decode().strip()}")
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+            tar.extractall(old, filter="data")
+        method, _, stem = renames.old_recipe(recipe.name).partition("/")
+        path = next(old.glob(f"experiments/**/{method}/recipes/{stem}.yaml"), None)
+        if path is None:
+            raise Uncheckable(f"commit {at} has no recipe {method}/{stem}")
+        yield Code(old, path, folder / "old", renames)
+    yield Code(ROOT, recipe.path, folder / "new", Renames())
+
+
+def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any]:
+    """Replay and evaluate by each of the codes, and compare.
+
+    Args:
+        codes: the certified code and today's; or today's alone, which then only evaluates the committed weights.
+        record: in today's names.
+        recipe: today's.
+
+    Returns:
+        What was done.
+
+    Raises:
+        Moved: something differs.
+        Uncheckable: the certified code does not run here.
+    """
+    committed = recipe.weights.exists() and record["seed"] == 0
+    starts: list[int] = []
+    if learns(recipe) and len(codes) > 1:
+        batch_size = record["config"]["data"]["init_args"]["batch_size"]
+        starts = stage_starts(recipe, batch_size)
+        for i, start in enumerate(starts):
+            _replay(codes, record["seed"], batch_size, f"stage-{i}", start, after=f"stage-{i - 1}" if i else "")
+        data = read_record(codes[-1].run("stage-0").record)["data"]
+        if changed := [name for name, value in data.items() if record["data"].get(name, value) != value]:
+            raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
+    results = _evaluate(codes, "" if committed or not learns(recipe) else f"stage-{len(starts) - 1}")
+    if len(codes) > 1:
+        _compare_metrics(results[0], results[1], 0.0, "the certified code", "today's")
+    if committed or not learns(recipe):
+        recorded = {dataset: value for dataset, value in record["metrics"].items() if dataset in results[-1]}
+        _compare_metrics(recorded, results[-1], TOLERANCE, "the record", "its weights")
+    evaluated = "committed weights" if committed else "replay" if learns(recipe) else "no weights needed"
+    return {"steps": STEPS if starts else 0, "starts": starts, "evaluated": evaluated, "processor": cpu_name()}
+
+
+def stage_starts(recipe: Recipe, batch_size: int) -> list[int]:
+    """The images seen at which a training enters a new stage, rounded up to whole batches; the first is 0."""
+    content = recipe.content["model"]
+    module, _, name = content["class_path"].rpartition(".")
+    with torch.device("meta"):
+        method = getattr(import_module(module), name)(**content["init_args"])
+    starts = [start + -start % batch_size for start in method.stage_starts()]
+    return [start for start in dict.fromkeys(starts) if start + STEPS * batch_size <= method.total_images or not start]
+
+
+def _replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, after: str) -> None:
+    """Train a few steps by both codes, from the beginning or from where an earlier run has been put, and compare."""
+    steps = 0
+    for code in codes:
+        if after:
+            shutil.copytree(code.run(after).folder, code.run(name).folder)
+            steps = _move_to(code.run(name).checkpoints / "last.ckpt", start)
+    commands = [
+        code.command(
+            *("fit", str(code.recipe), "--run", name, "--seed_everything", str(seed), "--data.test", "[]"),
+            *(code.option("val_every_images"), str(STEPS // 2 * batch_size)),
+            *("--trainer.max_steps", str(steps + STEPS), "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
+        )
+        for code in codes
+    ]
+    _finish(commands)
+    old, new = (_log(code, name) for code in codes)
+    if old != new:
+        raise Moved(f"the log, from {start} images on: {_first_difference(old, new)}")
+    left, right = (_state(code, name) for code in codes)
+    if left.keys() != right.keys():
+        raise Moved(f"the weights' names: {', '.join(sorted(left.keys() ^ right.keys())[:5])}")
+    moved = {name: _distance(left[name], right[name]) for name in left if not torch.equal(left[name], right[name])}
+    if moved:
+        worst = max(moved, key=lambda name: moved[name])
+        raise Moved(f"{len(moved)} of {len(left)} weights, from {start} images on: {worst} by {moved[worst]:.3g}")
+
+
+def _move_to(path: Path, start: int) -> int:
+    """Put a checkpoint to where so many images have been seen; the optimizer's steps so far."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    content["images_seen"] = start
+    for state in content.values():
+        if isinstance(state, dict) and {"batch_size", "seed"} < state.keys():  # the datamodule's
+            state.update(dict.fromkeys(state.keys() - {"batch_size", "seed"}, start))
+    torch.save(content, path)
+    return int(content["global_step"])
+
+
+def _finish(commands: list[subprocess.Popen[str]]) -> None:
+    """Wait for a command of each code.
+
+    Raises:
+        Uncheckable: the certified code's has failed.
+        Moved: today's has.
+    """
+    outputs = [command.communicate()[0] for command in commands]
+    for i, (command, output) in enumerate(zip(commands, outputs, strict=True)):
+        if command.returncode:
+            last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
+            if i < len(commands) - 1:
+                raise Uncheckable(f"the certified code ends with status {command.returncode}: {last}")
+            raise Moved(f"today's code ends with status {command.returncode}: {last}")
+
+
+def _log(code: Code, name: str) -> list[tuple[str, str, str, str]]:
+    rows = read_metrics_csv(code.run(name).log)
+    return sorted((row["step"], row["images"], code.renames.name(row["name"]), row["value"]) for row in rows)
+
+
+def _state(code: Code, name: str) -> dict[str, torch.Tensor]:
+    content = torch.load(code.run(name).checkpoints / "last.ckpt", map_location="cpu", weights_only=True)
+    return {code.renames.weight(key): value for key, value in content["state_dict"].items()}
+
+
+def _first_difference(old: list[tuple[str, str, str, str]], new: list[tuple[str, str, str, str]]) -> str:
+    before, after = ({row[:3]: row[3] for row in rows} for rows in (old, new))
+    keys = [
+        row[:3]
+        for row in sorted({*old, *new}, key=lambda row: (int(row[1]), row[2]))
+        if before.get(row[:3]) != after.get(row[:3])
+    ]
+    _, images, name = keys[0]
+    return f"{name} after {images} images was {before.get(keys[0], 'absent')}, is {after.get(keys[0], 'absent')}"
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    return math.inf if left.shape != right.shape else (left.double() - right.double()).abs().max().item()
+
+
+def _evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
+    """The metrics of the committed weights, or of a replay's, by each code: {dataset: {protocol: result}} in today's names."""
+    commands = []
+    for code in codes:
+        weights = code.run(replay).checkpoints / "best.ckpt" if replay else code.weights
+        words = ["test", str(code.recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]
+        words += ["--ckpt", str(weights)] if weights.exists() else []
+        words += ["--trainer.limit_test_batches", str(TEST_BATCHES)] if replay else []
+        code.runs.mkdir(parents=True, exist_ok=True)
+        commands.append(code.command(*words))
+    _finish(commands)
+    found = []
+    for code in codes:
+        metrics = json.loads((code.runs / "record.json").read_text())["metrics"]
+        found.append(
+            {
+                code.renames.name(dataset): {
+                    code.renames.name(protocol): _values(result) for protocol, result in protocols.items()
+                }
+                for dataset, protocols in metrics.items()
+            }
+        )
+    return found
+
+
+def _values(result: dict[str, Any]) -> dict[str, float]:
+    """The mean and the value of each image."""
+    images = result.get("images", result.get("pictures", {}))  # as records were written before they had a checksum
+    return {"mean": float(result["mean"]), **{f"image {name}": float(value) for name, value in images.items()}}
+
+
+def _compare_metrics(old: dict[str, Any], new: dict[str, Any], tolerance: float, one: str, other: str) -> None:
+    for dataset in old.keys() | new.keys():
+        for protocol in old.get(dataset, {}).keys() | new.get(dataset, {}).keys():
+            pair = [side.get(dataset, {}).get(protocol) for side in (old, new)]
+            left, right = (value if value is None or "images" not in value else _values(value) for value in pair)
+            if left is None or right is None:
+                raise Moved(f"{dataset}/{protocol}: only by {one if right is None else other}")
+            for name in left.keys() | right.keys():
+                values = left.get(name, math.nan), right.get(name, math.nan)
+                same = values[0] == values[1] or all(map(math.isnan, values))
+                if not same and not math.isclose(*values, rel_tol=tolerance, abs_tol=tolerance * 1e-3):
+                    raise Moved(f"{dataset}/{protocol}, {name}: {values[0]:.8g} by {one}, {values[1]:.8g} by {other}")
+
+
+def _certify(record: Record, renamed: Record, recipe: Recipe, certified: dict[str, Any]) -> None:
+    """Write a record anew, certified by a commit and in today's names."""
+    path, old = record_path(recipe, record["seed"]), ROOT / record["file"]
+    write_record({**renamed, "certified": {**certified, "code": code_fingerprint(recipe)}}, path)
+    if old != path:
+        old.unlink()
+
+
+def _recipe_name(path: Path) -> str:
+    return f"{path.parent.parent.name}/{path.stem}"

@@ -1,0 +1,108 @@
+"""Maps of names that a change has renamed, so that a check can tell a renamed key from a changed one."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.errors import UserError
+
+
+@dataclass(frozen=True)
+class Renames:
+    """Old names and the new ones; the empty map renames nothing.
+
+    Args:
+        recipes: names of recipes.
+        classes: dotted paths of classes.
+        keys: for each class, by its new name, the keys of its constructor.
+        options: keys at the top of a recipe, which are options of `darkroom fit` too.
+        values: words of a recipe, each as a whole.
+        names: regular expressions and what replaces their matches, in turn: in the names of metrics, losses and datasets.
+        weights: the same, in the names of parameters and buffers.
+    """
+
+    recipes: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, dict[str, str]] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+
+    def name(self, name: str) -> str:
+        """The new name of a metric, a loss or a dataset."""
+        return _replace(self.names, name)
+
+    def weight(self, name: str) -> str:
+        """The new name of a parameter or a buffer."""
+        return _replace(self.weights, name)
+
+    def old_recipe(self, name: str) -> str:
+        """The old name of a recipe."""
+        return {new: old for old, new in self.recipes.items()}.get(name, name)
+
+    def old_option(self, name: str) -> str:
+        """The old name of an option."""
+        return {new: old for old, new in self.options.items()}.get(name, name)
+
+    def content(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content of a recipe, or the resolved configuration of a run, in new names."""
+        return {self.options.get(key, key): self._entry(value) for key, value in content.items()}
+
+    def record(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record in new names."""
+        metrics = {
+            self.name(dataset): {self.name(protocol): result for protocol, result in protocols.items()}
+            for dataset, protocols in record["metrics"].items()
+        }
+        renamed = {
+            "recipe": self.recipes.get(record["recipe"], record["recipe"]),
+            "content": self.content(record["content"]),
+            "config": self.content(record["config"]),
+            "data": {self.name(dataset): value for dataset, value in record["data"].items()},
+            "metrics": metrics,
+        }
+        if "best" in record and record["best"]["metric"]:
+            renamed["best"] = {**record["best"], "metric": self.name(record["best"]["metric"])}
+        return {**record, **renamed}
+
+    def _entry(self, entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [self._entry(item) for item in entry]
+        if isinstance(entry, str):
+            return self.name(self.values.get(entry, entry))
+        if not isinstance(entry, dict):
+            return entry
+        if "class_path" not in entry:
+            return {key: self._entry(value) for key, value in entry.items()}
+        path = str(self.classes.get(entry["class_path"], entry["class_path"]))
+        keys = self.keys.get(path.rpartition(".")[2], {})
+        arguments = {keys.get(key, key): self._entry(value) for key, value in (entry.get("init_args") or {}).items()}
+        return {"class_path": path, **({"init_args": arguments} if "init_args" in entry else {})}
+
+
+def read_renames(path: Path | None) -> Renames:
+    """Read a map from a YAML file; without one, nothing is renamed.
+
+    Raises:
+        UserError: the file cannot be read, or has another part than those of `Renames`.
+    """
+    if path is None:
+        return Renames()
+    try:
+        content = yaml.safe_load(path.read_text())
+        renames = Renames(**content)
+        for pattern in (*renames.names, *renames.weights):
+            re.compile(pattern)
+    except (OSError, UnicodeError, yaml.YAMLError, TypeError, re.error) as error:
+        raise UserError(f"--renames {path}: {' '.join(str(error).split())}") from None
+    return renames
+
+
+def _replace(patterns: dict[str, str], name: str) -> str:
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name

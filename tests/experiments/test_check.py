@@ -1,0 +1,182 @@
+"""`darkroom reproduce --check` on a copy of the project with a history of its own and one small record."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from callbacks.run.record_file import read_record, write_record
+from experiments import ROOT
+from experiments.results.renames import Renames
+
+RECIPE = """\
+model:
+  class_path: modules.espcn.ESPCN
+  init_args: {scale: 3, total_images: 320, warmup: 160}
+data:
+  class_path: datamodules.superresolution.SuperResolution
+  init_args:
+    {scale: 3, train: photographs/val, val: photographs/val, test: [photographs/test], batch_size: 4, border_overhang: 4}
+trainer:
+  callbacks:
+    - class_path: callbacks.metrics.psnr_ssim.PSNRSSIM
+      init_args: {crop_border: 3}
+monitor: photographs-val/psnr-y/crop3
+val_every_images: 160
+"""
+KEEP = """\
+from experiments.results.reproduce import commit_record
+from experiments.run.recipes import find_recipe
+from experiments.run.run_dir import Run, runs_root
+commit_record(Run(runs_root() / "espcn/small/one"), find_recipe("espcn/small"))
+"""
+
+
+class Project:
+    """A copy of the project: its own commits, its own records."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("DARKROOM_", "GIT_"))},
+            "PYTHONPATH": str(folder),
+            "DARKROOM_RUNS": str(folder.parent / "runs"),
+        }
+        self.record = folder / "experiments/methods/espcn/records/small-seed0.json"
+
+    def run(self, *words):
+        return subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
+
+    def commit(self):
+        assert self.run("git", "add", "-A").returncode == 0
+        identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+        assert self.run("git", *identity, "commit", "-q", "-m", "change").returncode == 0
+
+    def change(self, file, old, new):
+        path = self.folder / file
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        self.commit()
+
+    def check(self, *words):
+        done = self.run(sys.executable, "-m", "experiments", "reproduce", "espcn", "--check", *words)
+        return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project") / "darkroom"
+    for package in ("modules", "datamodules", "callbacks", "experiments"):
+        shutil.copytree(
+            ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "records", "*.safetensors")
+        )
+    project = Project(folder)
+    (folder / "experiments/methods/espcn/recipes/small.yaml").write_text(RECIPE)
+    assert project.run("git", "init", "-q").returncode == 0
+    project.commit()
+    fitted = project.run(sys.executable, "-m", "experiments", "fit", "espcn/small", "--run", "one")
+    assert fitted.returncode == 0, fitted.stdout + fitted.stderr
+    kept = project.run(sys.executable, "-c", KEEP)
+    assert kept.returncode == 0, kept.stderr
+    project.commit()
+    return project
+
+
+@pytest.fixture
+def project(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "darkroom")
+    return Project(tmp_path / "darkroom")
+
+
+def test_a_rename_is_certified_and_a_changed_constant_is_named(project, tmp_path):
+    first = read_record(project.record)
+    project.change("modules/espcn.py", "self.network", "self.layers")  # a name in checkpoints too
+    project.change("modules/tasks/superresolution.py", "mse", "squared_error")
+    status, said = project.check()
+    assert status == 1
+    assert "the log, from 0 images on: train/mse after 4 images was" in said
+    (tmp_path / "map.yaml").write_text(
+        json.dumps({"names": {"train/mse": "train/squared_error"}, "weights": {"network": "layers"}})
+    )
+    (project.folder / "experiments/methods/espcn/weights/small.safetensors").unlink()  # whose names are the old ones
+    project.commit()
+    status, said = project.check("--renames", str(tmp_path / "map.yaml"))
+    assert status == 0, said
+    assert "1 certified" in said
+    certified = read_record(project.record)
+    assert certified["certified"]["starts"] == [0, 160]  # the warm-up's end
+    assert certified["certified"]["evaluated"] == "replay"
+    assert certified["metrics"] == first["metrics"]
+    project.commit()
+    assert "1 unchanged" in project.check()[1]
+    project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(scale), nn.Hardtanh(0.0, 0.999)")
+    status, said = project.check()
+    assert status == 1
+    assert "the log, from 0 images on: train/squared_error after 4 images was" in said
+    assert read_record(project.record) == certified
+
+
+@pytest.mark.slow
+def test_a_change_of_a_metric_or_of_a_later_stage_is_named(project):
+    project.change("modules/training/method.py", "self.learning_rate * 0.5 * (1 +", "self.learning_rate * 0.4 * (1 +")
+    assert "the log, from 160 images on: learning_rate after" in project.check()[1]
+    project.change("modules/training/method.py", "self.learning_rate * 0.4 * (1 +", "self.learning_rate * 0.5 * (1 +")
+    project.change("callbacks/metrics/psnr_ssim.py", "* 255 + 0.5", "* 254 + 0.5")
+    status, said = project.check()
+    assert status == 1
+    assert "photographs-val/psnr-y/crop3 after 40 images was" in said
+
+
+def test_a_figure_changed_with_its_checksum_is_found_by_the_committed_weights(project):
+    record = read_record(project.record)
+    result = record["metrics"]["photographs-test"]["psnr-y/crop3"]
+    for name in result["images"]:
+        result["images"][name] += 0.5
+    result["mean"] += 0.5
+    write_record(record, project.record)
+    project.commit()
+    status, said = project.check()
+    assert status == 1
+    assert "photographs-test/psnr-y/crop3" in said
+    assert "by the record" in said
+
+
+def test_what_cannot_be_checked_says_why(project):
+    project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(1 * scale)")
+    record = read_record(project.record)
+    write_record({**record, "certified": {"commit": "0123456789ab", "code": {}}}, project.record)
+    project.commit()
+    status, said = project.check()
+    assert status == 0
+    assert "1 unchecked" in said
+    assert "commit 0123456789ab is not in this history" in said
+    (project.folder / "modules/espcn.py").write_text("# changed\n")
+    assert "commit the changes first" in project.check()[1]
+
+
+def test_a_map_renames_keys_of_their_own_class_alone():
+    renames = Renames(
+        classes={"a.Old": "b.New"},
+        keys={"New": {"width": "channels"}},
+        values={"frechet": "fid"},
+        names={"-kept(?=/)": "-holdout"},
+    )
+    content = {
+        "model": {
+            "class_path": "a.Old",
+            "init_args": {"width": 3, "inner": {"class_path": "c.Other", "init_args": {"width": 4}}},
+        },
+        "monitor": "t91-kept/psnr",
+        "list": ["frechet", "frechet distance"],
+    }
+    assert renames.content(content) == {
+        "model": {
+            "class_path": "b.New",
+            "init_args": {"channels": 3, "inner": {"class_path": "c.Other", "init_args": {"width": 4}}},
+        },
+        "monitor": "t91-holdout/psnr",
+        "list": ["fid", "frechet distance"],
+    }

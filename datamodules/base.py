@@ -1,4 +1,4 @@
-"""What datamodules share whose training data is an endless stream: where it stands, each process's share of it, resume."""
+"""Base class of datamodules: an infinite, resumable stream of training batches, sharded over ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from datamodules.sampler import InfiniteBatchSampler, RankSampler
 
 
 class ResumableDataModule(L.LightningDataModule):
-    """The base of a datamodule whose stream of shuffled batches is a function of a seed and of the samples taken so far.
+    """Base class of datamodules whose training stream is a function of a seed and of the number of samples taken.
 
     Args:
-        batch_size: global batch, over all devices.
-        num_workers: loader processes of training; 0 is fastest where the data is kept in memory.
-        seed: of the order, and of all that is drawn for a sample.
-        skip_bad: leave unusable files out (and say how many) instead of refusing to start.
+        batch_size: global batch size, over all devices.
+        num_workers: loader processes for training; 0 is fastest for data in memory.
+        seed: seed of the order and of all random numbers of a sample.
+        skip_bad: skip unusable files and report their count instead of raising an error.
     """
 
     test: Sequence[str] = ()
@@ -27,42 +27,42 @@ class ResumableDataModule(L.LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0, skip_bad: bool = False) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.samples_seen = 0  # samples taken so far, by all processes together
+        self.samples_seen = 0  # over all ranks
         self.data_report = DataReport(skip_bad)
         self.missing_sets: list[str] = []
 
     @property
-    def rank_and_world(self) -> tuple[int, int]:
-        """Which process this is, and how many there are."""
+    def rank_and_world_size(self) -> tuple[int, int]:
+        """Global rank and number of processes; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """Batches of training items, without end: this process's share of each.
+        """Infinite loader of this rank's part of every training batch.
 
         Raises:
-            Refused: a batch cannot be shared equally.
+            UserError: the batch size is not a multiple of the number of processes.
         """
-        rank, world = self.rank_and_world
-        if self.batch_size % world:
+        rank, world_size = self.rank_and_world_size
+        if self.batch_size % world_size:
             raise UserError(
-                f"data.batch_size: {self.batch_size} cannot be shared by {world} processes; take a multiple of {world}"
+                f"data.batch_size: {self.batch_size} is not divisible by {world_size} processes; use a multiple of {world_size}"
             )
-        sampler = InfiniteBatchSampler(length, self.batch_size, self.seed, lambda: self.samples_seen, rank, world)
+        sampler = InfiniteBatchSampler(length, self.batch_size, self.seed, lambda: self.samples_seen, rank, world_size)
         return make_loader(items, sampler, self.num_workers)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """Items to measure on, each once: those of this process."""
-        return make_loader(items, RankSampler(length, *self.rank_and_world))
+        """Loader of this rank's evaluation items, each once."""
+        return make_loader(items, RankSampler(length, *self.rank_and_world_size))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream of samples stands."""
+        """Position of the sample stream, and the settings that determine its order."""
         return {"position": self.samples_seen, "batch_size": self.batch_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there.
+        """Resume the stream at the position of a checkpoint.
 
         Raises:
-            Refused: another batch size or seed than the checkpoint's: the run would not be the same run.
+            UserError: the batch size or seed differs from the checkpoint's.
         """
         for key in ("batch_size", "seed"):
             if state[key] != getattr(self, key):

@@ -1,5 +1,5 @@
-"""What a user can mend."""
+"""The base class of errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Something cannot be done as asked; the message says in one line what is wrong and what to do."""
+    """A request cannot be fulfilled; the message states the problem and the fix in one line."""

@@ -1,4 +1,4 @@
-"""Generation: images to imitate, numbers of samples to make, and real images to measure these against."""
+"""Generation: training images, indices of samples to generate, and real reference images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,30 +17,30 @@ from datamodules.io.image_set import ImageSet, center_crop_resize, folder_labels
 from datamodules.random.philox import randint_from_words, random_words
 from datamodules.sampler import InfiniteBatchSampler
 
-EVAL_BATCH = 100  # samples made, and real images read, together
+EVAL_BATCH = 100  # samples per evaluation batch
 
 
 class Generation(ResumableDataModule):
-    """Images of one size, to be imitated.
+    """Images of one size for generative models.
 
-    Training batches are {"image": (N, channels, size, size) float32 in [0, 1], "label": int64 (N,)}. To measure on there are
-    numbers of samples, {"index": int64 (N,)}, and the real images of the sets named by `val` and `test`.
+    Training batches are {"image": (N, channels, size, size) float32 in [0, 1], "label": int64 (N,)}. Evaluation batches
+    are sample indices, {"index": int64 (N,)}; `reference_sets` holds the real images of `val` or `test`.
 
     Args:
-        train: what to imitate: a set of the catalogue ("digits"), a split of one ("mnist/train"), or a folder.
-        size: side in pixels, see `image_arrays.load_image_set`.
+        train: training images: a dataset of the catalog ("digits"), one of its splits ("mnist/train"), or a folder.
+        size: side in pixels, see `load_image_set`.
         channels: 1 or 3.
-        val: held-out real images: to compare with during training, and to choose what a test's protocol chooses on them.
-        test: sets of real images to compare with after it; those that are absent are named and left out.
-        val_samples: how many samples a validation makes.
-        test_samples: how many a test makes.
-        crop: side of the central square that is cut from each picture of a folder first; None for the largest.
-        hflip: mirror half of the training images.
-        batch_size: global batch, over all devices.
-        streaming: read pictures as they are needed instead of keeping them decoded in memory; needs `num_workers`.
-        num_workers: loader processes; 0 is fastest where images are kept in memory.
-        skip_bad: leave unusable files out (and say how many) instead of refusing to start.
-        seed: of the order and the mirroring.
+        val: held-out real images, for validation and for parameters that test metrics select on held-out data.
+        test: datasets of real images for the test; absent ones are reported and skipped.
+        val_samples: number of generated samples per validation.
+        test_samples: number of generated samples per test.
+        crop: side of the center crop of image files before resizing, in pixels; None for the largest square.
+        hflip: flip training images left to right with probability 0.5.
+        batch_size: global batch size, over all devices.
+        streaming: decode images on demand instead of keeping them in memory; use with `num_workers`.
+        num_workers: loader processes; 0 is fastest for images in memory.
+        skip_bad: skip unusable files and report their count instead of raising an error.
+        seed: seed of the order and the flips.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class Generation(ResumableDataModule):
         self.streaming = streaming
         self.reference_sets: dict[str, ImageSet] = {}
 
-    # What is where
+    # Setup
 
     def setup(self, stage: str) -> None:
-        """Find, read and check the images of a stage.
+        """Locate, read and validate the images of a stage.
 
         Raises:
-            MissingData: what is to be imitated or compared with is not here.
-            BadImage: files are unusable; the message names each of them.
+            DatasetNotFound: a dataset is not installed.
+            InvalidImage: files are unusable; the message names each of them.
         """
         if stage == "fit":
             if self.streaming:
-                pictures = self.data_report.validate(list_image_refs(self.train), self.crop or self.size, whole=False)
-                self.items: InMemoryImages | StreamedImages = StreamedImages(pictures, self.size, self.channels, self.crop)
+                refs = self.data_report.validate(list_image_refs(self.train), self.crop or self.size, decode=False)
+                self.items: InMemoryImages | StreamedImages = StreamedImages(refs, self.size, self.channels, self.crop)
             else:
                 self.items = InMemoryImages(self._read(self.train))
         if self.val:
@@ -91,18 +91,18 @@ class Generation(ResumableDataModule):
         return load_image_set(spec, self.size, self.channels, self.crop, self.data_report)
 
     def _load_test_sets(self) -> dict[str, ImageSet]:
-        found = {}
+        image_sets = {}
         for spec in self.test:
             try:
-                found[dataset_label(spec)] = self._read(spec)
+                image_sets[dataset_label(spec)] = self._read(spec)
             except DatasetNotFound as error:
                 self.missing_sets.append(f"{spec}: {error}")
-        if not found:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: names no data set")
-        return found
+        if not image_sets:
+            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given")
+        return image_sets
 
     def preview_images(self, count: int) -> Tensor:
-        """The first images that training sees: (count, channels, size, size) in [0, 1]."""
+        """The first training images in training order: (count, channels, size, size) in [0, 1]."""
         order = InfiniteBatchSampler(len(self.items), count, self.seed, lambda: 0)
         _, items = next(iter(order))
         return self.items[0, items]["image"].float() / 255
@@ -110,44 +110,44 @@ class Generation(ResumableDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Endless batches of uint8 images; `on_after_batch_transfer` makes them float."""
+        """Infinite loader of uint8 images; `on_after_batch_transfer` converts them to float."""
         if self.num_workers and isinstance(self.items, InMemoryImages):
             self.items.images.pixels.share_memory_()
         return self.train_loader(self.items, len(self.items))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The numbers of the samples that a validation makes."""
-        return self._numbers(self.val_samples)
+        """Loader of the indices of validation samples."""
+        return self._index_loader(self.val_samples)
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The numbers of the samples that a test makes."""
-        return self._numbers(self.test_samples)
+        """Loader of the indices of test samples."""
+        return self._index_loader(self.test_samples)
 
-    def _numbers(self, count: int) -> DataLoader[dict[str, Tensor]]:
-        numbers = SampleIndices(count, self.rank_and_world[1])
-        return self.eval_loader(numbers, len(numbers))
+    def _index_loader(self, count: int) -> DataLoader[dict[str, Tensor]]:
+        indices = SampleIndices(count, self.rank_and_world_size[1])
+        return self.eval_loader(indices, len(indices))
 
-    # A training batch on its way
+    # Batch processing on the device
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """On the device, make floats in [0, 1] of the bytes, and mirror half of them if so asked."""
+        """Convert a training batch on the device and count its samples."""
         if "image" not in batch:
             return batch
         self.samples_seen += self.batch_size
         return self.prepare_train_batch(batch)
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """uint8 images as float32 in [0, 1], mirrored as their positions say."""
+        """Convert uint8 images to float32 in [0, 1] and apply random flips."""
         image = batch["image"].float() / 255
         if self.hflip:
             words = random_words(self.seed, "flip", batch["start"], len(image))[:, 0]
-            mirrored = torch.from_numpy(randint_from_words(words, 2) == 1).to(image.device)
-            image = torch.where(mirrored[:, None, None, None], image.flip(3), image)
+            flip_mask = torch.from_numpy(randint_from_words(words, 2) == 1).to(image.device)
+            image = torch.where(flip_mask[:, None, None, None], image.flip(3), image)
         return {"image": image, "label": batch["label"]}
 
 
 class InMemoryImages(Dataset[dict[str, Any]]):
-    """Batches of decoded images, by what `InfiniteBatchSampler` yields: the first sample's position, and the items."""
+    """Batches of decoded images, indexed by the outputs of `InfiniteBatchSampler`."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
@@ -158,16 +158,16 @@ class InMemoryImages(Dataset[dict[str, Any]]):
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
         """{"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first}."""
         start, items = slice_
-        chosen = torch.from_numpy(items)
-        return {"image": self.images.pixels[chosen], "label": self.images.labels[chosen], "start": start}
+        selection = torch.from_numpy(items)
+        return {"image": self.images.pixels[selection], "label": self.images.labels[selection], "start": start}
 
 
 class StreamedImages(Dataset[dict[str, Any]]):
-    """The same batches for sets that do not fit into memory: a picture is read when its turn comes."""
+    """Batches of images that are decoded on demand, for datasets larger than memory."""
 
-    def __init__(self, pictures: Sequence[ImageRef], size: int, channels: int, crop: int | None) -> None:
-        self.files = [picture.path for picture in pictures]
-        self.labels = folder_labels(pictures)
+    def __init__(self, refs: Sequence[ImageRef], size: int, channels: int, crop: int | None) -> None:
+        self.files = [ref.path for ref in refs]
+        self.labels = folder_labels(refs)
         self.size, self.channels, self.crop = size, channels, crop
 
     def __len__(self) -> int:
@@ -176,27 +176,27 @@ class StreamedImages(Dataset[dict[str, Any]]):
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
         """{"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first}."""
         start, items = slice_
-        squares = [center_crop_resize(self.files[item], self.size, self.channels, self.crop) for item in items]
-        return {"image": torch.stack(squares), "label": self.labels[torch.from_numpy(items)], "start": start}
+        crops = [center_crop_resize(self.files[item], self.size, self.channels, self.crop) for item in items]
+        return {"image": torch.stack(crops), "label": self.labels[torch.from_numpy(items)], "start": start}
 
 
 class SampleIndices(Dataset[dict[str, Tensor]]):
-    """The numbers 0 ... count - 1, some at once, so that each of several processes gets some.
+    """The indices 0 ... count - 1 in batches, with at least one batch per rank.
 
     Raises:
-        Refused: there are more processes than numbers.
+        UserError: there are more processes than indices.
     """
 
-    def __init__(self, count: int, world: int = 1) -> None:
-        if count < world:
-            raise UserError(f"samples: {count} cannot be made by {world} processes; take at least {world}")
-        self.count, self.at_once = count, min(EVAL_BATCH, count // world)
+    def __init__(self, count: int, world_size: int = 1) -> None:
+        if count < world_size:
+            raise UserError(f"samples: {count} is less than the {world_size} processes; use at least {world_size}")
+        self.count, self.chunk_size = count, min(EVAL_BATCH, count // world_size)
 
     def __len__(self) -> int:
-        return -(-self.count // self.at_once)
+        return -(-self.count // self.chunk_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """{"index": int64 (B,)}."""
         if index >= len(self):
             raise IndexError(index)
-        return {"index": torch.arange(index * self.at_once, min(self.count, (index + 1) * self.at_once))}
+        return {"index": torch.arange(index * self.chunk_size, min(self.count, (index + 1) * self.chunk_size))}

@@ -1,4 +1,4 @@
-"""Reconstruction: images to train on and to be given back, their pixels as they are or binarised."""
+"""Reconstruction: training and evaluation images with real-valued or binarized pixels."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -18,26 +18,26 @@ from datamodules.io.image_refs import dataset_label, list_image_refs
 from datamodules.io.image_set import ImageSet
 from datamodules.random.philox import random_words
 
-Pixels = Literal["real-valued", "dynamic", "static"]
-EVAL_BATCH = 100  # images measured together
+Binarization = Literal["real-valued", "dynamic", "static"]
+EVAL_BATCH = 100  # images per evaluation batch
 
 
 class Reconstruction(Generation):
-    """Images of one size, to train on and to measure on.
+    """Images of one size for autoencoders.
 
-    Batches are {"image": (N, channels, size, size) float32 in [0, 1], "label": int64 (N,)}; to measure on, with
+    Batches are {"image": (N, channels, size, size) float32 in [0, 1], "label": int64 (N,)}; evaluation batches also have
     "index", "name" and "dataset" of each image.
 
     Args:
-        train: what to train on: a set of the catalogue ("digits"), a split of one ("mnist/train"), or a folder.
-        size: side in pixels, see `image_arrays.load_image_set`; or height and width that the images of array sets must have.
-        val: to measure on during training.
-        test: sets to measure on after it; those that are absent are named and left out.
-        binarization: "real-valued", as they are; "dynamic", each pixel drawn anew as 0 or 1 with its value as probability whenever it
-            is seen (Burda et al., arXiv:1509.00519), to measure on always the same draw; "static", for sets that are
-            binarised once and for all. Likelihoods of different kinds of pixels cannot be compared, and are named by them.
+        train: training images: a dataset of the catalog ("digits"), one of its splits ("mnist/train"), or a folder.
+        size: side in pixels, see `load_image_set`; or the height and width of an array dataset, which is not resized.
+        val: validation images.
+        test: datasets to evaluate; absent ones are reported and skipped.
+        binarization: "real-valued" for pixels in [0, 1]; "dynamic" for pixels sampled as 0 or 1 with their values as
+            probabilities at every visit (Burda et al., arXiv:1509.00519), with a fixed sample in evaluation; "static" for
+            binary datasets. Likelihoods of different kinds are not comparable and are logged under different names.
         channels: 1 or 3.
-        exclude_classes: classes (names of folders, or digits) that training does not see.
+        exclude_classes: classes (folder names or digits) removed from the training set.
         crop, hflip, batch_size, num_workers, skip_bad, seed: see `Generation`.
     """
 
@@ -47,7 +47,7 @@ class Reconstruction(Generation):
         size: int | Sequence[int],
         val: str,
         test: Sequence[str] = (),
-        binarization: Pixels = "real-valued",
+        binarization: Binarization = "real-valued",
         channels: int = 1,
         exclude_classes: Sequence[int | str] = (),
         crop: PositiveInt | None = None,
@@ -70,157 +70,162 @@ class Reconstruction(Generation):
             skip_bad=skip_bad,
             seed=seed,
         )
-        self.binarization: Pixels = binarization
+        self.binarization: Binarization = binarization
         self.exclude_classes = [str(name) for name in exclude_classes]
         self.image_hw = None if isinstance(size, int) else tuple(size)
-        self.classes: list[str] = []  # by their numbers
+        self.classes: list[str] = []  # class names by label
 
     def setup(self, stage: str) -> None:
-        """Find, read and check the images of a stage.
+        """Locate, read and validate the images of a stage.
 
         Raises:
-            MissingData: what is to be trained or measured on is not here.
-            BadImage: files are unusable, or pixels are of another kind; the message names them.
-            Refused: `exclude_classes` names what is no class of the training set, or all of its classes.
+            DatasetNotFound: a dataset is not installed.
+            InvalidImage: files are unusable, or pixels do not match `binarization`; the message names them.
+            UserError: `exclude_classes` contains unknown classes, or all classes of the training set.
         """
         super().setup(stage)
         if stage == "fit" and self.exclude_classes:
-            binarization, labels = cast(InMemoryImages, self.items).images
+            pixels, labels = cast(InMemoryImages, self.items).images
             names = [self.classes[label] for label in labels.unique()]
-            if missing_sets := [name for name in self.exclude_classes if name not in names]:
+            if unknown := [name for name in self.exclude_classes if name not in names]:
                 raise UserError(
-                    f"data.exclude_classes: {', '.join(missing_sets)}: no classes of {self.train}, which has {', '.join(names)}"
+                    f"data.exclude_classes: {', '.join(unknown)}: unknown classes; {self.train} has {', '.join(names)}"
                 )
-            kept = torch.tensor([name not in self.exclude_classes for name in self.classes])[labels]
-            if not kept.any():
-                raise UserError(f"data.exclude_classes: {', '.join(self.exclude_classes)} leaves nothing of {self.train}")
-            self.items = InMemoryImages(ImageSet(binarization[kept], labels[kept]))
+            keep = torch.tensor([name not in self.exclude_classes for name in self.classes])[labels]
+            if not keep.any():
+                raise UserError(f"data.exclude_classes: {', '.join(self.exclude_classes)} removes all images of {self.train}")
+            self.items = InMemoryImages(ImageSet(pixels[keep], labels[keep]))
 
     def _read(self, spec: str) -> ImageSet:
-        binarization, labels = super()._read(spec) if self.image_hw is None else self._rectangles(spec)
-        binary = bool(((binarization == 0) | (binarization == 255)).all())
+        pixels, labels = super()._read(spec) if self.image_hw is None else self._read_rectangular(spec)
+        binary = bool(((pixels == 0) | (pixels == 255)).all())
         if self.binarization == "static" and not binary:
             raise InvalidImage(
-                f"data.binarization: static, but {spec} has values between 0 and 255; take dynamic or real-valued"
+                f"data.binarization: static, but {spec} has values between 0 and 255; use dynamic or real-valued"
             )
         if self.binarization != "static" and binary:
-            raise InvalidImage(f"data.binarization: {self.binarization}, but {spec} is binarised already; take static")
-        names = [str(label) for label in labels.tolist()] if is_array_dataset(spec) else self._folders(spec)
+            raise InvalidImage(f"data.binarization: {self.binarization}, but {spec} is binary already; use static")
+        names = [str(label) for label in labels.tolist()] if is_array_dataset(spec) else self._folder_names(spec)
         self.classes += sorted(set(names) - set(self.classes))
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        return ImageSet(binarization, torch.tensor([numbers[name] for name in names]))
+        indices = {name: i for i, name in enumerate(self.classes)}
+        return ImageSet(pixels, torch.tensor([indices[name] for name in names]))
 
-    def _rectangles(self, spec: str) -> ImageSet:
+    def _read_rectangular(self, spec: str) -> ImageSet:
         if not is_array_dataset(spec):
-            raise UserError(f"data.size: {list(self.image_hw or ())} is for sets of arrays; pictures of {spec} are cut square")
-        binarization, labels = read_split(spec)
-        if tuple(binarization.shape[1:]) != (self.channels, *(self.image_hw or ())):
             raise UserError(
-                f"data.size: {list(self.image_hw or ())}, but the images of {spec} are {list(binarization.shape[1:])}"
+                f"data.size: {list(self.image_hw or ())} is for array datasets; the images of {spec} are cropped to squares. "
+                "Give one number"
             )
-        self.data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(binarization)}
-        return ImageSet(binarization, labels)
+        pixels, labels = read_split(spec)
+        if tuple(pixels.shape[1:]) != (self.channels, *(self.image_hw or ())):
+            raise UserError(f"data.size: {list(self.image_hw or ())}, but the images of {spec} are {list(pixels.shape[1:])}")
+        self.data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
+        return ImageSet(pixels, labels)
 
-    def _folders(self, spec: str) -> list[str]:
-        """Of the usable pictures of a set, in their order."""
-        validate = self.data_report.content_hashes[dataset_label(spec)]
-        return [picture.path.parent.name for picture in list_image_refs(spec) if picture.name in validate]
+    def _folder_names(self, spec: str) -> list[str]:
+        """Folder names of the usable images of a dataset, in their order."""
+        usable = self.data_report.content_hashes[dataset_label(spec)]
+        return [ref.path.parent.name for ref in list_image_refs(spec) if ref.name in usable]
 
     def is_unseen(self, labels: Tensor) -> Tensor:
-        """Which of these classes (N,) training does not see: bool (N,)."""
+        """Whether each label (N,) is absent from training: bool (N,)."""
         if is_array_dataset(self.train):
-            seen = {str(label) for label in read_split(self.train)[1].unique().tolist()}
+            training_classes = {str(label) for label in read_split(self.train)[1].unique().tolist()}
         else:
-            seen = {picture.path.parent.name for picture in list_image_refs(self.train)}
-        return torch.tensor([name not in seen or name in self.exclude_classes for name in self.classes])[labels]
+            training_classes = {ref.path.parent.name for ref in list_image_refs(self.train)}
+        return torch.tensor([name not in training_classes or name in self.exclude_classes for name in self.classes])[labels]
 
     # Loaders
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The held-out images, some at once."""
-        return self._measured()
+        """Loader of the validation images."""
+        return self._reference_loader()
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The images of all test sets."""
-        return self._measured()
+        """Loader of the images of all test sets."""
+        return self._reference_loader()
 
-    def _measured(self) -> DataLoader[dict[str, Any]]:
-        items = EvalImages(self.reference_sets, self.binarization, self.rank_and_world[1])
+    def _reference_loader(self) -> DataLoader[dict[str, Any]]:
+        items = EvalImages(self.reference_sets, self.binarization, self.rank_and_world_size[1])
         return self.eval_loader(items, len(items))
 
-    # A training batch on its way
+    # Batch processing on the device
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Training batches are made on the device; the others are ready."""
+        """Process training batches on the device; evaluation batches need no processing."""
         return super().on_after_batch_transfer(batch, dataloader_idx) if "start" in batch else batch
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """uint8 images as float32 in [0, 1], mirrored and binarised as their positions say."""
-        made = super().prepare_train_batch(batch)
+        """Convert uint8 images to float32 in [0, 1], apply random flips, and binarize."""
+        prepared = super().prepare_train_batch(batch)
         if self.binarization == "dynamic":
-            made["image"] = binarize(made["image"], self.seed, "binarise", batch["start"])
-        return made
+            prepared["image"] = binarize(prepared["image"], self.seed, "binarise", batch["start"])
+        return prepared
 
 
 class EvalImages(Dataset[dict[str, Any]]):
-    """The images of data sets in batches, to measure on.
+    """Evaluation batches of the images of several datasets.
 
     Args:
-        sets: by their names.
+        sets: dataset name -> images.
         binarization: see `Reconstruction`.
-        world: processes that share them: each must get some.
+        world_size: number of processes; each gets at least one batch.
 
     Raises:
-        Refused: there are more processes than images.
+        UserError: there are more processes than images.
     """
 
-    def __init__(self, sets: dict[str, ImageSet], binarization: Pixels, world: int = 1) -> None:
+    def __init__(self, sets: dict[str, ImageSet], binarization: Binarization, world_size: int = 1) -> None:
         self.sets, self.binarization = sets, binarization
-        images = sum(len(found.labels) for found in sets.values())
-        if images < world:
-            raise UserError(f"{', '.join(sets)}: {images} images cannot be shared by {world} processes")
-        self.at_once = min(EVAL_BATCH, images // world)
-        self.parts = [(name, first) for name, found in sets.items() for first in range(0, len(found.labels), self.at_once)]
+        images = sum(len(image_set.labels) for image_set in sets.values())
+        if images < world_size:
+            raise UserError(
+                f"{', '.join(sets)}: {images} images are fewer than the {world_size} processes. Use fewer processes"
+            )
+        self.chunk_size = min(EVAL_BATCH, images // world_size)
+        self.parts = [
+            (name, first) for name, image_set in sets.items() for first in range(0, len(image_set.labels), self.chunk_size)
+        ]
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """See `Reconstruction`."""
-        data_set, first = self.parts[index]
-        image, label = (of[first : first + self.at_once] for of in self.sets[data_set])
+        dataset_name, first = self.parts[index]
+        image, label = (tensor[first : first + self.chunk_size] for tensor in self.sets[dataset_name])
         image = image.float() / 255
         if self.binarization == "dynamic":
-            image = binarize(image, 0, f"binarise/{data_set}", first)
-        numbers = range(first, first + len(image))
+            image = binarize(image, 0, f"binarise/{dataset_name}", first)
+        indices = range(first, first + len(image))
         return {
             "image": image,
             "label": label,
-            "index": torch.tensor(numbers),
-            "name": [f"{number:06d}" for number in numbers],
-            "dataset": [data_set] * len(image),
+            "index": torch.tensor(indices),
+            "name": [f"{i:06d}" for i in indices],
+            "dataset": [dataset_name] * len(image),
         }
 
 
 def is_array_dataset(spec: str) -> bool:
-    """Whether it is a set of the catalogue that does not consist of picture files."""
+    """Whether `spec` names a dataset of the catalog that is stored as arrays."""
     name = spec.partition("/")[0]
     return name in catalog() and bool(get_dataset(name).arrays)
 
 
 def binarize(image: Tensor, seed: int, stream: str, start: int) -> Tensor:
-    """Pixels drawn as 0 or 1 with their values as probabilities, which are a function of an image's position.
+    """Sample pixels as 0 or 1 with their values as probabilities; the sample is a function of the image's position.
 
     Args:
         image: (N, C, H, W) float in [0, 1].
-        seed, stream: of the draws.
-        start: the first image's position.
+        seed, stream: seed and stream of the random numbers.
+        start: position of the first image.
 
     Returns:
-        The same, of 0 and 1.
+        (N, C, H, W) of 0 and 1, same dtype.
     """
     size = image[0].numel()
-    blocks = -(-size // 16)  # of four words, each of which serves four pixels
+    blocks = -(-size // 16)  # four words per block, four pixels per word
     words = random_words(seed, stream, start * blocks, len(image) * blocks).view(np.uint16).reshape(len(image), -1)
-    levels = torch.from_numpy(words[:, :size].astype(np.float32) + 0.5).view(image.shape)
-    return (image * 65536 > levels.to(image.device)).to(image.dtype)
+    thresholds = torch.from_numpy(words[:, :size].astype(np.float32) + 0.5).view(image.shape)
+    return (image * 65536 > thresholds.to(image.device)).to(image.dtype)

@@ -1,4 +1,4 @@
-"""Our own samplers: they neither repeat nor shuffle behind our back, and their order needs no state."""
+"""Stateless samplers: the order depends only on the seed and the position, and no item is repeated."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,46 +9,46 @@ from datamodules.random.philox import permutation
 
 
 class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
-    """An endless stream of shuffled items, cut into batches.
+    """An infinite stream of shuffled items, split into batches.
 
-    The stream passes over all items in an order of its own for each pass. Which item stands at a position is a function
-    of the seed, so a resumed run goes on with the very next sample, and each process takes its slice of every batch.
+    Each pass over the items has its own order. The item at a position is a function of the seed, so a resumed run continues
+    with the next sample. Each rank takes its slice of every batch.
 
     Args:
         length: number of items in a pass.
-        batch_size: global batch, divisible by `world`.
-        seed: of the order.
-        position: called when iteration starts; the number of samples that all processes together have already taken.
-        rank, world: this process and how many there are.
+        batch_size: global batch size, divisible by `world_size`.
+        seed: seed of the order.
+        position: function, called when iteration starts, that returns the number of samples taken so far by all ranks.
+        rank, world_size: index of this process and number of processes.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, position: Callable[[], int], rank: int = 0, world: int = 1
+        self, length: int, batch_size: int, seed: int, position: Callable[[], int], rank: int = 0, world_size: int = 1
     ) -> None:
         self.length, self.batch_size, self.seed, self.position = length, batch_size, seed, position
-        self.rank, self.local_batch_size = rank, batch_size // world
+        self.rank, self.local_batch_size = rank, batch_size // world_size
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (global position of the first sample of this process's slice, its items (batch_size / world,))."""
+        """Yield the global position of the slice's first sample and the items of the slice (batch_size / world_size,)."""
         start = self.position() + self.rank * self.local_batch_size
         passes, orders = range(0), np.empty(0, dtype=np.int64)
         while True:
-            needed = range(start // self.length, (start + self.local_batch_size - 1) // self.length + 1)
-            if needed != passes:
-                passes, orders = needed, np.concatenate([self.pass_order(number) for number in needed])
+            needed_passes = range(start // self.length, (start + self.local_batch_size - 1) // self.length + 1)
+            if needed_passes != passes:
+                passes, orders = needed_passes, np.concatenate([self.pass_order(pass_index) for pass_index in needed_passes])
             yield start, orders[start - passes[0] * self.length :][: self.local_batch_size]
             start += self.batch_size
 
-    def pass_order(self, number: int) -> np.ndarray:
-        """The order of the items in that pass."""
-        return permutation(self.seed, "order", number, self.length)
+    def pass_order(self, pass_index: int) -> np.ndarray:
+        """Order of the items in a pass: int64 (length,)."""
+        return permutation(self.seed, "order", pass_index, self.length)
 
 
 class RankSampler(Sampler[int]):
-    """Every item once, in order, dealt to the processes in turn: the share of one of them may be one item longer."""
+    """Items rank, rank + world_size, ...: every item once over all ranks, without padding."""
 
-    def __init__(self, length: int, rank: int = 0, world: int = 1) -> None:
-        self.items = range(rank, length, world)
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
+        self.items = range(rank, length, world_size)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.items)

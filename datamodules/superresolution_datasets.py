@@ -1,4 +1,4 @@
-"""Data sets behind the super-resolution datamodule: batches of training patches, and whole pictures to measure on."""
+"""Datasets of the super-resolution datamodule: batches of training patches, and full evaluation images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,26 +16,26 @@ from datamodules.transforms.color import luma
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.resize import imresize
 
-# An LR pixel of the antialiased bicubic kernel looks 2 LR pixels far; patches are cut larger by that, and lose it again.
+# The antialiased bicubic kernel covers 2 LR pixels on each side; patches are cropped with this margin.
 KERNEL_MARGIN = 2
 
 
 class RandomPatches(Dataset[dict[str, Tensor]]):
-    """Batches of patches at random places of images.
+    """Batches of patches at random positions of images.
 
-    Indexed with what `InfiniteBatchSampler` yields: the position of the first sample, and the items of the batch.
+    The index is an output of `InfiniteBatchSampler`: the position of the first sample, and the items of the batch.
 
     Args:
-        seed: of the places and symmetries.
+        seed: seed of the positions and symmetries.
         size: side of a patch in pixels.
-        grid: corners lie on multiples of this (the scale), so that LR pixels fall where the whole image's do.
-        border_overhang: pixels by which a patch may reach beyond its image, a multiple of `grid`.
+        grid: corners are multiples of this (the scale), which aligns the LR pixels of patch and image.
+        border_overhang: pixels by which a patch may exceed its image, a multiple of `grid`.
     """
 
     def __init__(self, seed: int, size: int, grid: int, border_overhang: int) -> None:
         self.seed, self.size, self.grid, self.border_overhang = seed, size, grid, border_overhang
 
-    def crop(self, store: RaggedImageBuffer, image_ids: np.ndarray, start: int) -> dict[str, Tensor]:
+    def crop(self, image_buffer: RaggedImageBuffer, image_ids: np.ndarray, start: int) -> dict[str, Tensor]:
         """Crop patches of the images `image_ids` (B,) for the samples from position `start` on.
 
         Returns:
@@ -43,25 +43,29 @@ class RandomPatches(Dataset[dict[str, Tensor]]):
         """
         words = random_words(self.seed, "crop", start, len(image_ids))  # (B, 4)
         corners = []
-        for lengths, word in ((store.heights, words[:, 0]), (store.widths, words[:, 1])):
-            places = (lengths[image_ids] + 2 * self.border_overhang - self.size) // self.grid + 1
-            corners.append(randint_from_words(word, places) * self.grid - self.border_overhang)
-        return {"patches": store.crop_patches(image_ids, corners[0], corners[1], self.size, randint_from_words(words[:, 2], 8))}
+        for lengths, word in ((image_buffer.heights, words[:, 0]), (image_buffer.widths, words[:, 1])):
+            n_positions = (lengths[image_ids] + 2 * self.border_overhang - self.size) // self.grid + 1
+            corners.append(randint_from_words(word, n_positions) * self.grid - self.border_overhang)
+        return {
+            "patches": image_buffer.crop_patches(
+                image_ids, corners[0], corners[1], self.size, randint_from_words(words[:, 2], 8)
+            )
+        }
 
 
 class InMemoryPatches(RandomPatches):
-    """Patches of decoded images; in one pass, an image gives as many as would cover it side by side.
+    """Patches of decoded images; in one pass, an image yields as many patches as tile its area.
 
     Args:
-        store: the images, heights and widths multiples of `grid`.
+        image_buffer: images with heights and widths that are multiples of `grid`.
         seed, size, grid, border_overhang: see `RandomPatches`.
     """
 
-    def __init__(self, store: RaggedImageBuffer, seed: int, size: int, grid: int, border_overhang: int) -> None:
+    def __init__(self, image_buffer: RaggedImageBuffer, seed: int, size: int, grid: int, border_overhang: int) -> None:
         super().__init__(seed, size, grid, border_overhang)
-        self.store = store
-        patches = np.round(store.heights * store.widths / size**2).astype(int)
-        self.image_ids = np.repeat(np.arange(len(store)), np.maximum(1, patches))
+        self.image_buffer = image_buffer
+        patches_per_image = np.round(image_buffer.heights * image_buffer.widths / size**2).astype(int)
+        self.image_ids = np.repeat(np.arange(len(image_buffer)), np.maximum(1, patches_per_image))
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -69,16 +73,16 @@ class InMemoryPatches(RandomPatches):
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Tensor]:
         """See `RandomPatches.crop`."""
         start, items = slice_
-        return self.crop(self.store, self.image_ids[items], start)
+        return self.crop(self.image_buffer, self.image_ids[items], start)
 
 
 class StreamedPatches(RandomPatches):
-    """The same for datasets that do not fit into memory: each sample's image is read when its turn comes.
+    """Patches of images that are decoded on demand, for datasets larger than memory.
 
-    Every image is one item of a pass, whatever its size.
+    In one pass, every image yields one patch.
 
     Args:
-        files: the images.
+        files: image files.
         seed, size, grid, border_overhang: see `RandomPatches`.
     """
 
@@ -92,36 +96,36 @@ class StreamedPatches(RandomPatches):
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Tensor]:
         """See `RandomPatches.crop`."""
         start, items = slice_
-        store = RaggedImageBuffer([read_luma(self.files[item], self.grid) for item in items])
-        return self.crop(store, np.arange(len(items)), start)
+        image_buffer = RaggedImageBuffer([read_luma(self.files[item], self.grid) for item in items])
+        return self.crop(image_buffer, np.arange(len(items)), start)
 
 
 class SREvalImages(Dataset[dict[str, Any]]):
-    """Whole pictures in the setting of the tables: crop, luma, shrink in floating point without quantising.
+    """Full images as in the papers' tables: cropped, luma only, downscaled in floating point without quantization.
 
     Args:
-        pictures: of any data sets.
-        scale: how much smaller the input is.
+        refs: images of any datasets.
+        scale: upscaling factor.
     """
 
-    def __init__(self, pictures: Sequence[ImageRef], scale: int) -> None:
-        self.pictures, self.scale = pictures, scale
+    def __init__(self, refs: Sequence[ImageRef], scale: int) -> None:
+        self.refs, self.scale = refs, scale
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.refs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}."""
-        picture = self.pictures[index]
-        known = catalog().get(picture.data_set)
-        target = read_luma(picture.path, self.scale, known.treat_equal_rgb_as_grey if known else False).double() / 255
-        low = imresize(target, (target.shape[-2] // self.scale, target.shape[-1] // self.scale))
-        names = {"name": [picture.name], "dataset": [picture.data_set]}
-        return {"input": low.float()[None], "target": target.float()[None], **names}
+        ref = self.refs[index]
+        entry = catalog().get(ref.dataset)
+        target = read_luma(ref.path, self.scale, entry.treat_equal_rgb_as_grey if entry else False).double() / 255
+        lr = imresize(target, (target.shape[-2] // self.scale, target.shape[-1] // self.scale))
+        names = {"name": [ref.name], "dataset": [ref.dataset]}
+        return {"input": lr.float()[None], "target": target.float()[None], **names}
 
 
 def read_luma(path: Path, multiple: int, treat_equal_rgb_as_grey: bool = False) -> Tensor:
-    """A picture's luma, cropped at the bottom and right: uint8 (1, H, W), H and W multiples of `multiple`."""
+    """Read the luma, cropped at the bottom and right: uint8 (1, H, W), with H and W multiples of `multiple`."""
     pixels = read_image(path)
     height, width = (length - length % multiple for length in pixels.shape[-2:])
     return luma(pixels[:, :height, :width], treat_equal_rgb_as_grey)

@@ -1,4 +1,4 @@
-"""Data of the toys: eight Gaussians on a circle, whose modes can be counted, and turns without data."""
+"""Toy data: a ring of Gaussians for mode coverage, and dummy batches for toy games."""
 
 from typing import Any
 
@@ -13,23 +13,23 @@ from datamodules.generation import SampleIndices
 from datamodules.io.image_set import ImageSet
 from datamodules.random.noise import normal
 
-POINTS_PER_PASS = 100_000  # points
+POINTS_PER_PASS = 100_000
 
 
 class Ring(ResumableDataModule):
-    """Gaussians evenly on a circle around the origin (Metz et al., arXiv:1611.02163, Section 3.1).
+    """Gaussians evenly spaced on a circle around the origin (Metz et al., arXiv:1611.02163, Section 3.1).
 
-    Training batches are {"point": (N, 2) float32}; to measure on there are numbers of samples, {"index": int64 (N,)}, and the
-    centres of the Gaussians.
+    Training batches are {"point": (N, 2) float32}. Evaluation batches are sample indices, {"index": int64 (N,)};
+    `reference_sets` holds the centers of the Gaussians.
 
     Args:
-        modes: how many; 1 with radius 0 is a plain Gaussian.
-        radius: of the circle.
-        std: of each Gaussian, in both directions.
-        val_samples: how many samples a validation or test makes.
-        batch_size: global batch, over all devices.
+        modes: number of Gaussians; 1 with radius 0 is a single centered Gaussian.
+        radius: radius of the circle.
+        std: standard deviation of each Gaussian, in both directions.
+        val_samples: number of generated samples per validation or test.
+        batch_size: global batch size, over all devices.
         num_workers: loader processes.
-        seed: of the points.
+        seed: seed of the points.
     """
 
     def __init__(
@@ -45,36 +45,36 @@ class Ring(ResumableDataModule):
         super().__init__(batch_size, num_workers, seed)
         self.val_samples = val_samples
         angles = torch.arange(modes) * (2 * torch.pi / modes)
-        centres = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
-        self.reference_sets = {"ring": ImageSet(centres, torch.arange(modes))}
-        spread = torch.from_numpy(normal(seed, "ring", range(POINTS_PER_PASS), 2)).float()
-        self.points = centres[torch.arange(POINTS_PER_PASS) % modes] + std * spread
+        centers = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
+        self.reference_sets = {"ring": ImageSet(centers, torch.arange(modes))}
+        noise = torch.from_numpy(normal(seed, "ring", range(POINTS_PER_PASS), 2)).float()
+        self.points = centers[torch.arange(POINTS_PER_PASS) % modes] + std * noise
         self.test = ["ring"]
 
     def preview_images(self, count: int) -> Tensor:
-        """Some of the points: (count, 2)."""
+        """The first points: (count, 2)."""
         return self.points[:count]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Endless batches of points."""
+        """Infinite loader of points."""
         return self.train_loader(PointBatches(self.points), POINTS_PER_PASS)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The numbers of the samples to make."""
-        numbers = SampleIndices(self.val_samples, self.rank_and_world[1])
-        return self.eval_loader(numbers, len(numbers))
+        """Loader of the indices of samples to generate."""
+        indices = SampleIndices(self.val_samples, self.rank_and_world_size[1])
+        return self.eval_loader(indices, len(indices))
 
     test_dataloader = val_dataloader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Count the points taken."""
+        """Count the training points."""
         if "point" in batch:
             self.samples_seen += self.batch_size
         return batch
 
 
 class PointBatches(Dataset[dict[str, Tensor]]):
-    """Batches of points, by what `InfiniteBatchSampler` yields."""
+    """Batches of points, indexed by the outputs of `InfiniteBatchSampler`."""
 
     def __init__(self, points: Tensor) -> None:
         self.points = points
@@ -86,7 +86,7 @@ class PointBatches(Dataset[dict[str, Tensor]]):
 
 
 class DummyBatches(Ring):
-    """Batches whose content does not matter, for a game without data; a validation looks once at where it stands."""
+    """Batches without meaningful content, for games without data; a validation has one sample."""
 
     def __init__(self, batch_size: int = 1, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(1, 0.0, 1.0, val_samples=1, batch_size=batch_size, num_workers=num_workers, seed=seed)
@@ -94,5 +94,5 @@ class DummyBatches(Ring):
         self.reference_sets = {}
 
     def preview_images(self, count: int) -> Tensor:
-        """There is nothing to imitate: (0, 2)."""
+        """No points: (0, 2)."""
         return self.points[:0]

@@ -1,4 +1,4 @@
-"""Unpaired translation: two stacks of pictures to train on, whole pictures of both domains to measure on."""
+"""Unpaired translation: training crops and full evaluation images of two domains."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,24 +21,24 @@ from datamodules.sampler import InfiniteBatchSampler, RankSampler
 
 
 class Unpaired(ResumableDataModule):
-    """Pictures of two domains, A and B, each shuffled by itself.
+    """Images of two domains, A and B, shuffled independently.
 
-    Training batches are {"A", "B"}: (N, 3, crop, crop) float32 in [0, 1], a random part of each picture, mirrored half of the
-    time. To measure on, pictures come one at a time: {"image": (1, 3, H, W), "direction": ["AtoB" or "BtoA"], "name",
-    "dataset"}, and with "mask", uint8 (1, H', W'), where a picture has labels, in its own size.
+    Training batches are {"A", "B"}: (N, 3, crop, crop) float32 in [0, 1], random crops with random flips. Evaluation
+    batches are {"image": (1, 3, H, W), "direction": ["AtoB" or "BtoA"], "name", "dataset"} of one image, and "mask", uint8
+    (1, H', W') in the original size, if the image has labels.
 
     Args:
-        train: the two domains, see `load_domains.load_domains`: "horse2zebra/train", "camvid/train", a folder's "photos/train".
-        val: the same, to look at, and to measure on during training.
-        test: pairs of domains to measure on; those that are absent are named and left out.
-        crop: side of a training picture in pixels.
-        resize: make every picture so wide and so high first, 286 for a crop of 256 in the paper (and as large as the crop
-            to measure on); None to cut from pictures as they are.
-        hflip: mirror half of the training pictures.
-        max_val_images: of each domain, how many pictures a validation takes.
-        batch_size: global batch, over all devices.
-        num_workers: loader processes; 0 is fastest, since all is in memory.
-        seed: of the orders, of where is cut, of the mirroring.
+        train: the two training domains, see `load_domains`: "horse2zebra/train", "camvid/train", or "<folder>/train".
+        val: the two validation domains, also used for previews.
+        test: pairs of domains to evaluate; absent ones are reported and skipped.
+        crop: side of a training crop in pixels.
+        resize: side of the square to which training images are resized before cropping, 286 for a crop of 256 in the paper
+            (evaluation images are resized to `crop`); None to keep the original sizes.
+        hflip: flip training crops left to right with probability 0.5.
+        max_val_images: maximum number of validation images per domain, at least 1.
+        batch_size: global batch size, over all devices.
+        num_workers: loader processes; 0 is fastest, because all images are in memory.
+        seed: seed of the orders, crops and flips.
     """
 
     def __init__(
@@ -60,127 +60,129 @@ class Unpaired(ResumableDataModule):
         if resize is not None and resize < crop:
             raise UserError(f"data.resize: {resize} is smaller than data.crop: {crop}")
         if max_val_images < 1:
-            raise UserError(f"data.max_val_images: {max_val_images} pictures are nothing to look at; at least 1")
+            raise UserError(f"data.max_val_images: {max_val_images} must be at least 1")
 
-    # What is where
+    # Setup
 
     def setup(self, stage: str) -> None:
-        """Find, read and check the pictures of a stage.
+        """Locate, read and validate the images of a stage.
 
         Raises:
-            MissingData: what is to be trained or measured on is not here.
-            BadImage: pictures are unusable; the message names each of them.
+            DatasetNotFound: a dataset is not installed.
+            InvalidImage: images are unusable; the message names each of them.
         """
         if stage == "fit":
             images_a, images_b = load_domains(self.train)
-            self.stacks = UnpairedCrops(
+            self.train_crops = UnpairedCrops(
                 self._read(images_a, self.resize), self._read(images_b, self.resize), self.crop, self.seed
             )
         if stage in ("fit", "validate"):
             images_a, images_b = load_domains(self.val)
-            self.val_pictures = self._whole(images_a[: self.max_val_images], images_b[: self.max_val_images])
+            self.val_pictures = self._make_eval_images(images_a[: self.max_val_images], images_b[: self.max_val_images])
         if stage == "test":
             self.test_pictures = self._load_test_sets()
 
     def _load_test_sets(self) -> "EvalImages":
-        both: tuple[list[DomainImage], list[DomainImage]] = ([], [])
+        domains: tuple[list[DomainImage], list[DomainImage]] = ([], [])
         for spec in self.test:
             try:
-                for found, more in zip(both, load_domains(spec), strict=True):
-                    found += more
+                for entries, additions in zip(domains, load_domains(spec), strict=True):
+                    entries += additions
             except DatasetNotFound as error:
                 self.missing_sets.append(f"{spec}: {error}")
-        if not both[0]:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: names no data set")
-        return self._whole(*both)
+        if not domains[0]:
+            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given")
+        return self._make_eval_images(*domains)
 
-    def _whole(self, images_a: Sequence[DomainImage], images_b: Sequence[DomainImage]) -> "EvalImages":
+    def _make_eval_images(self, images_a: Sequence[DomainImage], images_b: Sequence[DomainImage]) -> "EvalImages":
         side = None if self.resize is None else self.crop
         return EvalImages([*images_a, *images_b], self._read(images_a, side) + self._read(images_b, side), len(images_a))
 
-    def _read(self, members: Sequence[DomainImage], side: int | None) -> list[Tensor]:
-        """The pictures of a domain, whose contents the survey takes note of."""
+    def _read(self, domain_images: Sequence[DomainImage], side: int | None) -> list[Tensor]:
+        """Read the images of a domain and record their content hashes."""
         with ThreadPoolExecutor() as pool:
-            looks = list(pool.map(lambda member: self._inspect(member, side), members))
-        if bad := [reason for reason, _ in looks if isinstance(reason, str)]:
-            raise InvalidImage(f"{len(bad)} of {len(members)} pictures cannot be used: {'; '.join(bad)}")
-        for member, (_, content) in zip(members, looks, strict=True):
-            found = self.data_report.content_hashes.setdefault(member.picture.data_set, {})
-            found[f"{member.colours}/{member.picture.path.parent.name}/{member.picture.name}"] = content
-        return [pixels for pixels, _ in looks if isinstance(pixels, Tensor)]
+            results = list(pool.map(lambda domain_image: self._inspect(domain_image, side), domain_images))
+        if errors := [reason for reason, _ in results if isinstance(reason, str)]:
+            raise InvalidImage(f"{len(errors)} of {len(domain_images)} images cannot be used: {'; '.join(errors)}")
+        for domain_image, (_, content_hash) in zip(domain_images, results, strict=True):
+            entries = self.data_report.content_hashes.setdefault(domain_image.image.dataset, {})
+            entries[f"{domain_image.palette_name}/{domain_image.image.path.parent.name}/{domain_image.image.name}"] = (
+                content_hash
+            )
+        return [pixels for pixels, _ in results if isinstance(pixels, Tensor)]
 
-    def _inspect(self, member: DomainImage, side: int | None) -> tuple[Tensor | str, str]:
-        """A picture's pixels, or why it cannot be used, and what identifies it."""
+    def _inspect(self, domain_image: DomainImage, side: int | None) -> tuple[Tensor | str, str]:
+        """Return the pixels of an image, or the reason why it is unusable, and its content hash."""
         try:
-            pixels = member.pixels()
+            pixels = domain_image.pixels()
         except InvalidImage as error:
             return str(error), ""
         if side is None and min(pixels.shape[-2:]) < self.crop:
             size = f"{pixels.shape[-1]}x{pixels.shape[-2]}"
-            return f"{member.picture.path}: {size} pixels, too small: at least {self.crop}x{self.crop} are needed", ""
-        return pixels if side is None else member.resize_square(pixels, side), pixel_hash(pixels)
+            return f"{domain_image.image.path}: {size} pixels, too small: at least {self.crop}x{self.crop} are needed", ""
+        return pixels if side is None else domain_image.resize_square(pixels, side), pixel_hash(pixels)
 
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Endless batches of uint8 pictures of both domains; `on_after_batch_transfer` makes them float."""
-        return self.train_loader(self.stacks, len(self.stacks))
+        """Infinite loader of uint8 crops of both domains; `on_after_batch_transfer` converts them to float."""
+        return self.train_loader(self.train_crops, len(self.train_crops))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Some pictures of each domain."""
+        """Loader of single validation images of both domains."""
         return self.eval_loader(self.val_pictures, len(self.val_pictures))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """All pictures of the test sets."""
+        """Loader of single images of all test sets."""
         return self.eval_loader(self.test_pictures, len(self.test_pictures))
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """As in `ResumableDataModule`; where there are fewer than processes, some measure the same pictures, which count once."""
-        rank, world = self.rank_and_world
+        """As in `ResumableDataModule`; ranks without an image get a duplicate, which metrics count once."""
+        rank, world_size = self.rank_and_world_size
         return (
             super().eval_loader(items, length)
             if rank < length
-            else make_loader(items, RankSampler(length, rank % length, world))
+            else make_loader(items, RankSampler(length, rank % length, world_size))
         )
 
-    # A batch on its way
+    # Batch processing on the device
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """On the device, make floats in [0, 1] of the bytes, and mirror half of the training pictures."""
+        """Convert images to float32 in [0, 1] on the device, and process training batches."""
         if "image" in batch:
             return {**batch, "image": batch["image"].float() / 255}
         self.samples_seen += self.batch_size
         return self.prepare_train_batch(batch)
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """uint8 pictures as float32 in [0, 1], mirrored as their positions say."""
-        made = {}
+        """Convert uint8 images to float32 in [0, 1] and apply random flips."""
+        prepared = {}
         for domain in "AB":
-            image = batch[domain].float() / 255
+            images = batch[domain].float() / 255
             if self.hflip:
-                words = random_words(self.seed, f"flip/{domain}", batch["start"], len(image))[:, 0]
-                mirrored = torch.from_numpy(randint_from_words(words, 2) == 1).to(image.device)
-                image = torch.where(mirrored[:, None, None, None], image.flip(3), image)
-            made[domain] = image
-        return made
+                words = random_words(self.seed, f"flip/{domain}", batch["start"], len(images))[:, 0]
+                flip_mask = torch.from_numpy(randint_from_words(words, 2) == 1).to(images.device)
+                images = torch.where(flip_mask[:, None, None, None], images.flip(3), images)
+            prepared[domain] = images
+        return prepared
 
 
 class UnpairedCrops(Dataset[dict[str, Any]]):
-    """Parts of pictures of both domains, by what `InfiniteBatchSampler` yields of A: the first sample's position, and A's items.
+    """Random crops of both domains, indexed by the outputs of `InfiniteBatchSampler` for domain A.
 
-    B's items follow from the position; its order has nothing to do with A's.
+    The items of B are derived from the position of the first sample; their order is independent of A.
 
     Args:
-        images_a, images_b: uint8 (3, H, W) each.
-        crop: side of the parts.
-        seed: of B's order and of where is cut.
+        images_a, images_b: images of each domain, uint8 (3, H, W).
+        crop: side of the crops in pixels.
+        seed: seed of B's order and of the crop positions.
     """
 
     def __init__(self, images_a: Sequence[Tensor], images_b: Sequence[Tensor], crop: int, seed: int) -> None:
         self.images_a, self.images_b, self.crop, self.seed = images_a, images_b, crop, seed
 
     def __len__(self) -> int:
-        """How many pictures A has."""
+        """Number of images of domain A."""
         return len(self.images_a)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
@@ -189,48 +191,48 @@ class UnpairedCrops(Dataset[dict[str, Any]]):
         order = InfiniteBatchSampler(len(self.images_b), len(items), derive_seed(self.seed, "B"), lambda: start)
         _, items_b = next(iter(order))
         return {
-            "A": self.cut(self.images_a, items, start, "A"),
-            "B": self.cut(self.images_b, items_b, start, "B"),
+            "A": self.random_crops(self.images_a, items, start, "A"),
+            "B": self.random_crops(self.images_b, items_b, start, "B"),
             "start": start,
         }
 
-    def cut(self, pictures: Sequence[Tensor], items: np.ndarray, start: int, domain: str) -> Tensor:
-        """A random part of each picture, (N, 3, crop, crop), for the samples from position `start` on."""
-        chosen = [pictures[item] for item in items]
-        room = np.array([[length - self.crop + 1 for length in picture.shape[-2:]] for picture in chosen])
-        corners = randint_from_words(random_words(self.seed, f"crop/{domain}", start, len(items))[:, :2], room)
+    def random_crops(self, image_tensors: Sequence[Tensor], items: np.ndarray, start: int, domain: str) -> Tensor:
+        """Random crops (N, 3, crop, crop) of the samples from position `start` on."""
+        selected = [image_tensors[item] for item in items]
+        n_positions = np.array([[length - self.crop + 1 for length in image.shape[-2:]] for image in selected])
+        corners = randint_from_words(random_words(self.seed, f"crop/{domain}", start, len(items))[:, :2], n_positions)
         return torch.stack(
             [
-                picture[:, top : top + self.crop, left : left + self.crop]
-                for picture, (top, left) in zip(chosen, corners.tolist(), strict=True)
+                image[:, top : top + self.crop, left : left + self.crop]
+                for image, (top, left) in zip(selected, corners.tolist(), strict=True)
             ]
         )
 
 
 class EvalImages(Dataset[dict[str, Any]]):
-    """Pictures to measure on, one at a time: those of A, then those of B.
+    """Single evaluation images: those of A, then those of B.
 
     Args:
-        members: what is known of them.
-        pictures: uint8 (3, H, W) each.
-        images_a: how many of them are A's.
+        domain_images: names and labels of the images.
+        image_tensors: pixels, uint8 (3, H, W) each.
+        n_images_a: number of images of domain A.
     """
 
-    def __init__(self, members: Sequence[DomainImage], pictures: Sequence[Tensor], images_a: int) -> None:
-        self.members, self.pictures, self.images_a = members, pictures, images_a
+    def __init__(self, domain_images: Sequence[DomainImage], image_tensors: Sequence[Tensor], n_images_a: int) -> None:
+        self.domain_images, self.image_tensors, self.n_images_a = domain_images, image_tensors, n_images_a
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.domain_images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """See `Unpaired`."""
-        member = self.members[index]
+        domain_image = self.domain_images[index]
         item = {
-            "image": self.pictures[index][None],
-            "direction": ["AtoB" if index < self.images_a else "BtoA"],
-            "name": [f"{'A' if index < self.images_a else 'B'}/{member.picture.name}"],
-            "dataset": [member.picture.data_set],
+            "image": self.image_tensors[index][None],
+            "direction": ["AtoB" if index < self.n_images_a else "BtoA"],
+            "name": [f"{'A' if index < self.n_images_a else 'B'}/{domain_image.image.name}"],
+            "dataset": [domain_image.image.dataset],
         }
-        if member.labels:
-            item["mask"] = torch.from_numpy(member.labels.read_mask().astype(np.uint8))[None]
+        if domain_image.labels:
+            item["mask"] = torch.from_numpy(domain_image.labels.read_mask().astype(np.uint8))[None]
         return item

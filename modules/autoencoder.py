@@ -1,17 +1,16 @@
-"""Autoencoders: plain, linear, denoising, and one that fills in what is missing.
+"""Autoencoders: plain, linear, denoising, and inpainting.
 
 G. E. Hinton, R. R. Salakhutdinov. Reducing the Dimensionality of Data with Neural Networks. Science 313, 2006.
 P. Vincent, H. Larochelle, Y. Bengio, P.-A. Manzagol. Extracting and Composing Robust Features with Denoising Autoencoders.
 ICML 2008.
 D. Pathak et al. Context Encoders: Feature Learning by Inpainting. CVPR 2016. arXiv:1604.07379.
 
-What we do differently, and why:
+Differences from the papers, with reasons:
 
-1. All layers are trained together, from Glorot's weights and by Adam; the first two papers trained them one by one, which ReLU
+1. All layers are trained jointly by Adam from Glorot initialisation. The first two papers train layer by layer, which ReLU
    and Adam have made unnecessary. Encoder and decoder share no weights.
-2. The loss is the mean squared error for all of them (Vincent's is the cross-entropy), so that their figures can be compared.
-3. A missing block is black and anywhere in the picture, and the loss is that of the whole picture; Pathak's has an adversarial
-   loss beside it.
+2. The loss is the mean squared error for all variants, so that their metrics are comparable; Vincent et al. use cross-entropy.
+3. A missing block is black and at a random position, and the loss covers the full image. Pathak et al. add an adversarial loss.
 """
 
 from collections.abc import Sequence
@@ -32,21 +31,25 @@ Corruption = Literal["none", "noise", "masking", "block"]
 
 
 class Autoencoder(Method):
-    """An encoder into a narrow code, and a decoder back.
+    """Encoder to a low-dimensional code, and decoder.
 
     Args:
-        channels: of a picture, 1 or 3.
-        size: a picture's side in pixels, or its height and width.
-        network: fully connected or convolutional.
-        hidden_dims: units of the layers between a picture and its code; none, and it is linear; see `modules.networks.mlp_conv`.
-        latent_size: numbers of a code.
-        activation: of the hidden layers.
-        corruption: of what the encoder sees: "none"; "noise", Gaussian, cut to [0, 1]; "masking" (Vincent et al., Section
-            2.3), values put to zero; "block" (Pathak et al., Section 3.3), a rectangle put to zero.
-        corruption_level: of it: the noise's deviation, the share of the values, the rectangle's sides as a share of the picture's.
+        channels: image channels, 1 or 3.
+        size: image side in pixels, or height and width.
+        network: "fully-connected" or "convolutional".
+        hidden_dims: units of the hidden layers of the encoder; empty for a linear model; see `modules.networks.mlp_conv`.
+        latent_size: dimension of the code.
+        activation: activation of the hidden layers.
+        corruption: corruption of the encoder input: "none"; "noise", Gaussian noise, clipped to [0, 1]; "masking", random
+            zeros (Vincent et al., Section 2.3); "block", a rectangle of zeros (Pathak et al., Section 3.3).
+        corruption_level: standard deviation of the noise, fraction of masked values, or block side as a fraction of the
+            image side; 0 for no corruption.
         total_images: training budget.
-        learning_rate: of Adam, falling to zero along half a cosine.
-        seed: of the corruption in training.
+        learning_rate: Adam learning rate; falls to zero along a half cosine.
+        seed: seed of the corruption in training.
+
+    Raises:
+        UserError: `corruption_level` is not valid for `corruption`.
     """
 
     def __init__(
@@ -70,27 +73,27 @@ class Autoencoder(Method):
             or corruption_level < 0
             or (corruption != "noise" and corruption_level >= 1)
         ):
-            raise UserError(f"model.corruption_level: {corruption_level} of model.corruption: {corruption} makes no sense")
+            raise UserError(f"model.corruption_level: {corruption_level} is not valid for model.corruption {corruption}")
         if corruption == "block" and round(corruption_level * min(to_hw(size))) < 1:
-            raise UserError(f"model.corruption_level: {corruption_level} of {min(to_hw(size))} pixels is no block")
+            raise UserError(f"model.corruption_level: a block of {corruption_level} * {min(to_hw(size))} pixels is empty")
         self.corruption, self.corruption_level = corruption, corruption_level
         shape = (channels, *to_hw(size))
         self.encoder = encoder(network, shape, hidden_dims, latent_size, activation)
         self.decoder = decoder(network, latent_size, hidden_dims, shape, activation)
-        self.sigmoid_output = bool(hidden_dims)  # a linear one makes what it makes
+        self.sigmoid_output = bool(hidden_dims)  # outputs of a linear model are not bounded
         xavier_init_(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        """What comes back: (N, C, H, W) in [0, 1] to the same; a linear one's values have no bounds."""
+        """Reconstruct images (N, C, H, W) in [0, 1]; the output of a linear model is not bounded."""
         return self.decode(self.encoder(image))
 
     def decode(self, code: Tensor) -> Tensor:
-        """Pictures from codes (N, latent_size)."""
+        """Decode codes (N, latent_size) to images (N, C, H, W)."""
         logits = to_float32(self.decoder(code))
         return logits.sigmoid() if self.sigmoid_output else logits
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error per pixel between what comes back of the corrupted pictures and the sound ones."""
+        """Mean squared error between the clean images and the reconstructions of corrupted ones, as "mse"."""
         image = batch["image"]
         corrupted = image
         if self.corruption != "none":
@@ -103,38 +106,38 @@ class Autoencoder(Method):
 
     @property
     def noise_kind(self) -> str:
-        """Of the draws."""
+        """Distribution of the corruption noise; see `Method.batch_noise`."""
         return "fast-normal" if self.corruption == "noise" else "uniform"
 
     def noise_dim(self, image: Tensor) -> int:
-        """How many a picture's corruption takes."""
+        """Number of noise values per image."""
         return 2 if self.corruption == "block" else image[0].numel()
 
     def corrupt(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) as the encoder sees them, by draws (N, draws)."""
+        """Corrupt images (N, C, H, W) by noise (N, noise_dim)."""
         if self.corruption == "noise":
             return (image + self.corruption_level * noise.view(image.shape)).clamp(0, 1)
         if self.corruption == "masking":
             return image * (noise.view(image.shape) >= self.corruption_level)
         height, width = image.shape[-2:]
         hole_sizes = [round(self.corruption_level * length) for length in (height, width)]
-        inside = []  # of the rows, then of the columns that the square covers
+        covered = []  # masks of the rows, then of the columns inside the block
         for length, side, draw in zip((height, width), hole_sizes, noise.T, strict=True):
             first = (draw * (length - side + 1)).long().clamp(max=length - side)[:, None]
-            places = torch.arange(length, device=image.device)
-            inside.append((places >= first) & (places < first + side))
-        rows, columns = inside
+            indices = torch.arange(length, device=image.device)
+            covered.append((indices >= first) & (indices < first + side))
+        rows, columns = covered
         return image * ~(rows[:, :, None] & columns[:, None, :])[:, None]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Codes, and what comes back of pictures, corrupted as their numbers say and always in the same way."""
+        """Add "code", "prediction" and, if corrupted, "input"; the corruption depends only on the dataset and the index."""
         image = batch["image"].to(self.dtype)
         if self.corruption == "none":
             code = self.encoder(image)
             return {**batch, "code": code, "prediction": self.decode(code)}
         draw = NOISE_SAMPLERS[self.noise_kind]
-        drawn = draw(0, f"corruption/{batch['dataset'][0]}", batch["index"].tolist(), self.noise_dim(image))
-        corrupted = self.corrupt(image, torch.from_numpy(drawn).to(image))
+        draws = draw(0, f"corruption/{batch['dataset'][0]}", batch["index"].tolist(), self.noise_dim(image))
+        corrupted = self.corrupt(image, torch.from_numpy(draws).to(image))
         code = self.encoder(corrupted)
         return {**batch, "input": corrupted, "code": code, "prediction": self.decode(code)}
 

@@ -1,4 +1,4 @@
-"""Bicubic enlargement, the first row of every super-resolution table: MATLAB's `imresize` in floating point."""
+"""Bicubic upscaling, the baseline of super-resolution tables: MATLAB's `imresize` in floating point."""
 
 from torch import Tensor
 
@@ -7,10 +7,10 @@ from modules.tasks.superresolution import SuperResolutionMethod
 
 
 class Bicubic(SuperResolutionMethod):
-    """Nothing to train: `darkroom test bicubic/x3` measures it.
+    """Baseline without training; `darkroom test bicubic/x3` evaluates it.
 
     Args:
-        scale: enlargement.
+        scale: integer scale factor.
     """
 
     def __init__(self, scale: int = 3) -> None:

@@ -1,18 +1,19 @@
-"""CycleGAN: translation between two sets of pictures of which no two belong together.
+"""CycleGAN: image translation between two domains, trained on unpaired images.
 
 J.-Y. Zhu, T. Park, P. Isola, A. A. Efros. Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks.
 ICCV 2017. arXiv:1703.10593.
 
-What we do differently, and why:
+Differences from the paper and the authors' code:
 
-1. The paper's F, from B to A, is called `G_BA` here, and its G `G_AB`.
-2. The learning rate falls with every image in the second half of the training, not once an epoch: sets of different sizes
-   have no common epoch.
-3. The identity loss (Section 5.2, for paintings into photographs; also for the flowers) is an explicit choice; the common
-   PyTorch code has it on for every task.
-4. One pool for all processes, see `modules.training.image_pool`; with a batch of one it is the authors'.
-5. Label maps are made smaller by what is nearest, not blended; what has no class is black.
-6. What is left away in the ablations of Section 5.1.4 is not computed: without an adversarial loss there are no discriminators.
+1. The paper's G is called `G_AB`, and its F, from B to A, `G_BA`.
+2. In the second half of the training the learning rate falls with every image, not every epoch: sets of different sizes have
+   no common epoch.
+3. The identity loss (Section 5.2, for paintings to photographs, and the flowers) is off by default. The authors' PyTorch code
+   enables it for every task.
+4. All ranks share one image pool, see `modules.training.image_pool`; for a batch of one it equals the authors'.
+5. Label maps are resized by nearest neighbour, without interpolation; unlabelled pixels are black.
+6. Losses that are removed in the ablations of Section 5.1.4 are not computed; without adversarial losses there are no
+   discriminators.
 """
 
 from itertools import pairwise
@@ -32,25 +33,28 @@ from modules.training.method import Batch
 from modules.training.phases import Phase
 
 Objective = Literal["full", "cycle", "gan", "gan-cycle-A", "gan-cycle-B"]
-CYCLE_TERMS = {"full": "AB", "cycle": "AB", "gan": "", "gan-cycle-A": "A", "gan-cycle-B": "B"}  # the domains that come back
-MIN_CROP = 24  # pixels: a discriminator's last maps must not be empty
+CYCLE_TERMS = {"full": "AB", "cycle": "AB", "gan": "", "gan-cycle-A": "A", "gan-cycle-B": "B"}  # domains with a cycle loss
+MIN_CROP = 24  # pixels; the discriminator output is empty below
 
 
 class CycleGAN(TranslationMethod):
-    """Section 3: two generators, two discriminators, and the pictures must come back as they were.
+    """Section 3: two generators and two discriminators with adversarial and cycle-consistency losses.
 
     Args:
-        crop: side of a training picture in pixels.
-        n_residual_blocks: residual ones in a generator; the paper has 6 for 128 pixels, 9 from 256 on.
+        crop: side of the training crops in pixels.
+        n_residual_blocks: residual blocks per generator; 6 in the paper for 128 pixels, 9 from 256 pixels.
         base_channels: channels of the first layer of every network.
-        objective: "full", or an ablation: "cycle" alone, "gan" alone, or with one cycle, "gan-cycle-A" (A to B to A) or
-            "gan-cycle-B"; what the paper calls forward begins with its x, which in its ablation are the label maps.
+        objective: "full", or an ablation: "cycle", "gan", "gan-cycle-A" (A to B to A) or "gan-cycle-B". The paper's forward
+            cycle starts at its x, in its ablation the label maps.
         cycle_weight: lambda of eq. 3.
-        identity_weight: of the identity loss, as a share of `cycle_weight`: 0 for none, 0.5 in the paper where it is used.
-        pool_size: how many earlier fakes of each domain the discriminators see again.
-        total_images: training budget, in pairs of one picture of A and one of B.
-        learning_rate: of Adam; constant, then falling to zero along a line in the second half.
-        seed: of what is taken from the pools.
+        identity_weight: weight of the identity loss as a fraction of `cycle_weight`: 0 for none, 0.5 in the paper.
+        pool_size: capacity of each pool of earlier fakes for the discriminators.
+        total_images: training budget, in pairs of one image of A and one of B.
+        learning_rate: Adam learning rate; constant in the first half, then falling linearly to zero.
+        seed: seed of the image pools.
+
+    Raises:
+        UserError: an argument is not valid.
     """
 
     training_only_modules = ("pool_a", "pool_b")
@@ -71,13 +75,13 @@ class CycleGAN(TranslationMethod):
         super().__init__(total_images, learning_rate, seed=seed)
         self.save_hyperparameters()
         if objective not in CYCLE_TERMS:
-            raise UserError(f"model.objective: {objective}; take {', '.join(CYCLE_TERMS)}")
+            raise UserError(f"model.objective: {objective}; use one of {', '.join(CYCLE_TERMS)}")
         if crop % self.stride or crop < MIN_CROP:
-            raise UserError(f"model.crop: {crop} is not a multiple of {self.stride} from {MIN_CROP} on")
+            raise UserError(f"model.crop: {crop} must be a multiple of {self.stride} and at least {MIN_CROP}")
         sizes = (("base_channels", base_channels, 1), ("n_residual_blocks", n_residual_blocks, 0), ("pool_size", pool_size, 0))
-        for name, value, least in sizes:
-            if value < least:
-                raise UserError(f"model.{name}: {value} is less than {least}")
+        for name, value, minimum in sizes:
+            if value < minimum:
+                raise UserError(f"model.{name}: {value} must be at least {minimum}")
         self.cycles = CYCLE_TERMS[objective]
         self.cycle_weight, self.identity_weight = cycle_weight, identity_weight
         self.G_AB, self.G_BA = (generator(base_channels, n_residual_blocks) for _ in "AB")
@@ -91,14 +95,14 @@ class CycleGAN(TranslationMethod):
                 nn.init.zeros_(values)
 
     def forward(self, image: Tensor, direction: Direction = "AtoB") -> Tensor:
-        """A picture of the other domain: (N, 3, H, W) in [0, 1], H and W multiples of 4, to the same."""
+        """Translate images (N, 3, H, W) in [0, 1] to the same shape; H and W must be multiples of 4."""
         translate = self.G_AB if direction == "AtoB" else self.G_BA
         return (to_float32(translate(image * 2 - 1)) + 1) / 2
 
     # Section 4, "Training details"
 
     def phases(self) -> list[Phase]:
-        """G and F together, then both discriminators."""
+        """Update both generators together, then both discriminators."""
         phases = [Phase("generators", [self.G_AB, self.G_BA], self.adam, self.generator_losses, self.linear_decay_after_half)]
         if self.adversarial:
             discriminators = [self.D_A, self.D_B]
@@ -108,22 +112,21 @@ class CycleGAN(TranslationMethod):
         return phases
 
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Section 7.1; its beta of 0.5 is the code's."""
+        """Adam (Section 7.1); a beta1 of 0.5 as in the authors' code."""
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), fused=True)
 
     def linear_decay_after_half(self, images_seen: int) -> dict[str, float]:
-        """Section 7.1: the same for the first half, then down to zero."""
+        """Learning rate (Section 7.1): constant in the first half, then linear decay to zero."""
         return {"lr": self.learning_rate * min(1.0, 2 - 2 * images_seen / self.total_images)}
 
     def stage_starts(self) -> list[int]:
-        """Section 7.1: the rate begins to fall half way."""
+        """Stages (Section 7.1): the learning rate falls from the middle on."""
         return [0, self.total_images // 2]
 
     def shared_forward(self, batch: Batch) -> Batch:
-        """The pictures in [-1, 1] and their translations, which both phases see.
+        """Compute images in [-1, 1] and their translations for both phases.
 
-        A generator sees what it translates and, for the identity loss, its own domain in one pass: instance normalisation
-        looks at each picture by itself.
+        For the identity loss, each generator gets both domains in one pass: instance normalisation treats images separately.
         """
         a, b = batch["A"] * 2 - 1, batch["B"] * 2 - 1
         if not self.identity_weight:
@@ -135,7 +138,7 @@ class CycleGAN(TranslationMethod):
     # Section 3
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 3; the adversarial part is a least-squares loss instead of eq. 1 (Section 4)."""
+        """Eq. 3, with least-squares adversarial losses instead of eq. 1 (Section 4)."""
         terms = {}
         if self.adversarial:
             terms["adversarial/B"] = lsgan_loss(self.D_B(batch["fake_b"]), 1)
@@ -151,18 +154,18 @@ class CycleGAN(TranslationMethod):
         return terms
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Reals against what the pools give, halved so that D learns more slowly (Section 7.1)."""
+        """Least-squares losses on reals and pooled fakes, halved so that D learns more slowly (Section 7.1)."""
         terms = {}
-        for name, judge, pool_size in (("A", self.D_A, self.pool_a), ("B", self.D_B, self.pool_b)):
-            fakes = pool_size.query(batch[f"fake_{name.lower()}"], batch["positions"], self.images_seen)
-            real, fake = judge(torch.cat([batch[name.lower()], fakes])).chunk(2)
+        for name, network, pool_size in (("A", self.D_A, self.pool_a), ("B", self.D_B, self.pool_b)):
+            fakes = pool_size.query(batch[f"fake_{name.lower()}"], batch["sample_ids"], self.images_seen)
+            real, fake = network(torch.cat([batch[name.lower()], fakes])).chunk(2)
             terms[f"real/{name}"] = lsgan_loss(real, 1) / 2
             terms[f"fake/{name}"] = lsgan_loss(fake, 0) / 2
         return terms
 
 
 def lsgan_loss(values: Tensor, target: float) -> Tensor:
-    """Mean squared distance of a discriminator's values from what they are to be."""
+    """Mean squared distance of a discriminator's output from the target."""
     return (to_float32(values) - target).square().mean()
 
 
@@ -170,7 +173,7 @@ def lsgan_loss(values: Tensor, target: float) -> Tensor:
 
 
 def generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
-    """c7s1-64, d128, d256, R256 ..., u128, u64, c7s1-3: pictures in [-1, 1] to pictures in [-1, 1]."""
+    """c7s1-64, d128, d256, R256 ..., u128, u64, c7s1-3: images in [-1, 1] to images in [-1, 1]."""
     layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, base_channels, 7), *norm_relu(base_channels)]
     for in_channels, out_channels in pairwise((base_channels, 2 * base_channels, 4 * base_channels)):
         layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), *norm_relu(out_channels)]
@@ -184,7 +187,7 @@ def generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Rk: two 3 x 3 convolutions beside a way around them; no ReLU behind the sum."""
+    """Rk: two 3 x 3 convolutions with a skip connection; no ReLU after the sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -197,14 +200,14 @@ class Residual(nn.Module):
 
 
 def norm_relu(channels: int) -> list[nn.Module]:
-    """Instance normalisation without learned gains, and ReLU."""
+    """Instance normalisation without affine parameters, then ReLU."""
     return [nn.InstanceNorm2d(channels), nn.ReLU()]
 
 
 def discriminator(base_channels: int) -> nn.Sequential:
-    """C64-C128-C256-C512 and one more convolution: a value for each patch of 70 x 70 pixels.
+    """C64-C128-C256-C512 and a final convolution: one value per patch of 70 x 70 pixels.
 
-    The last two have a stride of 1, as in the authors' code; with the text's 2 the patches would be larger.
+    The last two convolutions have stride 1, as in the authors' code; with stride 2, as in the text, patches would be larger.
     """
     layers: list[nn.Module] = [nn.Conv2d(3, base_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
     for in_channels, out_channels, stride in (

@@ -3,17 +3,17 @@
 A. Radford, L. Metz, S. Chintala. Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks.
 ICLR 2016. arXiv:1511.06434.
 
-What we do differently, and why:
+Differences from the paper and the authors' code:
 
-1. Kernels are 5 x 5 as in the paper, or 4 x 4 as in its authors' Torch version (dcgan.torch) and most since: with stride 2,
-   4 x 4 covers every pixel equally often in the interior, 5 x 5 leaves a checkerboard.
-2. Samples are made with the running statistics of batch normalisation, so that a sample does not depend on those made with
-   it; the authors' code takes the batch's.
-3. No weight decay: the authors' code for faces has 1e-5, the paper none.
-4. Sizes from 28 to 128 pixels: a block more or fewer, the width of the widest stays in proportion.
-5. Both networks move on every batch, the generator after the discriminator and on the same fakes, as in dcgan.torch; the
-   authors' code for faces gives every second batch to one of them.
-6. The batch normalisation after the projection is by channel; the authors' code normalises each unit before the reshaping.
+1. Kernels are 5 x 5 as in the paper, or 4 x 4 as in the authors' Torch version (dcgan.torch) and in most later code. With
+   stride 2, 4 x 4 covers all interior pixels equally often; 5 x 5 causes checkerboard artifacts.
+2. Sampling uses the running statistics of batch normalisation, so that a sample does not depend on its batch. The authors'
+   code uses batch statistics.
+3. There is no weight decay, as in the paper; the authors' code for faces has 1e-5.
+4. Sizes from 28 to 128 pixels are supported. The number of blocks and the largest width change with the size.
+5. Both networks are updated on every batch, the generator after the discriminator and on the same fakes, as in dcgan.torch.
+   The authors' code for faces alternates between them from batch to batch.
+6. Batch normalisation after the projection is per channel; the authors' code normalises each unit before reshaping.
 """
 
 import math
@@ -30,26 +30,26 @@ from modules.networks.init import dcgan_init_
 from modules.tasks.generation import GenerativeMethod
 from modules.training.phases import Batch, Phase
 
-BASE_RESOLUTION = {28: 7, 32: 4, 64: 4, 128: 4}  # an image's side: that of the smallest feature maps
+BASE_RESOLUTION = {28: 7, 32: 4, 64: 4, 128: 4}  # image side -> side of the smallest feature maps
 
 
 class DCGAN(GenerativeMethod):
     """Section 3: strided convolutions up and down, batch normalisation, no pooling, no fully connected hidden layer.
 
     Args:
-        channels: of an image, 1 or 3.
-        size: an image's side in pixels: 28, 32, 64 or 128.
-        kernel: 5 (the paper's) or 4.
-        base_channels: channels at half of the image's size; they double with every halving. The paper's is 128 (1024 at 4 x 4).
-        latent_size: numbers that an image is made from.
-        latent_distribution: "uniform" in (-1, 1) as in the paper, or "normal".
+        channels: image channels, 1 or 3.
+        size: image side in pixels: 28, 32, 64 or 128.
+        kernel: kernel size, 5 (paper) or 4.
+        base_channels: channels at half of the image size; they double at every downsampling. 128 in the paper (1024 at 4 x 4).
+        latent_size: dimension of the latents.
+        latent_distribution: "uniform" in (-1, 1), as in the paper, or "normal".
         total_images: training budget.
-        learning_rate: of Adam, for both networks.
-        beta1: of Adam, in [0, 1).
-        seed: of the noise in training.
+        learning_rate: Adam learning rate of both networks.
+        beta1: Adam beta1, in [0, 1).
+        seed: seed of the noise in training.
 
     Raises:
-        Refused: if `size` is none of these, or `beta1` not in its range.
+        UserError: `size` or `beta1` is not a valid value.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class DCGAN(GenerativeMethod):
         super().__init__(latent_size, latent_distribution, total_images, learning_rate, seed)
         self.save_hyperparameters()
         if size not in BASE_RESOLUTION:
-            raise UserError(f"model.size: {size}; DCGAN makes images of {', '.join(map(str, BASE_RESOLUTION))} pixels")
+            raise UserError(f"model.size: {size}; use one of {', '.join(map(str, BASE_RESOLUTION))}")
         if not 0 <= beta1 < 1:
-            raise UserError(f"model.beta1: {beta1}; a share of the moving mean, at least 0 and below 1")
+            raise UserError(f"model.beta1: {beta1} is not in [0, 1)")
         self.beta1 = beta1
         self.generator = generator(latent_size, channels, size, kernel, base_channels)
         self.discriminator = discriminator(channels, size, kernel, base_channels)
@@ -79,47 +79,47 @@ class DCGAN(GenerativeMethod):
             network.to(memory_format=torch.channels_last)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Images (N, channels, size, size) in [-1, 1], as the networks have them."""
+        """Generate images (N, channels, size, size) in [-1, 1], the range of the networks."""
         return self.generator(latents)
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1]."""
+        """Generate images in [0, 1]."""
         return (self.generator(latents) + 1) / 2
 
-    # Section 4: both with the same Adam
+    # Section 4: the same Adam settings for both networks
 
     def phases(self) -> list[Phase]:
-        """D, then G."""
+        """Update D, then G."""
         return [
             Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, self.constant_lr),
             Phase("generator", [self.generator], self.adam, self.generator_losses, self.constant_lr),
         ]
 
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """A first beta of 0.5 instead of 0.9 "helped stabilize training"."""
+        """Adam with a beta1 of 0.5 instead of 0.9, which "helped stabilize training"."""
         return torch.optim.Adam(parameters, betas=(self.beta1, 0.999), fused=True)
 
     def constant_lr(self, images_seen: int) -> dict[str, float]:
-        """The same learning rate throughout."""
+        """Constant learning rate."""
         return {"lr": self.learning_rate}
 
     def shared_forward(self, batch: Batch) -> Batch:
-        """The fakes: G stands still while D moves, so that the same ones serve both."""
+        """Generate the fakes for both phases; G is not updated before D."""
         return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Reals and fakes pass apart: batch normalisation must not mix them."""
+        """Losses on reals and fakes, in separate passes because of batch normalisation."""
         real = self.discriminator(batch["image"] * 2 - 1)
         fake = self.discriminator(batch["fake"].detach())
         return {"real": bce_real(real), "fake": bce_fake(fake)}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Non-saturating."""
+        """Non-saturating loss."""
         return {"adversarial": bce_real(self.discriminator(batch["fake"]))}
 
 
 def channels_per_level(size: int, base_channels: int) -> list[int]:
-    """Channels from the smallest feature maps to those of half the image's size."""
+    """Channels at each level, from the smallest feature maps to half of the image size."""
     levels = int(math.log2(size // BASE_RESOLUTION[size]))
     return [base_channels * 2**level for level in reversed(range(levels))]
 
@@ -141,7 +141,7 @@ def generator(latent_size: int, channels: int, size: int, kernel: int, base_chan
 
 
 def discriminator(channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
-    """The mirror image; no batch normalisation at its input, LeakyReLU throughout."""
+    """Mirror of the generator, with LeakyReLU and without batch normalisation in the first layer."""
     base_side, level_channels, padding = BASE_RESOLUTION[size], channels_per_level(size, base_channels)[::-1], (kernel - 1) // 2
     layers: list[nn.Module] = [nn.Conv2d(channels, level_channels[0], kernel, 2, padding, bias=False), nn.LeakyReLU(0.2)]
     for in_channels, out_channels in pairwise(level_channels):

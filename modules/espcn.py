@@ -3,19 +3,19 @@
 W. Shi, J. Caballero, F. Huszar, J. Totz, A. Aitken, R. Bishop, D. Rueckert, Z. Wang. Real-Time Single Image and Video
 Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural Network. CVPR 2016. arXiv:1609.05158.
 
-What we do differently, and why:
+Differences from the paper, with reasons:
 
-1. Degradation. Section 3.1 blurs with a Gaussian whose width is not given; the paper's own bicubic rows are those of
-   MATLAB's antialiased bicubic `imresize`, so training uses that too.
-2. Optimizer. The paper lowers a learning rate from 0.01 to 0.0001 as the cost levels off, ten times slower in the last
-   layer (Section 3.2); the optimizer is not stated. Neighbouring pixels are nearly equal, which makes the problem so badly
-   conditioned that Adam needs hours. SOAP (Vyas et al., arXiv:2409.11321: Adam in the eigenbasis of Shampoo's
-   preconditioner) needs minutes. The learning rate falls along a half cosine, and no layer is slower than another.
-3. Patches. Their 17 x 17 LR pixels are targets here, with the 4 pixels of context around them that the three
-   convolutions need (25 x 25 in all): the paper does not say whether it pads. Places are drawn at random instead of from
-   a grid, so that every pixel is a target; patches are mirrored and turned.
-4. Six of the 91 pictures are kept from training to choose the weights, and a fixed number of patches is seen, where the
-   paper stops after 100 epochs without improvement.
+1. Degradation. Section 3.1 blurs with a Gaussian of unspecified width. The paper's own bicubic results match MATLAB's
+   antialiased bicubic `imresize`, so training uses it too.
+2. Optimizer. The paper does not name it. Its learning rate falls from 0.01 to 0.0001 as the cost levels off, and is ten times
+   smaller in the last layer (Section 3.2). Neighbouring pixels are nearly equal, so the problem is badly conditioned and Adam
+   needs hours. SOAP (Vyas et al., arXiv:2409.11321: Adam in the eigenbasis of Shampoo's preconditioner) needs minutes. The
+   learning rate falls along a half cosine and is the same for all layers.
+3. Patches. The 17 x 17 LR pixels of a patch are targets, with 4 pixels of context for the three convolutions (25 x 25 in
+   all). The paper does not specify its padding. Patches are sampled at random positions instead of on a grid, so that every
+   pixel is a target, and are flipped and rotated.
+4. Model selection. Six of the 91 images are held out for it, and the number of patches is fixed. The paper stops after 100
+   epochs without improvement.
 5. Initialisation is PyTorch's; the paper does not give one.
 """
 
@@ -36,11 +36,11 @@ class ESPCN(SuperResolutionMethod):
     """Section 2.2: feature maps in LR space, one sub-pixel convolution at the end.
 
     Args:
-        scale: the paper's r; the paper reports 3 and 4.
-        activation: "tanh" for the final models, "relu" for the ablation of Table 1.
+        scale: scale factor, r in the paper, which reports 3 and 4.
+        activation: "tanh" as in the final models, or "relu" as in the ablation of Table 1.
         total_images: training budget in patches.
-        learning_rate: highest value.
-        warmup: patches over which it rises.
+        learning_rate: maximum learning rate.
+        warmup: patches over which the learning rate rises.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class ESPCN(SuperResolutionMethod):
             nn.Conv2d(32, scale**2, 3),
             nn.PixelShuffle(scale),  # eq. 4, up to the order of channels
         ).to(memory_format=torch.channels_last)
+        self.min_patch_size = 2 * valid_conv_margin(self.network) + 1
 
     def forward(self, lr_image: Tensor) -> Tensor:
         """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
         return self.forward_valid(pad_replicate(lr_image, valid_conv_margin(self.network)))
 
     def forward_valid(self, lr_image: Tensor) -> Tensor:
-        """Without padding: (N, 1, h, w) to (N, 1, (h - 8) * scale, (w - 8) * scale)."""
+        """Apply the network without padding: (N, 1, h, w) to (N, 1, (h - 8) * scale, (w - 8) * scale)."""
         return self.network(lr_image)
 
     def configure_optimizers(self) -> Optimizer:

@@ -1,16 +1,16 @@
 """Generative adversarial nets.
 
 I. Goodfellow, J. Pouget-Abadie, M. Mirza, B. Xu, D. Warde-Farley, S. Ozair, A. Courville, Y. Bengio. Generative Adversarial
-Nets. NIPS 2014. arXiv:1406.2661. The networks and the training on MNIST are not in the paper but in its code,
-goodfeli/adversarial (mnist.yaml), from which they are taken.
+Nets. NIPS 2014. arXiv:1406.2661. The paper does not give the networks and the training on MNIST. They are taken from its
+code, goodfeli/adversarial (mnist.yaml).
 
-What we do differently, and why:
+Differences from the paper and its code:
 
-1. The players move in turn, as Algorithm 1 has it, and on the same fakes, for which Algorithm 1 draws anew; the code
+1. The networks are updated in turn, as in Algorithm 1, but on the same fakes; Algorithm 1 samples new ones. The code
    differentiates both losses at the same weights.
-2. The generator's last bias begins at zero, not at what gives the training set's mean: a method does not know the data.
-3. The learning rate and the momentum are functions of the images seen, not of batches and epochs: the same curves.
-4. Each process drops units of its own choice; with several, that is another (equally distributed) run.
+2. The generator's last bias starts at zero, not at the training mean: a method has no access to the data.
+3. The learning rate and the momentum are functions of the images seen, not of batches and epochs. The curves are the same.
+4. Each rank has its own dropout masks, so runs with several ranks differ from a run with one.
 """
 
 from typing import Literal
@@ -26,18 +26,21 @@ from modules.training.phases import Batch, Phase
 
 
 class GAN(GenerativeMethod):
-    """Section 3 on flat images, batches of 100 in the paper's code.
+    """Section 3 on flattened images; the paper's code uses batches of 100.
 
     Args:
-        channels: of an image, 1 or 3.
-        size: an image's side in pixels.
-        loss: of the generator: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
-        latent_size: numbers that an image is made from.
-        hidden_dim: units of each of the generator's hidden layers; of the discriminator's, a fifth as many with five pieces each.
-        discriminator_steps: batches that the discriminator sees for each one that the generator sees (k in Algorithm 1).
+        channels: image channels, 1 or 3.
+        size: image side in pixels.
+        loss: generator loss: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
+        latent_size: dimension of the latents.
+        hidden_dim: units of the generator's hidden layers; the discriminator has a fifth as many maxout units of five pieces.
+        discriminator_steps: discriminator updates per generator update (k in Algorithm 1).
         total_images: training budget.
-        learning_rate: at the start.
-        seed: of the noise in training.
+        learning_rate: initial learning rate.
+        seed: seed of the noise in training.
+
+    Raises:
+        UserError: `discriminator_steps` is less than 1.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class GAN(GenerativeMethod):
         super().__init__(latent_size, "normal", total_images, learning_rate, seed)
         self.save_hyperparameters()
         if discriminator_steps < 1:
-            raise UserError(f"model.discriminator_steps: {discriminator_steps}; the discriminator needs 1 at least")
+            raise UserError(f"model.discriminator_steps: {discriminator_steps} must be at least 1")
         self.loss, self.discriminator_steps = loss, discriminator_steps
         pixels = channels * size**2
         self.generator = nn.Sequential(
@@ -83,7 +86,7 @@ class GAN(GenerativeMethod):
                     nn.init.zeros_(layer.bias)
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Images (N, channels, size, size) in [0, 1]."""
+        """Generate images (N, channels, size, size) in [0, 1]."""
         return self.generator(latents)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -93,7 +96,7 @@ class GAN(GenerativeMethod):
     # Algorithm 1
 
     def phases(self) -> list[Phase]:
-        """For k batches one step of D each, then one of G."""
+        """Update D on every batch, and G on every k-th batch."""
         return [
             Phase("discriminator", [self.discriminator], torch.optim.SGD, self.discriminator_losses, self.sgd_schedule),
             Phase(
@@ -107,31 +110,31 @@ class GAN(GenerativeMethod):
         ]
 
     def shared_forward(self, batch: Batch) -> Batch:
-        """The fakes: G stands still while D moves, so that the same ones serve both."""
+        """Generate the fakes for both phases; G is not updated before D."""
         return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 1, of which the code takes half."""
+        """Eq. 1, halved as in the code."""
         real, fake = self.discriminator(batch["image"]), self.discriminator(batch["fake"].detach())
         return {"real": bce_real(real) / 2, "fake": bce_fake(fake) / 2}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Section 3: one of its two."""
+        """Saturating or non-saturating loss of Section 3."""
         return {"adversarial": gan_generator_loss(self.discriminator(batch["fake"]), self.loss)}
 
     def sgd_schedule(self, images_seen: int) -> dict[str, float]:
-        """Of the code: a rate divided by 1.000004 each batch of 100; momentum from 0.5 to 0.7 in 250 epochs of 50,000."""
+        """As in the code: lr divided by 1.000004 per batch of 100; momentum from 0.5 to 0.7 in 250 epochs of 50,000."""
         lr = max(1e-6, self.learning_rate * 1.000004 ** (-images_seen / 100))
         return {"lr": lr, "momentum": 0.5 + 0.2 * min(1.0, images_seen / 12_500_000)}
 
 
 class Maxout(nn.Module):
-    """The largest of five affine maps, unit by unit: (N, features) to (N, units). arXiv:1302.4389, Section 2."""
+    """Maximum of five affine maps per unit: (N, features) to (N, units). arXiv:1302.4389, Section 2."""
 
     def __init__(self, features: int, units: int) -> None:
         super().__init__()
         self.linear = nn.Linear(features, 5 * units)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The pieces of a unit lie next to each other."""
+        """Apply the layer; the pieces of a unit are adjacent in `linear`."""
         return self.linear(inputs).unflatten(1, (-1, 5)).amax(2)

@@ -1,14 +1,15 @@
-"""Segmentation networks of segmentation-models-pytorch: any of its architectures on any of its encoders.
+"""Segmentation networks of segmentation-models-pytorch: any of its architectures with any of its encoders.
 
-Among them the lectures' DeepLab: L.-C. Chen, G. Papandreou, F. Schroff, H. Adam. Rethinking Atrous Convolution for Semantic
+They include DeepLab: L.-C. Chen, G. Papandreou, F. Schroff, H. Adam. Rethinking Atrous Convolution for Semantic
 Image Segmentation. arXiv:1706.05587 (V3); L.-C. Chen, Y. Zhu, G. Papandreou, F. Schroff, H. Adam. Encoder-Decoder with Atrous
 Separable Convolution for Semantic Image Segmentation. ECCV 2018. arXiv:1802.02611 (V3+).
 
-What we do differently from DeepLab, and why:
+Differences from DeepLab, with reasons:
 
-1. AdamW instead of SGD: it needs no search for a rate when encoder or data change. The schedule is DeepLab's "poly".
-2. The loss is at full size, on what the decoder enlarges bilinearly, as in V3 and V3+.
-3. Pictures larger than a tile are predicted in pieces, with `margin` pixels of context; the papers predict them whole.
+1. AdamW replaces SGD: it needs no search for a learning rate when the encoder or the data change. The schedule is DeepLab's
+   "poly".
+2. The loss is at full resolution, on the bilinearly upsampled output of the decoder, as in V3 and V3+.
+3. Images larger than a tile are predicted in tiles, with `margin` pixels of context; the papers predict full images.
 """
 
 from collections.abc import Sequence
@@ -22,28 +23,31 @@ from datamodules.errors import UserError
 from modules.tasks.segmentation import SegmentationMethod
 from modules.tasks.tiling import Tiling
 
-MAX_STRIDE = 32  # sides that all of the encoders take are multiples of this
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of its colours
+MAX_STRIDE = 32  # divisor of the input sides, for all encoders
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of RGB in [0, 1]
 STAT_BUFFERS = ("mean", "std")
 
 
 class SMPSegmenter(SegmentationMethod):
-    """Convolutions with padding: the output is of the input's size, and its border knows only half of its context.
+    """Segmentation network with padded convolutions; output pixels at the border have only half of their context.
 
     Args:
-        architecture: of segmentation-models-pytorch: "unet", "deeplabv3", "deeplabv3plus", "fpn", ...
-        encoder_name: of the same: "resnet34", "mobilenet_v2", "tu-convnext_tiny", ...
-        encoder_weights: "imagenet" for what the encoder has learned there (downloaded once), None for random ones.
-        output_stride: how many times smaller DeepLab's encoder makes a picture, 8 or 16; None for the architecture's own.
-        channels: of an image, 1 or 3.
-        classes: how many.
-        tile_size: side of what is predicted at once; larger pictures come in pieces.
-        margin: context of such a piece beyond what it is used for, both sides together.
+        architecture: architecture in segmentation-models-pytorch: "unet", "deeplabv3", "deeplabv3plus", "fpn", ...
+        encoder_name: encoder in segmentation-models-pytorch: "resnet34", "mobilenet_v2", "tu-convnext_tiny", ...
+        encoder_weights: "imagenet" for pretrained encoder weights (downloaded once), None for random weights.
+        output_stride: downsampling factor of DeepLab's encoder, 8 or 16; None for the architecture's default.
+        channels: image channels, 1 or 3.
+        classes: number of classes.
+        tile_size: side of an output tile in pixels.
+        margin: input side of a tile minus its output side, a multiple of 32.
         tta_views: see `SegmentationMethod`.
         total_images: training budget.
-        learning_rate: at the start.
-        weight_decay: of AdamW.
-        seed: unused by the network; of the noise in training.
+        learning_rate: initial learning rate.
+        weight_decay: AdamW weight decay.
+        seed: seed of the noise in training; unused by the network.
+
+    Raises:
+        UserError: the architecture or the encoder does not exist, or `margin` or `tile_size` is not a valid size.
     """
 
     mean: Tensor
@@ -71,9 +75,9 @@ class SMPSegmenter(SegmentationMethod):
         self.channels, self.weight_decay = channels, weight_decay
         if margin % MAX_STRIDE:
             raise UserError(f"model.margin: {margin} is not a multiple of {MAX_STRIDE}")
-        stride = {} if output_stride is None else {"encoder_output_stride": output_stride}
+        stride_option = {} if output_stride is None else {"encoder_output_stride": output_stride}
         try:
-            self.network = smp.create_model(architecture, encoder_name, None, channels, classes, **stride)
+            self.network = smp.create_model(architecture, encoder_name, None, channels, classes, **stride_option)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise UserError(f"model.architecture {architecture}, model.encoder_name {encoder_name}: {reason}") from None
@@ -81,53 +85,53 @@ class SMPSegmenter(SegmentationMethod):
             self.register_buffer(name, channel_stats(IMAGENET[name], channels))
 
     def setup(self, stage: str) -> None:
-        """Fetch what the encoder has learned elsewhere, and the colours it expects; a resumed run then takes its checkpoint's.
+        """Load the pretrained encoder weights and their channel statistics; a checkpoint replaces them when a run resumes.
 
         Raises:
-            Refused: it cannot be had.
+            UserError: the weights do not exist or cannot be downloaded.
         """
         if stage != "fit" or not self.encoder_weights:
             return
         try:
             pretrained = smp.encoders.get_encoder(self.encoder_name, in_channels=self.channels, weights=self.encoder_weights)
-            expected = smp.encoders.get_preprocessing_params(self.encoder_name, self.encoder_weights)
+            preprocessing = smp.encoders.get_preprocessing_params(self.encoder_name, self.encoder_weights)
         except (OSError, KeyError, ValueError) as error:
             raise UserError(
-                f"model.encoder_weights: {self.encoder_weights} weights of {self.encoder_name} cannot be had "
-                f"({str(error).splitlines()[0]}); "
-                "--model.encoder_weights null begins with random ones"
+                f"model.encoder_weights: {self.encoder_weights} weights of {self.encoder_name} are not available "
+                f"({str(error).splitlines()[0]}). "
+                "Use --model.encoder_weights null to start from random weights."
             ) from None
         self.network.encoder.load_state_dict(pretrained.state_dict())
         for name in STAT_BUFFERS:
-            self.get_buffer(name).copy_(channel_stats(expected[name] or IMAGENET[name], self.channels))
+            self.get_buffer(name).copy_(channel_stats(preprocessing[name] or IMAGENET[name], self.channels))
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of the pixels within the margin: (N, channels, H, W) in [0, 1] to (N, classes, H - margin, W - margin).
 
         Raises:
-            Refused: the sides cannot be halved so often, or a training batch has too few images for its statistics.
+            UserError: a side is not a multiple of 32, or a training batch has a single image (for batch normalisation).
         """
         if any(side % MAX_STRIDE for side in image.shape[-2:]):
-            raise UserError(f"data.crop and data.margin: {image.shape[-1]} together is not a multiple of {MAX_STRIDE}")
+            raise UserError(f"data.crop and data.margin: their sum {image.shape[-1]} is not a multiple of {MAX_STRIDE}")
         if self.training and len(image) == 1:
-            raise UserError("data.batch_size: batch normalisation needs two images at least in each process and part")
+            raise UserError("data.batch_size: batch normalisation needs at least two images per rank and micro-batch")
         logits = self.network((image - self.mean) / self.std)
-        half = self.tiling.margin // 2
-        return logits[..., half : logits.shape[-2] - half, half : logits.shape[-1] - half]
+        half_margin = self.tiling.margin // 2
+        return logits[..., half_margin : logits.shape[-2] - half_margin, half_margin : logits.shape[-1] - half_margin]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW for all; no decay for gains and biases."""
+        """AdamW without weight decay for biases and normalisation parameters."""
         decayed = [parameter for parameter in self.parameters() if parameter.ndim > 1]
         undecayed = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.learning_rate)
 
     def schedule(self, images_seen: int) -> float:
-        """DeepLab's "poly": the rate times (1 - progress)**0.9."""
+        """DeepLab's "poly" schedule: the learning rate times (1 - progress)**0.9."""
         return self.learning_rate * (1 - min(1.0, images_seen / self.total_images)) ** 0.9
 
 
 def channel_stats(values: Sequence[float], channels: int) -> Tensor:
-    """A value a colour as (1, channels, 1, 1); of one channel, their mean."""
-    known = torch.tensor(values)
-    return (known if channels == 3 else known.mean(0, keepdim=True)).view(1, -1, 1, 1)
+    """Shape RGB statistics as (1, channels, 1, 1); for one channel, use their mean."""
+    stats = torch.tensor(values)
+    return (stats if channels == 3 else stats.mean(0, keepdim=True)).view(1, -1, 1, 1)

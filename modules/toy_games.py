@@ -1,4 +1,4 @@
-"""Two small games that show what alternating training does: one that never ends, and one whose generator forgets modes.
+"""Two toy examples of alternating training: a bilinear game without convergence, and a GAN with mode collapse.
 
 V(x, y) = x y is from Section 7 of Goodfellow's tutorial (arXiv:1701.00160, 2016), the ring of Gaussians from Metz et al.,
 Unrolled Generative Adversarial Networks (arXiv:1611.02163, 2017), Section 3.1.
@@ -18,13 +18,13 @@ from modules.training.phases import Batch, Phase, batch_size_of
 
 
 class BilinearGame(Method):
-    """min over x, max over y of V = x y, by gradient steps in turn: (x, y) goes round the solution (0, 0) for ever.
+    """min over x, max over y of V = x y, by alternating gradient steps: (x, y) circles the solution (0, 0) forever.
 
-    Each batch of one is a step of either player; what is in it does not matter.
+    Each batch has one dummy sample and updates both players; its content is not used.
 
     Args:
         total_images: training budget, in steps.
-        learning_rate: of both players.
+        learning_rate: learning rate of both players.
     """
 
     trajectory: Tensor
@@ -36,16 +36,16 @@ class BilinearGame(Method):
         self.y = nn.Linear(1, 1, bias=False)
         for player in (self.x, self.y):
             nn.init.ones_(player.weight)
-        self.register_buffer("trajectory", torch.ones(total_images + 1, 2))  # where the players were after each step
+        self.register_buffer("trajectory", torch.ones(total_images + 1, 2))  # (x, y) after each step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Refuse a step that counts for several."""
+        """Require a global batch size of one."""
         super().on_train_batch_start(batch, batch_idx)
         if batch_size_of(batch) * self.trainer.world_size != 1:
-            raise UserError("data.batch_size: a step of the game counts for one; take 1, and one device")
+            raise UserError("data.batch_size: the game needs a global batch size of 1. Set it to 1 and use one device.")
 
     def phases(self) -> list[Phase]:
-        """Both with plain gradient descent."""
+        """Gradient descent on V for x and on -V for y."""
         return [
             Phase("x", [self.x], torch.optim.SGD, lambda _: {"value": self.value()}, self.constant_lr),
             Phase("y", [self.y], torch.optim.SGD, lambda _: {"value": -self.value()}, self.constant_lr),
@@ -56,30 +56,30 @@ class BilinearGame(Method):
         return (self.x.weight * self.y.weight).sum()
 
     def constant_lr(self, images_seen: int) -> dict[str, float]:
-        """The same learning rate throughout."""
+        """Constant learning rate."""
         return {"lr": self.learning_rate}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take note of where the players are after it."""
+        """Run the step and record (x, y) after it."""
         super().training_step(batch, batch_idx)
         self.trajectory[self.images_seen] = torch.stack([self.x.weight, self.y.weight]).detach().view(2)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """The path so far: (steps + 1, 2)."""
+        """Return the trajectory so far, (steps + 1, 2), as "prediction"."""
         return {"prediction": self.trajectory[: self.images_seen + 1]}
 
 
 class RingGAN(GenerativeMethod):
-    """A GAN on points of the plane, whose generator falls onto one mode after another, as in Metz et al., Figure 2.
+    """GAN on points of the plane whose generator jumps from mode to mode, as in Metz et al., Figure 2.
 
-    Networks after their Appendix A; the learning rates, 1e-3 and 1e-4, are those of the authors' notebook, which make the
-    collapse plain within a minute.
+    The networks follow their Appendix A. The learning rates, 1e-3 and 1e-4, are those of the authors' notebook; with them the
+    collapse appears within a minute.
 
     Args:
-        loss: of the generator: "saturating", as there, or "non-saturating".
+        loss: generator loss: "saturating", as in the paper, or "non-saturating".
         total_images: training budget, in points.
-        learning_rate: of the generator; the discriminator's is a tenth.
-        seed: of the noise in training.
+        learning_rate: learning rate of the generator; the discriminator's is a tenth of it.
+        seed: seed of the noise in training.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class RingGAN(GenerativeMethod):
                 nn.init.zeros_(layer.bias)
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Points (N, 2)."""
+        """Generate points (N, 2)."""
         return self.generator(latents)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -108,22 +108,22 @@ class RingGAN(GenerativeMethod):
         return self.sample(latents)
 
     def phases(self) -> list[Phase]:
-        """D, then G."""
+        """Update D, then G."""
         return [
             Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, lambda _: self.lr(0.1)),
             Phase("generator", [self.generator], self.adam, self.generator_losses, lambda _: self.lr(1)),
         ]
 
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Both with the same."""
+        """Adam, for both networks."""
         return torch.optim.Adam(parameters, betas=(0.5, 0.999))
 
     def lr(self, scale: float) -> dict[str, float]:
-        """The same learning rate throughout."""
+        """Constant learning rate."""
         return {"lr": scale * self.learning_rate}
 
     def shared_forward(self, batch: Batch) -> Batch:
-        """The fakes."""
+        """Generate the fakes."""
         return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -132,5 +132,5 @@ class RingGAN(GenerativeMethod):
         return {"real": bce_real(real), "fake": bce_fake(fake)}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """One of the two losses of Goodfellow et al., Section 3."""
+        """Saturating or non-saturating loss of Goodfellow et al., Section 3."""
         return {"adversarial": gan_generator_loss(self.discriminator(batch["fake"] / 4), self.loss)}

@@ -1,18 +1,18 @@
-"""U-Net: a contracting path, an expanding path, and copies of the one's maps beside the other's.
+"""U-Net: a contracting path, an expanding path, and skip connections between them.
 
 O. Ronneberger, P. Fischer, T. Brox. U-Net: Convolutional Networks for Biomedical Image Segmentation. MICCAI 2015.
 arXiv:1505.04597.
 
-What we do differently, and why:
+Differences from the paper, with reasons:
 
-1. The loss is the mean over the pixels, not their sum, so that a learning rate does not hang on the tile's size.
-2. The paper names no learning rate; ours is set by recipes, and falls to zero along a half cosine.
-3. The paper averages over seven rotations of the input; we, if so asked, over the eight symmetries of the square, of which
-   none needs interpolation.
+1. The loss is the mean over the pixels, not their sum, so that the learning rate does not depend on the tile size.
+2. The paper gives no learning rate. Recipes set it, and it falls to zero along a half cosine.
+3. The paper averages predictions over seven rotations. `tta_views` averages over symmetries of the square, which need no
+   interpolation.
 4. Width and depth are parameters; the paper has 64 and 4.
-5. The weight of eq. 2 between cells is on the ground alone, as in its authors' later code (the paper has it on all pixels), and
-   the class weights have a mean of 1 (`weight_map.py`). Training tiles may be mirrored, if a recipe asks for it.
-6. The network sees pictures in [-1, 1]; the paper does not say. Without normalisation inside, values around zero learn faster.
+5. The border weight of eq. 2 applies to background pixels only, as in the authors' later code; in the paper it applies to all
+   pixels. The class weights have a mean of 1 (`datamodules/transforms/weight_map.py`). Recipes can enable flips of tiles.
+6. The network input is in [-1, 1]; the paper does not specify it. Without normalisation layers, centred inputs train faster.
 """
 
 from itertools import pairwise
@@ -32,19 +32,19 @@ from modules.tasks.tiling import Tiling
 
 
 class UNet(SegmentationMethod):
-    """Section 2; convolutions without padding, so that every pixel of the output has seen its whole context.
+    """Section 2: convolutions without padding, so that every output pixel has its full context.
 
     Args:
-        channels: of an image, 1 or 3.
-        classes: how many.
-        base_channels: channels at full size; they double with every halving.
-        depth: how often the size is halved.
-        dropout: at the end of the contracting path.
-        tile_size: side of what is predicted at once; 388 from 572 in the paper.
+        channels: image channels, 1 or 3.
+        classes: number of classes.
+        base_channels: channels at full resolution; they double at every downsampling.
+        depth: number of downsampling steps.
+        dropout: dropout probability at the end of the contracting path.
+        tile_size: side of an output tile in pixels; in the paper 388, from an input of 572.
         tta_views: see `SegmentationMethod`.
         total_images: training budget, in tiles.
-        learning_rate: at the start.
-        seed: unused by the network; of the noise in training.
+        learning_rate: initial learning rate.
+        seed: seed of the noise in training; unused by the network.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class UNet(SegmentationMethod):
         tiling = Tiling(tile_size, margin=12 * 2**depth - 8, stride=2**depth, offset=4)
         super().__init__(classes, tiling, tta_views, total_images, learning_rate, seed)
         self.save_hyperparameters()
-        widths = [base_channels * 2**level for level in range(depth + 1)]
-        self.enc = nn.ModuleList(double_conv(*pair) for pair in pairwise([channels, *widths]))
-        up_channels = list(pairwise(widths[::-1]))
-        self.upsample = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, 2) for wide, narrow in up_channels)
+        level_channels = [base_channels * 2**level for level in range(depth + 1)]
+        self.enc = nn.ModuleList(double_conv(*pair) for pair in pairwise([channels, *level_channels]))
+        up_channels = list(pairwise(level_channels[::-1]))
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(c_in, c_out, 2, 2) for c_in, c_out in up_channels)
         self.dec = nn.ModuleList(double_conv(*pair) for pair in up_channels)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Conv2d(base_channels, classes, 1)
@@ -74,20 +74,20 @@ class UNet(SegmentationMethod):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Figure 1; sides in brackets are the paper's, with a depth of 4.
+        """Figure 1; comments give the sides of the paper's maps, with a depth of 4.
 
         Args:
-            image: (N, channels, H, W) in [0, 1]; `tiling` knows which sides are possible.
+            image: (N, channels, H, W) in [0, 1]; `tiling` defines the valid sides.
 
         Returns:
             Logits (N, classes, H - margin, W - margin).
 
         Raises:
-            Refused: a map's side would be odd before a pooling.
+            UserError: a side would be odd before a pooling.
         """
         if any((side - self.tiling.margin - 4) % self.tiling.stride or side <= self.tiling.margin for side in image.shape[-2:]):
-            fits = self.tiling.round_up(max(image.shape[-2:]) - self.tiling.margin) + self.tiling.margin
-            raise UserError(f"U-Net: {image.shape[-1]}x{image.shape[-2]} pixels cannot be halved; {fits} could")
+            valid_side = self.tiling.round_up(max(image.shape[-2:]) - self.tiling.margin) + self.tiling.margin
+            raise UserError(f"U-Net: {image.shape[-1]}x{image.shape[-2]} pixels is not a valid input size; use {valid_side}")
         x, skips = image * 2 - 1, []  # (572)
         for level, convolve in enumerate(self.enc):
             x = convolve(F.max_pool2d(x, 2) if level else x)  # (568, 280, 136, 64, 28)
@@ -101,12 +101,12 @@ class UNet(SegmentationMethod):
         return self.head(x)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Section 3: a momentum of 0.99, since a batch is one tile."""
+        """SGD with a momentum of 0.99, since a batch is one tile (Section 3)."""
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.99)
 
 
 def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Twice 3 x 3 and a ReLU: four pixels narrower."""
+    """Two 3 x 3 convolutions with ReLU; sides shrink by four pixels."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 3), nn.ReLU()
     )

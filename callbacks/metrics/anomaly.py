@@ -1,4 +1,4 @@
-"""Anomaly detection: is what a network was not trained on given back worse than what it was?"""
+"""Anomaly detection: AUROC of unseen classes by reconstruction error."""
 
 from typing import Any
 
@@ -10,37 +10,41 @@ from datamodules.errors import UserError
 
 
 class ReconstructionAUROC(ImageMetric):
-    """Area under the ROC curve of a picture's reconstruction error; anomalies are of the classes that training does not see.
+    """Area under the ROC curve of the reconstruction error; images of classes left out of training are the anomalies.
 
-    - `auroc/image-l2`: of whole pictures; the error is the mean squared one over the picture's pixels. 0.5 is chance.
+    - `auroc/image-l2`: one score per image, its mean squared error over pixels. 0.5 is chance.
 
     Expects the outputs {"image", "prediction": (N, C, H, W), "label": (N,)}, on datamodules.reconstruction.Reconstruction.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse data that have no two kinds of pictures to tell apart."""
+        """Require seen and unseen classes in every test set.
+
+        Raises:
+            UserError: the datamodule is not `Reconstruction`, or a test set lacks seen or unseen classes.
+        """
         if not hasattr(trainer.datamodule, "is_unseen"):
             raise UserError(
-                f"ReconstructionAUROC: {type(trainer.datamodule).__name__} does not know which classes training sees; "
-                "it is for datamodules.reconstruction.Reconstruction"
+                f"ReconstructionAUROC: {type(trainer.datamodule).__name__} has no excluded classes; "
+                "use datamodules.reconstruction.Reconstruction"
             )
         for name, images in trainer.datamodule.reference_sets.items():
             anomalous = trainer.datamodule.is_unseen(images.labels)
             if anomalous.all() or not anomalous.any():
                 raise UserError(
-                    f"ReconstructionAUROC: {name} needs both, pictures of classes that training sees and others; "
-                    f"data.exclude_classes: {list(trainer.datamodule.without)}"
+                    f"ReconstructionAUROC: {name} needs images of both kinds, of excluded classes and of others; "
+                    f"change data.exclude_classes: {list(trainer.datamodule.exclude_classes)}"
                 )
 
     def update(self, outputs: dict[str, Any], i: int) -> tuple[float, int]:
-        """The picture's error, and its class."""
+        """Return the error and the label of the image."""
         error = (outputs["prediction"][i].float() - outputs["image"][i]).square().mean()
         return error.item(), int(outputs["label"][i])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """See the class."""
-        errors, labels = (torch.tensor(of) for of in zip(*states, strict=True))
+        """Return the metric described at the class."""
+        errors, labels = (torch.tensor(values) for values in zip(*states, strict=True))
         if not errors.isfinite().all():
-            raise UserError("ReconstructionAUROC: the network gives values back that are not finite")
+            raise UserError("ReconstructionAUROC: the reconstruction errors are not finite")
         anomalous = trainer.datamodule.is_unseen(labels)
         return {"auroc/image-l2": binary_auroc(errors / errors.max().clamp(min=1e-12), anomalous.long()).item()}

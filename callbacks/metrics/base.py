@@ -1,4 +1,4 @@
-"""The bases of metrics: over the images of a dataset, and over a set of generated samples."""
+"""Base classes of metrics: over the images of a dataset, and over a set of generated samples."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class _Metric(Callback, ABC):
-    """What both bases share: when a metric is evaluated, and how its results are logged.
+    """Schedule of evaluation and logging of results, common to both base classes.
 
-    `results` are {dataset: {image: {protocol: value}}} after each evaluation; "all" stands in the place of an image where
-    the metric is one of the whole set. The mean over images is logged as `<dataset>/<protocol>`.
+    `results` holds {dataset: {image: {protocol: value}}} after each evaluation. A metric of a full set has "all" as the name
+    of its image. The mean over images is logged as `<dataset>/<protocol>`.
     """
 
     def __init__(self, on_validation: bool) -> None:
@@ -35,12 +35,12 @@ class _Metric(Callback, ABC):
 class ImageMetric(_Metric):
     """A metric over validation and test images.
 
-    Expects outputs with "name" and "dataset", N strings each. The state of an image depends on that image alone, is kept
-    under its name and gathered from all ranks, so that a result is the same for any batch size and any number of ranks.
+    Expects outputs with "name" and "dataset", N strings each. The state of an image depends on that image alone, is stored
+    under its name and gathered from all ranks. Results are therefore the same for any batch size and any number of ranks.
     (torchmetrics gathers one state at a time, which every rank must have; a small dataset reaches only some ranks.)
 
     Args:
-        on_validation: evaluate at validations too; else at tests alone.
+        on_validation: evaluate at validations too, otherwise only at tests.
     """
 
     def __init__(self, on_validation: bool = True) -> None:
@@ -53,14 +53,14 @@ class ImageMetric(_Metric):
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Return a dataset's metrics by protocol, from the states of its images in the order of their names."""
-        raise TypeError(f"{type(self).__name__} has no metric of a whole dataset")
+        raise TypeError(f"{type(self).__name__} does not implement `compute` or `compute_images`")
 
     def compute_images(self, states: dict[str, Any], trainer: Any) -> dict[str, dict[str, float]]:
         """Return the metrics by image and protocol, from the states by image name; by default {"all": `compute`}."""
         return {"all": self.compute([states[name] for name in sorted(states)], trainer)}
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Drop earlier images, those of the sanity check too."""
+        """Drop earlier images, including those of the sanity check."""
         self.state = {}
 
     on_test_epoch_start = on_validation_epoch_start
@@ -107,12 +107,12 @@ class ImageMetric(_Metric):
 class SampleSetMetric(_Metric):
     """A metric that compares the samples of a validation or test with the reference sets of the datamodule.
 
-    Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and of the datamodule `reference_sets`, uint8 images by
-    the name of their set. Samples are sorted by index first, so that a result does not depend on the batch size and the
-    number of ranks.
+    Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and a datamodule with `reference_sets`, uint8
+    images by the name of their set. Samples are sorted by index first, so that results do not depend on the batch size and
+    the number of ranks.
 
     Args:
-        on_validation: evaluate at validations too; else at tests alone.
+        on_validation: evaluate at validations too, otherwise only at tests.
     """
 
     def __init__(self, on_validation: bool = False) -> None:
@@ -128,13 +128,13 @@ class SampleSetMetric(_Metric):
         """Return the metrics by protocol.
 
         Args:
-            samples: the states of all samples.
-            reference_sets: uint8 images (N, C, H, W).
-            trainer: whose datamodule and ranks these are.
+            samples: states of all samples, (N, ...).
+            real: uint8 images (N, C, H, W).
+            trainer: the trainer, with the datamodule and the ranks.
         """
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Drop earlier samples, those of the sanity check too."""
+        """Drop earlier samples, including those of the sanity check."""
         self.state = []
 
     on_test_epoch_start = on_validation_epoch_start
@@ -148,7 +148,7 @@ class SampleSetMetric(_Metric):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the state of a batch of samples."""
+        """Store the state of a batch of samples."""
         if self._is_inactive(trainer):
             return
         self.state.append((outputs["index"].cpu(), self.update(outputs["prediction"].detach().float())))
@@ -156,7 +156,7 @@ class SampleSetMetric(_Metric):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Compute, and log."""
+        """Compute and log."""
         if self._is_inactive(trainer):
             return
         samples = gather_sorted(self.state, trainer.world_size)

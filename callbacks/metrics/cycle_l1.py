@@ -1,4 +1,4 @@
-"""What comes back from a translation to another domain, and what should stay as it is."""
+"""Cycle-consistency and identity errors of image translation."""
 
 from typing import Any
 
@@ -10,22 +10,21 @@ DIRECTIONS = ("AtoB", "BtoA")
 
 
 class CycleL1(ImageMetric):
-    """Mean absolute differences of values in [0, 1], mean over pixels, then over pictures; direction by direction.
+    """Mean absolute differences of values in [0, 1] for each direction: the mean over pixels, then over images.
 
-    - `cycle-l1/<direction>`: between a picture and what comes back of it; "AtoB" is A to B to A (CycleGAN, eq. 2, without
+    - `cycle-l1/<direction>`: between an image and its cycle reconstruction; "AtoB" is A to B to A (CycleGAN, eq. 2, without
       its weight).
-    - `identity-l1/<direction>`: between a picture of the domain that this direction leads to, and what this direction's
-      generator makes of it (Section 5.2).
+    - `identity-l1/<direction>`: between an image of the target domain and the output of this direction's generator for it
+      (Section 5.2).
+    - `change-l1/<direction>`: between an image and its translation.
 
-    - `change-l1/<direction>`: between a picture and its translation.
-
-    None says whether a translation looks right; a generator that changes nothing has 0 in all.
+    None of them measures whether a translation looks right: the identity function has 0 in all.
 
     Expects the outputs {"image", "prediction", "reconstruction", "same": (N, 3, H, W), "direction": N strings}.
     """
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
-        """The picture's differences, by their protocols."""
+        """Return the differences of the image by protocol."""
         image = outputs["image"][i].float()
         direction = outputs["direction"][i]
         opposite = DIRECTIONS[direction == DIRECTIONS[0]]
@@ -36,7 +35,7 @@ class CycleL1(ImageMetric):
         }
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Means over the pictures that have a figure."""
-        names = sorted({name for figures in states for name in figures})
-        found = {name: [figures[name] for figures in states if name in figures] for name in names}
-        return {name: torch.tensor(values, dtype=torch.float64).mean().item() for name, values in found.items()}
+        """Return the mean of each protocol over the images that have it."""
+        names = sorted({name for metrics in states for name in metrics})
+        values_by_name = {name: [metrics[name] for metrics in states if name in metrics] for name in names}
+        return {name: torch.tensor(values, dtype=torch.float64).mean().item() for name, values in values_by_name.items()}

@@ -1,4 +1,4 @@
-"""Restoration: how near to the sound picture is what a network makes of a corrupted one?"""
+"""PSNR of denoised and inpainted images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from datamodules.errors import UserError
 
 
 class DenoisingPSNR(ImageMetric):
-    """PSNR in dB of pixels in [0, 1], of each picture over all its pixels, and the mean over a set.
+    """PSNR in dB of pixels in [0, 1], over all pixels of an image, then the mean over a set.
 
-    - `psnr/output`: of what the network makes.
-    - `psnr/input`: of what it is given.
-    - `psnr/tv-chambolle`: of total-variation denoising (Chambolle, 2004; scikit-image's) with the one weight of `tv_weights` that
-      is best for the set that is measured, which flatters it.
+    - `psnr/output`: the output of the network.
+    - `psnr/input`: the corrupted input.
+    - `psnr/tv-chambolle`: total-variation denoising (Chambolle, 2004; by scikit-image) with the best weight of `tv_weights`,
+      chosen on the evaluated set itself, which favors this baseline.
 
     Expects the outputs {"image", "input", "prediction": (N, C, H, W)}.
 
     Args:
-        tv_weights: of the classical filter; none to leave it away, as where pixels are missing.
-        on_validation: measure at validations too.
+        tv_weights: weights of the total-variation filter; empty to leave the filter out, as for missing pixels.
+        on_validation: evaluate at validations too.
     """
 
     def __init__(
@@ -33,12 +33,16 @@ class DenoisingPSNR(ImageMetric):
         self.tv_weights = tv_weights
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a network that is given sound pictures, before the first step."""
+        """Require a corrupted input.
+
+        Raises:
+            UserError: the model does not corrupt its input.
+        """
         if getattr(pl_module, "corruption", "none") == "none":
-            raise UserError("Restoration: model.corruption is none; there is nothing to restore")
+            raise UserError("DenoisingPSNR: model.corruption is none; choose a corruption or remove this metric")
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
-        """The picture's figures, those of the filter by its weight."""
+        """Return the PSNR of the output, the input and the filter by weight."""
         clean, noisy, restored = (
             outputs[name][i].float().cpu().double().permute(1, 2, 0).numpy() for name in ("image", "input", "prediction")
         )
@@ -49,14 +53,14 @@ class DenoisingPSNR(ImageMetric):
         return {"output": psnr(clean, restored), "input": psnr(clean, noisy), **filtered}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """See the class."""
-        means = {name: float(np.mean([one[name] for one in states])) for name in states[0]}
-        found = {f"psnr/{name}": means[name] for name in ("output", "input")}
+        """Return the metrics described at the class."""
+        means = {name: float(np.mean([state[name] for state in states])) for name in states[0]}
+        metrics = {f"psnr/{name}": means[name] for name in ("output", "input")}
         if self.tv_weights:
-            found["psnr/tv-chambolle"] = max(value for name, value in means.items() if name.startswith("tv/"))
-        return found
+            metrics["psnr/tv-chambolle"] = max(value for name, value in means.items() if name.startswith("tv/"))
+        return metrics
 
 
 def psnr(clean: np.ndarray, other: np.ndarray) -> float:
-    """In dB, for values in [0, 1]."""
+    """Peak signal-to-noise ratio in dB, for values in [0, 1]."""
     return float(-10 * np.log10(max(np.square(clean - other).mean(), 1e-10)))

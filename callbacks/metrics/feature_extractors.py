@@ -1,4 +1,4 @@
-"""Networks in whose features generated images are compared with real ones, and where their weights are found."""
+"""Networks whose features compare generated with real images, and their weights files."""
 
 import hashlib
 from pathlib import Path
@@ -14,26 +14,26 @@ from datamodules.errors import UserError
 
 
 class Extractor(Protocol):
-    """A network that looks at images; any class of this form can be named in a recipe.
+    """Protocol of feature networks; a recipe can name any class that implements it.
 
-    Its constructor takes the file of its weights.
+    The constructor takes the weights file.
     """
 
     name: str  # in protocols: fid/<name>-50000
-    url: str | None  # where its weights can be had, their names ending with the first digits of their sha256
+    url: str | None  # of the weights file, whose name ends with the first digits of its sha256
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Looks at uint8 images (N, C, H, W).
+        """Extract features of uint8 images (N, C, H, W).
 
         Returns:
-            "features" (N, F), and "logits" (N, K) where it is a classifier; float32.
+            "features" (N, F), and for a classifier "logits" (N, K); float32.
         """
 
 
 class Inception:
-    """torch-fidelity's copy of the Inception of 2015 that FID, KID and the Inception Score are defined by.
+    """torch-fidelity's port of the 2015 Inception network that defines FID, KID and the Inception Score.
 
-    Its features are those before the last layer (2048); its logits lack the bias, as in the scores' own code.
+    The features are the inputs of the last layer (2048); the logits leave its bias out, as the reference code does.
     """
 
     name: ClassVar[str] = "inception-tf"
@@ -48,13 +48,13 @@ class Inception:
         self.network = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=str(weights))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Extractor`; grey images are repeated to three channels."""
+        """See `Extractor`; gray images are repeated to three channels."""
         features, logits = self.network.to(images.device)(images.expand(-1, 3, -1, -1))
         return {"features": features, "logits": logits}
 
 
 class VGG16:
-    """torchvision's VGG-16, whose second hidden layer (4096) improved precision and recall are defined by."""
+    """torchvision's VGG-16; its second hidden layer (4096) defines improved precision and recall."""
 
     name: ClassVar[str] = "vgg16"
     url: ClassVar[str | None] = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -65,7 +65,7 @@ class VGG16:
         self.network = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=str(weights))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Extractor`; grey images are repeated to three channels."""
+        """See `Extractor`; gray images are repeated to three channels."""
         (features,) = self.network.to(images.device)(images.expand(-1, 3, -1, -1))
         return {"features": features}
 
@@ -73,17 +73,17 @@ class VGG16:
 class MnistLeNet:
     """LeNet-5 (LeCun et al., 1998, with ReLU and max pooling), trained on MNIST at 32 pixels.
 
-    Its features are those of layer F6 (84).
+    The features are the outputs of layer F6 (84).
     """
 
     name: ClassVar[str] = "mnist-lenet"
     url: ClassVar[str | None] = None
 
     def __init__(self, weights: Path) -> None:
-        stored = torch.load(weights, map_location="cpu", weights_only=True)
+        state_dict = torch.load(weights, map_location="cpu", weights_only=True)
         convolutions = {"c1": nn.Conv2d(1, 6, 5), "c3": nn.Conv2d(6, 16, 5), "c5": nn.Conv2d(16, 120, 5)}
         self.network = nn.ModuleDict({**convolutions, "f6": nn.Linear(120, 84), "f7": nn.Linear(84, 10)})
-        self.network.load_state_dict({name.partition(".")[2]: value for name, value in stored.items()})
+        self.network.load_state_dict({name.partition(".")[2]: value for name, value in state_dict.items()})
         self.network.requires_grad_(False)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -96,28 +96,28 @@ class MnistLeNet:
         return {"features": features, "logits": layers["f7"](features)}
 
 
-def find_weights(extractor: type[Extractor], given: str | None) -> Path:
-    """The file of an extractor's weights: the one that is named, else from torch's cache, else downloaded into it.
+def find_weights(extractor: type[Extractor], weights_path: str | None) -> Path:
+    """Return the weights file of an extractor: `weights_path`, otherwise from torch's cache, otherwise downloaded into it.
 
     Args:
-        extractor: whose.
-        given: a path, as it is or below the data root.
+        extractor: extractor class.
+        weights_path: a path as it is or below the data root.
 
     Raises:
-        Refused: there is none and it cannot be had, or it holds more than tensors.
+        UserError: the file is missing and cannot be downloaded, or it holds more than tensors.
     """
-    if given is not None:
-        path = next((path for path in (Path(given), data_root() / given) if path.is_file()), None)
+    if weights_path is not None:
+        path = next((path for path in (Path(weights_path), data_root() / weights_path) if path.is_file()), None)
         if path is None:
-            raise UserError(f"weights of {extractor.name}: no file {given}, neither here nor below {data_root()}")
+            raise UserError(f"weights of {extractor.name}: no file {weights_path} here or in {data_root()}")
     elif extractor.url is None:
-        raise UserError(f"weights of {extractor.name}: name their file, they cannot be downloaded")
+        raise UserError(f"weights of {extractor.name}: no download exists; name a file by `weights`")
     else:
         path = Path(torch.hub.get_dir()) / "checkpoints" / extractor.url.rpartition("/")[2]
         if not path.is_file():
             _download(extractor, path)
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run what it holds
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle any object
     except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
     return path
@@ -130,12 +130,12 @@ def _download(extractor: type[Extractor], path: Path) -> None:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
         raise UserError(
-            f"weights of {extractor.name} could not be fetched from {url} ({error}); put the file at {path}, name one by "
+            f"weights of {extractor.name}: download from {url} failed ({error}); put the file at {path}, name one by "
             "`weights`, or set `on_missing_weights: skip`"
         ) from None
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file."""
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""How well a linear classifier tells classes apart by a discriminator's features."""
+"""Linear classification of a discriminator's features."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -16,31 +16,31 @@ from datamodules.errors import UserError
 from datamodules.io.image_set import ImageSet, load_image_set
 from datamodules.random.noise import derive_seed
 
-SVM_COSTS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # C of the SVM, as the authors search it
-BATCH_SIZE = 100  # images looked at together
-N_BN_IMAGES = 10_000  # images that batch normalisation sees
+SVM_COSTS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # C of the SVM, the authors' grid
+BATCH_SIZE = 100  # images per forward pass
+N_BN_IMAGES = 10_000  # images for the statistics of batch normalization
 FeatureFn = Callable[[Tensor], Tensor]
 ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 
 
 class LinearProbe(Callback):
-    """DCGAN, Section 5: an L2-SVM on the discriminator's features, max-pooled to 4 x 4 in every layer, flattened, joined.
+    """DCGAN, Section 5: L2-SVM on features of the discriminator, each layer max-pooled to 4 x 4, flattened, concatenated.
 
-    Trained on some labelled images of each class, drawn anew `repeats` times, or once on all; C is the one of seven with the
-    least error on the held-out images. Logged for the set `test`, in percent: `svm-error/<labels>-labels` (Table 2's figure)
-    or `svm-accuracy/<labels>-labels` (Table 1's), with its deviation over the draws under `.../std`, and the same of the
-    images themselves, `svm-error-pixels/<labels>-labels`. In tests alone.
+    The SVM is trained on `repeats` random balanced subsets, or once on all images; C is the one of seven with the lowest error
+    on the held-out images. Logged for the set `test`, in percent: `svm-error/<labels>-labels` (as in Table 2) or
+    `svm-accuracy/<labels>-labels` (as in Table 1), with the standard deviation over the subsets as `.../std`, and the same
+    for raw pixels, `svm-error-pixels/<labels>-labels`. Evaluated only at tests.
 
-    The running statistics of batch normalisation, which in training have seen fakes too, are made anew from images of `train`.
-    The authors choose one C for all draws, and test on a hundred others.
+    The running statistics of batch normalization include fakes after training; they are recomputed from images of `train`.
+    The authors choose one C for all subsets, and test on a hundred other subsets.
 
     Args:
         train: labelled images to train on, such as "svhn/train".
         val: labelled images to choose C on.
-        test: labelled images to measure on.
-        per_class: how many labelled images of each class: 100 in Table 2, 400 in Table 1; None for all, as also there.
-        repeats: how many draws.
-        figure: what is logged.
+        test: labelled images to evaluate on.
+        per_class: labelled images per class: 100 in Table 2, 400 in Table 1; None for all, as also in Table 1.
+        repeats: number of random subsets.
+        figure: metric to log.
     """
 
     def __init__(
@@ -57,13 +57,17 @@ class LinearProbe(Callback):
         self.results: dict[str, dict[str, dict[str, float]]] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a discriminator whose features are not maps, before anything is done."""
+        """Require a convolutional discriminator.
+
+        Raises:
+            UserError: the discriminator is not a sequence of layers with convolutions.
+        """
         layers = getattr(pl_module, "discriminator", None)
         if not isinstance(layers, nn.Sequential) or not any(isinstance(layer, nn.Conv2d) for layer in layers):
-            raise UserError(f"LinearProbe: {type(pl_module).__name__} has no convolutional discriminator")
+            raise UserError(f"LinearProbe: {type(pl_module).__name__} has no convolutional discriminator; remove this metric")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure, on every process alike."""
+        """Evaluate on every rank, with the same result."""
         data = trainer.datamodule
         train, val, test = (
             load_image_set(spec, data.size, data.channels, data.crop, data.data_report) for spec in self.datasets
@@ -71,33 +75,33 @@ class LinearProbe(Callback):
         discriminator = with_recomputed_bn_stats(pl_module.discriminator, train.pixels[:N_BN_IMAGES], pl_module.device)
         labels = train.labels.numpy()
         if self.per_class is None:
-            draws = [np.arange(len(labels))]
+            subsets = [np.arange(len(labels))]
         else:
-            draws = [balanced_subset(labels, self.per_class, repeat) for repeat in range(self.repeats)]
+            subsets = [balanced_subset(labels, self.per_class, repeat) for repeat in range(self.repeats)]
         feature_fns: dict[str, FeatureFn] = {
             f"svm-{self.figure}": partial(features, discriminator),
             f"svm-{self.figure}-pixels": pixel_features,
         }
-        figures: dict[str, float] = {}
-        for name, look in feature_fns.items():
-            sets = [extract_features(look, images, pl_module.device) for images in (val, test)]
-            found = []
-            for indices in draws:
-                chosen = ImageSet(train.pixels[indices], train.labels[indices])
-                accuracy = accuracy_of_best_svm([extract_features(look, chosen, pl_module.device), *sets])
-                found.append(100 * (accuracy if self.figure == "accuracy" else 1 - accuracy))
-            protocol = f"{name}/{len(draws[0])}-labels"
-            figures |= {protocol: float(np.mean(found)), f"{protocol}/std": float(np.std(found))}
+        metrics: dict[str, float] = {}
+        for name, feature_fn in feature_fns.items():
+            sets = [extract_features(feature_fn, images, pl_module.device) for images in (val, test)]
+            values = []
+            for indices in subsets:
+                subset = ImageSet(train.pixels[indices], train.labels[indices])
+                accuracy = accuracy_of_best_svm([extract_features(feature_fn, subset, pl_module.device), *sets])
+                values.append(100 * (accuracy if self.figure == "accuracy" else 1 - accuracy))
+            protocol = f"{name}/{len(subsets[0])}-labels"
+            metrics |= {protocol: float(np.mean(values)), f"{protocol}/std": float(np.std(values))}
         name = self.datasets[2].replace("/", "-")
-        self.results = {name: {"all": figures}}
-        pl_module.log_dict({f"{name}/{protocol}": value for protocol, value in figures.items()}, sync_dist=False)
+        self.results = {name: {"all": metrics}}
+        pl_module.log_dict({f"{name}/{protocol}": value for protocol, value in metrics.items()}, sync_dist=False)
 
 
 def accuracy_of_best_svm(sets: Sequence[ImagesAndLabels]) -> float:
-    """The share of test items whose class the SVM knows that is best on the held-out ones.
+    """Return the test accuracy, in [0, 1], of the SVM with the best C on the held-out items.
 
     Args:
-        sets: what to train on, to choose C on, to measure on: inputs (N, F) and labels (N,).
+        sets: training, validation and test set, each inputs (N, F) and labels (N,).
     """
     from sklearn.svm import LinearSVC
 
@@ -108,35 +112,35 @@ def accuracy_of_best_svm(sets: Sequence[ImagesAndLabels]) -> float:
 
 
 def balanced_subset(labels: np.ndarray, per_class: int, repeat: int) -> np.ndarray:
-    """As many items of each class, drawn without repetition: their places.
+    """Return the indices of `per_class` random items of each class, without repetition.
 
     Raises:
-        Refused: some class has too few.
+        UserError: a class has fewer items.
     """
     generator = np.random.default_rng(derive_seed(0, f"labels/{repeat}"))
     indices = []
-    for kind in np.unique(labels):
-        of_kind = np.flatnonzero(labels == kind)
-        if len(of_kind) < per_class:
-            raise UserError(f"per_class: {per_class}, but there are only {len(of_kind)} images of class {kind}")
-        indices.append(generator.choice(of_kind, per_class, replace=False))
+    for label in np.unique(labels):
+        label_indices = np.flatnonzero(labels == label)
+        if len(label_indices) < per_class:
+            raise UserError(f"per_class: {per_class}, but class {label} has only {len(label_indices)} images")
+        indices.append(generator.choice(label_indices, per_class, replace=False))
     return np.concatenate(indices)
 
 
 def features(discriminator: nn.Sequential, images: Tensor) -> Tensor:
-    """Every layer's activations, max-pooled to 4 x 4: (N, C, H, W) in [0, 1] to (N, 16 * all channels)."""
-    maps, found = images * 2 - 1, []
+    """Return the activations of every layer, max-pooled to 4 x 4: (N, C, H, W) in [0, 1] to (N, 16 * all channels)."""
+    maps, values = images * 2 - 1, []
     for layer in discriminator:
         if isinstance(layer, nn.Flatten):
             break
         maps = layer(maps)
         if isinstance(layer, nn.LeakyReLU):
-            found.append(F.adaptive_max_pool2d(maps, 4).flatten(1))
-    return torch.cat(found, dim=1)
+            values.append(F.adaptive_max_pool2d(maps, 4).flatten(1))
+    return torch.cat(values, dim=1)
 
 
 def with_recomputed_bn_stats(discriminator: nn.Sequential, images: Tensor, device: torch.device) -> nn.Sequential:
-    """A copy whose batch normalisation has the mean statistics of batches of these uint8 images."""
+    """Return a copy whose batch normalization uses the mean statistics over batches of uint8 images."""
     copy = deepcopy(discriminator).train()
     for layer in copy:
         if isinstance(layer, nn.BatchNorm2d):
@@ -149,12 +153,12 @@ def with_recomputed_bn_stats(discriminator: nn.Sequential, images: Tensor, devic
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """The images themselves, in [-1, 1]."""
+    """Return the pixels scaled to [-1, 1]."""
     return images.flatten(1) * 2 - 1
 
 
-def extract_features(look: FeatureFn, images: ImageSet, device: torch.device) -> ImagesAndLabels:
-    """What `look` makes of uint8 images, float32 (N, F), and their labels."""
+def extract_features(feature_fn: FeatureFn, images: ImageSet, device: torch.device) -> ImagesAndLabels:
+    """Return features of uint8 images, float32 (N, F), and their labels."""
     with torch.no_grad():
-        parts = [look(part.to(device).float() / 255).float().cpu() for part in images.pixels.split(BATCH_SIZE)]
+        parts = [feature_fn(part.to(device).float() / 255).float().cpu() for part in images.pixels.split(BATCH_SIZE)]
     return torch.cat(parts).numpy(), images.labels.numpy()

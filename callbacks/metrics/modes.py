@@ -1,4 +1,4 @@
-"""How many modes of a ring of Gaussians a generator covers."""
+"""Mode coverage of a generator on a mixture of Gaussians."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from callbacks.metrics.base import SampleSetMetric
 
 
 class ModeCoverage(SampleSetMetric):
-    """Modes covered, and the share of samples of high quality (Srivastava et al., VEEGAN, arXiv:1705.07761, Section 4).
+    """Number of covered modes and fraction of high-quality samples (Srivastava et al., VEEGAN, arXiv:1705.07761, Section 4).
 
-    A sample is of high quality within three deviations of its nearest centre; a mode is covered if it has such a sample. A
-    mode has a crowd if it is the nearest one of at least a hundredth of the samples, however far they are.
+    - `modes/3-sigma`: modes with at least one high-quality sample, within three standard deviations of its nearest center.
+    - `modes/populated`: modes that are the nearest one of at least 1% of the samples, at any distance.
+    - `high-quality/3-sigma`: fraction of high-quality samples.
 
-    Expects points (N, 2) as predictions, and of the datamodule the centres as its real set.
+    Expects points (N, 2) as predictions, and a datamodule whose reference set holds the centers.
 
     Args:
-        deviation: of each Gaussian.
+        deviation: standard deviation of each Gaussian.
     """
 
     def __init__(self, deviation: float = 0.02) -> None:
@@ -25,16 +26,16 @@ class ModeCoverage(SampleSetMetric):
         self.deviation = deviation
 
     def update(self, images: Tensor) -> Tensor:
-        """The points."""
+        """Return the points."""
         return images.cpu()
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """See the class."""
+        """Return the metrics described at the class."""
         distance, nearest = torch.cdist(samples, real).min(dim=1)
-        good = distance < 3 * self.deviation
+        high_quality = distance < 3 * self.deviation
         populated = torch.bincount(nearest, minlength=len(real)) >= len(samples) / 100
         return {
-            "modes/3-sigma": float(nearest[good].unique().numel()),
+            "modes/3-sigma": float(nearest[high_quality].unique().numel()),
             "modes/populated": float(populated.sum()),
-            "high-quality/3-sigma": good.double().mean().item(),
+            "high-quality/3-sigma": high_quality.double().mean().item(),
         }

@@ -1,4 +1,4 @@
-"""Multi-scale SSIM between generated images: how alike they are to each other, the protocol of ProGAN."""
+"""Multi-scale SSIM between generated images, a measure of their diversity, by the protocol of ProGAN."""
 
 from typing import Any
 
@@ -8,41 +8,41 @@ from torch import Tensor
 
 from callbacks.metrics.base import SampleSetMetric, to_uint8
 
-WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # per scale, finest first
 WINDOW, SIGMA = 11, 1.5
 
 
 class MultiScaleSSIM(SampleSetMetric):
     """Mean MS-SSIM (Wang et al., 2003) of disjoint pairs of samples, 0 and 1, 2 and 3, ...; lower is more diverse.
 
-    As in Odena et al., arXiv:1610.09585, in ProGAN's version (Karras et al., arXiv:1710.10196, Section 5). Logged as
-    `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. The paper's figures have 10,000 pairs.
+    Odena et al., arXiv:1610.09585, in ProGAN's version (Karras et al., arXiv:1710.10196, Section 5). Logged as
+    `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. The paper uses 10,000 pairs.
     """
 
     def update(self, images: Tensor) -> Tensor:
-        """All of them, as files hold them: uint8 (N, C, H, W)."""
+        """Return the images as uint8 (N, C, H, W)."""
         return to_uint8(images).cpu()
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """See the class."""
-        figures = {}
+        """Return the metrics described at the class."""
+        values = {}
         for name, images in (("ms-ssim", samples), ("ms-ssim-real", real[: len(samples)])):
             pairs = len(images) // 2
-            similar = torch.cat(
+            similarities = torch.cat(
                 [
-                    ms_ssim(part[0::2].to(trainer.strategy.root_device), part[1::2].to(trainer.strategy.root_device))
-                    for part in images[: 2 * pairs].split(128)
+                    ms_ssim(chunk[0::2].to(trainer.strategy.root_device), chunk[1::2].to(trainer.strategy.root_device))
+                    for chunk in images[: 2 * pairs].split(128)
                 ]
             )
-            figures[f"{name}/{pairs}-pairs"] = similar.mean().item()
-        return figures
+            values[f"{name}/{pairs}-pairs"] = similarities.mean().item()
+        return values
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Of each pair of 8-bit images (N, C, H, W): float64 (N,), on the CPU.
+    """Return the MS-SSIM of each pair of 8-bit images (N, C, H, W): float64 (N,), on the CPU.
 
-    Luminance, contrast and structure over windows that lie wholly inside (11 x 11, or as large as the image), at five scales
-    by halving; the means of each scale, negative ones as 0, to the power of its weight; their product.
+    Contrast and structure at five scales, each half of the one before, and luminance at the last, over windows inside the image
+    (11 x 11, or smaller if the image is). The result is the product of the means, clamped at 0, to the power of their weights.
     """
     x, y = x.cpu().double(), y.cpu().double()
     product = x.new_ones(len(x))
@@ -54,11 +54,11 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean SSIM and its contrast-and-structure term of 8-bit images (N, C, H, W): (N,) each."""
+    """Return mean SSIM and its contrast-and-structure term of 8-bit images (N, C, H, W): (N,) each."""
     size = min(WINDOW, *x.shape[-2:])
     sigma = SIGMA * size / WINDOW
-    places = torch.arange(size, dtype=x.dtype) - (size - 1) / 2
-    window = torch.exp(-(places**2) / (2 * sigma**2))
+    offsets = torch.arange(size, dtype=x.dtype) - (size - 1) / 2
+    window = torch.exp(-(offsets**2) / (2 * sigma**2))
     window = window / window.sum()
 
     def mean(image: Tensor) -> Tensor:

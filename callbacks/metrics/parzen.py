@@ -1,4 +1,4 @@
-"""Log-likelihood by a Parzen window, the protocol of Goodfellow's GAN."""
+"""Parzen window log-likelihood, by the protocol of Goodfellow's GAN."""
 
 import math
 from typing import Any
@@ -14,17 +14,17 @@ SIGMAS = torch.logspace(-1, 0, 10, dtype=torch.float64)
 
 
 class ParzenLogLikelihood(SampleSetMetric):
-    """Mean log-likelihood of the real test images, in nats, under Gaussians around the samples.
+    """Mean log-likelihood of the real test images, in nats, under a mixture of Gaussians centered on the samples.
 
     log p(x) = log mean_i exp(-|x - s_i|**2 / (2 sigma**2)) - D log(sigma sqrt(2 pi)), pixels in [0, 1]; sigma is the best of
     ten between 0.1 and 1 on the first 1000 held-out images of the datamodule. As goodfeli/adversarial (parzen_ll.py); table
-    figures have 10,000 samples. In tests alone.
+    values use 10,000 samples. Evaluated only at tests.
 
-    The measure prefers smooth images to real ones. Two figures beside the samples' show it: those of as many real images (or of
-    all there are), and of as many k-means centroids of real images.
+    The metric prefers smooth images to real ones. Two baselines show this: the same number of real images (at most all), and
+    the same number of k-means centroids of real images.
 
     Args:
-        reference_set: the set whose images these are.
+        reference_set: set of real images for the baselines; None to leave them out.
     """
 
     def __init__(self, reference_set: str | None = None) -> None:
@@ -32,29 +32,33 @@ class ParzenLogLikelihood(SampleSetMetric):
         self.reference_set = reference_set
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a run that has no images to choose sigma on, before it begins."""
+        """Require a validation set, on which sigma is chosen.
+
+        Raises:
+            UserError: `data.val` is not set.
+        """
         if trainer.datamodule.val is None:
-            raise UserError("data.val: name the held-out images that the Parzen window's sigma is chosen on")
+            raise UserError("data.val: missing; name the held-out images on which the sigma of the Parzen window is chosen")
 
     def update(self, images: Tensor) -> Tensor:
-        """All pixels: float64 (N, D); not rounded, as the samples of that protocol are not."""
+        """Return all pixels: float64 (N, D), not rounded, as in the original protocol."""
         return images.cpu().double().flatten(1)
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """The mean, its standard error over the real images, and sigma."""
+        """Return the mean, its standard error over the real images, and sigma; the same for the baselines."""
         val_images, real = _flat(trainer.datamodule.val_images.pixels[:1000]), _flat(real)
-        figures = parzen_metrics(f"parzen/{len(samples)}-samples", samples, val_images, real)
+        values = parzen_metrics(f"parzen/{len(samples)}-samples", samples, val_images, real)
         if self.reference_set is not None:
             data = trainer.datamodule
             images = _flat(load_image_set(self.reference_set, data.size, data.channels, data.crop, data.data_report).pixels)
             count = min(len(samples), len(images))
-            figures |= parzen_metrics(f"parzen/{count}-images", images[:count], val_images, real)
-            figures |= parzen_metrics(f"parzen/{count}-centroids", centroids(images, count), val_images, real)
-        return figures
+            values |= parzen_metrics(f"parzen/{count}-images", images[:count], val_images, real)
+            values |= parzen_metrics(f"parzen/{count}-centroids", centroids(images, count), val_images, real)
+        return values
 
 
 def parzen_metrics(protocol: str, samples: Tensor, val_images: Tensor, real: Tensor) -> dict[str, float]:
-    """The mean log-likelihood of the real images, its standard error over them, and sigma; images are (N, D)."""
+    """Return the mean log-likelihood of the real images (N, D), its standard error over them, and sigma."""
     sigma = best_sigma(samples, val_images)
     per_image = log_likelihood(samples, real, sigma)
     error = per_image.std(correction=0) / len(real) ** 0.5
@@ -62,27 +66,27 @@ def parzen_metrics(protocol: str, samples: Tensor, val_images: Tensor, real: Ten
 
 
 def centroids(images: Tensor, count: int) -> Tensor:
-    """Centres of `count` clusters of images (N, D), after five rounds of Lloyd's algorithm from random images."""
+    """Return `count` k-means centroids of images (N, D), after five rounds of Lloyd's algorithm from random images."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(count, init="random", n_init=1, max_iter=5, random_state=0).fit(images.float().numpy())
-    return torch.from_numpy(found.cluster_centers_).double()
+    kmeans = KMeans(count, init="random", n_init=1, max_iter=5, random_state=0).fit(images.float().numpy())
+    return torch.from_numpy(kmeans.cluster_centers_).double()
 
 
 def best_sigma(samples: Tensor, val_images: Tensor) -> float:
-    """Of ten values, the one under which the held-out images (N, D) are the most likely."""
+    """Return the one of ten values of sigma with the highest likelihood of the held-out images (N, D)."""
     squares = torch.cdist(val_images, samples).square()
-    means = torch.stack([_from_squares(squares, sigma.item(), samples.shape[1]).mean() for sigma in SIGMAS])
+    means = torch.stack([_log_density(squares, sigma.item(), samples.shape[1]).mean() for sigma in SIGMAS])
     return SIGMAS[means.argmax()].item()
 
 
-def log_likelihood(samples: Tensor, images: Tensor, sigma: float, at_once: int = 1000) -> Tensor:
-    """Of each image (N, D), in nats, under Gaussians of that width around the samples (M, D): float64 (N,)."""
-    parts = [_from_squares(torch.cdist(part, samples).square(), sigma, samples.shape[1]) for part in images.split(at_once)]
+def log_likelihood(samples: Tensor, images: Tensor, sigma: float, batch_size: int = 1000) -> Tensor:
+    """Return the log-likelihood of each image (N, D), in nats, under Gaussians around the samples (M, D): float64 (N,)."""
+    parts = [_log_density(torch.cdist(chunk, samples).square(), sigma, samples.shape[1]) for chunk in images.split(batch_size)]
     return torch.cat(parts)
 
 
-def _from_squares(squares: Tensor, sigma: float, dimensions: int) -> Tensor:
+def _log_density(squares: Tensor, sigma: float, dimensions: int) -> Tensor:
     kernels = torch.logsumexp(-squares / (2 * sigma**2), dim=1) - math.log(squares.shape[1])
     return kernels - dimensions * math.log(sigma * math.sqrt(2 * math.pi))
 

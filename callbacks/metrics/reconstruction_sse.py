@@ -1,4 +1,4 @@
-"""Squared error: what a narrow code loses, beside what as many principal components lose."""
+"""Squared reconstruction error, compared with PCA."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from datamodules.io.image_set import load_image_set
 
 
 class ReconstructionSSE(ImageMetric):
-    """Squared error of a picture, summed over its values in [0, 1]: the mean over a set, at tests.
+    """Squared error of an image, summed over its values in [0, 1]: the mean over a set, at tests.
 
-    G. E. Hinton, R. R. Salakhutdinov. Science 313, 2006, in the text beside Figure 2.
+    G. E. Hinton, R. R. Salakhutdinov. Science 313, 2006, in the text next to Figure 2.
 
-    - `sse/network`: of what comes back.
-    - `sse/pca`: of the picture's projection on the first principal components of the training pictures
-      (scikit-learn's), as many as a code has numbers.
+    - `sse/network`: error of the reconstruction.
+    - `sse/pca`: error of the projection on the first principal components of the training images (scikit-learn), as many as
+      the code has dimensions.
 
     Expects the outputs {"image", "prediction": (N, C, H, W), "code": (N, D)}.
     """
@@ -28,21 +28,25 @@ class ReconstructionSSE(ImageMetric):
         self.pca: PCA | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what has no codes, before the first step."""
+        """Require an autoencoder on full sets of square images.
+
+        Raises:
+            UserError: the model has no encoder, or the data have excluded classes or are not square.
+        """
         if not hasattr(pl_module, "encoder") or not hasattr(trainer.datamodule, "image_hw"):
             raise UserError(
-                f"ReconstructionSSE: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; it is for "
+                f"ReconstructionSSE: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; use "
                 "modules.autoencoder.Autoencoder on datamodules.reconstruction.Reconstruction"
             )
         if trainer.datamodule.image_hw or trainer.datamodule.exclude_classes:
             raise UserError(
-                "ReconstructionSSE: the components are those of whole sets of squares; no data.exclude_classes, one data.size"
+                "ReconstructionSSE: PCA needs all classes and square images; remove data.exclude_classes, set one data.size"
             )
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Find the components once, then measure each picture of a batch."""
+        """Fit the components once, then evaluate each image of a batch."""
         if self.pca is None:
             data = trainer.datamodule
             pixels = load_image_set(data.train, data.size, data.channels, data.crop, data.data_report).pixels
@@ -50,13 +54,13 @@ class ReconstructionSSE(ImageMetric):
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def update(self, outputs: dict[str, Any], i: int) -> tuple[float, float]:
-        """The picture's two errors."""
-        image, made = (outputs[name][i].flatten().double().cpu() for name in ("image", "prediction"))
+        """Return the two errors of the image."""
+        image, prediction = (outputs[name][i].flatten().double().cpu() for name in ("image", "prediction"))
         assert self.pca is not None
         projected = self.pca.inverse_transform(self.pca.transform(image[None].numpy()))
-        return (made - image).square().sum().item(), float((torch.from_numpy(projected)[0] - image).square().sum())
+        return (prediction - image).square().sum().item(), float((torch.from_numpy(projected)[0] - image).square().sum())
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """See the class."""
+        """Return the metrics described at the class."""
         network, pca = np.mean(states, axis=0)
         return {"sse/network": float(network), "sse/pca": float(pca)}

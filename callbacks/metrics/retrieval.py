@@ -1,4 +1,4 @@
-"""Content-based retrieval: do pictures whose codes are near to each other show the same?"""
+"""Content-based retrieval: precision of the nearest neighbors of codes."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from callbacks.metrics.base import ImageMetric
 from datamodules.errors import UserError
 
-AT_ONCE = 1000  # queries answered together
+QUERIES_PER_BATCH = 1000  # queries per distance matrix
 
 
 class PrecisionAtK(ImageMetric):
-    """Precision at k: each picture of a set asks for the k nearest of all the others; the share of these that have its class.
+    """Precision at k: fraction of the k nearest other images of a set that have the class of the query; mean over queries.
 
     - `precision-at-<k>/code`: nearest by the Euclidean distance of codes.
-    - `precision-at-<k>/pixels`: the same of the pixels, beside it.
+    - `precision-at-<k>/pixels`: nearest by the Euclidean distance of pixels, a baseline.
 
     Expects the outputs {"image": (N, C, H, W), "code": (N, D), "label": (N,)}.
 
     Args:
-        k: how many are asked for.
-        on_validation: measure at validations too.
+        k: number of retrieved images.
+        on_validation: evaluate at validations too.
     """
 
     def __init__(self, k: PositiveInt = 10, on_validation: bool = False) -> None:
@@ -31,38 +31,42 @@ class PrecisionAtK(ImageMetric):
         self.k = k
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what cannot be asked, before the first step."""
+        """Require codes and more than k images per set.
+
+        Raises:
+            UserError: the model has no encoder, or a set has at most k images.
+        """
         if not hasattr(pl_module, "encoder"):
-            raise UserError(
-                f"Retrieval: {type(pl_module).__name__} has no codes; it is for modules.autoencoder and modules.vae"
-            )
+            raise UserError(f"PrecisionAtK: {type(pl_module).__name__} has no codes; use modules.autoencoder or modules.vae")
         if self.k < 1:
-            raise UserError(f"Retrieval.k: {self.k}; at least one picture must be asked for")
+            raise UserError(f"PrecisionAtK.k: {self.k}; must be at least 1")
         for name, images in trainer.datamodule.reference_sets.items():
             if len(images.labels) <= self.k:
-                raise UserError(f"Retrieval.k: {self.k} nearest of the {len(images.labels)} pictures of {name}")
+                raise UserError(
+                    f"PrecisionAtK.k: {self.k}, but {name} has only {len(images.labels)} images; choose a smaller k"
+                )
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, np.ndarray]:
-        """What the picture is found by, and its class."""
+        """Return the code, the pixels and the label of the image."""
         code, pixels = (outputs[name][i].flatten().float().cpu().numpy().copy() for name in ("code", "image"))
         return {"code": code, "pixels": pixels, "label": np.array(int(outputs["label"][i]))}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """See the class."""
-        of = {name: torch.from_numpy(np.stack([one[name] for one in states])) for name in states[0]}
-        found = {}
+        """Return the metrics described at the class."""
+        stacked = {name: torch.from_numpy(np.stack([state[name] for state in states])) for name in states[0]}
+        precision = {}
         for name in ("code", "pixels"):
-            right = of["label"][k_nearest(of[name], self.k)] == of["label"][:, None]
-            found[f"precision-at-{self.k}/{name}"] = right.double().mean().item()
-        return found
+            correct = stacked["label"][k_nearest(stacked[name], self.k)] == stacked["label"][:, None]
+            precision[f"precision-at-{self.k}/{name}"] = correct.double().mean().item()
+        return precision
 
 
 def k_nearest(vectors: Tensor, k: int) -> Tensor:
-    """The k nearest other rows of each row, nearest first: (N, D) to int64 (N, k)."""
-    answers = []
-    for first in range(0, len(vectors), AT_ONCE):
-        queries = vectors[first : first + AT_ONCE]
+    """Return the indices of the k nearest other rows of each row, nearest first: (N, D) to int64 (N, k)."""
+    indices = []
+    for start in range(0, len(vectors), QUERIES_PER_BATCH):
+        queries = vectors[start : start + QUERIES_PER_BATCH]
         distances = torch.cdist(queries, vectors)
-        distances[torch.arange(len(queries)), torch.arange(first, first + len(queries))] = torch.inf  # itself
-        answers.append(distances.topk(k, largest=False).indices)
-    return torch.cat(answers)
+        distances[torch.arange(len(queries)), torch.arange(start, start + len(queries))] = torch.inf  # itself
+        indices.append(distances.topk(k, largest=False).indices)
+    return torch.cat(indices)

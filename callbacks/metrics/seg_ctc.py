@@ -1,4 +1,4 @@
-"""The Cell Tracking Challenge's measure of segmented objects."""
+"""SEG, the segmentation metric of the Cell Tracking Challenge."""
 
 from typing import Any
 
@@ -9,34 +9,33 @@ from callbacks.metrics.base import ImageMetric
 
 
 class CTCSeg(ImageMetric):
-    """SEG, logged as `seg/ctc`: how well each object of the truth is covered by one predicted object; the mean of them all.
+    """SEG, logged as `seg/ctc`: mean over true objects of their intersection over union with the matching prediction.
 
-    An object R is matched with the predicted S for which |R & S| > |R| / 2, of which there is one at most, and scores their
-    intersection over union; without a match 0. Objects of one pixel are left out. Objects that are predicted where none is
-    cost nothing. (Maska et al., Bioinformatics 2014.) Predicted objects are the connected parts, by edges, of the pixels
-    whose likeliest class is 1.
+    A true object R matches the predicted object S with |R & S| > |R| / 2, at most one; without a match it scores 0. Objects of
+    one pixel are left out, and false positives are not penalized (Maska et al., Bioinformatics 2014). Predicted objects are
+    the edge-connected components of the pixels whose most likely class is 1.
 
-    Expects the outputs {"prediction": (N, K, H, W), "cells": (N, H, W), numbers of the true objects, 0 for the ground}.
+    Expects the outputs {"prediction": (N, K, H, W), "cells": (N, H, W), labels of the true objects, 0 for background}.
     """
 
     def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
-        """The scores of the picture's objects."""
+        """Return the scores of the objects in the image."""
         cells = outputs["prediction"][i].argmax(0).cpu().numpy() == 1
         return seg_scores(outputs["cells"][i].cpu().numpy(), label(cells)[0])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Their mean over all objects of the set; NaN if there are none."""
-        of_all = np.concatenate(states)
-        return {"seg/ctc": float(of_all.mean()) if len(of_all) else float("nan")}
+        """Return the mean over all objects of the set; NaN if there are none."""
+        scores = np.concatenate(states)
+        return {"seg/ctc": float(scores.mean()) if len(scores) else float("nan")}
 
 
 def seg_scores(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Of each true object, in the order of their numbers, see `CTCSeg`: float64 (objects,)."""
-    _, true = np.unique(np.append(true, 0), return_inverse=True)  # 0 is the ground; the numbers follow without a gap
+    """Return the score of each true object, in the order of their labels, see `CTCSeg`: float64 (objects,)."""
+    _, true = np.unique(np.append(true, 0), return_inverse=True)  # consecutive labels, 0 is the background
     overlap = np.zeros((true.max() + 1, predicted.max() + 1), dtype=np.int64)
     np.add.at(overlap, (true[:-1], predicted.ravel()), 1)
-    sizes, areas = overlap.sum(1), overlap.sum(0)
+    true_areas, predicted_areas = overlap.sum(1), overlap.sum(0)
     best = overlap[:, 1:].argmax(1) + 1 if overlap.shape[1] > 1 else np.zeros(len(overlap), dtype=np.int64)
-    shared = overlap[np.arange(len(overlap)), best] * (best > 0)
-    score = np.where(2 * shared > sizes, shared / (sizes + areas[best] - shared), 0.0)
-    return score[1:][sizes[1:] > 1]
+    intersection = overlap[np.arange(len(overlap)), best] * (best > 0)
+    score = np.where(2 * intersection > true_areas, intersection / (true_areas + predicted_areas[best] - intersection), 0.0)
+    return score[1:][true_areas[1:] > 1]

@@ -1,4 +1,4 @@
-"""Frechet distance between translated pictures and real ones of the domain they were translated to."""
+"""FID between translated images and real images of the target domain."""
 
 from typing import Any, Literal
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric, to_uint8
-from callbacks.metrics.feature_metrics import FeatureMetrics, extract, frechet_distance
+from callbacks.metrics.fid_kid_is import FeatureMetrics, extract, frechet_distance
 
 
 class TranslationFID(ImageMetric):
     """FID of each direction, logged as `fid/<network>-<direction>-<images>`.
 
-    All test pictures of one domain, translated and rounded to 8 bits, against all of the other in the same size, in the
-    features of Inception or another network; by torch-fidelity's functions. The number of translated pictures
-    stands in the name: with a hundred, such a distance is far too large, and never comparable with one of another number.
+    Compares all test images of one domain, translated and rounded to 8 bits, with all of the other domain at the same size, in
+    the features of Inception or another network, by torch-fidelity's functions. The name includes the number of translated
+    images: with a hundred, the distance is strongly biased upwards; distances of different numbers are not comparable.
 
     Expects the outputs {"image", "prediction": (N, 3, H, W), "direction": N strings}.
 
     Args:
         extractor, weights, on_missing_weights: see `FeatureMetrics`.
-        on_validation: measure at validations too.
+        on_validation: evaluate at validations too.
     """
 
     def __init__(
@@ -34,20 +34,20 @@ class TranslationFID(ImageMetric):
         self.features = FeatureMetrics(["fid"], extractor, weights, on_missing_weights, on_validation)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the network's weights before anything else is done."""
+        """Load the weights of the network before the first step."""
         self.features.setup(trainer, pl_module, stage)
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, Tensor]:
-        """Features of the picture and of its translation, by their domains."""
+        """Return the features of the image and of its translation, by their domains."""
         source, translated = ("A", "to B") if outputs["direction"][i] == "AtoB" else ("B", "to A")
         if self.features.network is None:
             return {}
         pair = to_uint8(torch.stack([outputs["image"][i], outputs["prediction"][i]]).detach().float())
-        of_image, of_translation = extract(self.features.network, pair)["features"]
-        return {source: of_image, translated: of_translation}
+        image_features, translation_features = extract(self.features.network, pair)["features"]
+        return {source: image_features, translated: translation_features}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """See the class."""
+        """Return the metrics described at the class."""
         results: dict[str, float] = {}
         network = self.features.network
         for domain, direction in (("B", "AtoB"), ("A", "BtoA")):

@@ -1,6 +1,7 @@
-"""Checkpoints: the newest state to go on from, and the best weights to measure."""
+"""Checkpoints: the latest state to resume from, and the best weights to evaluate."""
 
 import hashlib
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,15 +17,18 @@ from torch import Tensor
 from datamodules.errors import UserError
 from modules.training.gradients import broadcast_buffers
 
+# Raised by torch.load for a truncated checkpoint or a file of another format.
+LOAD_ERRORS = (EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, UnpicklingError, struct.error)
+
 
 class Checkpoints(Callback):
-    """Writes `last.ckpt` after every validation, and `best.ckpt` when the monitored figure has risen.
+    """Writes `last.ckpt` after every validation, and `best.ckpt` when the monitored metric has improved.
 
-    Both are written beside their place and moved there, so a run that is killed while it writes keeps the older file.
+    Both are written to a temporary file that replaces the older one, so a run killed while writing keeps the older file.
 
     Args:
-        folder: where they go.
-        monitor: the logged figure that chooses the best, higher is better; without one the newest is the best.
+        folder: folder of both checkpoints.
+        monitor: logged metric that selects the best weights, higher is better; without it the latest are the best.
     """
 
     def __init__(self, folder: Path, monitor: str | None = None) -> None:
@@ -33,12 +37,16 @@ class Checkpoints(Callback):
         self.best_images = 0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the state, and the weights if they are the best so far."""
+        """Save the state, and the weights if they are the best so far.
+
+        Raises:
+            UserError: the monitored metric is not logged, or a weight is not finite.
+        """
         if trainer.state.fn != "fit":
             return
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if "/" in name))
-            raise UserError(f"monitor: no figure '{self.monitor}' is logged; these are: {known}")
+            raise UserError(f"monitor: no metric '{self.monitor}' is logged; choose one of: {known}")
         if trainer.sanity_checking:
             return
         improved = True
@@ -52,7 +60,7 @@ class Checkpoints(Callback):
         save_atomic(trainer, self.last)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best figure so far."""
+        """Return the best value of the metric so far."""
         return {"best_value": self.best_value, "best_images": self.best_images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -61,10 +69,10 @@ class Checkpoints(Callback):
 
 
 def save_atomic(trainer: Any, path: Path) -> None:
-    """Write a checkpoint so that `path` is at every moment either the old one or the new one, whole.
+    """Write a checkpoint to a temporary file and move it to `path`, which always holds a complete checkpoint.
 
     Raises:
-        Refused: a weight has become infinite or not a number; the older checkpoint stays.
+        UserError: a weight is infinite or NaN; the older checkpoint stays.
     """
     module = trainer.lightning_module
     if trainer.world_size > 1:
@@ -72,7 +80,7 @@ def save_atomic(trainer: Any, path: Path) -> None:
     for name, value in module.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError(
-                f"'{name}' has values that are not finite after {module.images_seen} images; {path} stays as it was. "
+                f"'{name}' has values that are not finite after {module.images_seen} images; {path} is unchanged. "
                 f"Lower model.learning_rate (now {module.learning_rate})"
             )
     tmp_path = path.with_suffix(".part")
@@ -82,18 +90,39 @@ def save_atomic(trainer: Any, path: Path) -> None:
     trainer.strategy.barrier("the checkpoint is in its place")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint (.ckpt) or of committed weights (.safetensors), by name."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's tensors and plain data; tensors are memory-mapped.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or is not a checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except LOAD_ERRORS:
+        content = None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ValueError("not a checkpoint, which has a state_dict")
-    return content["state_dict"]
+        raise UserError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint (.ckpt, .safetensors)")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint (.ckpt) or of committed weights (.safetensors), by name.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    if path.suffix != ".safetensors":
+        return read_checkpoint(path)["state_dict"]
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names and values: the same for a checkpoint and for the file committed from it."""
+    """Return the sha256 of names and values; a checkpoint and the file committed from it have the same."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -102,31 +131,28 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 
 def load_weights(module: L.LightningModule, path: Path) -> None:
-    """Fill a module with the weights of a checkpoint (.ckpt) or of committed weights (.safetensors).
+    """Load the weights of a checkpoint (.ckpt) or of committed weights (.safetensors) into a module.
 
     Raises:
-        Refused: the file does not hold this network's weights; the message names the file and the first difference.
+        UserError: the file does not hold the weights of this module; the message names the file and the first difference.
     """
-    try:
-        weights = read_weights(path)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as weights: {reason}") from None
-    wanted = inference_state_dict(module, module.state_dict())
-    weights = inference_state_dict(module, weights)
-    for name in sorted(wanted.keys() | weights.keys()):
-        have, want = (tuple(side[name].shape) if name in side else "nothing" for side in (weights, wanted))
-        if have != want:
-            raise UserError(f"{path} does not fit this model: '{name}' is {have} there, the model needs {want}")
+    weights = inference_state_dict(module, read_weights(path))
+    expected = inference_state_dict(module, module.state_dict())
+    for name in sorted(expected.keys() | weights.keys()):
+        shape, expected_shape = (
+            tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (weights, expected)
+        )
+        if shape != expected_shape:
+            raise UserError(f"{path} does not fit this model: '{name}' is {shape}, the model needs {expected_shape}")
     module.load_state_dict(weights, strict=False)
 
 
 def inference_state_dict(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a method's weights is used after training: all but the parts that it calls `training_only_modules`.
+    """Return the weights that are used after training: all but those of the method's `training_only_modules`.
 
     Args:
         method: a method, or its class.
-        weights: its state.
+        weights: state dict of the method.
     """
-    parts = tuple(f"{part}." for part in getattr(method, "training_only_modules", ()))
-    return {name: tensor for name, tensor in weights.items() if not (parts and name.startswith(parts))}
+    prefixes = tuple(f"{prefix}." for prefix in getattr(method, "training_only_modules", ()))
+    return {name: tensor for name, tensor in weights.items() if not (prefixes and name.startswith(prefixes))}

@@ -1,4 +1,4 @@
-"""The run's figures as a CSV file that only grows."""
+"""Logged metrics as an append-only CSV file."""
 
 import csv
 from argparse import Namespace
@@ -13,13 +13,13 @@ COLUMNS = ["step", "images", "name", "value"]
 
 
 class CSVLogger(Logger):
-    """One row a figure: step, images seen, name, value. Nothing that is written is ever lost or rewritten.
+    """Writes one row per metric: step, images seen, name, value.
 
-    Lightning's CSVLogger deletes the file of an earlier part of the run and rewrites it when a new name appears.
+    Lightning's CSVLogger deletes the file when a run resumes, and rewrites it when a new name appears.
 
     Args:
-        path: the file. What stands in it stays; rows after `resumed_at`, which a resumed run logs again, go.
-        resumed_at: the images seen in the checkpoint that the run goes on from.
+        path: the file. Its rows up to `resumed_at` are kept; later ones, which the resumed run logs again, are removed.
+        resumed_at: images seen in the checkpoint from which the run resumes.
     """
 
     def __init__(self, path: Path, resumed_at: int = 0) -> None:
@@ -30,12 +30,12 @@ class CSVLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning asks for one."""
+        """Name, required by Lightning."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """Lightning asks for one."""
+        """Version, required by Lightning; empty."""
         return ""
 
     @rank_zero_only
@@ -50,11 +50,11 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """They stand in config.yaml."""
+        """Do nothing: config.yaml holds the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row a figure; `images` among them counts for all that follow."""
+        """Append one row per metric; `images` sets the images seen of these and all later rows."""
         self.images = int(metrics.get("images", self.images))
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -64,6 +64,6 @@ class CSVLogger(Logger):
 
 
 def read_metrics_csv(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a log; a last one that was cut short by a kill is left out."""
+    """Return the complete rows of a log; a last row that was truncated by a kill is left out."""
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["value"]]

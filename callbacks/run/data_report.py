@@ -1,4 +1,4 @@
-"""What is said before the first step."""
+"""Report of unusable data files."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from lightning.pytorch.callbacks import Callback
 
 
 class PrintDataReport(Callback):
-    """Says how many unusable files were left out, and which."""
+    """Prints the number and the names of unusable files that were left out."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """After the datamodule has looked at its pictures."""
+        """Print the report, after the setup of the datamodule."""
         skipped = trainer.datamodule.data_report.skipped if trainer.datamodule else []
         if skipped and trainer.is_global_zero:
             print(f"left out  {len(skipped)} unusable files: {'; '.join(skipped)}", flush=True)

@@ -1,4 +1,4 @@
-"""A decoder that begins with the mean picture."""
+"""Initialization of the output bias of a decoder with the mean image."""
 
 from typing import Any
 
@@ -6,25 +6,29 @@ from lightning.pytorch.callbacks import Callback
 
 from datamodules.errors import UserError
 
-EXAMPLES = 10_000  # pictures whose mean it is
+N_IMAGES = 10_000  # images in the mean
 
 
 class InitOutputBias(Callback):
-    """Before the first step, gives the last bias of a decoder what makes the mean of the first 10,000 training pictures.
+    """Sets the last bias of a decoder before the first step, so that it outputs the mean of 10,000 training images.
 
-    As Burda et al., arXiv:1509.00519, in their code. From zero, the first thousand steps only teach the decoder which pixels
-    are always black, and latents that are of no use in the meantime are lost.
+    As in the code of Burda et al., arXiv:1509.00519. With a zero bias, the decoder spends the first thousand steps on learning
+    which pixels are always black, and latents that are unused in the meantime collapse.
 
-    Calls the method's `begin_with(mean)`.
+    Calls the method's `init_output_bias(mean)`.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what has no such bias."""
+        """Require a method with `init_output_bias`.
+
+        Raises:
+            UserError: the method has no such function.
+        """
         if not hasattr(pl_module, "init_output_bias"):
-            raise UserError(f"InitOutputBias: {type(pl_module).__name__} has no decoder that begins with a picture")
+            raise UserError(f"InitOutputBias: {type(pl_module).__name__} has no init_output_bias; remove this callback")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """In a run that begins, not in one that goes on; every process computes the same."""
+        """Set the bias in a new run, not in a resumed one; all ranks compute the same bias."""
         if pl_module.images_seen == 0:
             data = trainer.datamodule
-            pl_module.init_output_bias(data.preview_images(min(EXAMPLES, len(data.items))).mean(0))
+            pl_module.init_output_bias(data.preview_images(min(N_IMAGES, len(data.items))).mean(0))

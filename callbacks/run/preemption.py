@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: save at the next step, say how to go on, stop."""
+"""Ctrl-C and SIGTERM: save after the current step, print how to resume, and stop."""
 
 import signal
 from pathlib import Path
@@ -15,11 +15,11 @@ from modules.training.lightning_compat import is_validation_due
 
 
 class Preemption(Callback):
-    """The handler only raises a flag; the run saves where a step has ended and leaves.
+    """Stops a run on a signal: the handler only sets a flag; the run saves and exits after the current step.
 
     Args:
-        path: the checkpoint to write.
-        resume_hint: what to tell the user, one line.
+        path: checkpoint file to write.
+        resume_hint: line to print, which explains how to resume.
     """
 
     def __init__(self, path: Path, resume_hint: str) -> None:
@@ -29,13 +29,13 @@ class Preemption(Callback):
         self.pending_reduce: tuple[Any, torch.Tensor] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take the signals over from Lightning, whose own handlers save in the middle of a step."""
+        """Replace Lightning's signal handlers, which save in the middle of a step."""
         self._install_handlers()
         if trainer.world_size > 1:
-            self.group: Any = dist.new_group(backend="gloo")  # on the host: asking must not wait for the devices
+            self.group: Any = dist.new_group(backend="gloo")  # on the host, so that the reduction does not wait for the devices
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         if self.pending_reduce is not None:
             self.pending_reduce[0].wait()
             self.pending_reduce = None
@@ -46,16 +46,16 @@ class Preemption(Callback):
         self._restore_handlers()
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """What is measured after training may be interrupted too."""
+        """Handle signals during the test after training too."""
         self._install_handlers()
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Leave; training is done and saved, the measurement is made anew. Processes are not asked: their shares differ."""
+        """Exit; training is saved and the test restarts. Ranks do not agree on this: they have different numbers of batches."""
         if self.signal_status:
             if trainer.is_global_zero:
-                print(f"\nStopped while measuring. {self.resume_hint}", flush=True)
+                print(f"\nStopped while evaluating. {self.resume_hint}", flush=True)
             raise SystemExit(self.signal_status)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
@@ -73,11 +73,11 @@ class Preemption(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_status == INTERRUPTED:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a third Ctrl-C does not wait for the step
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a third Ctrl-C ends the run at once
         self.signal_status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop here, unless a validation belongs to this step: then after it."""
+        """Stop after a step; if a validation is due, stop after it."""
         if not is_validation_due(trainer) and (signal_status := self._signal_on_any_rank(trainer)):
             self._stop(trainer, signal_status)
 
@@ -87,21 +87,21 @@ class Preemption(Callback):
             self._stop(trainer, signal_status)
 
     def _signal_on_any_rank(self, trainer: Any) -> int:
-        """The flag, once it is up in any process; with several, as it was a step ago, so that none waits for another."""
+        """Return the flag of any rank; with several ranks, that of the previous step, so that no rank waits for another."""
         if trainer.world_size == 1:
             return self.signal_status
-        signal = 0
+        status = 0
         if self.pending_reduce is not None:
             work, flag = self.pending_reduce
             work.wait()
-            signal = int(flag)
+            status = int(flag)
         flag = torch.tensor(self.signal_status)
         self.pending_reduce = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag
-        return signal
+        return status
 
     def _stop(self, trainer: Any, signal_status: int) -> NoReturn:
         save_atomic(trainer, self.path)
         if trainer.is_global_zero:
-            print(f"\nStopped; nothing is lost. {self.resume_hint}", flush=True)
-        # The first process's status is the run's; Lightning kills it when another one's is not 0.
+            print(f"\nStopped and saved. {self.resume_hint}", flush=True)
+        # Rank 0 determines the exit status of the run; Lightning kills it if another rank exits with a status other than 0.
         raise SystemExit(signal_status if trainer.is_global_zero else 0)

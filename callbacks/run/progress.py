@@ -1,4 +1,4 @@
-"""One progress bar: how far, how fast, how good, how long still."""
+"""Progress bar with images, throughput, the monitored metric and the remaining time."""
 
 import time
 from typing import Any
@@ -9,10 +9,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class ProgressBar(Callback):
-    """A rich bar over the training budget; without a terminal, one line at each validation.
+    """Shows a rich progress bar over the training budget; without a terminal, prints one line per validation.
 
     Args:
-        monitor: the figure to show beside it.
+        monitor: metric to show next to the bar.
     """
 
     def __init__(self, monitor: str | None = None) -> None:
@@ -22,7 +22,7 @@ class ProgressBar(Callback):
         self.last_drawn = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Draw the bar."""
+        """Show the bar."""
         self.started, self.images_at_start = time.monotonic(), pl_module.images_seen
         self._open(trainer, "images", pl_module.total_images, pl_module.images_seen)
 
@@ -37,20 +37,20 @@ class ProgressBar(Callback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            auto_refresh=False,  # a refreshing thread would take the interpreter from the training loop
+            auto_refresh=False,  # a refresh thread would compete with the training loop for the interpreter
         )
         self.task = self.progress.add_task("", total=total, completed=completed, text="")
         self.progress.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Redraw it twice a second at most."""
+        """Update the bar at most twice a second."""
         if self.progress is not None and (now := time.monotonic()) - self.last_drawn > 0.5:
             self.last_drawn = now
             self.progress.update(self.task, completed=pl_module.images_seen, text=self._status_text(trainer, pl_module))
             self.progress.refresh()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say how good it is by now."""
+        """Print the progress and the metric if there is no bar."""
         if trainer.state.fn == "validate":
             self._close()
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking and self.progress is None:
@@ -58,7 +58,7 @@ class ProgressBar(Callback):
             print(f"{done}  {self._status_text(trainer, pl_module)}", flush=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave the full bar standing."""
+        """Leave the completed bar on the terminal."""
         if self.progress is not None:
             self.progress.update(self.task, completed=pl_module.images_seen, text=self._status_text(trainer, pl_module))
         self._close()
@@ -70,29 +70,29 @@ class ProgressBar(Callback):
             self.progress = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Free the terminal."""
+        """Close the bar."""
         self._close()
 
-    # Measuring: `test`, and `validate` outside of training
+    # Evaluation: `test`, and `validate` outside of training
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Draw a bar over this process's share of the pictures."""
-        self._open(trainer, "pictures", sum(trainer.num_test_batches))
+        """Show a bar over the images of this rank."""
+        self._open(trainer, "images", sum(trainer.num_test_batches))
 
     def on_test_batch_end(self, trainer: Any, *args: Any) -> None:
-        """One more."""
+        """Advance the bar."""
         if self.progress is not None:
             self.progress.advance(self.task)
             self.progress.refresh()
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave the full bar standing."""
+        """Leave the completed bar on the terminal."""
         self._close()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """See `on_test_start`."""
         if trainer.state.fn == "validate":
-            self._open(trainer, "pictures", sum(trainer.num_val_batches))
+            self._open(trainer, "images", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
         """See `on_test_batch_end`."""
@@ -101,7 +101,7 @@ class ProgressBar(Callback):
 
     def _status_text(self, trainer: Any, pl_module: Any) -> str:
         rate = (pl_module.images_seen - self.images_at_start) / (time.monotonic() - self.started)
-        shown = [f"{rate:,.0f}/s"]
+        fields = [f"{rate:,.0f}/s"]
         if self.monitor in trainer.callback_metrics:
-            shown.append(f"{self.monitor} {float(trainer.callback_metrics[self.monitor]):.3f}")
-        return "  ".join(shown)
+            fields.append(f"{self.monitor} {float(trainer.callback_metrics[self.monitor]):.3f}")
+        return "  ".join(fields)

@@ -1,4 +1,4 @@
-"""Files of run records: JSON with a checksum. Nothing heavy is imported here."""
+"""Run record files: JSON with a checksum. This module imports nothing slow."""
 
 import hashlib
 import json
@@ -10,17 +10,17 @@ from datamodules.errors import UserError
 
 
 class BrokenRecord(UserError):
-    """A record cannot be used; the message names the file and what is wrong with it."""
+    """A record cannot be used; the message names the file and the problem."""
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """sha256 over a record's content, whatever the order of its keys."""
+    """Return the sha256 of the content of a record, independent of the order of its keys."""
     content = {key: value for key, value in record.items() if key not in ("checksum", "file")}
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record with its checksum, so that `path` is at every moment the old record or the new one, whole."""
+    """Write a record with its checksum to a temporary file and move it to `path`, which always holds a complete record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {key: value for key, value in record.items() if key not in ("checksum", "file")}
     tmp_path = path.with_suffix(".part")
@@ -33,7 +33,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        BrokenRecord: it is not one, was changed after it was written, or contradicts itself.
+        BrokenRecord: the file is not a record, or was changed after it was written.
     """
     try:
         record = json.loads(path.read_text())
@@ -44,5 +44,5 @@ def read_record(path: Path) -> dict[str, Any]:
     if "checksum" not in record:
         raise BrokenRecord(f"{path}: has no checksum")
     if record["checksum"] != checksum(record):
-        raise BrokenRecord(f"{path}: was changed after it was written: its checksum differs")
+        raise BrokenRecord(f"{path}: its checksum differs; the file was changed after it was written")
     return record

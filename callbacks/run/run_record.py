@@ -1,4 +1,4 @@
-"""The run's record: what was run and what came of it, as JSON in the run's folder."""
+"""The run record: configuration and results as JSON in the run's folder."""
 
 import math
 import os
@@ -15,41 +15,41 @@ from lightning.pytorch.callbacks import Callback
 from callbacks.run.checkpoints import inference_state_dict, read_weights, weights_hash
 from callbacks.run.record_file import read_record, write_record
 
-SEGMENT_KEYS = ("commit", "code", "versions")  # what makes a resumed run another run than it was
+SEGMENT_KEYS = ("commit", "code", "versions")  # a resumed run that differs in these is a new segment
 
 
 class RunRecord(Callback):
-    """Writes the record when training has reached its budget, and adds what is measured afterwards.
+    """Writes the record when training has reached its budget, and adds the metrics of later tests.
 
-    A metric has `results`, {data set: {picture: {protocol: value}}}; those of a test stand in the record.
+    Metrics are callbacks with `results`, {dataset: {image: {protocol: value}}}.
 
     Args:
         path: the file.
-        metadata: what is known before the run starts.
+        metadata: entries known before the run starts: code, versions, configuration.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path, self.metadata = path, metadata
         self.seconds = 0.0
-        self.previous_segments: list[dict[str, Any]] = []  # by other code than this one
+        self.previous_segments: list[dict[str, Any]] = []  # trained by other versions of the code
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the clock; a resumed run goes on with the time it has taken so far."""
+        """Start the clock; a resumed run adds to its earlier training time."""
         self.started = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The time taken so far, in seconds, and the code that it was spent by."""
+        """Return the training time in seconds, and the code versions it was spent by."""
         segments = [*self.previous_segments, {key: self.metadata[key] for key in SEGMENT_KEYS}]
         return {"seconds": self.seconds + time.monotonic() - self.started, "segments": segments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.seconds = state_dict["seconds"]
-        this = {key: self.metadata[key] for key in SEGMENT_KEYS}
-        self.previous_segments = [segment for segment in state_dict["segments"] if segment != this]
+        current = {key: self.metadata[key] for key in SEGMENT_KEYS}
+        self.previous_segments = [segment for segment in state_dict["segments"] if segment != current]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write what the training was."""
+        """Write the record of the training."""
         checkpoints = next(c for c in trainer.callbacks if hasattr(c, "best_images"))
         self._write(
             trainer,
@@ -72,7 +72,7 @@ class RunRecord(Callback):
         )
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Add what the test measured, picture by picture."""
+        """Add the test metrics, image by image."""
         metrics: dict[str, Any] = {}
         for callback in trainer.callbacks:
             for dataset, images in getattr(callback, "results", {}).items():
@@ -91,15 +91,15 @@ class RunRecord(Callback):
         evaluator_weights = {
             type(c).__name__: c.evaluator_hash for c in trainer.callbacks if getattr(c, "evaluator_hash", None)
         }
-        if evaluator_weights:  # hashes of the networks that metrics rest on
+        if evaluator_weights:  # hashes of the networks that compute metrics
             existing["evaluator_weights"] = evaluator_weights
         existing["data"] = {**existing.get("data", {}), **trainer.datamodule.data_report.fingerprints()}
-        metrics = {**existing.get("metrics", {}), **metrics}  # a set that is not here today may have been evaluated before
+        metrics = {**existing.get("metrics", {}), **metrics}  # keep earlier metrics of sets that are missing now
         missing_sets = [line.partition(":")[0] for line in trainer.datamodule.missing_sets]
         self._write(trainer, {**existing, "missing_sets": missing_sets, "metrics": metrics})
 
     def _same_training(self, existing: dict[str, Any]) -> bool:
-        """Whether what a record says of its training holds for the recipe as it stands."""
+        """Return whether a record is of the same model, data and training code as this run."""
         same_recipe = all(existing.get("content", {}).get(key) == self.metadata["content"][key] for key in ("model", "data"))
         return (
             same_recipe
@@ -108,9 +108,9 @@ class RunRecord(Callback):
         )
 
     def _same_code(self, existing: dict[str, Any], part: str) -> bool:
-        """Whether a part of the code is that of a record, or of the last check that certified it."""
-        known = (existing.get("code", {}), existing.get("certified", {}).get("code", {}))
-        return any(code.get(part) == self.metadata["code"][part] for code in known)
+        """Return whether a part of the code is the same as in a record, or in the last check that certified the record."""
+        code_versions = (existing.get("code", {}), existing.get("certified", {}).get("code", {}))
+        return any(code.get(part) == self.metadata["code"][part] for code in code_versions)
 
     def _write(self, trainer: Any, record: dict[str, Any]) -> None:
         if trainer.is_global_zero:
@@ -118,14 +118,14 @@ class RunRecord(Callback):
 
 
 def json_number(value: float, digits: int | None = None) -> float | str:
-    """A figure as JSON can hold it, rounded: infinities (a perfect picture's PSNR) and NaN as text, which float() reads."""
+    """Round a value for JSON; infinity (PSNR of a perfect image) and NaN become text that float() reads."""
     if not math.isfinite(value):
         return str(value)
     return value if digits is None else round(value, digits)
 
 
 def hardware(trainer: Any) -> dict[str, Any]:
-    """What the run ran on."""
+    """Return the hardware and the precision of the run."""
     cuda = trainer.strategy.root_device.type == "cuda"
     return {
         "accelerator": torch.cuda.get_device_name() if cuda else cpu_name(),
@@ -137,7 +137,7 @@ def hardware(trainer: Any) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the name of the processor, or of its architecture if unknown."""
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -146,8 +146,8 @@ def cpu_name() -> str:
 
 
 def peak_memory_mib(trainer: Any) -> int:
-    """The most memory this process has held: on the GPU if it computes there, else resident."""
+    """Return the peak memory of this process in MiB: allocated on the GPU if it is used, otherwise resident."""
     if trainer.strategy.root_device.type == "cuda":
         return torch.cuda.max_memory_allocated() // 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

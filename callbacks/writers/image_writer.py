@@ -1,4 +1,4 @@
-"""Writes enlarged or translated pictures as they come."""
+"""Writer of upscaled or translated images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from datamodules.io.user_images import merge_channels
 
 
 class ImageWriter(BasePredictionWriter):
-    """Writes each prediction as PNG: a picture in colour, or a luma together with its picture's colour.
+    """Writes each prediction as PNG: a color image, or a luma channel combined with the chroma of the input.
 
     Args:
-        targets: where each picture goes, by its "path".
+        targets: output file of each image, by its "path".
     """
 
     def __init__(self, targets: dict[str, Path]) -> None:
@@ -31,9 +31,9 @@ class ImageWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one picture and say so."""
-        made = prediction["prediction"][0].float().cpu()
-        image = merge_channels(made, prediction["chroma"].cpu(), prediction["alpha"].cpu())
+        """Write one image and print its name."""
+        predicted = prediction["prediction"][0].float().cpu()
+        image = merge_channels(predicted, prediction["chroma"].cpu(), prediction["alpha"].cpu())
         target = self.targets[prediction["path"]]
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)

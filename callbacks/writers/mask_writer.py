@@ -1,4 +1,4 @@
-"""Writes predicted masks as they come."""
+"""Writer of predicted masks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from callbacks.visualization.overlays import overlay
 
 
 class MaskWriter(BasePredictionWriter):
-    """Writes each picture's class ids as a grey PNG, and below `overlays` a copy of the picture with the classes in colours.
+    """Writes the class ids of each image as a gray PNG, and the image with class colors to the folder `overlays`.
 
     Args:
-        targets: where each mask goes, by its picture's "path".
-        output: the folder that they are in.
+        targets: output file of each mask, by the "path" of its image.
+        output: folder of the output files.
     """
 
     def __init__(self, targets: dict[str, Path], output: Path) -> None:
@@ -34,13 +34,13 @@ class MaskWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one picture's two files and say so."""
-        target, photo = self.targets[prediction["path"]], prediction["photo"].cpu()
-        found = prediction["prediction"].cpu()[None]  # (1, 1, h, w), perhaps smaller than the photo
-        mask = F.interpolate(found, photo.shape[-2:], mode="nearest-exact")[0, 0]
-        shown = (overlay(photo.float() / 255, mask) * 255).round().byte().permute(1, 2, 0)
-        beside = self.output / "overlays" / target.relative_to(self.output)
-        for path, pixels in ((target, mask), (beside, shown)):
+        """Write the two files of one image and print its name."""
+        target, image = self.targets[prediction["path"]], prediction["photo"].cpu()
+        class_ids = prediction["prediction"].cpu()[None]  # (1, 1, h, w), perhaps smaller than the photo
+        mask = F.interpolate(class_ids, image.shape[-2:], mode="nearest-exact")[0, 0]
+        overlaid = (overlay(image.float() / 255, mask) * 255).round().byte().permute(1, 2, 0)
+        overlay_path = self.output / "overlays" / target.relative_to(self.output)
+        for path, pixels in ((target, mask), (overlay_path, overlaid)):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.numpy()).save(path)
         print(f"{prediction['path']}  {mask.shape[1]}x{mask.shape[0]}  ->  {target}", flush=True)

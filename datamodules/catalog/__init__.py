@@ -1,1 +1,1 @@
-"""The known datasets: where each comes from, how to get it, how its files are read."""
+"""Known datasets: their sources, installation and file readers."""

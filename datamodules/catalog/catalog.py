@@ -1,6 +1,6 @@
-"""The data sets of `catalog.yaml`: which are here, where they lie, how they are had, and whether they are intact.
+"""The datasets of `catalog.yaml`: availability, location, installation and manifests.
 
-Only the standard library and YAML are imported at the top: `darkroom list` answers from here.
+Only the standard library and YAML are imported at the top, so that `darkroom list` starts fast.
 """
 
 import importlib.util
@@ -21,17 +21,17 @@ MANIFESTS = HERE / "manifests"
 
 
 class DatasetNotFound(UserError):
-    """A data set that is asked for is not here; the message says how to get it."""
+    """A dataset is not installed; the message explains how to obtain it."""
 
 
 def data_root() -> Path:
-    """Where data sets lie: the environment variable DARKROOM_DATA, else `data` in the current folder."""
+    """Folder of all datasets: the environment variable DARKROOM_DATA, else `data` in the current folder."""
     return Path(os.environ.get("DARKROOM_DATA", "data"))
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One entry of the catalogue; `catalog.yaml` explains the fields."""
+    """An entry of the catalog; `catalog.yaml` documents the fields."""
 
     name: str
     title: str
@@ -53,32 +53,32 @@ class CatalogEntry:
 
     @property
     def path(self) -> Path:
-        """The set's folder under the data root."""
+        """The dataset's folder below the data root."""
         return data_root() / self.folder
 
     def files(self, split: str | None = None, scale: int | None = None) -> list[Path]:
-        """The set's picture files that are here, sorted; empty if the set is absent.
+        """List the installed image files, sorted; empty if the dataset is absent.
 
         Args:
-            split: one of `splits`; all of them if not given.
-            scale: for sets that keep one version per scale; all of them if not given.
+            split: one of `splits`; all if None.
+            scale: for datasets with one version per scale; all if None.
 
         Raises:
-            Refused: the set has no such split, or is not made of picture files.
-            MissingData: the set has no pictures for that scale.
+            UserError: the dataset has no such split, or does not consist of image files.
+            DatasetNotFound: the dataset has no images for that scale.
         """
         if self.arrays:
-            raise UserError(f"{self.name} is not a set of picture files")
+            raise UserError(f"{self.name} does not consist of image files")
         if split is not None and split not in self.splits:
             raise UserError(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
         if self.scales and scale is not None and scale not in self.scales:
-            raise DatasetNotFound(f"{self.name} has no pictures for scale {scale}: {', '.join(map(str, self.scales))}")
+            raise DatasetNotFound(f"{self.name} has no images for scale {scale}: {', '.join(map(str, self.scales))}")
         if self.source == "embedded":
-            return sorted({path for part in self._parts(split) for path in _embedded(part)})
+            return sorted({path for split_value in self._parts(split) for path in _package_files(split_value)})
         return sorted({path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)})
 
     def expected_count(self, split: str | None = None, scale: int | None = None) -> int:
-        """How many files belong to the set, a split or a scale of it; 0 if that is not known."""
+        """Number of files of the complete dataset, split or scale; 0 if unknown."""
         if self.source == "embedded":
             return len(self.files(split))
         if self.count:
@@ -87,39 +87,43 @@ class CatalogEntry:
         return sum(any(fnmatch(name, pattern) for pattern in patterns) for name in self.manifest())
 
     def _parts(self, split: str | None) -> list[Any]:
-        if self.arrays:  # whose splits are no patterns
+        if self.arrays:  # their splits are not patterns
             return [self.images]
-        parts = [self.splits[split]] if split else list(self.splits.values()) or [self.images]
-        return [pattern for part in parts for pattern in (part if isinstance(part, list) else [part])]
+        split_values = [self.splits[split]] if split else list(self.splits.values()) or [self.images]
+        return [
+            pattern
+            for split_value in split_values
+            for pattern in (split_value if isinstance(split_value, list) else [split_value])
+        ]
 
     def _patterns(self, split: str | None, scale: int | None) -> list[str]:
         scales = [scale] if scale is not None else (self.scales or [None])
-        return [part.replace("{scale}", str(s)) for part in self._parts(split) for s in scales]
+        return [split_value.replace("{scale}", str(s)) for split_value in self._parts(split) for s in scales]
 
     def manifest_name(self, path: Path) -> str:
-        """A file's name in the manifest."""
+        """Name of a file in the manifest."""
         return path.name if self.source == "embedded" else path.relative_to(self.path).as_posix()
 
     def manifest(self) -> dict[str, tuple[str, str]]:
-        """What the set must hold: file name to (sha256 of its decoded pixels, sha256 of the file or '-')."""
+        """Expected contents: file name -> (sha256 of the decoded pixels, sha256 of the file or '-')."""
         path = MANIFESTS / f"{self.manifest_from or self.name}.txt"
         if not path.exists():
             return {}
         rows = (line.split(maxsplit=2) for line in path.read_text().splitlines() if not line.startswith("#"))
-        return {name: (pixels, whole) for pixels, whole, name in rows}
+        return {name: (pixel_hash, file_hash) for pixel_hash, file_hash, name in rows}
 
     def status(self) -> str:
-        """In a word whether the set is here: 'here', 'absent', or '201 of 400' files."""
+        """State of the installation: 'here', 'absent', or a count such as '201 of 400' files."""
         if self.source == "embedded" and self.arrays:
             return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
         if self.skip_file_count or self.arrays:
             first = next((path for pattern in self._patterns(None, None) for path in self.path.glob(pattern)), None)
             return "here" if first else "absent"
-        found, wanted = len(self.files()), self.expected_count()
-        return "absent" if not found else "here" if found >= wanted else f"{found} of {wanted}"
+        available, expected = len(self.files()), self.expected_count()
+        return "absent" if not available else "here" if available >= expected else f"{available} of {expected}"
 
     def install_hint(self) -> str:
-        """How to get the set, in one line."""
+        """One-line instructions for obtaining the dataset."""
         if self.source == "embedded":
             return "with the installed packages"
         if self.source in ("files", "torchvision"):
@@ -127,20 +131,20 @@ class CatalogEntry:
         return f"by hand, below {data_root()}: {self.instructions}"
 
 
-def _embedded(packages: dict[str, list[str]]) -> list[Path]:
+def _package_files(packages: dict[str, list[str]]) -> list[Path]:
     paths = []
     for package, names in packages.items():
         top, _, rest = package.partition(".")
-        spec = importlib.util.find_spec(top)  # the top package alone, so that nothing heavy is imported
+        spec = importlib.util.find_spec(top)  # top-level package only, to import nothing heavy
         if spec is None or spec.origin is None:
-            raise DatasetNotFound(f"the package {top} is not installed: pip install -e .")
+            raise DatasetNotFound(f"the package {top} is not installed. Run pip install -e .")
         paths += [Path(spec.origin).parent.joinpath(*rest.split("."), name) for name in names]
     return paths
 
 
 @cache
 def catalog() -> dict[str, CatalogEntry]:
-    """All known data sets by name."""
+    """All known datasets by name."""
     entries = yaml.safe_load((HERE / "catalog.yaml").read_text())
     return {
         name: CatalogEntry(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))}) for name, entry in entries.items()
@@ -148,48 +152,49 @@ def catalog() -> dict[str, CatalogEntry]:
 
 
 def get_dataset(name: str) -> CatalogEntry:
-    """The data set of that name.
+    """Return the dataset of a name.
 
     Raises:
-        Refused: no such set; the message names the nearest.
+        UserError: unknown name; the message suggests the most similar one.
     """
     from difflib import get_close_matches
 
     if name not in catalog():
-        near = get_close_matches(name, catalog(), n=1, cutoff=0)
-        raise UserError(f"no data set '{name}'; did you mean '{near[0]}'?")
+        matches = get_close_matches(name, catalog(), n=1, cutoff=0)
+        raise UserError(f"no dataset '{name}'; did you mean '{matches[0]}'?")
     return catalog()[name]
 
 
 def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
-    """The picture files that a recipe's data key names.
+    """List the image files that a data option of a recipe names.
 
     Args:
-        spec: a set of the catalogue ("set5"), one split of it ("photographs/test"), or a folder of one's own.
+        spec: dataset of the catalog ("set5"), one of its splits ("photographs/test"), or a folder.
         scale: see `CatalogEntry.files`.
 
     Raises:
-        MissingData: the set is absent or not complete, or the folder holds no pictures.
-        Refused: neither a folder nor a known set.
+        DatasetNotFound: the dataset is absent or incomplete, or the folder contains no images.
+        UserError: neither a folder nor a known dataset.
     """
     if is_folder(spec):
-        if not (found := list_images(spec)):
-            raise DatasetNotFound(f"{spec}: no pictures in this folder")
-        return found
+        if not (available := list_images(spec)):
+            raise DatasetNotFound(f"{spec}: no images in this folder")
+        return available
     name, _, split = spec.partition("/")
     if name not in catalog() and (Path(spec).is_absolute() or spec.startswith(".")):
-        raise DatasetNotFound(f"no folder {spec}")
-    data_set = get_dataset(name)
-    if not (found := data_set.files(split or None, scale)):
-        raise DatasetNotFound(f"{spec} is not here: {data_set.install_hint()}")
-    wanted = data_set.expected_count(split or None, scale)
-    if len(found) < wanted:
+        raise DatasetNotFound(f"{spec}: no such folder")
+    dataset = get_dataset(name)
+    if not (available := dataset.files(split or None, scale)):
+        raise DatasetNotFound(f"{spec} is not installed. To install: {dataset.install_hint()}")
+    expected = dataset.expected_count(split or None, scale)
+    if len(available) < expected:
         raise DatasetNotFound(
-            f"{spec} has {len(found)} of its {wanted} files (darkroom data verify {name}): {data_set.install_hint()}"
+            f"{spec} has {len(available)} of its {expected} files (darkroom data verify {name}). "
+            f"To install: {dataset.install_hint()}"
         )
-    return found
+    return available
 
 
 def is_folder(spec: str) -> bool:
-    """Whether a data key is a folder of one's own and not a name of the catalogue."""
+    """Whether a data option names a folder and not a dataset of the catalog."""
     return spec.partition("/")[0] not in catalog() and Path(spec).is_dir()

@@ -1,4 +1,4 @@
-"""Two domains of pictures of which no two belong together: where each one's pictures are, and how they are read."""
+"""The two domains of unpaired image translation: locating and reading their images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,97 +13,99 @@ from datamodules.errors import UserError
 from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 
-TEXTURE_SPLITS = {"train": (0, 384), "test": (384, 512)}  # of the textures, which are one picture of 512 x 512 each
+TEXTURE_SPLITS = {"train": (0, 384), "test": (384, 512)}  # columns; each texture is one 512 x 512 image
 
 
 @dataclass(frozen=True)
 class DomainImage:
-    """A picture of a domain.
+    """An image of a domain.
 
     Args:
-        picture: its file.
-        labels: its labels, where it has some.
-        colours: the set in whose colours these are what the domain consists of; else the picture is.
-        columns: the part of it that belongs to the split.
+        image: image file.
+        labels: the image with its label map, if it has one.
+        palette_name: dataset whose palette colors the label map, if the domain consists of label maps; empty for the image.
+        columns: range of columns that belongs to the split; None for all.
     """
 
-    picture: ImageRef
+    image: ImageRef
     labels: MaskedImage | None = None
-    colours: str = ""
+    palette_name: str = ""
     columns: tuple[int, int] | None = None
 
     def pixels(self) -> Tensor:
-        """uint8 (3, H, W)."""
-        if self.labels and self.colours:
-            return colorize(self.labels.read_mask(), palette(self.colours))
-        pixels = to_channels(read_image(self.picture.path), 3)
+        """Read the image, or color its label map: uint8 (3, H, W)."""
+        if self.labels and self.palette_name:
+            return colorize(self.labels.read_mask(), palette(self.palette_name))
+        pixels = to_channels(read_image(self.image.path), 3)
         return pixels if self.columns is None else pixels[..., slice(*self.columns)]
 
     def resize_square(self, pixels: Tensor, side: int) -> Tensor:
-        """The same made `side` pixels wide and high: pictures bicubically, labels by what is nearest."""
-        if self.colours:
+        """Resize to (3, side, side), by bicubic interpolation for images and nearest neighbor for label maps."""
+        if self.palette_name:
             return F.interpolate(pixels[None], (side, side), mode="nearest-exact")[0]
-        made = F.interpolate(pixels[None].float(), (side, side), mode="bicubic", antialias=True)
-        return made.round().clamp(0, 255).to(pixels.dtype)[0]
+        resized = F.interpolate(pixels[None].float(), (side, side), mode="bicubic", antialias=True)
+        return resized.round().clamp(0, 255).to(pixels.dtype)[0]
 
 
 def load_domains(spec: str) -> tuple[list[DomainImage], list[DomainImage]]:
-    """The pictures of A and of B.
+    """List the images of domains A and B.
 
     Args:
-        spec: "<set>/train" of a set of the catalogue whose splits are trainA and trainB; a split of a set with masks, whose
-            photographs are A and whose label maps, in the set's colours, are B; "textures/grass2gravel/train" for two of
-            the embedded textures; or "<folder>/train" beside whose place there are the folders `<folder>/trainA` and
-            `<folder>/trainB`.
+        spec: "<dataset>/train" for a dataset of the catalog with splits trainA and trainB; a split of a dataset with masks
+            (its images are A, its colored label maps are B); "textures/grass2gravel/train" for two of the embedded
+            textures; or "<folder>/train" for the folders `<folder>/trainA` and `<folder>/trainB`.
 
     Raises:
-        MissingData: they are not here.
-        Refused: the set has no two domains.
+        DatasetNotFound: the images are not installed.
+        UserError: the dataset has no two domains.
     """
     spec = spec.rstrip("/")
     name, _, split = spec.partition("/")
     if name not in catalog() and (Path(spec).is_absolute() or Path(name).is_dir()):
-        return _of_folder(spec, "A"), _of_folder(spec, "B")
+        return _from_folder(spec, "A"), _from_folder(spec, "B")
     entry = get_dataset(name)
     if name == "textures":
         return _textures(spec)
     if entry.masks:
-        palette(name)  # which must be known
-        found = list_masked_images(spec)
-        return [DomainImage(one.picture, one) for one in found], [DomainImage(one.picture, one, name) for one in found]
+        palette(name)  # raises UserError for an unknown palette
+        masked_images = list_masked_images(spec)
+        return [DomainImage(masked_image.image, masked_image) for masked_image in masked_images], [
+            DomainImage(masked_image.image, masked_image, name) for masked_image in masked_images
+        ]
     if f"{split}A" not in entry.splits:
         pairs = sorted({key[:-1] for key in entry.splits if f"{key[:-1]}A" in entry.splits})
         raise UserError(
-            f"{spec} has no two domains" + (f"; take {', '.join(f'{name}/{pair}' for pair in pairs)}" if pairs else "")
+            f"{spec} has no two domains" + (f"; use {', '.join(f'{name}/{pair}' for pair in pairs)}" if pairs else "")
         )
     a, b = (
-        [DomainImage(p._replace(data_set=dataset_label(spec))) for p in list_image_refs(f"{spec}{domain}")] for domain in "AB"
+        [DomainImage(ref._replace(dataset=dataset_label(spec))) for ref in list_image_refs(f"{spec}{domain}")]
+        for domain in "AB"
     )
     return a, b
 
 
 def _textures(spec: str) -> tuple[list[DomainImage], list[DomainImage]]:
-    """Two textures, whose last columns are for tests."""
-    known = list(get_dataset("textures").splits)
+    """Two textures; their last columns form the test split."""
+    textures = list(get_dataset("textures").splits)
     _, pair, split = [*spec.split("/"), "", ""][:3]
     a, _, b = pair.partition("2")
-    if a not in known or b not in known or split not in TEXTURE_SPLITS or spec.count("/") != 2:
-        example = f"textures/{known[0]}2{known[1]}/train"
-        raise UserError(f"{spec}: two of {', '.join(known)} and {' or '.join(TEXTURE_SPLITS)}, as in {example}")
-    of_a, of_b = (
+    if a not in textures or b not in textures or split not in TEXTURE_SPLITS or spec.count("/") != 2:
+        example = f"textures/{textures[0]}2{textures[1]}/train"
+        raise UserError(f"{spec}: name two of {', '.join(textures)} and {' or '.join(TEXTURE_SPLITS)}, for example {example}")
+    images_a, images_b = (
         [
-            DomainImage(p._replace(data_set=dataset_label(spec)), columns=TEXTURE_SPLITS[split])
-            for p in list_image_refs(f"textures/{name}")
+            DomainImage(ref._replace(dataset=dataset_label(spec)), columns=TEXTURE_SPLITS[split])
+            for ref in list_image_refs(f"textures/{name}")
         ]
         for name in (a, b)
     )
-    return of_a, of_b
+    return images_a, images_b
 
 
-def _of_folder(spec: str, domain: str) -> list[DomainImage]:
+def _from_folder(spec: str, domain: str) -> list[DomainImage]:
     folder = Path(spec + domain)
     if not folder.is_dir():
         raise DatasetNotFound(
-            f"{spec}: no folder {folder}; the two domains belong into {folder.with_name(folder.name[:-1])}A and ...B"
+            f"{spec}: no folder {folder}; put the two domains into {folder.with_name(folder.name[:-1])}A and ...B"
         )
-    return [DomainImage(picture._replace(data_set=dataset_label(spec))) for picture in list_image_refs(str(folder))]
+    return [DomainImage(image._replace(dataset=dataset_label(spec))) for image in list_image_refs(str(folder))]

@@ -1,4 +1,4 @@
-"""Pictures with a mask each: where both are, and what the mask's values mean."""
+"""Images with segmentation masks: locating the files and mapping mask values to classes."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,97 +18,101 @@ from datamodules.io.image_io import InvalidImage, open_image, read_image, to_cha
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.transforms.downsample import downsample_image, downsample_mask
 
-COINS = {"train": (0, 256), "val": (256, 384)}  # columns of the one picture
+COINS = {"train": (0, 256), "val": (256, 384)}  # columns of the image
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What the values of a set's masks mean.
+    """Meaning of the values of a dataset's masks.
 
     Args:
-        classes: names of the classes, in the order of their ids; empty where they are not known.
-        values: the class of each value of the files, where those are not the ids; all others are refused, or ignored.
-        default_class: what values that are not in `values` become; None to refuse them.
-        instances: the values are numbers of objects, 0 for the ground; the classes are ground and object.
+        classes: class names in the order of their ids; empty if unknown.
+        value_map: mask value -> class id; empty if the values are class ids.
+        default_class: class id of all other values; None to raise an error for them.
+        instances: whether the values are instance ids, 0 for the background; the classes are background and object.
     """
 
     classes: tuple[str, ...] = ()
-    values: dict[int, int] = field(default_factory=dict)
+    value_map: dict[int, int] = field(default_factory=dict)
     default_class: int | None = None
     instances: bool = False
 
 
-class Sample(NamedTuple):
-    """A picture as it is trained or measured on."""
+class MaskedSample(NamedTuple):
+    """A decoded image and its mask."""
 
     pixels: Tensor  # uint8 (C, H, W)
-    mask: np.ndarray  # uint8 (H, W): class ids; 1 for all objects
-    instance_ids: np.ndarray  # int32 (H, W): numbers of the objects, 0 for the ground; else the connected parts of class 1
+    mask: np.ndarray  # uint8 (H, W): class ids; 1 for every object of an instance mask
+    instance_ids: np.ndarray  # int32 (H, W): 0 for the background; without instance masks, connected components of class 1
     instances: bool
 
 
 @dataclass(frozen=True)
 class MaskedImage:
-    """A picture, its mask, and how that is read."""
+    """An image file, its mask file, and the meaning of the mask values."""
 
-    picture: ImageRef
+    image: ImageRef
     mask: Path
-    meaning: MaskSpec
+    mask_spec: MaskSpec
 
     def read(self, channels: int, downscale: int = 1) -> tuple[Tensor, np.ndarray]:
-        """The picture, uint8 (channels, H, W), and its mask, see `read_mask`; both may be smaller by a whole number.
+        """Read the image, uint8 (channels, H, W), and its mask (H, W), see `read_mask`, reduced by the factor `downscale`.
 
         Raises:
-            BadImage: they cannot be used.
+            InvalidImage: one of them is unusable, or their sizes differ.
         """
-        pixels, values = read_image(self.picture.path), self.read_mask()
+        pixels, values = read_image(self.image.path), self.read_mask()
         if pixels.shape[-2:] != values.shape:
             sizes = " but ".join(f"{shape[1]}x{shape[0]}" for shape in (values.shape, pixels.shape[-2:]))
-            raise InvalidImage(f"{self.mask}: {sizes} is its picture's size")
+            raise InvalidImage(f"{self.mask}: {sizes} is the size of its image")
         return downsample_image(to_channels(pixels, channels), downscale), downsample_mask(values, downscale)
 
-    def load(self, channels: int, downscale: int = 1) -> Sample:
-        """The same with what follows from it."""
+    def load(self, channels: int, downscale: int = 1) -> MaskedSample:
+        """Read image, class ids and instance ids."""
         pixels, values = self.read(channels, downscale)
-        if self.meaning.instances:
-            numbers = np.unique(np.append(values, 0), return_inverse=True)[1][:-1]  # without gaps, 0 for the ground
-            return Sample(pixels, (values > 0).astype(np.uint8), numbers.reshape(values.shape).astype(np.int32), True)
-        return Sample(pixels, values.astype(np.uint8), label(values == 1)[0].astype(np.int32), False)
+        if self.mask_spec.instances:
+            ids = np.unique(np.append(values, 0), return_inverse=True)[1][:-1]  # consecutive, 0 for the background
+            return MaskedSample(pixels, (values > 0).astype(np.uint8), ids.reshape(values.shape).astype(np.int32), True)
+        return MaskedSample(pixels, values.astype(np.uint8), label(values == 1)[0].astype(np.int32), False)
 
     def read_mask(self) -> np.ndarray:
-        """Class ids, or numbers of objects, int32 (H, W).
+        """Read class ids or instance ids: int32 (H, W).
 
         Raises:
-            BadImage: the file is no mask, or a value has no meaning.
+            InvalidImage: the file is not a mask, or a value has no class.
         """
         values = np.asarray(open_image(self.mask))
         if values.ndim != 2:
-            raise InvalidImage(f"{self.mask}: colours instead of class ids; save one number a pixel")
+            raise InvalidImage(f"{self.mask}: a color image, not class ids. Save one integer per pixel")
         if values.dtype.kind == "f" or values.min() < 0:
-            raise InvalidImage(f"{self.mask}: fractions or negative numbers instead of ids; save whole ones from 0 on")
+            raise InvalidImage(f"{self.mask}: fractions or negative numbers, not ids. Save integers from 0")
         values = values.astype(np.int32)
-        if not self.meaning.values:
+        if not self.mask_spec.value_map:
             return values
         present = np.unique(values)
-        strange = np.setdiff1d(present, list(self.meaning.values))
-        if len(strange) and self.meaning.default_class is None:
-            raise InvalidImage(f"{self.mask}: the value {strange[0]} is none of {', '.join(map(str, self.meaning.values))}")
-        kinds = np.array([self.meaning.values.get(int(value), self.meaning.default_class) for value in present], dtype=np.int32)
-        return kinds[np.searchsorted(present, values)]
+        unknown = np.setdiff1d(present, list(self.mask_spec.value_map))
+        if len(unknown) and self.mask_spec.default_class is None:
+            raise InvalidImage(
+                f"{self.mask}: the value {unknown[0]} is not one of {', '.join(map(str, self.mask_spec.value_map))}"
+            )
+        class_ids = np.array(
+            [self.mask_spec.value_map.get(int(value), self.mask_spec.default_class) for value in present], dtype=np.int32
+        )
+        return class_ids[np.searchsorted(present, values)]
 
 
 @dataclass(frozen=True)
 class CoinsImage(MaskedImage):
-    """Part of scikit-image's picture of coins, whose mask is derived from it, as in that library's own example."""
+    """A range of columns of scikit-image's coins image; the mask is computed as in scikit-image's segmentation example."""
 
     columns: tuple[int, int] = (0, 384)
 
     def read(self, channels: int, downscale: int = 1) -> tuple[Tensor, np.ndarray]:
         """See `MaskedImage`."""
-        pixels = read_image(self.picture.path)
-        part = slice(*self.columns)
-        values = label(coins_mask(self.picture.path)[:, part])[0].astype(np.int32)
-        return downsample_image(to_channels(pixels[..., part], channels), downscale), downsample_mask(values, downscale)
+        pixels = read_image(self.image.path)
+        region = slice(*self.columns)
+        values = label(coins_mask(self.image.path)[:, region])[0].astype(np.int32)
+        return downsample_image(to_channels(pixels[..., region], channels), downscale), downsample_mask(values, downscale)
 
     def read_mask(self) -> np.ndarray:
         """See `MaskedImage`."""
@@ -117,118 +121,118 @@ class CoinsImage(MaskedImage):
 
 @cache
 def coins_mask(path: Path) -> np.ndarray:
-    """Coins, found by flooding the edges from what is surely dark and surely bright: bool (H, W)."""
+    """Segment the coins by a watershed of the edges with dark and bright markers: bool (H, W)."""
     from skimage.filters import sobel
     from skimage.morphology import remove_small_objects
     from skimage.segmentation import watershed
 
-    grey = read_image(path)[0].numpy()
-    markers = np.select([grey < 30, grey > 150], [1, 2], 0)
-    coins = binary_fill_holes(watershed(sobel(grey), markers) == 2)
+    gray = read_image(path)[0].numpy()
+    markers = np.select([gray < 30, gray > 150], [1, 2], 0)
+    coins = binary_fill_holes(watershed(sobel(gray), markers) == 2)
     return remove_small_objects(coins, max_size=500)
 
 
 def list_masked_images(spec: str, instances: bool = False) -> list[MaskedImage]:
-    """The pictures and masks that a recipe's data key names.
+    """List the images and masks that a data option of a recipe names.
 
     Args:
-        spec: a set of the catalogue, a split of one ("camvid/train"), or a folder of one's own with `images` and `masks`,
-            in which a picture and its mask have the same name.
-        instances: whether the masks of such a folder are numbers of objects.
+        spec: dataset of the catalog, one of its splits ("camvid/train"), or a folder with subfolders `images` and `masks`,
+            in which an image and its mask have the same name.
+        instances: whether the masks of a folder are instance ids.
 
     Raises:
-        MissingData: something is not here.
-        Refused: the set has no masks.
+        DatasetNotFound: images or masks are missing.
+        UserError: the dataset has no masks.
     """
     if is_folder(spec):
-        return _of_folder(Path(spec), MaskSpec(instances=instances))
+        return _from_folder(Path(spec), MaskSpec(instances=instances))
     name, _, split = spec.partition("/")
     entry = get_dataset(name) if name in catalog() else None
     if entry is None:
-        return [
-            MaskedImage(picture, picture.path, MaskSpec()) for picture in list_image_refs(spec)
-        ]  # which refuses it in its words
+        # `list_image_refs` raises the error for an unknown name.
+        return [MaskedImage(image, image.path, MaskSpec()) for image in list_image_refs(spec)]
     if not entry.masks:
-        raise UserError(f"{name} has no masks; sets that have: {', '.join(k for k, v in catalog().items() if v.masks)}")
-    rule = dict(entry.masks)
-    source, replace, allow_missing = (rule.pop(key, None) for key in ("torchvision", "replace", "allow_missing"))
-    meaning = MaskSpec(**{**rule, "classes": tuple(rule["classes"])})
+        raise UserError(f"{name} has no masks. Datasets with masks: {', '.join(k for k, v in catalog().items() if v.masks)}")
+    options = dict(entry.masks)
+    source, replace, allow_missing = (options.pop(key, None) for key in ("torchvision", "replace", "allow_missing"))
+    mask_spec = MaskSpec(**{**options, "classes": tuple(options["classes"])})
     if name == "coins":
-        (path,) = (picture.path for picture in list_image_refs(spec))
-        parts = {split: COINS[split]} if split else COINS
+        (path,) = (image.path for image in list_image_refs(spec))
+        regions = {split: COINS[split]} if split else COINS
         return [
-            CoinsImage(ImageRef(dataset_label(spec), part, path), path, meaning, columns) for part, columns in parts.items()
+            CoinsImage(ImageRef(dataset_label(spec), region, path), path, mask_spec, columns)
+            for region, columns in regions.items()
         ]
     if source:
-        return _of_torchvision(source, spec, meaning)
-    found, pictures = [], list_image_refs(spec)
-    for picture in pictures:
-        mask = entry.path / re.sub(replace[0], replace[1], entry.manifest_name(picture.path))
+        return _from_torchvision(source, spec, mask_spec)
+    dataset, candidates = [], list_image_refs(spec)
+    for image in candidates:
+        mask = entry.path / re.sub(replace[0], replace[1], entry.manifest_name(image.path))
         if mask.exists():
-            found.append(MaskedImage(picture, mask, meaning))
+            dataset.append(MaskedImage(image, mask, mask_spec))
         elif not allow_missing:
-            raise DatasetNotFound(f"{picture.path} has no mask {mask}")
-    if not found:
-        raise DatasetNotFound(f"{spec}: none of its {len(pictures)} pictures has a mask: {entry.install_hint()}")
-    return found
+            raise DatasetNotFound(f"{image.path} has no mask {mask}. To install: {entry.install_hint()}")
+    if not dataset:
+        raise DatasetNotFound(f"{spec}: none of its {len(candidates)} images has a mask. To install: {entry.install_hint()}")
+    return dataset
 
 
-def _of_folder(folder: Path, meaning: MaskSpec) -> list[MaskedImage]:
+def _from_folder(folder: Path, mask_spec: MaskSpec) -> list[MaskedImage]:
     masks: dict[Path, Path] = {}
     for path in list_images(folder / "masks"):
         _add_unique(masks, path.relative_to(folder / "masks").with_suffix(""), path)
-    pictures = list_images(folder / "images")
-    if not pictures:
-        raise DatasetNotFound(f"{folder}: no pictures in {folder / 'images'}; their masks belong into {folder / 'masks'}")
-    found, names = [], dict[Path, Path]()
-    for path in pictures:
+    candidates = list_images(folder / "images")
+    if not candidates:
+        raise DatasetNotFound(f"{folder}: no images in {folder / 'images'}; put their masks into {folder / 'masks'}")
+    dataset, names = [], dict[Path, Path]()
+    for path in candidates:
         name = path.relative_to(folder / "images").with_suffix("")
         _add_unique(names, name, path)
         if name not in masks:
             raise DatasetNotFound(f"{path} has no mask {folder / 'masks' / name}.png")
-        found.append(MaskedImage(ImageRef(dataset_label(str(folder)), name.as_posix(), path), masks[name], meaning))
-    return found
+        dataset.append(MaskedImage(ImageRef(dataset_label(str(folder)), name.as_posix(), path), masks[name], mask_spec))
+    return dataset
 
 
-def _add_unique(known: dict[Path, Path], name: Path, path: Path) -> None:
-    if name in known:
-        raise InvalidImage(f"{known[name]} and {path} have the same name; rename one")
-    known[name] = path
+def _add_unique(paths_by_name: dict[Path, Path], name: Path, path: Path) -> None:
+    if name in paths_by_name:
+        raise InvalidImage(f"{paths_by_name[name]} and {path} have the same name; rename one")
+    paths_by_name[name] = path
 
 
-def _of_torchvision(source: str, spec: str, meaning: MaskSpec) -> list[MaskedImage]:
+def _from_torchvision(source: str, spec: str, mask_spec: MaskSpec) -> list[MaskedImage]:
     name, _, split = spec.partition("/")
     try:
         images, masks = TORCHVISION[source](get_dataset(name).path, split or "train")
     except (RuntimeError, ValueError, OSError) as error:
         raise DatasetNotFound(
-            f"{spec} is not here: {get_dataset(name).install_hint()} ({str(error).splitlines()[0]})"
+            f"{spec} is not installed. To install: {get_dataset(name).install_hint()} ({str(error).splitlines()[0]})"
         ) from None
     return [
-        MaskedImage(ImageRef(dataset_label(spec), Path(image).stem, Path(image)), Path(mask), meaning)
-        for image, mask in zip(images, masks, strict=True)
+        MaskedImage(ImageRef(dataset_label(spec), Path(image_path).stem, Path(image_path)), Path(mask), mask_spec)
+        for image_path, mask in zip(images, masks, strict=True)
     ]
 
 
 def _voc(root: Path, split: str) -> tuple[Sequence[Any], Sequence[Any]]:
     from torchvision.datasets import VOCSegmentation
 
-    found = VOCSegmentation(str(root), "2012", split)
-    return found.images, found.masks
+    dataset = VOCSegmentation(str(root), "2012", split)
+    return dataset.images, dataset.masks
 
 
 def _cityscapes(root: Path, split: str) -> tuple[Sequence[Any], Sequence[Any]]:
     from torchvision.datasets import Cityscapes
 
-    found = Cityscapes(str(root), split, target_type="semantic")
-    return found.images, [target[0] for target in found.targets]
+    dataset = Cityscapes(str(root), split, target_type="semantic")
+    return dataset.images, [target[0] for target in dataset.targets]
 
 
 def _pets(root: Path, split: str) -> tuple[Sequence[Any], Sequence[Any]]:
     from torchvision.datasets import OxfordIIITPet
 
-    found = OxfordIIITPet(str(root), split, target_types="segmentation")
-    return found._images, found._segs
+    dataset = OxfordIIITPet(str(root), split, target_types="segmentation")
+    return dataset._images, dataset._segs
 
 
 TORCHVISION: dict[str, Callable[[Path, str], tuple[Sequence[Any], Sequence[Any]]]] = {

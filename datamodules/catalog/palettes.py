@@ -1,4 +1,4 @@
-"""Label maps as pictures: the colours that sets give their classes, and back again."""
+"""Convert label maps to color images and back with the datasets' palettes."""
 
 import numpy as np
 import torch
@@ -7,8 +7,8 @@ from torch import Tensor
 from datamodules.errors import UserError
 from datamodules.transforms.downsample import IGNORE_INDEX
 
-VOID = (0, 0, 0)  # what pixels that do not count are shown as
-# In the order of the class ids. CamVid: SegNet's colours; Cityscapes: the set's own, of the 19 classes that count.
+VOID = (0, 0, 0)  # color of ignored pixels
+# In the order of the class ids. CamVid: SegNet's colors; Cityscapes: the official colors of its 19 evaluation classes.
 PALETTES = {
     "camvid": [(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
                (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)],
@@ -19,26 +19,26 @@ PALETTES = {
 
 
 def palette(name: str) -> np.ndarray:
-    """A set's colours, uint8 (classes, 3).
+    """Colors of a dataset's classes: uint8 (classes, 3).
 
     Raises:
-        Refused: none are known.
+        UserError: the dataset has no palette.
     """
     if name not in PALETTES:
-        raise UserError(f"no colours are known for the classes of {name}; sets that have: {', '.join(PALETTES)}")
+        raise UserError(f"{name} has no palette. Datasets with a palette: {', '.join(PALETTES)}")
     return np.array(PALETTES[name], dtype=np.uint8)
 
 
-def colorize(mask: np.ndarray, colours: np.ndarray) -> Tensor:
-    """Class ids (H, W) as a picture: uint8 (3, H, W)."""
-    every = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)
-    every[: len(colours)] = colours
-    every[IGNORE_INDEX] = VOID
-    return torch.from_numpy(every[mask]).permute(2, 0, 1).contiguous()
+def colorize(mask: np.ndarray, colors: np.ndarray) -> Tensor:
+    """Color a map of class ids (H, W): uint8 (3, H, W)."""
+    lookup = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)
+    lookup[: len(colors)] = colors
+    lookup[IGNORE_INDEX] = VOID
+    return torch.from_numpy(lookup[mask]).permute(2, 0, 1).contiguous()
 
 
-def nearest_class(picture: Tensor, colours: np.ndarray) -> Tensor:
-    """The class whose colour is nearest to each pixel's: (3, H, W) in [0, 1] to int64 (H, W). Void is no class to choose."""
-    of_class = torch.from_numpy(colours).float() / 255
-    distances = torch.cdist(picture.detach().float().cpu().flatten(1).T, of_class)  # (H W, classes)
-    return distances.argmin(1).view(picture.shape[-2:])
+def nearest_class(image: Tensor, colors: np.ndarray) -> Tensor:
+    """Class with the nearest color at each pixel, void excluded: (3, H, W) in [0, 1] -> int64 (H, W)."""
+    class_colors = torch.from_numpy(colors).float() / 255
+    distances = torch.cdist(image.detach().float().cpu().flatten(1).T, class_colors)  # (H W, classes)
+    return distances.argmin(1).view(image.shape[-2:])

@@ -1,1 +1,1 @@
-"""Reading image files and folders into tensors."""
+"""Read image files and folders into tensors."""

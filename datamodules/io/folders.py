@@ -1,4 +1,4 @@
-"""Image files of a folder. Nothing heavy is imported here."""
+"""List the image files of a folder, with the standard library only."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and its sub-folders, sorted by path; hidden files are passed over."""
+    """List the image files of a folder and its subfolders, sorted by path, without hidden files."""
     folder = Path(folder)
     return sorted(
         path

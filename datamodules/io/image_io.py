@@ -1,4 +1,4 @@
-"""Reading pictures: every file either gives clean 8-bit pixels or is named in one line that says what is wrong with it."""
+"""Decode image files to 8-bit pixels, with a one-line error for every unusable file."""
 
 import hashlib
 import math
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 
-ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what the last bytes of a whole file hold
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # last bytes of a complete file
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such a picture is refused here
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` raises InvalidImage instead
 
 
 class InvalidImage(UserError):
-    """A file that cannot be used as a picture; the message names it and says why."""
+    """A file cannot be used as an image; the message names the file and the reason."""
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Decode a picture completely, upright (EXIF orientation applied), in PIL's own mode.
+    """Decode an image completely, in its PIL mode, with the EXIF orientation applied.
 
     Raises:
-        BadImage: the file is missing, empty, cut short, not a picture, or unreadable.
+        InvalidImage: the file is missing, empty, truncated, not an image, or unreadable.
     """
     path = Path(path)
     try:
@@ -43,36 +43,36 @@ def open_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError:
         raise InvalidImage(f"{path}: not an image in a known format") from None
     except Image.DecompressionBombError:
-        raise InvalidImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb") from None
+        raise InvalidImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, a possible decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InvalidImage(f"{path}: cut short or damaged ({error})") from None
+        raise InvalidImage(f"{path}: truncated or damaged ({error})") from None
 
 
 def read_image(path: str | Path) -> Tensor:
-    """A picture's 8-bit pixels: uint8, (1, H, W) if the file is grey, else (3, H, W) RGB. Alpha is dropped.
+    """Read an image as uint8: (1, H, W) for grayscale files, else (3, H, W) RGB. Alpha is dropped.
 
     Raises:
-        BadImage: see `open_image`; also for floating-point files, whose value range is not known.
+        InvalidImage: see `open_image`; also for floating-point files, because their value range is unknown.
     """
     return to_pixels(open_image(path), path)
 
 
 def to_pixels(image: Image.Image, path: str | Path) -> Tensor:
-    """A decoded PIL image of any mode as uint8 (1 or 3, H, W); `path` is for the message of a refusal."""
+    """Convert a PIL image of any mode to uint8 (1 or 3, H, W); `path` is used in error messages."""
     if image.mode == "F":
-        raise InvalidImage(f"{path}: floating-point pixels of unknown range; save it as 8- or 16-bit")
-    if image.mode.startswith("I"):  # 16-bit grey: 65535 is white
-        grey = np.asarray(image).astype(np.float64)
-        if grey.min() < 0 or grey.max() > 65535:
+        raise InvalidImage(f"{path}: floating-point pixels of unknown range. Save the image with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grayscale: 65535 is white
+        gray = np.asarray(image).astype(np.float64)
+        if gray.min() < 0 or gray.max() > 65535:
             raise InvalidImage(f"{path}: integer pixels outside 0..65535")
-        return torch.from_numpy(np.floor(grey / 257 + 0.5).astype(np.uint8))[None]
+        return torch.from_numpy(np.floor(gray / 257 + 0.5).astype(np.uint8))[None]
     if image.mode in ("1", "L", "LA"):
         return torch.from_numpy(np.array(image.convert("L")))[None]
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def to_channels(pixels: Tensor, channels: int) -> Tensor:
-    """uint8 pixels (1 or 3, H, W) with 1 or 3 channels: grey is repeated, of colours the luma is taken (BT.601, full range)."""
+    """Convert uint8 (1 or 3, H, W) to 1 or 3 channels: repeat gray, or reduce RGB to full-range BT.601 luma."""
     if len(pixels) > channels:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         return (pixels.float() * weights).sum(0, keepdim=True).round().to(torch.uint8)
@@ -80,19 +80,19 @@ def to_channels(pixels: Tensor, channels: int) -> Tensor:
 
 
 def pixel_hash(pixels: Tensor) -> str:
-    """sha256 over a picture's decoded pixels and their shape: the same for every lossless copy of it."""
+    """sha256 over the decoded pixels and their shape; equal for all lossless copies of an image."""
     shape = "x".join(map(str, pixels.shape))
     return hashlib.sha256(f"{shape} ".encode() + pixels.numpy().tobytes()).hexdigest()
 
 
-def probe_image(path: str | Path, minimum: int) -> str:
-    """Look at a file's header and its last bytes; what cannot be judged from them is decoded.
+def probe_image(path: str | Path, min_size: int) -> str:
+    """Check a file by its header and its last bytes; decode it only if these are inconclusive.
 
     Returns:
-        Size of the picture and of the file: "500x375 10964".
+        Size of the image and of the file: "500x375 10964".
 
     Raises:
-        BadImage: see `open_image` and `check_size`.
+        InvalidImage: see `open_image` and `check_size`.
     """
     path = Path(path)
     try:
@@ -100,16 +100,16 @@ def probe_image(path: str | Path, minimum: int) -> str:
             width, height = image.size
             length = file.seek(0, 2)
             file.seek(max(0, length - 64))
-            whole = image.format in ENDS and ENDS[image.format] in file.read()
+            complete = image.format in END_MARKERS and END_MARKERS[image.format] in file.read()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        whole = False  # `open_image` says what is wrong
-    if not whole:
+        complete = False  # `open_image` raises the exact error
+    if not complete:
         width, height = open_image(path).size
-    check_size(width, height, path, minimum)
+    check_size(width, height, path, min_size)
     return f"{width}x{height} {path.stat().st_size}"
 
 
-def check_size(width: int, height: int, path: str | Path, minimum: int) -> None:
-    """Raise BadImage if a picture is narrower or lower than `minimum` pixels."""
-    if min(height, width) < minimum:
-        raise InvalidImage(f"{path}: {width}x{height} pixels, too small: at least {minimum}x{minimum} are needed")
+def check_size(width: int, height: int, path: str | Path, min_size: int) -> None:
+    """Raise InvalidImage if width or height is below `min_size` pixels."""
+    if min(height, width) < min_size:
+        raise InvalidImage(f"{path}: {width}x{height} pixels, too small: at least {min_size}x{min_size} are needed")

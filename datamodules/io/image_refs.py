@@ -1,4 +1,4 @@
-"""The pictures of a data set: what each is called, and whether it can be used."""
+"""Names and validation of the images of a dataset."""
 
 import hashlib
 from collections import Counter
@@ -13,37 +13,37 @@ from datamodules.io.image_io import InvalidImage, check_size, pixel_hash, probe_
 
 
 class ImageRef(NamedTuple):
-    """A picture file with the names under which logs and records know it."""
+    """An image file with its dataset and name in logs and records."""
 
-    data_set: str
+    dataset: str
     name: str
     path: Path
 
 
 def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
-    """The pictures that a recipe's data key names, see `catalog.resolve_images`; no two have the same name.
+    """List the images that a data option of a recipe names (see `catalog.resolve_images`) with unique names.
 
-    A picture is called by its file's stem where that is its own, else by its path below the folder of them all.
+    The name is the file's stem if it is unique, else the path relative to the common folder.
     """
     paths = resolve_images(spec, scale)
     stems = Counter(path.stem for path in paths)
-    top = commonpath([path.parent for path in paths])
+    root = commonpath([path.parent for path in paths])
     return [
-        ImageRef(dataset_label(spec), path.stem if stems[path.stem] == 1 else path.relative_to(top).as_posix(), path)
+        ImageRef(dataset_label(spec), path.stem if stems[path.stem] == 1 else path.relative_to(root).as_posix(), path)
         for path in paths
     ]
 
 
 def dataset_label(spec: str) -> str:
-    """What a data key is called in logs and records: "photographs/test" gives "photographs-test", a folder its name."""
+    """Name of a dataset in logs and records: "photographs-test" for "photographs/test"; a folder's own name."""
     return Path(spec).name if Path(spec).is_absolute() else spec.strip("./").replace("/", "-")
 
 
 class DataReport:
-    """What a look at the pictures of a run has found.
+    """Validation results and content hashes of the images of a run.
 
     Args:
-        skip_bad: leave unusable files out instead of refusing to start.
+        skip_bad: skip unusable files instead of raising an error.
     """
 
     def __init__(self, skip_bad: bool = False) -> None:
@@ -51,52 +51,51 @@ class DataReport:
         self.skipped: list[str] = []
         self.content_hashes: dict[str, dict[str, str]] = {}
 
-    def validate(self, pictures: Sequence[ImageRef], minimum: int, whole: bool = True) -> list[ImageRef]:
-        """The pictures that can be used.
+    def validate(self, refs: Sequence[ImageRef], min_size: int, decode: bool = True) -> list[ImageRef]:
+        """Return the usable images.
 
         Args:
-            pictures: what to look at.
-            minimum: pixels that each must be wide and high.
-            whole: decode each. Else headers and ends of the files are read, in a fraction of a millisecond each,
-                which finds all that is empty, cut short, too small, or no picture.
+            refs: images to check.
+            min_size: minimum width and height in pixels.
+            decode: whether to decode every image. Otherwise only the header and the end of each file are read, which
+                detects empty, truncated and too small files and files that are not images.
 
         Raises:
-            BadImage: some cannot be used, and that was not allowed for; or none can.
+            InvalidImage: an image is unusable and `skip_bad` is off, or no image is usable.
         """
         with ThreadPoolExecutor() as pool:
-            looks = list(pool.map(lambda picture: _inspect(picture.path, minimum, whole), pictures))
-        good, reasons = [], []
-        for picture, (reason, content) in zip(pictures, looks, strict=True):
+            results = list(pool.map(lambda ref: _inspect(ref.path, min_size, decode), refs))
+        usable, reasons = [], []
+        for ref, (reason, content_hash) in zip(refs, results, strict=True):
             if reason:
                 reasons.append(reason)
             else:
-                good.append(picture)
-                self.content_hashes.setdefault(picture.data_set, {})[picture.name] = content
+                usable.append(ref)
+                self.content_hashes.setdefault(ref.dataset, {})[ref.name] = content_hash
         if reasons and not self.skip_bad:
             raise InvalidImage(
-                f"{len(reasons)} of {len(pictures)} pictures cannot be used "
-                f"(--data.skip_bad true leaves them out): {'; '.join(reasons)}"
+                f"{len(reasons)} of {len(refs)} images cannot be used (--data.skip_bad true skips them): {'; '.join(reasons)}"
             )
-        if not good:
-            raise InvalidImage(f"no picture can be used: {'; '.join(reasons)}")
+        if not usable:
+            raise InvalidImage(f"no image can be used: {'; '.join(reasons)}")
         self.skipped += reasons
-        return good
+        return usable
 
     def fingerprints(self) -> dict[str, str]:
-        """For each data set, a hash over the names and contents of its usable pictures."""
+        """Hash over the names and contents of the usable images, for each dataset."""
         return {
-            data_set: hashlib.sha256(repr(sorted(pictures.items())).encode()).hexdigest()[:16]
-            for data_set, pictures in self.content_hashes.items()
+            dataset: hashlib.sha256(repr(sorted(refs.items())).encode()).hexdigest()[:16]
+            for dataset, refs in self.content_hashes.items()
         }
 
 
-def _inspect(path: Path, minimum: int, whole: bool) -> tuple[str, str]:
-    """Why a picture cannot be used (empty if it can), and what identifies its content."""
+def _inspect(path: Path, min_size: int, decode: bool) -> tuple[str, str]:
+    """Return the reason why an image is unusable (empty if it is usable), and its content hash."""
     try:
-        if not whole:
-            return "", probe_image(path, minimum)
+        if not decode:
+            return "", probe_image(path, min_size)
         pixels = read_image(path)
-        check_size(pixels.shape[-1], pixels.shape[-2], path, minimum)
+        check_size(pixels.shape[-1], pixels.shape[-2], path, min_size)
     except InvalidImage as error:
         return str(error), ""
     return "", pixel_hash(pixels)

@@ -1,4 +1,4 @@
-"""Loaders as every datamodule uses them."""
+"""DataLoader settings shared by all datamodules."""
 
 import multiprocessing
 import signal
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], num_workers: int = 0) -> DataLoader[Any]:
-    """A loader of what `dataset` gives for each index of `sampler`; batches are the data set's own affair.
+    """Create a loader of `dataset[index]` for each index of `sampler`; the dataset itself returns batches.
 
     Args:
-        dataset: what to load from.
-        sampler: one of `datamodules/sampler.py`.
-        num_workers: loader processes, kept for the whole run.
+        dataset: dataset to load from.
+        sampler: a sampler of `datamodules/sampler.py`.
+        num_workers: loader processes, persistent for the run.
     """
     if num_workers:
         Finalize(None, end_workers, exitpriority=0)
@@ -33,13 +33,13 @@ def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], num_workers: int =
 
 
 def ignore_signals_in_worker(worker: int) -> None:
-    """Ctrl-C and schedulers signal the whole group: the run wants to end its step, so its workers must go on until then."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+    """Ignore signals to the process group, so that the main process can finish its step with live workers."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """At the end of the process, end workers that are still there: they would not hear Python's own SIGTERM."""
+    """Kill remaining workers at exit; they ignore the SIGTERM that Python sends."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

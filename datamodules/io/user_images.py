@@ -1,4 +1,4 @@
-"""A user's own pictures: taken apart for a network that enlarges luma, and put together again."""
+"""Inputs of `darkroom predict`: image files as network inputs, and outputs as PIL images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ from datamodules.transforms.resize import imresize
 
 
 class LumaInputs(Dataset[dict[str, Any]]):
-    """Pictures of any size and mode: grey, RGB, palette, with alpha, CMYK, 16-bit.
+    """Luma inputs of super-resolution, from images of any size and mode (gray, RGB, palette, alpha, CMYK, 16-bit).
 
     Args:
-        files: the pictures; each must be readable.
+        files: readable image files.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -33,8 +33,8 @@ class LumaInputs(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The luma as "input" (1, 1, h, w), what is not luma as "chroma" (2, h, w) and "alpha" (1, h, w), empty if none."""
-        resize._placed_matrix.cache_clear()  # of the last picture's size: 25 MiB for 1500 pixels enlarged by 3
+        """Luma as "input" (1, 1, h, w); "chroma" (2, h, w) and "alpha" (1, h, w), each empty if absent; "path", "size"."""
+        resize._placed_matrix.cache_clear()  # matrices of the last image's size: 25 MiB for 1500 pixels at scale 3
         image = open_image(self.files[index])
         pixels = to_pixels(image, self.files[index]).float() / 255
         chroma = torch.empty(0)
@@ -52,12 +52,12 @@ class LumaInputs(Dataset[dict[str, Any]]):
 
 
 class SegmentationInputs(Dataset[dict[str, Any]]):
-    """Pictures of any size and mode, with all their colours, or made grey for a network that sees only that.
+    """Inputs of segmentation, from images of any size and mode.
 
     Args:
-        files: the pictures; each must be readable.
-        channels: 1 or 3.
-        downscale: how many times smaller the network wants them.
+        files: readable image files.
+        channels: 1 for luma or 3 for RGB.
+        downscale: integer factor by which images are reduced first.
     """
 
     def __init__(self, files: Sequence[Path], channels: int, downscale: int = 1) -> None:
@@ -68,21 +68,22 @@ class SegmentationInputs(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": (1, channels, h, w) in [0, 1], "photo": uint8 (1 or 3, H, W), "path": str}."""
-        photo = to_pixels(open_image(self.files[index]), self.files[index])
-        if min(photo.shape[-2:]) < self.downscale:
+        source_pixels = to_pixels(open_image(self.files[index]), self.files[index])
+        if min(source_pixels.shape[-2:]) < self.downscale:
             raise InvalidImage(
-                f"{self.files[index]}: {photo.shape[-1]}x{photo.shape[-2]} pixels, too small to be shrunk by {self.downscale}"
+                f"{self.files[index]}: {source_pixels.shape[-1]}x{source_pixels.shape[-2]} pixels, "
+                f"too small to be reduced by the factor {self.downscale}"
             )
-        image = downsample_image(to_channels(photo, self.channels), self.downscale)[None].float() / 255
-        return {"image": image, "photo": photo, "path": str(self.files[index])}
+        image = downsample_image(to_channels(source_pixels, self.channels), self.downscale)[None].float() / 255
+        return {"image": image, "photo": source_pixels, "path": str(self.files[index])}
 
 
 class TranslationInputs(Dataset[dict[str, Any]]):
-    """Pictures of any size and mode, in colour.
+    """RGB inputs of image translation, from images of any size and mode.
 
     Args:
-        files: the pictures; each must be readable.
-        short_side: what their shorter side is made, for a network that knows its domains at that size; None to leave it.
+        files: readable image files.
+        short_side: length in pixels to which the shorter side is resized; None to keep the size.
         direction: "AtoB" or "BtoA".
     """
 
@@ -95,12 +96,12 @@ class TranslationInputs(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": (1, 3, h, w) in [0, 1], "direction": [str], "path", "size", "chroma": empty, "alpha"}, see `LumaInputs`."""
         image = open_image(self.files[index])
-        photo = to_channels(to_pixels(image, self.files[index]), 3)[None].float()
+        source_pixels = to_channels(to_pixels(image, self.files[index]), 3)[None].float()
         if self.short_side is not None:
-            sides = [max(1, round(side * self.short_side / min(photo.shape[-2:]))) for side in photo.shape[-2:]]
-            photo = F.interpolate(photo, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
+            sides = [max(1, round(side * self.short_side / min(source_pixels.shape[-2:]))) for side in source_pixels.shape[-2:]]
+            source_pixels = F.interpolate(source_pixels, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
         return {
-            "image": photo / 255,
+            "image": source_pixels / 255,
             "direction": [self.direction],
             "chroma": torch.empty(0),
             "alpha": read_alpha(image),
@@ -110,19 +111,19 @@ class TranslationInputs(Dataset[dict[str, Any]]):
 
 
 def read_alpha(image: Image.Image) -> Tensor:
-    """A picture's opacity, (1, H, W) in [0, 1]; empty if it has none."""
+    """Alpha channel of an image, (1, H, W) in [0, 1]; empty if absent."""
     if not image.has_transparency_data:
         return torch.empty(0)
     return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
 
 
 def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
-    """A picture as it came from a network, 8 bits a channel: L, LA, RGB or RGBA.
+    """Combine luma, chroma and alpha to an 8-bit image of mode L, LA, RGB or RGBA.
 
     Args:
-        luma: (1, H, W); or all colours, (3, H, W), and no chroma.
-        chroma: (2, h, w) Cb and Cr, or empty; enlarged here, bicubically.
-        alpha: (1, h, w), or empty; likewise.
+        luma: (1, H, W) in [0, 1]; or RGB, (3, H, W), with empty chroma.
+        chroma: Cb and Cr, (2, h, w), or empty; resized to (H, W) by bicubic interpolation.
+        alpha: (1, h, w), or empty; resized likewise.
     """
     size = (luma.shape[-2], luma.shape[-1])
     channels = luma.float()
@@ -135,27 +136,29 @@ def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
 
 
 def list_user_images(source: str, exclude: Path) -> list[Path]:
-    """The pictures that `source`, a file or a folder, names; each has been decoded once and can be read.
+    """List the images of `source`, a file or a folder, after decoding each once.
 
     Args:
-        source: what a user names.
-        exclude: a folder below it that is not meant, such as that of earlier results.
+        source: path of the file or folder.
+        exclude: folder below `source` to skip, such as the output folder.
 
     Raises:
-        BadImage: there are none, or some cannot be read; the message names them.
+        InvalidImage: there are no images, or some are unreadable; the message names them.
     """
     path = Path(source)
-    inside = exclude.resolve()
-    found = list_images(path) if path.is_dir() else [path]
-    files = [file for file in found if not path.is_dir() or inside == path.resolve() or inside not in file.resolve().parents]
+    excluded = exclude.resolve()
+    paths = list_images(path) if path.is_dir() else [path]
+    files = [
+        file for file in paths if not path.is_dir() or excluded == path.resolve() or excluded not in file.resolve().parents
+    ]
     if not files:
-        raise InvalidImage(f"{path}: no pictures in this folder")
-    bad = []
+        raise InvalidImage(f"{path}: no images in this folder")
+    errors = []
     for file in files:
         try:
             to_pixels(open_image(file), file)
         except InvalidImage as error:
-            bad.append(str(error))
-    if bad:
-        raise InvalidImage("; ".join(bad))
+            errors.append(str(error))
+    if errors:
+        raise InvalidImage("; ".join(errors))
     return files

@@ -1,1 +1,1 @@
-"""Counter-based random numbers: every draw is a function of (seed, stream, position)."""
+"""Counter-based random numbers: a function of (seed, stream, position)."""

@@ -1,4 +1,4 @@
-"""Noise without a state, on `datamodules/random/philox.py`: a sample's is a function of the seed, the stream and its number."""
+"""Stateless noise on `datamodules/random/philox.py`: a function of seed, stream and sample index."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from datamodules.random.philox import random_words
 
 
 def uniform(seed: int, stream: str, items: Sequence[int], size: int) -> np.ndarray:
-    """Draws from (0, 1): float64 (len(items), size); a row is a function of its item alone.
+    """Uniform noise in (0, 1): float64 (len(items), size); a row depends only on its item.
 
     Args:
         seed: the run's seed.
-        stream: what the draws are for.
-        items: numbers of samples, in any order; consecutive ones are drawn fastest.
-        size: draws a sample.
+        stream: name of the random stream.
+        items: sample indices in any order; consecutive indices are fastest.
+        size: values per sample.
     """
     words = _words(seed, stream, items, -(-size // 4))
     fractions = (words[:, :size] >> np.uint64(11)).astype(np.float64)
@@ -24,11 +24,11 @@ def uniform(seed: int, stream: str, items: Sequence[int], size: int) -> np.ndarr
 def normal(
     seed: int, stream: str, items: Sequence[int], size: int, dtype: type[np.float32] | type[np.float64] = np.float64
 ) -> np.ndarray:
-    """Standard normal draws (len(items), size), by Box and Muller's transform; a row is a function of its item alone.
+    """Standard normal noise (len(items), size), by the Box-Muller transform; a row depends only on its item.
 
     Args:
         seed, stream, items, size: see `uniform`.
-        dtype: float32 takes 32-bit words and computes in single precision: four times as fast, other draws, within 6.8
+        dtype: float32 uses 32-bit words and single precision: four times as fast, different values, truncated at 6.8
             standard deviations.
     """
     if dtype is np.float64:
@@ -36,7 +36,7 @@ def normal(
         radius, angle = np.split(uniform(seed, stream, items, 2 * pairs), 2, axis=1)
         radius, angle = np.sqrt(-2 * np.log(radius)), 2 * np.pi * angle
     else:
-        words = _words(seed, stream, items, -(-size // 8))  # each word serves two draws
+        words = _words(seed, stream, items, -(-size // 8))  # two values per word
         fractions = words.view(np.uint32).astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)
         radius, angle = np.split(fractions, 2, axis=1)
         radius, angle = np.sqrt(np.float32(-2) * np.log(radius)), np.float32(2 * np.pi) * angle
@@ -44,12 +44,12 @@ def normal(
 
 
 def derive_seed(seed: int, stream: str) -> int:
-    """A seed for a generator that has a state, in [0, 2**63)."""
+    """Derive a seed in [0, 2**63) for a stateful generator."""
     return int(random_words(seed, stream, 0, 1)[0, 0] >> np.uint64(1))
 
 
 def _words(seed: int, stream: str, items: Sequence[int], blocks: int) -> np.ndarray:
-    """Random words, uint64 (len(items), 4 * blocks): `blocks` counter values for each item."""
+    """Random words with `blocks` counter values per item: uint64 (len(items), 4 * blocks)."""
     first, count = (items[0], len(items)) if len(items) else (0, 0)
     if list(items) == list(range(first, first + count)):
         words = random_words(seed, stream, first * blocks, count * blocks)

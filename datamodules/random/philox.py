@@ -1,7 +1,7 @@
-"""Counter-based randomness: every draw is a function of (seed, stream, global position of the sample).
+"""Counter-based random numbers: a function of (seed, stream, global position of the sample).
 
-Nothing here has a state. The sample at position 10,000 gets the same draws in the first run, in a resumed one, and on
-whichever process it lands.
+All functions are stateless. The sample at position 10,000 gets the same random numbers in an uninterrupted run, in a
+resumed run, and on any rank.
 """
 
 import hashlib
@@ -14,19 +14,19 @@ def random_words(seed: int, stream: str, start: int, count: int) -> np.ndarray:
 
     Args:
         seed: the run's seed.
-        stream: what the draws are for ("crop", "order", ...); different streams are independent.
+        stream: name of the random stream ("crop", "order", ...); different streams are independent.
         start: global position of the first sample.
-        count: how many samples.
+        count: number of samples.
 
     Returns:
-        uint64 (count, 4), uniform. Philox 4x64 (Salmon et al., 2011) makes four words a counter value, so a sample's words
-        do not depend on which other samples are drawn with it.
+        uint64 (count, 4), uniform. Philox 4x64 (Salmon et al., 2011) generates four words per counter value, so a sample's
+        words do not depend on the other samples of the call.
     """
     return np.random.Philox(key=_key(seed, stream), counter=start).random_raw(4 * count).reshape(count, 4)
 
 
 def permutation(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
-    """The order of `length` items in pass number `epoch` over them: int64 (length,)."""
+    """Random order of `length` items in pass `epoch`: int64 (length,)."""
     key = _key(seed, f"{stream}/{epoch}")
     return np.random.Generator(np.random.Philox(key=key)).permutation(length)
 

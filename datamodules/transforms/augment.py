@@ -1,4 +1,4 @@
-"""Where the pixels of a deformed tile come from: shift, turn, zoom, mirror, and U-Net's elastic deformation, as one map.
+"""Spatial augmentation in one sampling grid: shift, rotation, zoom, flip and U-Net's elastic deformation.
 
 O. Ronneberger, P. Fischer, T. Brox. U-Net. arXiv:1505.04597, Section 3.1.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 from datamodules.errors import UserError
 from datamodules.random.noise import normal, uniform
 
-GRID = 3  # coarse displacement vectors in each direction
+GRID = 3  # displacement vectors along each axis of the coarse grid
 
 
 @dataclass(frozen=True)
 class SpatialAugment:
-    """What may happen to a tile.
+    """Random spatial transforms of a tile.
 
     Args:
-        rotate: by any angle.
-        hflip: left to right, in half of the cases; with `rotate`, that is every reflection.
-        zoom: by how much at most it is enlarged or shrunk, evenly in the logarithm; 1 for not at all.
-        elastic_std: deviation of the displacement vectors of a 3 x 3 grid, in pixels; between them it is bicubic.
+        rotate: whether to rotate by a random angle in [0, 360) degrees.
+        hflip: whether to flip left to right with probability 0.5.
+        zoom: maximum zoom factor; the logarithm is uniform in [-log zoom, log zoom]; 1 for no zoom.
+        elastic_std: std in pixels of the displacement vectors on a 3 x 3 grid, interpolated bicubically; 0 for none.
     """
 
     rotate: bool = False
@@ -34,45 +34,47 @@ class SpatialAugment:
 
     def __post_init__(self) -> None:
         if self.zoom < 1 or self.elastic_std < 0:
-            raise UserError(f"data.zoom: {self.zoom} must be 1 at least, data.elastic_std: {self.elastic_std} not below 0")
+            raise UserError(
+                f"data.zoom: {self.zoom} must be at least 1; data.elastic_std: {self.elastic_std} must be at least 0"
+            )
 
     def sampling_grid(
-        self, seed: int, samples: range, heights: np.ndarray, widths: np.ndarray, tile: int, margin: int
+        self, seed: int, samples: range, heights: np.ndarray, widths: np.ndarray, tile_size: int, margin: int
     ) -> Tensor:
-        """Where in its picture each pixel of a tile lies, with half of a margin around it on every side.
+        """Image coordinates of each pixel of a tile with half of the margin on every side.
 
-        Tiles lie anywhere within their pictures (in the middle of smaller ones); what deformation and margin add may lie
-        beyond. A function of the seed and of each sample's position.
+        Tiles are placed uniformly within their images, centered in smaller ones. Deformation and margin may exceed the
+        image. The result is a function of the seed and of each sample's position.
 
         Args:
-            seed: the run's.
-            samples: positions (B of them).
-            heights, widths: (B,) of the samples' pictures.
-            tile, margin: in pixels.
+            seed: the run's seed.
+            samples: positions of B samples.
+            heights, widths: (B,) sizes of the samples' images in pixels.
+            tile_size, margin: sizes in pixels.
 
         Returns:
-            Rows and columns, float32 (B, 2, tile + margin, tile + margin), from the middle of the first pixel.
+            Rows and columns, float32 (B, 2, tile_size + margin, tile_size + margin), 0 at the center of the first pixel.
         """
-        drawn = uniform(seed, "deformation", samples, 5)
+        noise = uniform(seed, "deformation", samples, 5)
         lengths = np.stack([heights, widths], axis=1)
-        free = np.maximum(lengths - tile, 0)
-        # In whole pixels, so that a tile which is not deformed needs no interpolation.
-        corners = np.minimum((drawn[:, :2] * (free + 1)).astype(np.int64), free) + np.minimum(lengths - tile, 0) // 2
-        centres = torch.from_numpy(corners + (tile - 1) / 2).float()  # (B, 2)
-        steps = torch.arange(tile + margin, dtype=torch.float32) - (tile + margin - 1) / 2
-        across = steps * torch.from_numpy(np.where(self.hflip & (drawn[:, 2] < 0.5), -1.0, 1.0)).float()[:, None]
-        angle = torch.from_numpy(drawn[:, 3] * 2 * np.pi * self.rotate).float()
-        size = torch.from_numpy(self.zoom ** (2 * drawn[:, 4] - 1)).float()
-        cosine, sine = (f(angle)[:, None, None] / size[:, None, None] for f in (torch.cos, torch.sin))
+        slack = np.maximum(lengths - tile_size, 0)
+        # Integer positions, so that an undeformed tile needs no interpolation.
+        corners = np.minimum((noise[:, :2] * (slack + 1)).astype(np.int64), slack) + np.minimum(lengths - tile_size, 0) // 2
+        centers = torch.from_numpy(corners + (tile_size - 1) / 2).float()  # (B, 2)
+        steps = torch.arange(tile_size + margin, dtype=torch.float32) - (tile_size + margin - 1) / 2
+        across = steps * torch.from_numpy(np.where(self.hflip & (noise[:, 2] < 0.5), -1.0, 1.0)).float()[:, None]
+        angle = torch.from_numpy(noise[:, 3] * 2 * np.pi * self.rotate).float()
+        zoom_factor = torch.from_numpy(self.zoom ** (2 * noise[:, 4] - 1)).float()
+        cosine, sine = (f(angle)[:, None, None] / zoom_factor[:, None, None] for f in (torch.cos, torch.sin))
         rows, columns = steps[None, :, None], across[:, None, :]
-        turned = torch.stack([cosine * rows - sine * columns, sine * rows + cosine * columns], dim=1)
-        return turned + centres[:, :, None, None] + self.elastic_field(seed, samples, tile + margin)
+        rotated = torch.stack([cosine * rows - sine * columns, sine * rows + cosine * columns], dim=1)
+        return rotated + centers[:, :, None, None] + self.elastic_field(seed, samples, tile_size + margin)
 
     def elastic_field(self, seed: int, samples: range, side: int) -> Tensor:
-        """The elastic part, in pixels: (B, 2, side, side), or zero."""
+        """Elastic displacements in pixels: (B, 2, side, side), or a scalar zero."""
         if not self.elastic_std:
             return torch.zeros(())
-        drawn = normal(seed, "displacement", samples, 2 * GRID**2).reshape(-1, 2, GRID, GRID)
+        noise = normal(seed, "displacement", samples, 2 * GRID**2).reshape(-1, 2, GRID, GRID)
         return F.interpolate(
-            torch.from_numpy(self.elastic_std * drawn).float(), (side, side), mode="bicubic", align_corners=True
+            torch.from_numpy(self.elastic_std * noise).float(), (side, side), mode="bicubic", align_corners=True
         )

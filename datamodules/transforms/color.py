@@ -1,9 +1,9 @@
-"""Colour spaces, in the definitions that the papers' tables use."""
+"""Color spaces, as defined for the papers' tables."""
 
 import torch
 from torch import Tensor
 
-# BT.601 studio swing, as MATLAB's rgb2ycbcr: R, G, B in [0, 1] to Y in [16, 235] / 255 and Cb, Cr in [16, 240] / 255.
+# BT.601 studio swing, as in MATLAB's rgb2ycbcr: R, G, B in [0, 1] to Y in [16, 235] / 255 and Cb, Cr in [16, 240] / 255.
 _YCBCR = torch.tensor(
     [
         [65.481, 128.553, 24.966],
@@ -16,7 +16,7 @@ _OFFSET = torch.tensor([16.0, 128.0, 128.0], dtype=torch.float64)
 
 
 def rgb_to_ycbcr(image: Tensor) -> Tensor:
-    """RGB (..., 3, H, W) in [0, 1] to studio-swing YCbCr of the same shape and type; black is Y = 16 / 255."""
+    """RGB (..., 3, H, W) in [0, 1] to studio-swing YCbCr of the same shape and dtype; black is Y = 16 / 255."""
     matrix, offset = _YCBCR.to(image) / 255, _OFFSET.to(image) / 255
     return torch.einsum("ij,...jhw->...ihw", matrix, image) + offset[:, None, None]
 
@@ -28,16 +28,16 @@ def ycbcr_to_rgb(image: Tensor) -> Tensor:
 
 
 def luma(image: Tensor, treat_equal_rgb_as_grey: bool = False) -> Tensor:
-    """The 8-bit luma on which super-resolution tables are measured.
+    """Compute the 8-bit luma for the super-resolution tables.
 
     Args:
-        image: uint8, (1, H, W) grey or (3, H, W) RGB.
-        treat_equal_rgb_as_grey: take an RGB picture whose channels are equal as grey too. The papers do not: `bridge` of Set14 is
-            stored grey, `man` as RGB, and MATLAB's ``rgb2ycbcr`` squeezes the latter into [16, 235], which lifts its PSNR
-            by 1.31 dB and the mean of Set14 by 0.09 (bicubic x3: 27.54 as published, 27.45 with `man` as grey).
+        image: uint8, (1, H, W) gray or (3, H, W) RGB.
+        treat_equal_rgb_as_grey: whether to treat RGB with equal channels as gray too. The papers do not: Set14 stores
+            `bridge` as gray and `man` as RGB. MATLAB's ``rgb2ycbcr`` maps `man` into [16, 235], which raises its PSNR by
+            1.31 dB and the mean of Set14 by 0.09 (bicubic x3: 27.54 as published, 27.45 with `man` as gray).
 
     Returns:
-        uint8 (1, H, W): a grey picture as it is, else Y in 16..235, rounded half up.
+        uint8 (1, H, W): a gray image unchanged, else Y in 16..235, rounded half up.
     """
     if image.shape[0] == 1 or (treat_equal_rgb_as_grey and is_grey(image)):
         return image[:1]
@@ -47,5 +47,5 @@ def luma(image: Tensor, treat_equal_rgb_as_grey: bool = False) -> Tensor:
 
 
 def is_grey(image: Tensor) -> bool:
-    """Whether a (C, H, W) image has one channel, or three equal ones."""
+    """Whether a (C, H, W) image has one channel or three equal channels."""
     return image.shape[0] == 1 or bool((image[0] == image[1]).all() and (image[0] == image[2]).all())

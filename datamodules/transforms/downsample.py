@@ -1,23 +1,23 @@
-"""Masks: one class id a pixel; and how they and their pictures become smaller."""
+"""Downsampling of masks and images by integer factors."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = 255  # a pixel that does not count
+IGNORE_INDEX = 255  # mask value of pixels excluded from loss and metrics
 
 
 def downsample_mask(mask: np.ndarray, downscale: int) -> np.ndarray:
-    """A mask (H, W) a whole number of times smaller: of each block, the value in its middle."""
+    """Reduce a mask (H, W) by an integer factor to the center value of each block."""
     height, width = (side // downscale for side in mask.shape)
     return np.ascontiguousarray(mask[downscale // 2 :: downscale, downscale // 2 :: downscale][:height, :width])
 
 
 def downsample_image(pixels: Tensor, downscale: int) -> Tensor:
-    """uint8 (C, H, W), a whole number of times smaller, antialiased."""
+    """Reduce a uint8 image (C, H, W) by an integer factor with antialiased bilinear interpolation."""
     if downscale == 1:
         return pixels
     size = [side // downscale for side in pixels.shape[-2:]]
-    whole = pixels[None, :, : size[0] * downscale, : size[1] * downscale]
-    return F.interpolate(whole.float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)
+    cropped = pixels[None, :, : size[0] * downscale, : size[1] * downscale]
+    return F.interpolate(cropped.float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Images of different sizes in one buffer, from which a batch of crops is read at once."""
+"""A flat buffer of images of different sizes with batched cropping."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from datamodules.transforms.reflect import reflect_index
 
 
 class RaggedImageBuffer:
-    """Images of any sizes, one after another in a flat buffer of pixels.
+    """Images of any sizes, concatenated in a flat buffer of pixels.
 
     Args:
-        images: (C, H, W) each, of one type and one number of channels.
+        images: (C, H, W) each, with equal dtype and number of channels.
     """
 
     def __init__(self, images: Sequence[Tensor]) -> None:
@@ -27,15 +27,15 @@ class RaggedImageBuffer:
         return len(self.heights)
 
     def share_memory(self) -> None:
-        """Move the buffer to shared memory, so that loader workers, forked or spawned, read this one copy."""
+        """Move the buffer to shared memory, so that all loader workers read one copy."""
         self.pixels.share_memory_()
 
     def crop_patches(self, image_ids: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, symmetry: np.ndarray) -> Tensor:
-        """Crop one square patch from each of the given images, flipped and transposed on the way.
+        """Crop one square patch from each of the given images, flipped or transposed.
 
         Args:
             image_ids: (B,) indices of images.
-            top, left: (B,) corners; a patch may reach beyond its image, whose border is replicated.
+            top, left: (B,) corners; a patch may exceed its image, whose border is replicated.
             size: side in pixels.
             symmetry: (B,) in 0..7, the eight symmetries of the square: bit 1 flips rows, bit 2 columns, bit 4 transposes.
 
@@ -54,36 +54,38 @@ class RaggedImageBuffer:
         return self._gather(index)
 
     def sample_nearest(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
-        """Read the pixel nearest to each coordinate; beyond a border the image is continued by reflection.
+        """Sample the nearest pixel at each coordinate, with reflection at the borders.
 
         Args:
             image_ids: (B,) indices of images.
-            coords: rows and columns, (B, 2, h, w), in pixels from the center of the first one.
+            coords: rows and columns, (B, 2, h, w), in pixels; 0 is the center of the first pixel.
 
         Returns:
             (B, C, h, w).
         """
-        return self._at(image_ids, (coords + 0.5).floor().long())
+        return self._read_reflected(image_ids, (coords + 0.5).floor().long())
 
     def sample_bilinear(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
-        """Interpolate bilinearly between pixels: float32, otherwise as `sample_nearest`."""
+        """Sample by bilinear interpolation: float32, otherwise as `sample_nearest`."""
         first = coords.floor()
-        fraction = coords - first  # of the next row, and of the next column
+        fraction = coords - first  # weights of the next row and the next column
         down, across = fraction[:, :1], fraction[:, 1:]
         corner = first.long()
         steps = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(4, 1, 2, 1, 1)
-        top_left, top_right, bottom_left, bottom_right = (self._at(image_ids, corner + step).float() for step in steps)
+        top_left, top_right, bottom_left, bottom_right = (
+            self._read_reflected(image_ids, corner + step).float() for step in steps
+        )
         top = torch.lerp(top_left, top_right, across)
         return torch.lerp(top, torch.lerp(bottom_left, bottom_right, across), down)
 
-    def _at(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
+    def _read_reflected(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
         offsets, heights, widths = (
             torch.from_numpy(values[image_ids]).view(-1, 1, 1) for values in (self.offsets, self.heights, self.widths)
         )
         return self._gather(offsets + reflect_index(coords[:, 0], heights) * widths + reflect_index(coords[:, 1], widths))
 
     def _gather(self, index: Tensor) -> Tensor:
-        """The pixels at flat positions (B, h, w): (B, C, h, w)."""
+        """Gather the pixels at flat positions (B, h, w): (B, C, h, w)."""
         if self.pixels.shape[1] == 1:
             return self.pixels[:, 0][index].unsqueeze(1)
         return self.pixels[index].movedim(-1, 1)

@@ -1,8 +1,8 @@
-"""MATLAB's bicubic ``imresize``, on which the classical super-resolution tables rest.
+"""MATLAB's bicubic ``imresize``, as used by the classical super-resolution tables.
 
-Two modes, because MATLAB has two: floating point is not quantised anywhere (the tables' rows), and uint8 is rounded and
-clipped after each of the two passes (the LR pictures that are handed around as PNG). Both use the antialiased Keys
-kernel with a = -0.5 and a replicated border.
+MATLAB has two modes. Floating point is never quantized (used in the tables); uint8 is rounded and clipped after each of
+the two passes (used for the published LR images in PNG). Both use the antialiased Keys kernel with a = -0.5 and a
+replicated border.
 """
 
 from functools import lru_cache
@@ -21,11 +21,11 @@ def cubic(x: np.ndarray) -> np.ndarray:
 
 
 def resize_matrix(length: int, new_length: int) -> Tensor:
-    """One pass of ``imresize`` as a float64 matrix (new_length, length); the replicated border is folded into it."""
+    """One pass of ``imresize`` as a float64 matrix (new_length, length), including the replicated border."""
     scale = new_length / length
-    stretch = min(scale, 1.0)  # antialiasing: a shrinking kernel is widened by 1 / scale
+    stretch = min(scale, 1.0)  # antialiasing: the kernel is widened by 1 / scale when downscaling
     support = 4 / stretch
-    # Output i (from 1) sits at input position u = i / scale + (1 - 1 / scale) / 2, as in MATLAB.
+    # Output i (from 1) is at input position u = i / scale + (1 - 1 / scale) / 2, as in MATLAB.
     position = np.arange(1, new_length + 1) / scale + 0.5 * (1 - 1 / scale)
     first = np.floor(position - support / 2)
     taps = first[:, None] + np.arange(int(np.ceil(support)) + 2)  # (new_length, taps)
@@ -38,14 +38,14 @@ def resize_matrix(length: int, new_length: int) -> Tensor:
 
 
 def imresize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize as MATLAB's ``imresize(image, size, 'bicubic')`` does in the mode of the image's type.
+    """Resize as MATLAB's ``imresize(image, size, 'bicubic')``, in the mode of the image's dtype.
 
     Args:
         image: (..., height, width), floating point of any range, or uint8.
         size: height and width of the result.
 
     Returns:
-        (..., *size) of the same type. Floating point is neither clipped nor rounded: it may overshoot the input's range.
+        (..., *size) of the same dtype. Floating point is neither clipped nor rounded and may exceed the input's range.
     """
     height, width = size
     dtype = torch.float64 if image.dtype == torch.uint8 else image.dtype
@@ -59,7 +59,7 @@ def imresize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _placed_matrix(length: int, new_length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept on the device, so that a training step copies nothing."""
+    """`resize_matrix`, cached on the device to avoid copies during training."""
     return resize_matrix(length, new_length).to(device, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What a trained network's work costs, for `darkroom bench`: enlarging, segmenting, sampling, translating."""
+"""Inference speed for `darkroom bench`: super-resolution, segmentation, sampling, reconstruction and translation."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ from datamodules.io.image_refs import list_image_refs
 from datamodules.segmentation import Segmentation
 from datamodules.superresolution_datasets import SREvalImages
 from datamodules.unpaired import Unpaired
-from experiments.bench.reference_loop import Step, bare_batches, flops_of, loop, optimizers_of, quartiles
+from experiments.bench.reference_loop import Step, bare_batches, count_flops, make_optimizers, make_reference_step, quartiles
 from modules.autoencoder import Autoencoder
 from modules.cyclegan import CycleGAN, lsgan_loss
 from modules.networks.mlp_conv import to_hw
@@ -26,69 +26,69 @@ from modules.training.method import Method
 from modules.training.phases import Batch
 
 
-def use_figures(method: Method, data: Any) -> dict[str, Any]:
-    """What the trained network's work costs, by its kind."""
+def bench_inference(method: Method, data: Any) -> dict[str, Any]:
+    """Time the inference of a trained network, according to its task."""
     if isinstance(method, GenerativeMethod):
-        return sampling_figures(method)
+        return bench_sampling(method)
     if isinstance(method, Autoencoder):
-        return coding_figures(method)
+        return bench_reconstruction(method)
     if isinstance(method, CycleGAN):
-        return translation_figures(method, data)
-    return segmentation_figures(method, data) if isinstance(method, SegmentationMethod) else inference_figures(method)
+        return bench_translation(method, data)
+    return bench_segmentation(method, data) if isinstance(method, SegmentationMethod) else bench_superresolution(method)
 
 
-def segmentation_figures(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:
-    """Millions of pixels segmented a second, over the pictures that choose the checkpoint, in one view each."""
+def bench_segmentation(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:
+    """Return the megapixels segmented per second on up to five validation images, without test-time augmentation."""
     method.tta_views = 1
     data.setup("validate")
-    pictures = [data.val_pictures[i]["image"].float() / 255 for i in range(min(5, len(data.val_pictures)))]
-    pixels = sum(picture.shape[-1] * picture.shape[-2] for picture in pictures)
+    images = [data.val_pictures[i]["image"].float() / 255 for i in range(min(5, len(data.val_pictures)))]
+    pixels = sum(image.shape[-1] * image.shape[-2] for image in images)
     times = []
     with torch.no_grad():
-        for _ in range(4):  # the first one warms up
+        for _ in range(4):  # the first pass is a warm-up
             started = time.perf_counter()
-            for picture in pictures:
-                method.predict_step({"image": picture}, 0)
+            for image in images:
+                method.predict_step({"image": image}, 0)
             times.append(time.perf_counter() - started)
     return {"megapixels_per_second": pixels / statistics.median(times[1:]) / 1e6}
 
 
-def sampling_figures(method: GenerativeMethod) -> dict[str, Any]:
-    """Images made a second, 64 at once."""
+def bench_sampling(method: GenerativeMethod) -> dict[str, Any]:
+    """Return the images sampled per second, in batches of 64."""
     latents = method.sample_latents(range(64))
-    return {"samples_per_second": 64 / seconds(lambda: method.sample(latents))}
+    return {"samples_per_second": 64 / median_seconds(lambda: method.sample(latents))}
 
 
-def coding_figures(method: Autoencoder) -> dict[str, Any]:
-    """Images that go there and back a second, 100 at once."""
+def bench_reconstruction(method: Autoencoder) -> dict[str, Any]:
+    """Return the images encoded and decoded per second, in batches of 100."""
     images = torch.rand(100, method.hparams["channels"], *to_hw(method.hparams["size"]))
-    return {"reconstructions_per_second": len(images) / seconds(lambda: method(images))}
+    return {"reconstructions_per_second": len(images) / median_seconds(lambda: method(images))}
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """What it takes without gradients, median of five times, after one to warm up."""
+def median_seconds(function: Callable[[], Any]) -> float:
+    """Return the median duration of five calls without gradients, after one warm-up call."""
     times = []
     with torch.no_grad():
         for _ in range(6):
             started = time.perf_counter()
-            work()
+            function()
             times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
 
-def inference_figures(method: Any) -> dict[str, Any]:
-    """Milliseconds to enlarge a picture, mean over Set14 (else the embedded test photographs), and SRCNN 9-5-5 beside it."""
+def bench_superresolution(method: Any) -> dict[str, Any]:
+    """Return the mean milliseconds to upscale an image of Set14 (else photographs/test), also for SRCNN 9-5-5."""
     name = "set14"
     try:
-        found = list_image_refs(name)
+        image_refs = list_image_refs(name)
     except DatasetNotFound:
         name = "photographs/test"
-        found = list_image_refs(name)
-    pictures = SREvalImages(found, method.scale)
-    lows = [pictures[i]["input"] for i in range(len(pictures))]
+        image_refs = list_image_refs(name)
+    images = SREvalImages(image_refs, method.scale)
+    inputs = [images[i]["input"] for i in range(len(images))]
     networks = (method, SRCNN(method.scale, "9-5-5").eval())
-    ours, srcnn = (_milliseconds(network, lows) for network in networks)
-    flops, flops_srcnn = (flops_of(partial(network, lows[0])) for network in networks)
+    ours, srcnn = (_milliseconds(network, inputs) for network in networks)
+    flops, flops_srcnn = (count_flops(partial(network, inputs[0])) for network in networks)
     return {
         "inference_set": name,
         "inference_ms": ours,
@@ -99,70 +99,73 @@ def inference_figures(method: Any) -> dict[str, Any]:
     }
 
 
-def translation_figures(method: CycleGAN, data: Unpaired) -> dict[str, Any]:
-    """Pictures translated a second, and the time of a step in the order of passes of the classic code beside ours."""
+def bench_translation(method: CycleGAN, data: Unpaired) -> dict[str, Any]:
+    """Return the images translated per second, and the time of the authors' training step divided by ours."""
     batch = next(bare_batches(data, method.device))
-    figures = {"translations_per_second": len(batch["A"]) / seconds(lambda: method.translate(batch["A"], "AtoB"))}
+    results = {"translations_per_second": len(batch["A"]) / median_seconds(lambda: method.translate(batch["A"], "AtoB"))}
     if not method.adversarial:
-        return figures
-    steps = {"ours": loop(method, repeat(batch), optimizers_of(method)), "classic": classic_step(method, batch)}
+        return results
+    steps = {
+        "ours": make_reference_step(method, repeat(batch), make_optimizers(method)),
+        "classic": reference_cyclegan_step(method, batch),
+    }
     spent: dict[str, list[float]] = {name: [] for name in steps}
-    for pair in range(13):  # the first one warms up
+    for i in range(13):  # the first round is a warm-up
         for name, step in steps.items():
             started = time.perf_counter()
             step()
             step()
-            if pair:
+            if i:
                 spent[name].append(time.perf_counter() - started)
     ratios = [classic / ours for ours, classic in zip(spent["ours"], spent["classic"], strict=True)]
-    return {**figures, "ratio_to_classic": statistics.median(ratios), "ratio_to_classic_quartiles": quartiles(ratios)}
+    return {**results, "ratio_to_classic": statistics.median(ratios), "ratio_to_classic_quartiles": quartiles(ratios)}
 
 
-def classic_step(method: CycleGAN, batch: Batch) -> Step:
-    """A step of CycleGAN in the order of passes of its authors' PyTorch code: every picture and every network by itself.
+def reference_cyclegan_step(method: CycleGAN, batch: Batch) -> Step:
+    """Return a CycleGAN step with the order of passes of its authors' PyTorch code: one pass per image and network.
 
-    G(A), F(G(A)), F(B), G(F(B)); G(B) and F(A) for the identity loss; the generators' step; each discriminator on reals, then
-    on fakes, with a backward pass of its own; the discriminators' step.
+    G(A), F(G(A)), F(B), G(F(B)); G(B) and F(A) for the identity loss; the generators' update; for each discriminator a forward
+    pass on real images, one on fakes and a backward pass; the discriminators' update.
     """
-    generators, discriminators = optimizers_of(method)
+    generators, discriminators = make_optimizers(method)
     for group in generators.param_groups + discriminators.param_groups:
         group["lr"] = method.learning_rate
     a, b = batch["A"] * 2 - 1, batch["B"] * 2 - 1
-    weight, judges = method.cycle_weight, [method.D_A, method.D_B]
+    weight, discriminator_networks = method.cycle_weight, [method.D_A, method.D_B]
 
     def step() -> None:
         fake_b = method.G_AB(a)
-        back_a = method.G_BA(fake_b)
+        cycle_a = method.G_BA(fake_b)
         fake_a = method.G_BA(b)
-        back_b = method.G_AB(fake_a)
-        for judge in judges:
-            judge.requires_grad_(False)
+        cycle_b = method.G_AB(fake_a)
+        for network in discriminator_networks:
+            network.requires_grad_(False)
         generators.zero_grad()
         loss = lsgan_loss(method.D_B(fake_b), 1) + lsgan_loss(method.D_A(fake_a), 1)
-        loss = loss + weight * ((back_a - a).abs().mean() + (back_b - b).abs().mean())
+        loss = loss + weight * ((cycle_a - a).abs().mean() + (cycle_b - b).abs().mean())
         if method.identity_weight:
-            same = (method.G_AB(b) - b).abs().mean() + (method.G_BA(a) - a).abs().mean()
-            loss = loss + weight * method.identity_weight * same
+            identity = (method.G_AB(b) - b).abs().mean() + (method.G_BA(a) - a).abs().mean()
+            loss = loss + weight * method.identity_weight * identity
         loss.backward()
         generators.step()
-        for judge in judges:
-            judge.requires_grad_(True)
+        for network in discriminator_networks:
+            network.requires_grad_(True)
         discriminators.zero_grad()
-        for judge, real, fake in ((method.D_A, a, fake_a), (method.D_B, b, fake_b)):
-            ((lsgan_loss(judge(real), 1) + lsgan_loss(judge(fake.detach()), 0)) / 2).backward()
+        for network, real, fake in ((method.D_A, a, fake_a), (method.D_B, b, fake_b)):
+            ((lsgan_loss(network(real), 1) + lsgan_loss(network(fake.detach()), 0)) / 2).backward()
         discriminators.step()
 
     return step
 
 
-def _milliseconds(network: Any, lows: list[Tensor]) -> float:
-    per_picture = []
+def _milliseconds(network: Any, inputs: list[Tensor]) -> float:
+    per_image = []
     with torch.no_grad():
-        for low in lows:
+        for image in inputs:
             times = []
-            for _ in range(4):  # the first one warms up
+            for _ in range(4):  # the first call is a warm-up
                 started = time.perf_counter()
-                network(low)
+                network(image)
                 times.append(time.perf_counter() - started)
-            per_picture.append(1000 * statistics.median(times[1:]))
-    return statistics.fmean(per_picture)
+            per_image.append(1000 * statistics.median(times[1:]))
+    return statistics.fmean(per_image)

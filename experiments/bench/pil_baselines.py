@@ -1,4 +1,4 @@
-"""Batches as most repositories make them: item by item, through PIL, by worker processes; for `bench` to compare with."""
+"""Datasets that load item by item through PIL in worker processes: the common practice that `bench` compares with."""
 
 import os
 from collections.abc import Iterator
@@ -23,17 +23,17 @@ from modules.training.phases import Batch
 
 
 def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Endless batches of a datamodule's task; a worker a core."""
-    kinds: dict[type, Any] = {
+    """Yield endless batches for a data module's task, with one worker per CPU core."""
+    dataset_classes: dict[type, Any] = {
         SuperResolution: PilPatches,
         Generation: PilImages,
         Reconstruction: PilImages,
         Segmentation: PilTiles,
         Unpaired: PilPairs,
     }
-    items: Dataset[Any] = kinds[type(data)](data)
+    dataset: Dataset[Any] = dataset_classes[type(data)](data)
     loader = DataLoader(
-        items, data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+        dataset, data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
     )
     while True:
         for batch in loader:
@@ -41,7 +41,7 @@ def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
 
 
 class PilPatches(Dataset[dict[str, Tensor]]):
-    """A pair of patches an item, cut from a file opened for it."""
+    """Pairs of low- and high-resolution patches; each item opens an image file."""
 
     def __init__(self, data: SuperResolution) -> None:
         self.files, self.scale = resolve_images(data.train, data.scale), data.scale
@@ -59,7 +59,7 @@ class PilPatches(Dataset[dict[str, Tensor]]):
 
 
 class PilImages(Dataset[dict[str, Tensor]]):
-    """An image an item, through PIL and torchvision's transforms."""
+    """Images with labels, resized by PIL one at a time."""
 
     def __init__(self, data: Generation) -> None:
         self.data, self.items = data, data.items
@@ -68,70 +68,70 @@ class PilImages(Dataset[dict[str, Tensor]]):
         return max(len(self.items), self.data.batch_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        found = self.items[0, np.array([index % len(self.items)])]
-        image = Image.fromarray(found["image"][0].permute(1, 2, 0).numpy().squeeze())
+        sample = self.items[0, np.array([index % len(self.items)])]
+        image = Image.fromarray(sample["image"][0].permute(1, 2, 0).numpy().squeeze())
         image = image.resize((self.data.size,) * 2, Image.Resampling.BILINEAR)
         pixels = to_tensor(image)
         if isinstance(self.data, Reconstruction) and self.data.binarization == "dynamic":
             pixels = torch.bernoulli(pixels)
-        return {"image": pixels, "label": found["label"][0]}
+        return {"image": pixels, "label": sample["label"][0]}
 
 
 class PilTiles(Dataset[dict[str, Tensor]]):
-    """A tile an item: PIL opens picture and mask, scipy turns and deforms them."""
+    """Tiles with masks: PIL opens both files, scipy rotates and deforms them."""
 
     def __init__(self, data: Segmentation) -> None:
-        self.data, self.pictures = data, list_masked_images(data.train, data.instances)
+        self.data, self.images = data, list_masked_images(data.train, data.instances)
 
     def __len__(self) -> int:
-        return 100 * len(self.pictures)
+        return 100 * len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         data, generator = self.data, np.random.default_rng(int(torch.randint(2**31, ())))
-        pixels, mask = self.pictures[index % len(self.pictures)].read(data.channels, data.downscale)
+        pixels, mask = self.images[index % len(self.images)].read(data.channels, data.downscale)
         side = data.crop + data.margin
-        steps = np.stack(np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
+        offsets = np.stack(np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
         angle = generator.uniform(0, 2 * np.pi) * data.augment.rotate
-        places = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], steps, 1)
-        places += np.array([generator.uniform(0, length) for length in mask.shape])[:, None, None]
+        grid = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], offsets, 1)
+        grid += np.array([generator.uniform(0, length) for length in mask.shape])[:, None, None]
         if data.augment.elastic_std:
             coarse = generator.normal(0, data.augment.elastic_std, (2, 3, 3))
-            places += np.stack([zoom(field, side / 3, order=3)[:side, :side] for field in coarse])
-        image = np.stack([map_coordinates(channel, places, order=1, mode="mirror") for channel in pixels.numpy()])
+            grid += np.stack([zoom(field, side / 3, order=3)[:side, :side] for field in coarse])
+        image = np.stack([map_coordinates(channel, grid, order=1, mode="mirror") for channel in pixels.numpy()])
         half = data.margin // 2
-        inner = places[:, half : half + data.crop, half : half + data.crop]
-        found = {
+        inner = grid[:, half : half + data.crop, half : half + data.crop]
+        sample = {
             "image": torch.from_numpy(image).float() / 255,
             "mask": torch.from_numpy(map_coordinates(np.minimum(mask, data.classes - 1), inner, order=0, mode="mirror")).long(),
         }
-        return found if data.border_weight is None else {**found, "weight": torch.ones(data.crop, data.crop)}
+        return sample if data.border_weight is None else {**sample, "weight": torch.ones(data.crop, data.crop)}
 
 
 class PilPairs(Dataset[dict[str, Tensor]]):
-    """Any picture of A and any of B an item, each opened, resized, cut and mirrored for it."""
+    """Random images of domains A and B, each opened, resized, cropped and randomly flipped per item."""
 
     def __init__(self, data: Unpaired) -> None:
-        self.data, self.load_domains = data, dict(zip("AB", load_domains(data.train), strict=True))
+        self.data, self.domains = data, dict(zip("AB", load_domains(data.train), strict=True))
 
     def __len__(self) -> int:
-        return 100 * max(len(members) for members in self.load_domains.values())
+        return 100 * max(len(images) for images in self.domains.values())
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        found = {}
-        for name, members in self.load_domains.items():
-            member = members[int(torch.randint(len(members), ()))]
-            image = Image.fromarray(member.pixels().permute(1, 2, 0).numpy())
+        sample = {}
+        for name, images in self.domains.items():
+            domain_image = images[int(torch.randint(len(images), ()))]
+            image = Image.fromarray(domain_image.pixels().permute(1, 2, 0).numpy())
             if self.data.resize is not None:
                 image = image.resize((self.data.resize,) * 2, Image.Resampling.BICUBIC)
             left, top = (int(torch.randint(length - self.data.crop + 1, ())) for length in image.size)
             image = image.crop((left, top, left + self.data.crop, top + self.data.crop))
             if self.data.hflip and torch.rand(()) < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            found[name] = to_tensor(image)
-        return found
+            sample[name] = to_tensor(image)
+        return sample
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A PIL image of mode L or RGB as float32 (C, H, W) in [0, 1]."""
+    """Convert a PIL image of mode L or RGB to a float32 tensor (C, H, W) in [0, 1]."""
     pixels = torch.from_numpy(np.array(image)).float().div(255)
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)

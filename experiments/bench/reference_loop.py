@@ -1,4 +1,4 @@
-"""Training steps without a Trainer, for `darkroom bench` to compare with and to count."""
+"""Training steps without a Trainer, as a baseline for `darkroom bench` and for counting operations."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -17,70 +17,74 @@ from modules.training.phases import ActivePhase, Batch, batch_size_of, train_onl
 Step = Callable[[], None]
 
 
-def loop(method: Method, batches: Iterator[Batch], optimizers: Sequence[Any]) -> Step:
-    """A training step as one would write it by hand: each network's optimizer in turn, the other networks frozen."""
+def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Sequence[Any]) -> Step:
+    """Return a handwritten training step: update each network in turn, with the other networks frozen."""
     active_phases = [ActivePhase(*pair) for pair in zip(method.phases(), optimizers, strict=True)]
-    seen = turn = 0
+    images_seen = step_index = 0
 
     def step() -> None:
-        nonlocal seen, turn
+        nonlocal images_seen, step_index
         batch = next(batches)
         size = batch_size_of(batch)
-        turn += 1
-        moving = [active for active in active_phases if not turn % active.phase.interval]
-        for active in moving:
-            for repetition in range(active.phase.n_updates):
-                if active is moving[0] or repetition:
-                    with train_only([active] if repetition else moving, active_phases):
-                        joined = {**batch, "positions": range(seen, seen + size), "repetition": repetition}
-                        joined.update(method.shared_forward(joined))
+        step_index += 1
+        due = [active for active in active_phases if not step_index % active.phase.interval]
+        for active in due:
+            for repeat_index in range(active.phase.n_updates):
+                if active is due[0] or repeat_index:
+                    with train_only([active] if repeat_index else due, active_phases):
+                        inputs = {
+                            **batch,
+                            "sample_ids": range(images_seen, images_seen + size),
+                            "repeat_index": repeat_index,
+                        }
+                        inputs.update(method.shared_forward(inputs))
                 with train_only([active], active_phases):
                     for group in active.optimizer.param_groups:
-                        group.update(active.phase.schedule(seen))
+                        group.update(active.phase.schedule(images_seen))
                     active.optimizer.zero_grad()
-                    torch.stack(list(active.phase.losses(joined).values())).sum().backward()
+                    torch.stack(list(active.phase.losses(inputs).values())).sum().backward()
                     if active.phase.max_grad_norm is not None:
                         torch.nn.utils.clip_grad_norm_(active.parameters, active.phase.max_grad_norm)
                     active.optimizer.step()
-        for part in method.children():
-            if isinstance(part, EMA | ImagePool):
-                part.update(size)
-        seen += size
-        method.images_seen = seen
+        for child in method.children():
+            if isinstance(child, EMA | ImagePool):
+                child.update(size)
+        images_seen += size
+        method.images_seen = images_seen
 
     return step
 
 
-def optimizers_of(method: Method) -> list[Any]:
-    """New ones, of a method that may have but one."""
-    found = method.configure_optimizers()
-    return found if isinstance(found, list) else [found]
+def make_optimizers(method: Method) -> list[Any]:
+    """Create new optimizers for a method, as a list even if there is only one."""
+    optimizers = method.configure_optimizers()
+    return optimizers if isinstance(optimizers, list) else [optimizers]
 
 
 def bare_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Our batches, without a Trainer."""
-    data = copy(data)  # whose position in the stream is its own
+    """Yield training batches of a data module on a device, without a Trainer."""
+    data = copy(data)  # keeps its own position in the stream
     for batch in data.train_dataloader():
         moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         yield data.on_after_batch_transfer(moved, 0)
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """The lower and the upper one."""
+    """Return the lower and the upper quartile; a single value is both."""
     if len(values) < 2:
         return values * 2
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
     return [lower, upper]
 
 
-def flops_of(work: Callable[[], Any]) -> int:
-    """Floating-point operations of some work, counted by torch."""
+def count_flops(function: Callable[[], Any]) -> int:
+    """Return the floating-point operations of a call, counted by torch's `FlopCounterMode`."""
     with FlopCounterMode(display=False) as counter:
-        work()
+        function()
     return counter.get_total_flops()

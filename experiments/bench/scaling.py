@@ -1,6 +1,6 @@
-"""`darkroom scaling`: what a second process gains here, what travels between them, and what many GPUs may gain.
+"""`darkroom scaling`: measure the gain of several processes on this machine, and estimate it for 8 and 64 GPUs.
 
-Batches grow with the processes: each takes the recipe's batch, so that all have the same work and only what travels is added.
+Weak scaling: every process has the recipe's batch size, so the work per process is constant and only communication is added.
 """
 
 import json
@@ -19,115 +19,115 @@ from rich.markdown import Markdown
 
 from datamodules.errors import UserError
 from experiments import ROOT
-from experiments.bench.scaling_report import page
+from experiments.bench.scaling_report import render
 from experiments.cli.errors import parameters
 from experiments.results.records import commit
 from experiments.run.recipes import Recipe
 
-HERE = ROOT / "experiments/bench"
-RECORD, PAGE = HERE / "scaling.json", HERE / "SCALING.md"
-TRIAL = 5  # steps that tell how many fill a stretch
-FEWEST, MOST = 5, 1000  # steps of a stretch
+FOLDER = ROOT / "experiments/bench"
+RECORD, PAGE = FOLDER / "scaling.json", FOLDER / "SCALING.md"
+TRIAL_STEPS = 5  # steps of the short run that determines how many steps a stretch has
+MIN_STEPS, MAX_STEPS = 5, 1000  # steps per stretch
 
 
 def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: float, write: bool) -> None:
-    """Time recipes in one process and in several, and show what came of it.
+    """Time recipes in one process and in several, and print the results.
 
     Args:
-        recipes: what to train; their data must be here.
-        processes: how many share the larger batch.
-        rounds: stretches of each kind, interleaved.
-        seconds: of a stretch in one process.
-        write: keep the figures as `experiments/bench/scaling.json`, and render them into `experiments/bench/SCALING.md`.
+        recipes: recipes to train; their data must be available.
+        processes: processes that train together.
+        rounds: interleaved stretches of each kind.
+        seconds: duration of a stretch in one process.
+        write: save the record to `experiments/bench/scaling.json` and the page to `experiments/bench/SCALING.md`.
 
     Raises:
-        Refused: a recipe cannot be trained, or a stretch has failed; its output is named.
+        UserError: a recipe cannot be trained, or a stretch failed; the message quotes its output.
     """
     for recipe in recipes:
         if "total_images" not in parameters(recipe.class_path("model")):
-            raise UserError(f"{recipe.name} has nothing to train, and so nothing to time")
-    words = ["scaling", *(recipe.name for recipe in recipes), "--processes", processes, "--rounds", rounds]
+            raise UserError(f"{recipe.name} has nothing to train; choose a recipe that trains")
+    argv = ["scaling", *(recipe.name for recipe in recipes), "--processes", processes, "--rounds", rounds]
     record = {
-        "command": "darkroom " + shlex.join(map(str, [*words, "--seconds", f"{seconds:g}"])),
+        "command": "darkroom " + shlex.join(map(str, [*argv, "--seconds", f"{seconds:g}"])),
         "commit": commit(),
         "processes": processes,
-        "runs": [measured(recipe, processes, rounds, seconds) for recipe in recipes],
+        "runs": [time_recipe(recipe, processes, rounds, seconds) for recipe in recipes],
     }
     if write:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        PAGE.write_text(page(record))
-    Console().print(Markdown(page(record)))
+        PAGE.write_text(render(record))
+    Console().print(Markdown(render(record)))
 
 
-def measured(recipe: Recipe, processes: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """What a recipe's step is made of, and its seconds, stretch by stretch.
+def time_recipe(recipe: Recipe, processes: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Return the cost of a recipe's step and its duration in seconds, one value per stretch.
 
-    Three kinds: a process alone, several that work together, and as many that know nothing of each other. Each process has
-    the same share of the cores in all three.
+    There are three kinds of stretches: "single", one process; "ddp", several processes that average gradients; "independent",
+    as many processes without communication. Each process has the same number of threads in all three.
     """
-    first = alone(recipe, TRIAL, 1, processes)[0]
-    steps = min(MOST, max(FEWEST, round(seconds / first["seconds"])))
-    spent: dict[str, list[float]] = {"alone": [], "together": [], "apart": []}
-    for number in range(rounds):
-        print(f"{recipe.name}: round {number + 1} of {rounds}, stretches of {steps} steps", file=sys.stderr, flush=True)
-        spent["alone"].append(alone(recipe, steps, 1, processes)[0]["seconds"])
-        spent["together"].append(together(recipe, steps, processes, first["batch"])["seconds"])
-        spent["apart"].append(statistics.mean(found["seconds"] for found in alone(recipe, steps, processes, processes)))
-    return {"recipe": recipe.name, "steps": steps, **first, "seconds": spent}
+    trial = run_independent(recipe, TRIAL_STEPS, 1, processes)[0]
+    steps = min(MAX_STEPS, max(MIN_STEPS, round(seconds / trial["seconds"])))
+    spent: dict[str, list[float]] = {"single": [], "ddp": [], "independent": []}
+    for i in range(rounds):
+        print(f"{recipe.name}: round {i + 1} of {rounds}, stretches of {steps} steps", file=sys.stderr, flush=True)
+        spent["single"].append(run_independent(recipe, steps, 1, processes)[0]["seconds"])
+        spent["ddp"].append(run_ddp(recipe, steps, processes, trial["batch"])["seconds"])
+        spent["independent"].append(
+            statistics.mean(result["seconds"] for result in run_independent(recipe, steps, processes, processes))
+        )
+    return {"recipe": recipe.name, "steps": steps, **trial, "seconds": spent}
 
 
-def alone(recipe: Recipe, steps: int, count: int, shares: int) -> list[dict[str, Any]]:
-    """So many processes of their own, at the same time, each on a device of its own."""
+def run_independent(recipe: Recipe, steps: int, count: int, core_groups: int) -> list[dict[str, Any]]:
+    """Train in `count` concurrent processes without communication, each on its own device."""
     with tempfile.TemporaryDirectory() as folder:
-        started = []
-        for number in range(count):
-            words = [
+        processes = []
+        for index in range(count):
+            argv = [
                 "-m",
                 "experiments.bench.scaling_worker",
                 str(recipe.path),
                 str(steps),
                 "--trainer.devices",
-                devices(number),
+                device_argument(index),
             ]
-            started.append(start(words, Path(folder) / str(number), shares))
-        return [figures(process, recipe) for process in started]
+            processes.append(start(argv, Path(folder) / str(index), core_groups))
+        return [read_result(process, recipe) for process in processes]
 
 
-def together(recipe: Recipe, steps: int, processes: int, batch: int) -> dict[str, Any]:
-    """Processes that share a batch so many times as large, started by torchrun."""
+def run_ddp(recipe: Recipe, steps: int, processes: int, batch: int) -> dict[str, Any]:
+    """Train under torchrun with `processes` processes and a total batch of `processes` times `batch`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    words = ["-m", "experiments.bench.scaling_worker", str(recipe.path), str(steps), "--trainer.devices", str(processes)]
+    argv = ["-m", "experiments.bench.scaling_worker", str(recipe.path), str(steps), "--trainer.devices", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        larger = ["--data.batch_size", str(batch * processes)]
-        return figures(start([*launcher, *words, *larger], Path(folder), processes), recipe)
+        batch_size = ["--data.batch_size", str(batch * processes)]
+        return read_result(start([*launcher, *argv, *batch_size], Path(folder), processes), recipe)
 
 
-def devices(number: int) -> str:
-    """What Lightning calls a single device: the GPU of that number, or a process on the CPU."""
+def device_argument(index: int) -> str:
+    """Return the value of Lightning's `devices` for one device: the GPU of this index, or one CPU process."""
     import torch
 
-    return f"[{number}]" if torch.cuda.is_available() else "1"
+    return f"[{index}]" if torch.cuda.is_available() else "1"
 
 
-def start(words: Sequence[str], runs: Path, shares: int) -> subprocess.Popen[str]:
-    """A process of ours, each of whose workers has one of so many shares of the cores."""
-    threads = str(max(1, (os.cpu_count() or 1) // shares))
+def start(argv: Sequence[str], runs: Path, core_groups: int) -> subprocess.Popen[str]:
+    """Start a Python process whose ranks have 1 / `core_groups` of the CPU cores as threads."""
+    threads = str(max(1, (os.cpu_count() or 1) // core_groups))
     environment = {**os.environ, "DARKROOM_RUNS": str(runs), "OMP_NUM_THREADS": threads}
-    return subprocess.Popen(
-        [sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def figures(process: subprocess.Popen[str], recipe: Recipe) -> dict[str, Any]:
-    """What a process has printed last.
+def read_result(process: subprocess.Popen[str], recipe: Recipe) -> dict[str, Any]:
+    """Wait for a process and parse the last line of its output.
 
     Raises:
-        Refused: it has failed; with what it has said.
+        UserError: the process failed; the message quotes its error.
     """
-    printed, complaints = process.communicate()
+    stdout, stderr = process.communicate()
     if process.returncode:
-        _, _, ours = complaints.partition("darkroom: ")  # torchrun says much beside it
-        said = ours.splitlines() or complaints.strip().splitlines()[::-1] or [f"status {process.returncode}"]
-        raise UserError(f"{recipe.name} cannot be timed: {said[0]}")
-    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return found
+        _, _, message = stderr.partition("darkroom: ")  # torchrun prints more around it
+        lines = message.splitlines() or stderr.strip().splitlines()[::-1] or [f"status {process.returncode}"]
+        raise UserError(f"{recipe.name} cannot be timed: {lines[0]}")
+    result: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    return result

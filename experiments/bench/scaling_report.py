@@ -1,4 +1,4 @@
-"""The scaling page, rendered from the record that `darkroom scaling` has written; nothing on it is typed."""
+"""Render the scaling page from the record that `darkroom scaling` writes."""
 
 import math
 import statistics
@@ -6,161 +6,173 @@ from typing import Any
 
 from experiments.bench.reference_loop import quartiles
 
-# What an A100 of a machine of eight is assumed to do (NVIDIA's data sheets of A100, NVLink 3 and HDR InfiniBand).
-PEAK = 156e12  # operations of arithmetic a second, TF32
-SUSTAINED = 0.4  # of that, in convolutions and products of matrices that fill the GPU
-OPERATOR = 5e-6  # seconds from one operator to the next: no step is faster than the host that launches it
-NODE = 8  # GPUs of a machine
-NVLINK, INFINIBAND = 300e9, 25e9  # bytes a second that a GPU sends, within a machine and to another
-REACHED = 0.8  # of these, by NCCL with large messages
-HOP = {NVLINK: 5e-6, INFINIBAND: 10e-6}  # seconds until a message arrives, however short
-BUCKET = 25 * 2**20  # bytes that travel together, as in modules/training/gradients.py
+# Assumed hardware: machines of eight A100s (NVIDIA's data sheets of A100, NVLink 3 and HDR InfiniBand).
+PEAK = 156e12  # FLOP/s in TF32
+SUSTAINED = 0.4  # fraction of the peak reached by convolutions and matrix products that fill the GPU
+OPERATOR = 5e-6  # seconds to launch an operator: a lower bound of the step time for small networks
+NODE = 8  # GPUs per machine
+NVLINK, INFINIBAND = 300e9, 25e9  # bytes per second sent by a GPU, within a machine and between machines
+BANDWIDTH_FRACTION = 0.8  # fraction of the bandwidth that NCCL reaches with large messages
+HOP = {NVLINK: 5e-6, INFINIBAND: 10e-6}  # latency of a message in seconds
+BUCKET = 25 * 2**20  # bytes per message, as in modules/training/gradients.py
 
 
-def page(record: dict[str, Any]) -> str:
-    """The whole page."""
+def render(record: dict[str, Any]) -> str:
+    """Render the page as Markdown."""
     runs = record["runs"]
-    largest = max(runs, key=lambda run: sum(gradients(run)))
+    largest = max(runs, key=lambda run: sum(gradient_bytes(run)))
     return "\n".join(
         [
             "# Scaling",
             "",
-            f"Rendered by `{record['command']} --write` from `experiments/bench/scaling.json`; nothing here is typed.",
+            f"Rendered by `{record['command']} --write` from `experiments/bench/scaling.json`.",
             "",
-            "Every process takes the recipe's batch, so that all have the same work and only what travels is added.",
+            "Every process has the recipe's batch size (weak scaling): the work per process is constant, and only "
+            "communication is added.",
             "",
-            *on_this_machine(record),
+            *render_measurements(record),
             "",
-            *what_travels(runs),
+            *render_communication(runs),
             "",
-            *on_many_gpus(runs),
+            *render_estimates(runs),
             "",
-            *arithmetic(largest),
+            *render_calculation(largest),
             "",
         ]
     )
 
 
-def on_this_machine(record: dict[str, Any]) -> list[str]:
-    """Measured: time per image and efficiency."""
+def render_measurements(record: dict[str, Any]) -> list[str]:
+    """Render the measured time per image and efficiency."""
     count, hardware = record["processes"], record["runs"][0]["hardware"]
-    rounds = len(record["runs"][0]["seconds"]["alone"])
+    rounds = len(record["runs"][0]["seconds"]["single"])
     lines = [
         f"## From one process to {count}, measured",
         "",
-        f"{hardware['accelerator']}, {hardware['cores']} cores as the system counts them, with {hardware['threads']} of "
-        f"its threads a process, {hardware['precision']}. Medians of {rounds} interleaved stretches. *Apart* are {count} "
-        "processes that know nothing of each other, on a batch each: what the machine itself loses when they share it. "
-        "Efficiency is the time of a step alone beside that of one together, or apart; its quartiles in brackets.",
+        f"{hardware['accelerator']}, {hardware['cores']} cores as reported by the system, {hardware['threads']} thread(s) per "
+        f"process, {hardware['precision']}. Medians of {rounds} interleaved stretches. *Independent* means {count} processes "
+        "without communication, each with its own batch; it shows the loss caused by the shared machine. Efficiency is the "
+        "step time of a single process divided by that of DDP or of independent processes, with quartiles in parentheses.",
         "",
-        f"| recipe | batch of a process | ms per image, 1 | {count} together | {count} apart | efficiency together | apart |",
+        f"| recipe | batch per process | ms per image, 1 | {count}, DDP | {count}, independent | efficiency, DDP "
+        "| efficiency, independent |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for run in record["runs"]:
         spent = run["seconds"]
         times = {kind: 1000 * statistics.median(spent[kind]) / run["batch"] for kind in spent}
-        cells = [figure(times["alone"]), figure(times["together"] / count), figure(times["apart"] / count)]
-        for kind in ("together", "apart"):
-            ratios = [one / several for one, several in zip(spent["alone"], spent[kind], strict=True)]
+        cells = [
+            format_number(times["single"]),
+            format_number(times["ddp"] / count),
+            format_number(times["independent"] / count),
+        ]
+        for kind in ("ddp", "independent"):
+            ratios = [single / several for single, several in zip(spent["single"], spent[kind], strict=True)]
             lower, upper = quartiles(ratios)
             cells.append(f"{statistics.median(ratios):.0%} ({lower:.0%} to {upper:.0%})")
         lines.append(f"| {run['recipe']} | {run['batch']} | {' | '.join(cells)} |")
     return lines
 
 
-def what_travels(runs: list[dict[str, Any]]) -> list[str]:
-    """Bytes a step."""
+def render_communication(runs: list[dict[str, Any]]) -> list[str]:
+    """Render the bytes sent per step."""
     lines = [
-        "## What travels in a step",
+        "## Communication per step",
         "",
-        "The mean of each gradient, once for each move of the network that it moves, in single precision, in buckets of "
-        f"{BUCKET // 2**20} MiB; beside it a byte that asks whether a signal has come, and the losses when they are logged. "
-        "On a ring of n processes each sends 2(n - 1)/n times the gradients.",
+        "Ranks average the gradients of a network once per update of that network, in float32, in buckets of "
+        f"{BUCKET // 2**20} MiB. They also exchange one byte for signals, and the losses when these are logged. "
+        "In a ring of n processes each one sends 2(n - 1)/n times the gradients.",
         "",
-        "| recipe | moves a step | gradients a step, MB | sent by each of 2, MB | of 8, MB | of 64, MB |",
+        "| recipe | updates per step | gradients per step, MB | sent by each of 2, MB | of 8, MB | of 64, MB |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for run in runs:
-        moves = ", ".join(f"{phase['name'] or 'all'} {figure(phase['moves'])}" for phase in run["phases"])
-        total = sum(gradients(run)) / 1e6
-        sent = " | ".join(figure(2 * (n - 1) / n * total) for n in (2, 8, 64))
-        lines.append(f"| {run['recipe']} | {moves} | {figure(total)} | {sent} |")
+        updates = ", ".join(f"{phase['name'] or 'all'} {format_number(phase['moves'])}" for phase in run["phases"])
+        total = sum(gradient_bytes(run)) / 1e6
+        sent = " | ".join(format_number(2 * (n - 1) / n * total) for n in (2, 8, 64))
+        lines.append(f"| {run['recipe']} | {updates} | {format_number(total)} | {sent} |")
     return lines
 
 
-def on_many_gpus(runs: list[dict[str, Any]]) -> list[str]:
-    """Expected, from the work and the bytes of a step."""
+def render_estimates(runs: list[dict[str, Any]]) -> list[str]:
+    """Render the estimates for 8 and 64 GPUs, from the operations and bytes of a step."""
     lines = [
-        "## On 8 and 64 GPUs, expected",
+        "## On 8 and 64 GPUs, estimated",
         "",
-        f"Computed, not measured. Assumed: A100s, {NODE} to a machine, {PEAK / 1e12:.0f} TFLOP/s in TF32 of which "
-        f"{SUSTAINED:.0%} are reached; {OPERATOR * 1e6:.0f} µs from one operator to the next, so that a small network's step "
-        f"takes as long as launching it; NVLink with {NVLINK / 1e9:.0f} GB/s and InfiniBand with {INFINIBAND / 1e9:.0f} GB/s a "
-        f"GPU, {REACHED:.0%} of either reached; {HOP[NVLINK] * 1e6:.0f} and {HOP[INFINIBAND] * 1e6:.0f} µs a hop; rings; "
-        "gradients averaged when the backward pass has ended, and nothing beside it.",
+        f"Calculated, not measured. Assumptions: A100s, {NODE} per machine, {SUSTAINED:.0%} of {PEAK / 1e12:.0f} TFLOP/s in "
+        f"TF32; {OPERATOR * 1e6:.0f} µs to launch an operator, which bounds the step time of small networks; NVLink with "
+        f"{NVLINK / 1e9:.0f} GB/s and InfiniBand with {INFINIBAND / 1e9:.0f} GB/s per GPU, {BANDWIDTH_FRACTION:.0%} of either "
+        f"reached; {HOP[NVLINK] * 1e6:.0f} and {HOP[INFINIBAND] * 1e6:.0f} µs per hop; ring all-reduce after the backward "
+        "pass, without overlap.",
         "",
-        "| recipe | images a GPU | GFLOP | operators | step, ms | averaging on 8, ms | efficiency | on 64, ms | efficiency |",
+        "| recipe | images per GPU | GFLOP | operators | step, ms | averaging on 8, ms | efficiency | on 64, ms | efficiency |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
-        step = computing(run)
-        cells = " | ".join(f"{figure(1000 * averaging(run, n))} | {step / (step + averaging(run, n)):.0%}" for n in (NODE, 64))
-        work = f"{figure(run['flops'] / 1e9)} | {run['operators']:,.0f} | {figure(1000 * step)}"
-        lines.append(f"| {run['recipe']} | {run['batch']} | {work} | {cells} |")
+        step = step_seconds(run)
+        cells = " | ".join(
+            f"{format_number(1000 * allreduce_seconds(run, n))} | {step / (step + allreduce_seconds(run, n)):.0%}"
+            for n in (NODE, 64)
+        )
+        cost = f"{format_number(run['flops'] / 1e9)} | {run['operators']:,.0f} | {format_number(1000 * step)}"
+        lines.append(f"| {run['recipe']} | {run['batch']} | {cost} | {cells} |")
     return lines
 
 
-def arithmetic(run: dict[str, Any]) -> list[str]:
-    """One row of the table before, step by step."""
-    flops, operators, step = run["flops"] / SUSTAINED / PEAK, run["operators"] * OPERATOR, computing(run)
+def render_calculation(run: dict[str, Any]) -> list[str]:
+    """Render the calculation behind one row of the estimates."""
+    flops, operators, step = run["flops"] / SUSTAINED / PEAK, run["operators"] * OPERATOR, step_seconds(run)
     lines = [
-        f"## The arithmetic, for {run['recipe']}",
+        f"## The calculation for {run['recipe']}",
         "",
         "```",
-        f"computing   {run['flops']:.3g} FLOP / ({SUSTAINED} x {PEAK:.3g} FLOP/s) = {figure(1000 * flops)} ms",
-        f"launching   {run['operators']:.0f} operators x {OPERATOR * 1e6:.0f} µs = {figure(1000 * operators)} ms",
-        f"step        the larger of them, {figure(1000 * step)} ms",
+        f"computing   {run['flops']:.3g} FLOP / ({SUSTAINED} x {PEAK:.3g} FLOP/s) = {format_number(1000 * flops)} ms",
+        f"launching   {run['operators']:.0f} operators x {OPERATOR * 1e6:.0f} µs = {format_number(1000 * operators)} ms",
+        f"step        the larger of these, {format_number(1000 * step)} ms",
     ]
     for n in (NODE, 64):
-        rate, turns, all_ = link(n), 2 * (n - 1), averaging(run, n)
-        travelling, waiting = turns / n * sum(gradients(run)) / REACHED / rate, messages(run) * turns * HOP[rate]
+        rate, hops, total = link_bandwidth(n), 2 * (n - 1), allreduce_seconds(run, n)
+        megabytes = sum(gradient_bytes(run)) / 1e6
+        transfer = hops / n * megabytes * 1e6 / BANDWIDTH_FRACTION / rate
+        latency = messages(run) * hops * HOP[rate]
+        sum_ms = f"{format_number(1000 * step)} + {format_number(1000 * total)}"
         lines += [
             "",
             f"{n} GPUs",
-            f"bytes       {turns}/{n} x {sum(gradients(run)) / 1e6:.4g} MB / ({REACHED} x {rate / 1e9:.0f} GB/s) "
-            f"= {figure(1000 * travelling)} ms",
-            f"hops        {messages(run):.3g} buckets x {turns} x {HOP[rate] * 1e6:.0f} µs = {figure(1000 * waiting)} ms",
-            f"efficiency  {figure(1000 * step)} / ({figure(1000 * step)} + {figure(1000 * all_)}) = {step / (step + all_):.0%}",
+            f"bytes       {hops}/{n} x {megabytes:.4g} MB / ({BANDWIDTH_FRACTION} x {rate / 1e9:.0f} GB/s) "
+            f"= {format_number(1000 * transfer)} ms",
+            f"hops        {messages(run):.3g} buckets x {hops} x {HOP[rate] * 1e6:.0f} µs = {format_number(1000 * latency)} ms",
+            f"efficiency  {format_number(1000 * step)} / ({sum_ms}) = {step / (step + total):.0%}",
         ]
     return [*lines, "```"]
 
 
-def gradients(run: dict[str, Any]) -> list[float]:
-    """Bytes a training step, by phase."""
+def gradient_bytes(run: dict[str, Any]) -> list[float]:
+    """Return the gradient bytes per training step, by phase."""
     return [phase["bytes"] * phase["moves"] for phase in run["phases"]]
 
 
 def messages(run: dict[str, Any]) -> float:
-    """Buckets a training step, if all are full but the last."""
+    """Return the buckets per training step; all but the last of a phase are full."""
     return float(sum(math.ceil(phase["bytes"] / BUCKET) * phase["moves"] for phase in run["phases"]))
 
 
-def computing(run: dict[str, Any]) -> float:
-    """Seconds of a step on one GPU: of its arithmetic, or of launching it."""
+def step_seconds(run: dict[str, Any]) -> float:
+    """Return the seconds of a step on one GPU: the larger of computing and launching."""
     return max(run["flops"] / (SUSTAINED * PEAK), run["operators"] * OPERATOR)
 
 
-def link(n: int) -> float:
-    """Bytes a second of the slowest link in a ring of so many GPUs."""
+def link_bandwidth(n: int) -> float:
+    """Return the bytes per second of the slowest link in a ring of n GPUs."""
     return NVLINK if n <= NODE else INFINIBAND
 
 
-def averaging(run: dict[str, Any], n: int) -> float:
-    """Seconds a step until n GPUs have the mean of their gradients: a ring passes each n-th part 2(n - 1) times."""
-    rate = link(n)
-    return 2 * (n - 1) * (sum(gradients(run)) / n / (REACHED * rate) + messages(run) * HOP[rate])
+def allreduce_seconds(run: dict[str, Any], n: int) -> float:
+    """Return the seconds per step of a ring all-reduce of the gradients over n GPUs: 2(n - 1) messages of 1/n each."""
+    rate = link_bandwidth(n)
+    return 2 * (n - 1) * (sum(gradient_bytes(run)) / n / (BANDWIDTH_FRACTION * rate) + messages(run) * HOP[rate])
 
 
-def figure(value: float) -> str:
-    """Three digits that count."""
+def format_number(value: float) -> str:
+    """Format with three significant digits, or as an integer from 100 upward."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,6 +1,6 @@
 """`python -m experiments.bench.scaling_worker RECIPE STEPS [--KEY VALUE ...]`: train and print the time of a step as JSON.
 
-What `darkroom scaling` starts, in one process and, by torchrun, in several.
+`darkroom scaling` starts it as a single process, or through torchrun in several.
 """
 
 import json
@@ -16,76 +16,77 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.run.run_record import hardware
 from datamodules.errors import UserError
-from experiments.bench.reference_loop import bare_batches, flops_of, loop, optimizers_of, wait
-from experiments.run.fit import train_alone
-from experiments.run.lightning_cli import build, tell
+from experiments.bench.reference_loop import bare_batches, count_flops, make_optimizers, make_reference_step, synchronize
+from experiments.run.fit import train_without_eval
+from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import find_recipe
 from modules.training.method import Method
 from modules.training.phases import Phase
 
-WARM = 5  # steps before the clock starts: buffers are made, algorithms chosen
+WARMUP_STEPS = 5  # untimed steps, during which buffers are allocated and algorithms selected
 
 
-class Clock(Callback):
-    """Times the steps after the first few, all processes together."""
+class StepTimer(Callback):
+    """Measure the seconds per step after the warm-up, synchronized across ranks."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Start the clock when every process is warm, and stop it when training ends."""
-        if batch_idx + 1 == WARM:
-            wait(pl_module.device)
+        """Start the clock when every rank has finished its warm-up, and stop it when training ends."""
+        if batch_idx + 1 == WARMUP_STEPS:
+            synchronize(pl_module.device)
             trainer.strategy.barrier()
             self.started = time.perf_counter()
         elif trainer.should_stop:
-            wait(pl_module.device)
-            self.seconds = (time.perf_counter() - self.started) / (batch_idx + 1 - WARM)
+            synchronize(pl_module.device)
+            self.seconds = (time.perf_counter() - self.started) / (batch_idx + 1 - WARMUP_STEPS)
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that torch is given, most of them a kernel each on a GPU."""
+class OpCounter(TorchDispatchMode):
+    """Count the operators that torch dispatches; most of them launch one kernel on a GPU."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count one, and let it happen."""
+        """Count the operator and call it."""
         self.count += 1
         return func(*args, **(kwargs or {}))
 
 
-def traffic(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """What travels: the gradients of each phase's parameters, once for each of its moves.
+def gradient_bytes(phases: Sequence[Phase]) -> list[dict[str, Any]]:
+    """Return the gradient bytes that ranks exchange for each phase.
 
     Returns:
-        A phase each: its name, bytes of gradients, and moves a training step (below 1 for one that waits for its turn).
+        One entry per phase: "name", "bytes" per update, and "moves", the updates per training step (below 1 if the phase's
+        interval is above 1).
     """
-    found = []
+    entries = []
     for phase in phases:
-        moving = sum(parameter.nbytes for parameter in phase.parameters if parameter.requires_grad)
-        found.append({"name": phase.name, "bytes": moving, "moves": phase.n_updates / phase.interval})
-    return found
+        nbytes = sum(parameter.nbytes for parameter in phase.parameters if parameter.requires_grad)
+        entries.append({"name": phase.name, "bytes": nbytes, "moves": phase.n_updates / phase.interval})
+    return entries
 
 
-def work(method: Method, data: Any) -> dict[str, Any]:
-    """What a training step is made of: operations of arithmetic, operators, gradients that travel."""
+def step_cost(method: Method, data: Any) -> dict[str, Any]:
+    """Return the floating-point operations, operators and gradient bytes of a training step."""
     phases = method.phases()
     period = math.lcm(*(phase.interval for phase in phases))
-    step = loop(method, bare_batches(data, method.device), optimizers_of(method))
-    flops = flops_of(lambda: [step() for _ in range(period)]) / period
-    with Operators() as operators:
+    step = make_reference_step(method, bare_batches(data, method.device), make_optimizers(method))
+    flops = count_flops(lambda: [step() for _ in range(period)]) / period
+    with OpCounter() as operators:
         for _ in range(period):
             step()
-    return {"flops": flops, "operators": operators.count / period, "phases": traffic(phases)}
+    return {"flops": flops, "operators": operators.count / period, "phases": gradient_bytes(phases)}
 
 
 def main(recipe: str, steps: str, *overrides: str) -> None:
-    """Train, and print the seconds a step; one process alone counts its work as well."""
-    cli = build("fit", find_recipe(recipe), [*overrides, "--run", "timed"])
+    """Train and print the seconds per step; with a single rank, also the cost of a step."""
+    cli = build_cli("fit", find_recipe(recipe), [*overrides, "--run", "timed"])
     untrained = deepcopy(cli.model) if cli.trainer.world_size == 1 else None
-    clock = Clock()
-    train_alone(cli, WARM + int(steps), clock)
-    figures = {"batch": cli.datamodule.batch_size, "seconds": clock.seconds, "hardware": hardware(cli.trainer)}
+    timer = StepTimer()
+    train_without_eval(cli, WARMUP_STEPS + int(steps), timer)
+    result = {"batch": cli.datamodule.batch_size, "seconds": timer.seconds, "hardware": hardware(cli.trainer)}
     if untrained is not None:
-        figures |= work(untrained.to(cli.model.device), cli.datamodule)
-    tell(json.dumps(figures))
+        result |= step_cost(untrained.to(cli.model.device), cli.datamodule)
+    print_rank_zero(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""jsonargparse's many lines about a bad key or value, as one that names it and the nearest valid one."""
+"""Condense jsonargparse's errors to one line that names the key, the value and the closest valid name."""
 
 import importlib
 import inspect
@@ -6,40 +6,40 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-NUMBERS = {"integer": "int", "number": "float"}  # pydantic's words, and ours
+NUMBER_TYPES = {"integer": "int", "number": "float"}  # pydantic's names and Python's
 
 
-def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One line for the user.
+def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
+    """Format an error of the command line as one line.
 
     Args:
-        message: of jsonargparse's ArgumentError.
-        options: the valid option names of the command, without dashes.
+        message: text of jsonargparse's ArgumentError.
+        options: the command's valid option names, without dashes.
     """
     if "arguments are required: input" in message:
-        return "predict needs --input PICTURE_OR_FOLDER"
+        return "predict: --input is required; give an image or a folder"
     if match := re.match(r"unrecognized arguments: (\S+)", message):
-        return f"unknown argument {match[1]}{_nearest(match[1].lstrip('-').partition('=')[0], options, '--')}"
+        return f"unknown argument {match[1]}{_suggest(match[1].lstrip('-').partition('=')[0], options, '--')}"
     outer = _first(r'Parser key "([^"]+)"', message)
     class_path = _first(r"given class_path '([^']+)'", message)
     if name := _first(r"Option '([^']+)' is not accepted", message):
         if class_path is None:
-            return f"unknown key '{name}'{_nearest(name, options)}"
-        return f"unknown key '{outer}.{name}' of {class_path}{_nearest(name, parameters(class_path), f'{outer}.')}"
+            return f"unknown key '{name}'{_suggest(name, options)}"
+        return f"unknown key '{outer}.{name}' of {class_path}{_suggest(name, parameters(class_path), f'{outer}.')}"
     if class_path and re.search(r"has no attribute|No module named", message):
-        return f"{outer}: no class {class_path}{_nearest(class_path, _classes(class_path))}"
+        return f"{outer}: no class {class_path}{_suggest(class_path, _classes(class_path))}"
     values = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
     if outer and values:
         inner = re.findall(r'Parser key "([^"]+)"', message)[-1]
         key = outer if inner == outer else f"{outer}.{inner}"
         value = values[0].strip()
-        if choices := [c for group in re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", message) for c in _words(group)]:
-            return f"{key}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
+        if choices := [c for group in re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", message) for c in _literals(group)]:
+            return f"{key}: '{value}' is not one of {', '.join(choices)}{_suggest(value, choices)}"
         if bound := re.search(r"Input should be ((?:greater|less) than(?: or equal to)?)(?: (\S+))? \[type", message):
-            limit = bound[2] or _first(r"Annotated\[\w+, \w+\(\w+=([^)]+)\)", message)  # of what may also be null
+            limit = bound[2] or _first(r"Annotated\[\w+, \w+\(\w+=([^)]+)\)", message)  # an optional number
             return f"{key}: {value} must be {bound[1]} {limit}"
         kinds = [kind for kind in re.findall(r"Expected an? <class '([^']+)'>", message) if kind != "NoneType"]
-        kinds += [NUMBERS[kind] for kind in re.findall(r"Input should be a valid (integer|number)", message)]
+        kinds += [NUMBER_TYPES[kind] for kind in re.findall(r"Input should be a valid (integer|number)", message)]
         if any("Sequence" in kind for kind in kinds):
             return f"{key}: '{value}' is not a list; write [{value}]"
         if kinds:
@@ -48,14 +48,14 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message without the traceback that a loader worker wraps around it."""
+    """Strip the traceback that a DataLoader worker wraps around a message."""
     lines = message.strip().splitlines() or [""]
     return lines[0] if len(lines) == 1 else lines[-1].partition(": ")[2]
 
 
-def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    near = get_close_matches(word, list(known), n=1, cutoff=0.4)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
+def _suggest(name: str, valid_names: Iterable[str], prefix: str = "") -> str:
+    matches = get_close_matches(name, list(valid_names), n=1, cutoff=0.4)
+    return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
 
 
 def _first(pattern: str, text: str) -> str | None:
@@ -63,12 +63,12 @@ def _first(pattern: str, text: str) -> str | None:
     return match[1] if match else None
 
 
-def _words(group: str) -> list[str]:
-    return [word.strip().strip("'\"") for word in group.split(",")]
+def _literals(literals: str) -> list[str]:
+    return [literal.strip().strip("'\"") for literal in literals.split(",")]
 
 
 def parameters(class_path: str) -> list[str]:
-    """What a class's constructor takes; nothing if there is no such class."""
+    """List the parameters of a class's constructor; empty if the class does not exist."""
     module, _, name = class_path.rpartition(".")
     try:
         return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
@@ -77,7 +77,7 @@ def parameters(class_path: str) -> list[str]:
 
 
 def _classes(class_path: str) -> list[str]:
-    """The classes beside a mistyped one, if its module is there."""
+    """List the classes in the module of a mistyped class; empty if the module does not exist."""
     module_name = class_path.rpartition(".")[0]
     try:
         module = importlib.import_module(module_name)

@@ -1,6 +1,6 @@
-"""`darkroom fit RECIPE --help`: every key that can be given anew.
+"""`darkroom fit RECIPE --help`: list every key that can be overridden.
 
-jsonargparse's own help has the method and its data as a class each, without their keys.
+jsonargparse's own help lists the method and the datamodule as one option each, without their keys.
 """
 
 import argparse
@@ -13,28 +13,28 @@ import jsonargparse
 from experiments.run.recipes import Recipe
 from modules.training.method import Method
 
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+COMPARISONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def key_help(whole: str, recipe: Recipe) -> str:
-    """What to print: the keys of the method and of its data, with the recipe's values, come last, where a terminal shows them.
+def key_help(full_help: str, recipe: Recipe) -> str:
+    """Return the help text, with the keys of the method and the datamodule and the recipe's values at its end.
 
     Args:
-        whole: jsonargparse's help, in which they come last too.
-        recipe: what the command was given.
+        full_help: jsonargparse's help; its sections on the method and the datamodule are replaced.
+        recipe: the recipe of the command.
     """
-    keys = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-    for part in ("model", "data"):
-        module, _, name = recipe.class_path(part).rpartition(".")
-        keys.add_class_arguments(getattr(import_module(module), name), part, skip={"seed"})  # which --seed_everything gives
-        given = recipe.content[part].get("init_args", {})
-        keys.set_defaults({f"{part}.{key}": value for key, value in given.items() if key != "seed"})
-    text = re.sub(r"  --(model|data) CONFIG .*\n|(?<=\()required,\s+", "", keys.format_help())
-    common = whole.partition("\n" + (inspect.getdoc(Method) or "").partition(".")[0])[0]
-    return re.sub(r"Annotated\[(\w+),\s+((?:\w+\([^)]+\),?\s*)+)\]", _bounded, f"{common}\n{text}")
+    parser = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    for section in ("model", "data"):
+        module, _, name = recipe.class_path(section).rpartition(".")
+        parser.add_class_arguments(getattr(import_module(module), name), section, skip={"seed"})  # set by --seed_everything
+        init_args = recipe.content[section].get("init_args", {})
+        parser.set_defaults({f"{section}.{key}": value for key, value in init_args.items() if key != "seed"})
+    text = re.sub(r"  --(model|data) CONFIG .*\n|(?<=\()required,\s+", "", parser.format_help())
+    common = full_help.partition("\n" + (inspect.getdoc(Method) or "").partition(".")[0])[0]
+    return re.sub(r"Annotated\[(\w+),\s+((?:\w+\([^)]+\),?\s*)+)\]", _format_bounds, f"{common}\n{text}")
 
 
-def _bounded(annotated: re.Match[str]) -> str:
-    """Int > 0, of Annotated[int, Gt(gt=0)]."""
-    bounds = [f"{SIGNS[name]} {limit}" for name, limit in re.findall(r"\b(g[te]|l[te])=(\w+)", annotated[2])]
+def _format_bounds(annotated: re.Match[str]) -> str:
+    """Format Annotated[int, Gt(gt=0)] as "int > 0"."""
+    bounds = [f"{COMPARISONS[name]} {limit}" for name, limit in re.findall(r"\b(g[te]|l[te])=(\w+)", annotated[2])]
     return f"{annotated[1]} {', '.join(bounds)}"

@@ -1,115 +1,113 @@
-"""The command lines of the commands that make pictures with a trained network; what they do stands in sampling and coding."""
+"""Command lines of `darkroom sample`, `interpolate`, `arithmetic`, `manifold`, `reconstruct` and `retrieve`."""
 
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
 from experiments.run.recipes import find_recipe
 
 
-def sample(rest: list[str]) -> int:
+def sample(argv: list[str]) -> int:
     """`darkroom sample`."""
-    parser = _of_latents("sample", "Make images from noise, one file each.", "samples")
-    parser.add_argument("--count", type=int, default=64, metavar="N", help="how many (default 64)")
-    chosen = parser.parse_args(rest)
-    if chosen.count < 1:
-        raise UserError(f"sample: --count {chosen.count}: at least 1")
-    recipe = find_recipe(chosen.recipe)
-    from experiments.run import sample as sampling
+    parser = _seeded_parser("sample", "Generate images from noise, one file each.", "samples")
+    parser.add_argument("--count", type=int, default=64, metavar="N", help="number of images (default 64)")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"sample: --count {args.count}: must be at least 1")
+    recipe = find_recipe(args.recipe)
+    from experiments.run import sample
 
-    sampling.sample(recipe, chosen.ckpt, chosen.count, chosen.seed, chosen.output)
+    sample.sample(recipe, args.ckpt, args.count, args.seed, args.output)
     return 0
 
 
-def interpolate(rest: list[str]) -> int:
+def interpolate(argv: list[str]) -> int:
     """`darkroom interpolate`."""
-    parser = _of_latents("interpolate", "The straight way through latent space between samples.", "interpolation.png")
-    parser.add_argument("--between", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of samples")
-    parser.add_argument("--pictures", action="store_true", help="the numbers are those of pictures of the test set")
-    parser.add_argument("--steps", type=int, default=9, metavar="N", help="from one to the next (default 9)")
-    chosen = parser.parse_args(rest)
-    _no_negative("interpolate: --between", chosen.between)
-    recipe = find_recipe(chosen.recipe)
-    if chosen.pictures:
-        from experiments.run import reconstruct as coding
+    parser = _seeded_parser("interpolate", "Interpolate linearly in latent space between samples.", "interpolation.png")
+    parser.add_argument("--indices", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="sample indices, from 0")
+    parser.add_argument("--images", action="store_true", help="interpolate between test images; --indices are theirs")
+    parser.add_argument("--steps", type=int, default=9, metavar="N", help="steps from one to the next (default 9)")
+    args = parser.parse_args(argv)
+    _require_non_negative("interpolate: --indices", args.indices)
+    recipe = find_recipe(args.recipe)
+    if args.images:
+        from experiments.run import reconstruct
 
-        coding.interpolate(recipe, chosen.ckpt, chosen.between, chosen.steps, chosen.output)
+        reconstruct.interpolate(recipe, args.ckpt, args.indices, args.steps, args.output)
         return 0
-    from experiments.run import sample as sampling
+    from experiments.run import sample
 
-    sampling.interpolate(recipe, chosen.ckpt, chosen.between, chosen.steps, chosen.seed, chosen.output)
+    sample.interpolate(recipe, args.ckpt, args.indices, args.steps, args.seed, args.output)
     return 0
 
 
-def arithmetic(rest: list[str]) -> int:
+def arithmetic(argv: list[str]) -> int:
     """`darkroom arithmetic`."""
-    parser = _of_latents("arithmetic", "Sums of concepts, each the mean latent of some samples.", "arithmetic.png")
+    parser = _seeded_parser("arithmetic", "Add and subtract concepts, each the mean latent of some samples.", "arithmetic.png")
     for sign in ("plus", "minus"):
         parser.add_argument(
-            f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="samples of a concept"
+            f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="sample indices of a concept"
         )
-    chosen = parser.parse_args(rest)
-    _no_negative("arithmetic", [number for numbers in (*chosen.plus, *chosen.minus) for number in numbers])
-    recipe = find_recipe(chosen.recipe)
-    from experiments.run import sample as sampling
+    args = parser.parse_args(argv)
+    _require_non_negative("arithmetic", [index for indices in (*args.plus, *args.minus) for index in indices])
+    recipe = find_recipe(args.recipe)
+    from experiments.run import sample
 
-    sampling.arithmetic(recipe, chosen.ckpt, chosen.plus, chosen.minus, chosen.seed, chosen.output)
+    sample.arithmetic(recipe, args.ckpt, args.plus, args.minus, args.seed, args.output)
     return 0
 
 
-def manifold(rest: list[str]) -> int:
+def manifold(argv: list[str]) -> int:
     """`darkroom manifold`."""
-    parser = Parser(prog="darkroom manifold", description="What two latents mean: a grid of pictures over their plane.")
-    _of_network(parser, "manifold.png")
-    parser.add_argument("--side", type=int, default=20, metavar="N", help="pictures in a row (default 20)")
-    chosen = parser.parse_args(rest)
-    recipe = find_recipe(chosen.recipe)
-    from experiments.run import sample as sampling
+    parser = Parser(prog="darkroom manifold", description="Plot decoder outputs over a 2-D latent grid.")
+    _add_common_arguments(parser, "manifold.png")
+    parser.add_argument("--grid-size", type=int, default=20, metavar="N", help="images per row and column (default 20)")
+    args = parser.parse_args(argv)
+    recipe = find_recipe(args.recipe)
+    from experiments.run import sample
 
-    sampling.manifold(recipe, chosen.ckpt, chosen.side, chosen.output)
+    sample.manifold(recipe, args.ckpt, args.grid_size, args.output)
     return 0
 
 
-def reconstruct(rest: list[str]) -> int:
+def reconstruct(argv: list[str]) -> int:
     """`darkroom reconstruct`."""
-    parser = Parser(prog="darkroom reconstruct", description="What comes back of pictures of the test set.")
-    _of_network(parser, "reconstructions.png")
-    parser.add_argument("--numbers", type=int, nargs="+", default=[*range(16)], metavar="N", help="of the pictures")
-    chosen = parser.parse_args(rest)
-    recipe = find_recipe(chosen.recipe)
-    from experiments.run import reconstruct as coding
+    parser = Parser(prog="darkroom reconstruct", description="Show test images and their reconstructions.")
+    _add_common_arguments(parser, "reconstructions.png")
+    parser.add_argument("--indices", type=int, nargs="+", default=[*range(16)], metavar="N", help="image indices, from 0")
+    args = parser.parse_args(argv)
+    recipe = find_recipe(args.recipe)
+    from experiments.run import reconstruct
 
-    coding.reconstruct(recipe, chosen.ckpt, chosen.numbers, chosen.output)
+    reconstruct.reconstruct(recipe, args.ckpt, args.indices, args.output)
     return 0
 
 
-def retrieve(rest: list[str]) -> int:
+def retrieve(argv: list[str]) -> int:
     """`darkroom retrieve`."""
-    parser = Parser(
-        prog="darkroom retrieve", description="The pictures of the test set whose codes are nearest to a picture's."
-    )
-    _of_network(parser, "retrieval.png")
-    parser.add_argument("--numbers", type=int, nargs="+", default=[*range(8)], metavar="N", help="of the pictures that ask")
-    parser.add_argument("--k", type=int, default=10, metavar="N", help="answers to each (default 10)")
-    chosen = parser.parse_args(rest)
-    recipe = find_recipe(chosen.recipe)
-    from experiments.run import reconstruct as coding
+    parser = Parser(prog="darkroom retrieve", description="Find the test images whose codes are nearest to an image's code.")
+    _add_common_arguments(parser, "retrieval.png")
+    parser.add_argument("--indices", type=int, nargs="+", default=[*range(8)], metavar="N", help="query indices, from 0")
+    parser.add_argument("--k", type=int, default=10, metavar="N", help="images retrieved for each query (default 10)")
+    args = parser.parse_args(argv)
+    recipe = find_recipe(args.recipe)
+    from experiments.run import reconstruct
 
-    coding.retrieve(recipe, chosen.ckpt, chosen.numbers, chosen.k, chosen.output)
+    reconstruct.retrieve(recipe, args.ckpt, args.indices, args.k, args.output)
     return 0
 
 
-def _no_negative(where: str, numbers: list[int]) -> None:
-    if bad := [number for number in numbers if number < 0]:
-        raise UserError(f"{where}: {bad[0]} is not the number of a sample; they count from 0")
+def _require_non_negative(option: str, indices: list[int]) -> None:
+    if negative := [index for index in indices if index < 0]:
+        raise UserError(f"{option}: {negative[0]} is not a sample index; indices start at 0")
 
 
-def _of_latents(command: str, description: str, output: str) -> Parser:
+def _seeded_parser(command: str, description: str, output: str) -> Parser:
     parser = Parser(prog=f"darkroom {command}", description=description)
-    _of_network(parser, output)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the numbered samples (default 0)")
+    _add_common_arguments(parser, output)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default 0)")
     return parser
 
 
-def _of_network(parser: Parser, output: str) -> None:
-    parser.add_argument("recipe", help="whose network: darkroom list shows them")
+def _add_common_arguments(parser: Parser, output: str) -> None:
+    parser.add_argument("recipe", help="recipe of the network; darkroom list shows all")
     parser.add_argument("--ckpt", metavar="FILE", help="weights to use: a .ckpt or .safetensors file")
-    parser.add_argument("--output", default=output, metavar="PATH", help=f"where the result goes (default {output})")
+    parser.add_argument("--output", default=output, metavar="PATH", help=f"output path (default {output})")

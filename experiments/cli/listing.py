@@ -1,4 +1,4 @@
-"""`darkroom list` and `darkroom data`: what there is, and what of it is here."""
+"""`darkroom list` and `darkroom data`: recipes, table cells and datasets."""
 
 from rich.console import Console
 from rich.table import Table
@@ -9,9 +9,9 @@ from experiments.run.recipes import methods, recipes
 
 
 def show_all() -> None:
-    """Methods with their recipes and table cells, then the data sets."""
+    """Print the recipes, the state of the table cells, and the datasets."""
     console = Console()
-    table = Table("recipe", "what it is", "weights", title="Recipes", title_justify="left")
+    table = Table("recipe", "description", "weights", title="Recipes", title_justify="left")
     for recipe in recipes():
         table.add_row(recipe.name, recipe.header[0] if recipe.header else "", "committed" if recipe.weights.exists() else "")
     console.print(table)
@@ -25,44 +25,49 @@ def show_all() -> None:
             table.add_row(method, *map(str, (len(states), *counts)))
     console.print(table)
 
-    table = Table("data set", "here?", "what", title=f"Data below {data_root()}", title_justify="left")
-    for name, data_set in catalog().items():
-        table.add_row(name, data_set.status(), data_set.title)
+    table = Table("dataset", "status", "description", title=f"Datasets in {data_root()}", title_justify="left")
+    for name, dataset in catalog().items():
+        table.add_row(name, dataset.status(), dataset.title)
     console.print(table)
 
 
 def show_data() -> None:
-    """The catalogue: which sets are here, on what terms, and how the others are had."""
-    table = Table("data set", "here?", "what", "terms", "how", title=f"Data below {data_root()}", title_justify="left")
-    for name, data_set in catalog().items():
-        state = data_set.status()
-        table.add_row(name, state, data_set.title, data_set.licence, "" if state == "here" else data_set.install_hint())
+    """Print the catalog: the status and license of each dataset, and how to obtain those that are not available."""
+    columns = ("dataset", "status", "description", "license", "how to obtain it")
+    table = Table(*columns, title=f"Datasets in {data_root()}", title_justify="left")
+    for name, dataset in catalog().items():
+        status = dataset.status()
+        table.add_row(name, status, dataset.title, dataset.licence, "" if status == "here" else dataset.install_hint())
     Console().print(table)
 
 
 def get_data(name: str) -> int:
-    """Download a data set, or tell how it is had."""
-    data_set = get_dataset(name)
-    if data_set.source == "embedded":
+    """Download a dataset.
+
+    Raises:
+        DatasetNotFound: the dataset has no download; the message explains how to obtain it.
+    """
+    dataset = get_dataset(name)
+    if dataset.source == "embedded":
         print(f"{name} comes with the installed packages; nothing to do")
         return 0
     from datamodules.catalog.download import download
 
-    count = download(data_set)
-    print(f"{name}: {count} files in {data_set.path}")
+    count = download(dataset)
+    print(f"{name}: {count} files in {dataset.path}")
     return 0
 
 
 def verify_data(name: str) -> int:
-    """Compare a data set with its manifest; status 1 if a file differs, is missing or cannot be read."""
-    data_set = get_dataset(name)
+    """Compare a dataset with its manifest; return 1 if a file differs, is missing or cannot be read."""
+    dataset = get_dataset(name)
     from datamodules.catalog.verify import verify
 
-    problems = list(verify(data_set))
+    problems = list(verify(dataset))
     for problem in problems:
         print(problem)
     if not problems:
-        known, wanted = len(data_set.manifest()), sum(data_set.count.values())
-        only = f"; the manifest does not know the other {wanted - known}" if wanted > known else ""
-        print(f"{name}: all {known} files are as they should be{only}")
+        n_listed, n_expected = len(dataset.manifest()), sum(dataset.count.values())
+        remark = f"; {n_expected - n_listed} more files are not in the manifest" if n_expected > n_listed else ""
+        print(f"{name}: all {n_listed} files match the manifest{remark}")
     return 1 if problems else 0

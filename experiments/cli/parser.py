@@ -1,4 +1,4 @@
-"""argparse whose complaints are one line."""
+"""argparse with one-line errors."""
 
 import argparse
 import re
@@ -9,11 +9,11 @@ from datamodules.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line."""
+    """ArgumentParser that raises a one-line UserError."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse in one line, with the nearest option."""
+        """Raise the message as a UserError; suggest the closest option for a mistyped one."""
         if mistyped := re.match(r"unrecognized arguments: (\S+)", message):
-            near = get_close_matches(mistyped[1], self._option_string_actions, n=1, cutoff=0.4)
-            message = f"unknown argument {mistyped[1]}" + (f"; did you mean '{near[0]}'?" if near else "")
+            matches = get_close_matches(mistyped[1], self._option_string_actions, n=1, cutoff=0.4)
+            message = f"unknown argument {mistyped[1]}" + (f"; did you mean '{matches[0]}'?" if matches else "")
         raise UserError(f"{self.prog.removeprefix('darkroom ')}: {message}")

@@ -1,4 +1,4 @@
-"""`darkroom submit`: a batch file for SLURM that a person can read, and its submission."""
+"""`darkroom submit`: write a readable SLURM batch file and submit it."""
 
 import os
 import shlex
@@ -12,27 +12,27 @@ from pathlib import Path
 
 from callbacks.run.exit_codes import PREEMPTED
 from datamodules.errors import UserError
-from experiments.run.lightning_cli import check_keys
+from experiments.run.lightning_cli import validate_overrides
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import runs_root
 from experiments.search.spec import read_search
 
-WARNING = 120  # seconds before the end of a job's time at which SLURM tells it
-KEPT = ("DARKROOM_DATA", "DARKROOM_RUNS", "DARKROOM_CACHE", "WANDB_MODE")  # of the environment, written into the file
+PREEMPT_NOTICE_S = 120  # seconds before the time limit at which SLURM signals the job
+FORWARDED_ENV = ("DARKROOM_DATA", "DARKROOM_RUNS", "DARKROOM_CACHE", "WANDB_MODE")  # variables written to the batch file
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job asks the cluster for.
+    """Resources of a SLURM job.
 
     Args:
-        nodes: how many.
-        processes: on each node.
-        gpus: of each node; none to compute on processors.
-        cores: of each process.
-        time: at most, as SLURM writes it; the job goes on in another one.
-        workers: jobs of an array, for searches.
-        options: words for SLURM, as they stand: "--partition=gpu".
+        nodes: number of nodes.
+        processes: processes per node.
+        gpus: GPUs per node; 0 to train on CPUs.
+        cores: CPU cores per process.
+        time: time limit in SLURM's format; an unfinished job is requeued.
+        workers: number of array jobs, for searches.
+        options: further options for sbatch, such as "--partition=gpu".
     """
 
     nodes: int = 1
@@ -45,45 +45,45 @@ class Job:
 
 
 def submit_training(recipe: Recipe, keys: Sequence[str], job: Job, dry_run: bool) -> None:
-    """A training on all the processes of a job, a GPU each where there are any.
+    """Submit a training that uses all processes of a job, with one GPU each if the job has GPUs.
 
     Raises:
-        Refused: see `submit`; or a key is wrong.
+        UserError: see `submit`; or a key is invalid.
     """
-    devices = ["--trainer.accelerator", "gpu" if job.gpus else "cpu", "--trainer.devices", str(job.processes)]
-    devices += ["--trainer.num_nodes", str(job.nodes)] if job.nodes > 1 else []
-    devices += ["--trainer.strategy", "ddp"] if job.processes * job.nodes > 1 else []
-    check_keys(recipe, list(keys))
-    name = recipe.name if recipe.shipped else str(recipe.path.absolute())
-    submit(["fit", name, *devices, *keys], f"darkroom-{recipe.name.replace('/', '-')}", job, dry_run)
+    trainer_args = ["--trainer.accelerator", "gpu" if job.gpus else "cpu", "--trainer.devices", str(job.processes)]
+    trainer_args += ["--trainer.num_nodes", str(job.nodes)] if job.nodes > 1 else []
+    trainer_args += ["--trainer.strategy", "ddp"] if job.processes * job.nodes > 1 else []
+    validate_overrides(recipe, list(keys))
+    name = recipe.name if recipe.bundled else str(recipe.path.absolute())
+    submit(["fit", name, *trainer_args, *keys], f"darkroom-{recipe.name.replace('/', '-')}", job, dry_run)
 
 
 def submit_search(path: Path, keys: Sequence[str], job: Job, dry_run: bool) -> None:
-    """Workers on a search, each a job of an array, with all the GPUs of its node for a trial.
+    """Submit the workers of a search as an array of jobs; each trial uses all GPUs of its node.
 
     Raises:
-        Refused: see `submit`; or the search or a key is wrong.
+        UserError: see `submit`; or the search or a key is invalid.
     """
     search = read_search(path, list(keys))
     if job.nodes > 1:
-        raise UserError("submit: a trial has one node; --workers is how many of them work at once")
-    check_keys(search.recipe, search.example)
-    devices = ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
-    alone = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))
-    submit(["sweep", str(path.absolute()), *devices, *keys], f"darkroom-search-{search.name}", alone, dry_run)
+        raise UserError(f"submit: --nodes {job.nodes}: a trial runs on one node. Use --workers for concurrent trials")
+    validate_overrides(search.recipe, search.example_argv)
+    trainer_args = ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
+    worker_job = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))
+    submit(["sweep", str(path.absolute()), *trainer_args, *keys], f"darkroom-search-{search.name}", worker_job, dry_run)
 
 
 def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:
-    """Write the batch file below the folder of runs, and hand it to `sbatch`; or print it.
+    """Write the batch file to the folder of runs and submit it with `sbatch`, or print it.
 
     Args:
-        command: what each process runs, behind `python -m experiments`.
-        name: of the job.
-        job: what it asks for.
-        dry_run: print the file, and do nothing else.
+        command: arguments of `python -m experiments` in each process.
+        name: name of the job.
+        job: resources of the job.
+        dry_run: only print the file.
 
     Raises:
-        Refused: there is no `sbatch` here, or it refuses the job.
+        UserError: `sbatch` is not installed or rejects the job.
     """
     folder = runs_root().absolute() / "slurm"
     text = batch_file(command, name, job, folder)
@@ -91,45 +91,45 @@ def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:
         print(text, end="")
         return
     if shutil.which("sbatch") is None:
-        raise UserError("submit: no sbatch here; --dry-run prints the file, which a machine of the cluster takes")
+        raise UserError("submit: sbatch is not installed. Use --dry-run to print the file, and submit it on the cluster")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}.sh"
     path.write_text(text)
-    answer = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-    if answer.returncode:
-        raise UserError(f"sbatch: {' '.join(answer.stderr.split())}  ({path})")
-    number = answer.stdout.strip().partition(";")[0]
-    print(f"submitted {number}  ({path})")
-    print(f"log       {folder / f'{name}-{number}.log'}" if not job.workers else f"logs      {folder}/{name}-{number}_*.log")
+    result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"sbatch: {' '.join(result.stderr.split())}  ({path})")
+    job_id = result.stdout.strip().partition(";")[0]
+    print(f"submitted {job_id}  ({path})")
+    print(f"log       {folder / f'{name}-{job_id}.log'}" if not job.workers else f"logs      {folder}/{name}-{job_id}_*.log")
 
 
 def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str:
-    """The batch file.
+    """Return the batch file.
 
-    A job that is told to stop saves, ends with status 85, and is put into the queue again: it goes on by the same command.
+    A job that receives the signal saves a checkpoint, exits with status 85 and is requeued; the same command resumes the run.
     """
-    asks = {
+    directives = {
         "job-name": name,
         "nodes": job.nodes,
         "ntasks-per-node": job.processes,
         **({"gpus-per-node": job.gpus} if job.gpus else {}),
         "cpus-per-task": job.cores,
         "time": job.time,
-        "signal": f"USR1@{WARNING}",
+        "signal": f"USR1@{PREEMPT_NOTICE_S}",
         "open-mode": "append",
         "output": folder / f"{name}-{'%A_%a' if job.workers else '%j'}.log",
         **({"array": f"0-{job.workers - 1}"} if job.workers else {}),
     }
-    lines = ["#!/bin/bash", *(f"#SBATCH --{key}={value}" for key, value in asks.items()), "#SBATCH --requeue"]
+    lines = ["#!/bin/bash", *(f"#SBATCH --{key}={value}" for key, value in directives.items()), "#SBATCH --requeue"]
     lines += [f"#SBATCH {option}" for option in job.options]
     lines += ["", f"cd {shlex.quote(str(Path.cwd()))}"]
-    lines += [f"export {key}={shlex.quote(os.environ[key])}" for key in KEPT if key in os.environ]
+    lines += [f"export {key}={shlex.quote(os.environ[key])}" for key in FORWARDED_ENV if key in os.environ]
     lines += [
         f"export OMP_NUM_THREADS={job.cores}",
         "",
         f"srun {shlex.join([sys.executable, '-m', 'experiments', *command])}",
         "status=$?",
-        f"if [ $status = {PREEMPTED} ]; then scontrol requeue $SLURM_JOB_ID; fi  # it has saved, and goes on by itself",
+        f"if [ $status = {PREEMPTED} ]; then scontrol requeue $SLURM_JOB_ID; fi  # preempted after saving a checkpoint",
         "exit $status",
     ]
     return "\n".join(lines) + "\n"

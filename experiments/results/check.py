@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -37,7 +38,7 @@ from experiments.run.recipes import Recipe, recipes
 from experiments.run.run_dir import Run
 
 STEPS = 20  # of a replay, from each start, with a validation half way
-TEST_BATCHES = 10  # that the replay's own weights are evaluated on
+TEST_BATCHES = 5  # that the replay's own weights are evaluated on
 TOLERANCE = 1e-3  # relative, of the committed weights' metrics against the record's: another processor rounds otherwise
 
 
@@ -123,6 +124,7 @@ def check(methods: list[str], renames: Renames) -> bool:
     now = commit()
     if not now or now.endswith("+"):
         raise UserError("--check certifies records by a commit: commit the changes first")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that replays end with this process
     outcomes: list[Outcome] = []
     for recipe in recipes():
         if recipe.name.partition("/")[0] not in methods:
@@ -185,7 +187,9 @@ def learns(recipe: Recipe) -> bool:
 def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both: bool) -> Iterator[Code]:
     """Today's code, and before it that of the commit by which the record was certified."""
     if both:
-        at = (record.get("certified") or record)["commit"].removesuffix("+")
+        at = (record.get("certified") or record)["commit"]
+        if at.endswith("+"):
+            raise Uncheckable(f"was made in a modified checkout of {at[:-1]}: that code is not in the history")
         old = folder / "code"
         archive = subprocess.run(["git", "archive", "--format=tar", at], cwd=ROOT, capture_output=True, check=False)
         if archive.returncode:
@@ -222,10 +226,10 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
         starts = stage_starts(recipe, batch_size)
         for i, start in enumerate(starts):
             _replay(codes, record["seed"], batch_size, f"stage-{i}", start, after=f"stage-{i - 1}" if i else "")
-        data = read_record(codes[-1].run("stage-0").record)["data"]
-        if changed := [name for name, value in data.items() if record["data"].get(name, value) != value]:
-            raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
     results = _evaluate(codes, "" if committed or not learns(recipe) else f"stage-{len(starts) - 1}")
+    data = _data(codes[-1], trained=bool(starts))
+    if changed := [name for name, value in data.items() if record["data"].get(name, value) != value]:
+        raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
     if len(codes) > 1:
         _compare_metrics(results[0], results[1], 0.0, "the certified code", "today's")
     if committed or not learns(recipe):
@@ -291,7 +295,11 @@ def _finish(commands: list[subprocess.Popen[str]]) -> None:
         Uncheckable: the certified code's has failed.
         Moved: today's has.
     """
-    outputs = [command.communicate()[0] for command in commands]
+    try:
+        outputs = [command.communicate()[0] for command in commands]
+    finally:
+        for command in commands:
+            command.kill()
     for i, (command, output) in enumerate(zip(commands, outputs, strict=True)):
         if command.returncode:
             last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
@@ -348,6 +356,12 @@ def _evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _data(code: Code, trained: bool) -> dict[str, str]:
+    """The hashes of the datasets that the replay and the evaluation have read; of a set of both, the evaluation's."""
+    records = [code.run("stage-0").record] if trained else []
+    return {name: value for path in [*records, code.runs / "record.json"] for name, value in read_record(path)["data"].items()}
 
 
 def _values(result: dict[str, Any]) -> dict[str, float]:

@@ -58,24 +58,33 @@ def validate(record: Record, path: Path) -> None:
             raise BrokenRecord(f"{path}: has no {key}")
     if not record["commit"]:
         raise BrokenRecord(f"{path}: was not made at a commit")
+    results = {}
     for dataset, protocols in record["metrics"].items():
         for protocol, result in protocols.items():
             try:
-                values = [float(value) for value in result["images"].values()]
-                mean = float(result["mean"])
+                mean, values = float(result["mean"]), [float(value) for value in result["images"].values()]
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise BrokenRecord(f"{path}: {dataset}/{protocol} has no mean or no images") from None
-            if not values or not _is_mean(mean, values):
-                raise BrokenRecord(f"{path}: {dataset}/{protocol}: its mean is not that of its images")
+            results[f"{dataset}/{protocol}"] = mean, values
+    # Means and values are stored with a number of decimals each: the most that occur in the record.
+    means = [mean for mean, _ in results.values()]
+    images = [value for _, values in results.values() for value in values]
+    tolerance = 10.0 ** -_decimals(means) + 10.0 ** -_decimals(images)
+    for name, (mean, values) in results.items():
+        if not values or not _is_mean(mean, values, tolerance):
+            raise BrokenRecord(f"{path}: {name}: its mean is not that of its images")
 
 
-def _is_mean(mean: float, values: list[float]) -> bool:
-    """Whether a mean is that of values, within what rounding to the digits that they are stored with can do."""
+def _decimals(values: list[float]) -> int:
+    finite = [Decimal(repr(value)).as_tuple().exponent for value in values if math.isfinite(value)]
+    return max((-int(exponent) for exponent in finite), default=0)
+
+
+def _is_mean(mean: float, values: list[float], tolerance: float) -> bool:
     expected = sum(values) / len(values)
     if not math.isfinite(expected) or not math.isfinite(mean):
         return mean == expected or (math.isnan(mean) and math.isnan(expected))
-    decimals = max(-int(Decimal(repr(value)).as_tuple().exponent) for value in (mean, *values))
-    return abs(mean - expected) <= 10.0**-decimals + 1e-12 * abs(expected)
+    return abs(mean - expected) <= tolerance + 1e-12 * abs(expected)
 
 
 def record_path(recipe: Recipe, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""`darkroom reproduce`: run what a paper's tables lack, keep it as records, render the tables."""
+"""`darkroom reproduce`: run the recipes of a paper's tables, commit their records, render the tables."""
 
 import hashlib
 import json
@@ -25,17 +25,17 @@ from experiments.run.recipes import Recipe, find_recipe, methods
 from experiments.run.run_dir import Run, runs_root
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-MAX_WEIGHT_BYTES = 8 * 2**20  # bytes of weights that are committed; larger ones everyone trains
+MAX_WEIGHT_BYTES = 8 * 2**20  # larger weights are not committed
 RESULTS = ROOT / "experiments/RESULTS.md"
-REPLAYED = 1_000  # steps that show whether changed code still does the same
-TRAINING = ("train/", "learning_rate")  # figures of training, in a log
+REPLAY_STEPS = 1_000  # of a run that other code began
+TRAINING = ("train/", "learning_rate")  # prefixes of the training's values in a log
 
 
 def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool, as_json: bool) -> None:
-    """Render a method's tables; with `run`, first run what is missing or stale and feasible.
+    """Render a method's tables; with `run`, first run the recipes without a current record whose data are available.
 
     Raises:
-        Refused: no such method, or it has no tables.
+        UserError: there is no such method, or it has no tables.
     """
     tabled = [name for name in methods() if load_table(name)["tables"]]
     if method not in tabled:
@@ -64,9 +64,9 @@ def recipes_in_tables(method: str, only: str | None) -> list[Recipe]:
 
 
 def run_recipe(recipe: Recipe, seeds: int) -> None:
-    """Run the seeds of a recipe that have no record of it as it stands, if its data are here.
+    """Run the seeds of a recipe that have no record of the recipe as it stands, if its data are available.
 
-    A record whose code alone has changed is for `--check`.
+    Records whose code alone has changed are left to `--check`.
     """
     learns = "total_images" in recipe.content["model"]["init_args"]
     current = {record["seed"]: record for record in committed_records(recipe.name)[0] if not differences(record, recipe)}
@@ -82,10 +82,10 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
             print(f"{recipe.name}: the record of seed {seed} is current{', a check is due' if due else ''}", flush=True)
             continue
         if learns:
-            version = recipe_fingerprint(recipe) + json.dumps(code_fingerprint(recipe))  # what has changed is another run
+            version = recipe_fingerprint(recipe) + json.dumps(code_fingerprint(recipe))  # a change starts another run
             name = f"reproduce-seed{seed}-{hashlib.sha256(version.encode()).hexdigest()[:8]}"
             run = Run(runs_root() / recipe.name / name)
-            if not run.measured:
+            if not run.evaluated:
                 run_command("fit", recipe.name, "--seed_everything", str(seed), "--run", name)
             commit_record(run, recipe)
         else:
@@ -95,11 +95,11 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
 
 
 def run_command(*words: str) -> None:
-    """Run a command of our own in a process of its own.
+    """Run a `darkroom` command in a process of its own.
 
     Raises:
-        Refused: it failed; it has said why.
-        SystemExit: it was interrupted; it has said how to go on.
+        UserError: the command failed; it has printed why.
+        SystemExit: the command was interrupted; it has printed how to resume.
     """
     environment = {key: value for key, value in os.environ.items() if key != "DARKROOM_RUN_FOLDER"}
     print("darkroom " + " ".join(words), flush=True)
@@ -110,14 +110,14 @@ def run_command(*words: str) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if status in (PREEMPTED, INTERRUPTED):
-        print("so does the same darkroom reproduce command", flush=True)
+        print("The same darkroom reproduce command resumes too.", flush=True)
         raise SystemExit(status)
     if status:
         raise UserError(f"darkroom {' '.join(words)} ended with status {status}")
 
 
 def _wait_for(process: subprocess.Popen[bytes]) -> int:
-    """A process's exit status; Ctrl-C reaches it too, and it is given the time to save."""
+    """Wait for a process and return its exit status; Ctrl-C reaches the process too, which needs time to save."""
     while True:
         try:
             return process.wait()
@@ -126,7 +126,7 @@ def _wait_for(process: subprocess.Popen[bytes]) -> int:
 
 
 def missing_inputs(recipe: Recipe, learns: bool) -> list[str]:
-    """What a recipe needs and cannot find: its training data, or all of its test sets."""
+    """List the inputs that a recipe lacks: its training data, or all of its test sets."""
     data: dict[str, Any] = recipe.content["data"].get("init_args", {})
     needed = [name for name in (data.get("train"), data.get("val")) if name and learns]
     tests = data.get("test", [])
@@ -136,16 +136,16 @@ def missing_inputs(recipe: Recipe, learns: bool) -> list[str]:
 
 
 def unevaluated_sets(recipe: Recipe, record: Record) -> list[str]:
-    """The recipe's test sets that are here but not yet in its record."""
+    """List the recipe's test sets that are available but not in its record."""
     tests = recipe.content["data"].get("init_args", {}).get("test", [])
     return [name for name in tests if name.replace("/", "-") not in record["metrics"] and is_available(recipe, name)]
 
 
 def is_available(recipe: Recipe, spec: str) -> bool:
-    """Whether what a data key of a recipe names is here, as its datamodule would look for it."""
-    data_set = catalog().get(spec.partition("/")[0])
-    if data_set and data_set.arrays:
-        return data_set.status() == "here"
+    """Whether the dataset that a recipe's data key names is available, as its datamodule would look for it."""
+    entry = catalog().get(spec.partition("/")[0])
+    if entry and entry.arrays:
+        return entry.status() == "here"
     try:
         match recipe.class_path("data"):
             case "datamodules.unpaired.Unpaired":
@@ -162,12 +162,12 @@ def is_available(recipe: Recipe, spec: str) -> bool:
 
 
 def commit_record(run: Run, recipe: Recipe) -> None:
-    """Make a finished run's record, and with seed 0 its weights, part of the project.
+    """Copy the record of a finished run, and the weights of seed 0, into the project.
 
-    A long run may have been begun before a change of the code that moves nothing: `replay` must show that.
+    If other code began the run, `replay` must show that today's code repeats its first steps.
 
     Raises:
-        UserError: the run is not one of the recipe and the code as they stand.
+        UserError: the run is not of the recipe and the code as they stand, or was not evaluated.
     """
     from safetensors.torch import save_file
     from torch import load
@@ -179,7 +179,7 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
         raise UserError(f"{run.folder} is not a run of {recipe.name} as it stands: {changed or record['overrides']}")
     if "metrics" not in record:
-        raise UserError(f"{run.folder} has not been measured")
+        raise UserError(f"{run.folder} has not been evaluated on its test sets")
     if any(segment["code"] != record["code"] for segment in record["previous_segments"]):
         record["replayed_images"] = replay(run, recipe, record["seed"])
     write_record(record, record_path(recipe, record["seed"]))
@@ -193,22 +193,22 @@ def commit_record(run: Run, recipe: Recipe) -> None:
 
 
 def replay(run: Run, recipe: Recipe, seed: int) -> int:
-    """Begin a run anew with the code and the recipe as they stand, and compare the logs digit by digit.
+    """Repeat the first steps of a run by today's code, and compare the logs digit by digit.
 
     Returns:
-        How many images were seen by then.
+        The number of images seen in these steps.
 
     Raises:
-        Refused: the logs differ, or have nothing in common: the code that began the run did something else.
+        UserError: the logs differ, or have no step in common.
     """
     from callbacks.run.csv_logger import read_metrics_csv
 
-    again = Run(runs_root() / recipe.name / f"replay-of-{run.folder.name}")
-    shutil.rmtree(again.folder, ignore_errors=True)
-    words = ["--seed_everything", str(seed), "--run", again.folder.name, "--data.test", "[]"]
-    run_command("fit", str(recipe.path), *words, "--trainer.max_steps", str(REPLAYED))
-    rows = [row for row in read_metrics_csv(again.log) if row["name"].startswith(TRAINING)]
-    shutil.rmtree(again.folder)
+    repeated = Run(runs_root() / recipe.name / f"replay-of-{run.folder.name}")
+    shutil.rmtree(repeated.folder, ignore_errors=True)
+    words = ["--seed_everything", str(seed), "--run", repeated.folder.name, "--data.test", "[]"]
+    run_command("fit", str(recipe.path), *words, "--trainer.max_steps", str(REPLAY_STEPS))
+    rows = [row for row in read_metrics_csv(repeated.log) if row["name"].startswith(TRAINING)]
+    shutil.rmtree(repeated.folder)
     images = max((int(row["images"]) for row in rows), default=0)
     began = [row for row in read_metrics_csv(run.log) if row["name"].startswith(TRAINING) and int(row["images"]) <= images]
     if not rows or rows != began:
@@ -219,15 +219,15 @@ def replay(run: Run, recipe: Recipe, seed: int) -> int:
 
 
 def write_pages(method: str) -> None:
-    """Put the rendered tables into the method's page, those of all methods into the results page, what is measured on top."""
+    """Write the rendered tables into the method's page, the results page and the README."""
     for page, text in ((METHODS / method / "README.md", render(method)), (ROOT / "README.md", summary())):
         page.write_text(between_marks(page.read_text(), text))
     RESULTS.write_text(results_page())
 
 
 def results_page() -> str:
-    """All tables of all methods."""
-    parts = ["# Results", "", "Rendered from the records by `darkroom reproduce METHOD --write`; nothing here is typed."]
+    """Render the tables of all methods."""
+    parts = ["# Results", "", "Rendered from the records by `darkroom reproduce METHOD --write`; no value is typed."]
     for method in methods():
         if load_table(method)["tables"]:
             parts += ["", f"## {load_table(method)['title']}", "", load_table(method)["paper"], "", render(method)]
@@ -235,19 +235,19 @@ def results_page() -> str:
 
 
 def summary() -> str:
-    """The cells of all methods that are measured on whole data sets and have a paper's figure beside them, a line each."""
+    """Render the cells of all methods that have a value on a whole dataset and one of the paper."""
     lines = ["| method | row | dataset | protocol | paper | ours | state |", "|---|---|---|---|---:|---:|---|"]
     for method in methods():
         for cell in cells(method):
-            if None not in (cell["ours"], cell["paper"]) and "/" not in cell["dataset"]:
-                row, data_set, metric = cell["row"], cell["dataset"], cell["metric"]
-                lines.append(
-                    f"| {method} | {cell['table']}: {row} | {data_set} | `{metric}` | {format_paper(cell)}{format_provenance(cell)} | {format_ours(cell)} | {cell['state']} |"
-                )
+            if None in (cell["ours"], cell["paper"]) or "/" in cell["dataset"]:
+                continue
+            row = f"{cell['table']}: {cell['row']}"
+            values = f"{format_paper(cell)}{format_provenance(cell)} | {format_ours(cell)} | {cell['state']}"
+            lines.append(f"| {method} | {row} | {cell['dataset']} | `{cell['metric']}` | {values} |")
     return "\n".join(lines)
 
 
 def between_marks(page: str, text: str) -> str:
-    """A page with what stands between its marks replaced."""
+    """Replace the text between a page's marks."""
     head, _, rest = page.partition(BEGIN)
     return f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"

@@ -1,4 +1,4 @@
-"""`darkroom demo`: from photographs to a network that enlarges them, a table and a picture to look at, in two minutes."""
+"""`darkroom demo`: train ESPCN x3 on photographs in two minutes and compare it with bicubic in a table and an image."""
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,63 +15,63 @@ from datamodules.transforms.color import rgb_to_ycbcr
 from datamodules.transforms.resize import imresize
 from experiments.run.execute import execute
 from experiments.run.recipes import find_recipe
-from experiments.run.run_dir import own_name
+from experiments.run.run_dir import program_name
 from modules.bicubic import Bicubic
 from modules.tasks.superresolution import SuperResolutionMethod
 
 TEST = "photographs/test"
-# The enlarged detail of each test photograph: left, top and side, in pixels of the original.
+# Detail of each test photograph that is shown enlarged: left, top, side length in pixels of the original.
 DETAILS = {"astronaut": (168, 60, 108), "chelsea": (120, 75, 108), "china": (150, 60, 108)}
 
 
 def demo() -> None:
-    """Train ESPCN x3 on the embedded photographs, measure it beside bicubic on three others, and paint the difference."""
+    """Train ESPCN x3 on the embedded photographs, evaluate it and bicubic on three others, and save a comparison image."""
     cli = execute("fit", find_recipe("espcn/demo"), ["--trainer.devices", "1"])
     network = cli.model.cpu().eval()
     scale = network.scale
-    figures = {"bicubic": measure(Bicubic(scale), scale), "ESPCN": measure(network, scale)}
-    table = Table("", *figures["ESPCN"], title=f"{TEST}, x{scale}", title_justify="left")
-    for name, row in figures.items():
+    metrics = {"bicubic": evaluate(Bicubic(scale), scale), "ESPCN": evaluate(network, scale)}
+    table = Table("", *metrics["ESPCN"], title=f"{TEST}, x{scale}", title_justify="left")
+    for name, row in metrics.items():
         table.add_row(
             name, *(f"{value:.4f}" if protocol.startswith("ssim") else f"{value:.2f} dB" for protocol, value in row.items())
         )
     console = Console()
     console.print(table)
-    picture = cli.run.folder / "comparison.png"
-    comparison(network, list_image_refs(TEST)).save(picture)
-    console.print(f"look at   {picture}  (input, bicubic, ESPCN, original)", soft_wrap=True)
-    console.print(f"run       {cli.run.folder}  (configuration, figures, samples, weights, record)", soft_wrap=True)
-    command = own_name()
+    path = cli.run.folder / "comparison.png"
+    comparison(network, list_image_refs(TEST)).save(path)
+    console.print(f"image     {path}  (input, bicubic, ESPCN, original)", soft_wrap=True)
+    console.print(f"run       {cli.run.folder}  (configuration, metrics, samples, weights, record)", soft_wrap=True)
+    command = program_name()
     console.print(f"next      {command} predict espcn --input YOUR_PHOTO.jpg --output out/", soft_wrap=True)
-    console.print(f"          {command} reproduce espcn      the paper's tables, our figures beside theirs", soft_wrap=True)
-    console.print(f"          {command} list                 all recipes, and which data are here", soft_wrap=True)
+    console.print(f"          {command} reproduce espcn      the paper's tables, our values next to theirs", soft_wrap=True)
+    console.print(f"          {command} list                 all recipes and datasets", soft_wrap=True)
 
 
-def measure(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
-    """Each protocol's mean over the test photographs."""
-    pictures = SREvalImages(list_image_refs(TEST), scale)
+def evaluate(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
+    """Compute the mean of each protocol over the test photographs."""
+    images = SREvalImages(list_image_refs(TEST), scale)
     means = {}
     for name, protocol in protocols(scale).items():
         values = []
-        for batch in (pictures[i] for i in range(len(pictures))):
+        for batch in (images[i] for i in range(len(images))):
             with torch.no_grad():
                 values.append(protocol(method(batch["input"]), batch["target"]).item())
         means[name] = sum(values) / len(values)
     return means
 
 
-def comparison(network: SuperResolutionMethod, pictures: list[ImageRef]) -> Image.Image:
-    """One row a photograph: the whole with its detail marked, then the detail as input, bicubic, ESPCN and original."""
-    rows = [_row(network, picture) for picture in pictures]
+def comparison(network: SuperResolutionMethod, images: list[ImageRef]) -> Image.Image:
+    """Draw a row for each photograph: the photograph with the detail marked, then the detail by each method."""
+    rows = [_row(network, image) for image in images]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for i, row in enumerate(rows):
         sheet.paste(row, (0, sum(other.height for other in rows[:i])))
     return sheet
 
 
-def _row(network: SuperResolutionMethod, picture: ImageRef) -> Image.Image:
+def _row(network: SuperResolutionMethod, image: ImageRef) -> Image.Image:
     scale, zoom, gap, caption = network.scale, 3, 8, 24
-    pixels = read_image(picture.path)
+    pixels = read_image(image.path)
     height, width = (length - length % scale for length in pixels.shape[-2:])
     original = pixels[:, :height, :width].float() / 255
     low = imresize(original, (height // scale, width // scale)).clamp(0, 1)
@@ -82,36 +82,36 @@ def _row(network: SuperResolutionMethod, picture: ImageRef) -> Image.Image:
             "bicubic": merge_channels(Bicubic(scale)(luma[None])[0], chroma, empty),
             "ESPCN": merge_channels(network(luma[None])[0], chroma, empty),
         }
-    batch = SREvalImages([picture], scale)[0]
+    batch = SREvalImages([image], scale)[0]
     with torch.no_grad():
-        decibels = {
+        psnr = {
             name: psnr_y(method(batch["input"]), batch["target"], scale).item()
             for name, method in (("bicubic", Bicubic(scale)), ("ESPCN", network))
         }
-    whole = _image(original)
+    full = _to_pil(original)
     views = {
-        "input": _image(low).resize(whole.size, Image.Resampling.NEAREST),
+        "input": _to_pil(low).resize(full.size, Image.Resampling.NEAREST),
         **enlarged,
-        "original": whole,
+        "original": full,
     }
-    left, top, side = DETAILS[picture.name]
+    left, top, side = DETAILS[image.name]
     box = (left, top, left + side, top + side)
     tile = side * zoom
-    thumbnail = whole.copy()
+    thumbnail = full.copy()
     ImageDraw.Draw(thumbnail).rectangle(box, outline="red", width=3)
     thumbnail.thumbnail((10_000, tile))
     thumbnail = thumbnail.crop((0, 0, min(thumbnail.width, tile * 4 // 3), thumbnail.height))
     row = Image.new("RGB", (tile * 4 // 3 + 4 * (tile + gap), tile + caption + gap), "white")
     row.paste(thumbnail, (0, caption))
     draw, font = ImageDraw.Draw(row), ImageFont.load_default(size=16)
-    draw.text((2, 2), picture.name, "black", font)
+    draw.text((2, 2), image.name, "black", font)
     for i, (name, view) in enumerate(views.items()):
         x = tile * 4 // 3 + gap + i * (tile + gap)
         row.paste(view.crop(box).resize((tile, tile), Image.Resampling.NEAREST), (x, caption))
-        text = f"{name}  {decibels[name]:.2f} dB" if name in decibels else name
+        text = f"{name}  {psnr[name]:.2f} dB" if name in psnr else name
         draw.text((x + 2, 2), text, "black", font)
     return row
 
 
-def _image(pixels: Tensor) -> Image.Image:
+def _to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,41 +1,45 @@
-"""`darkroom validate` and `darkroom test`: measure weights."""
+"""`darkroom validate` and `darkroom test`: evaluate weights."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from datamodules.errors import UserError
-from experiments.run.lightning_cli import DarkroomCLI, tell
-from experiments.run.weights import fill
+from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
+from experiments.run.weights import load_resolved_weights
 
 
-def measure(cli: DarkroomCLI) -> None:
-    """`validate` or `test`: measure weights."""
+def evaluate(cli: DarkroomCLI) -> None:
+    """Run `validate` or `test` and print the metrics.
+
+    Raises:
+        UserError: the record cannot be written, or there are no weights.
+    """
     if cli.command == "test" and cli.config.record and not os.access(Path(cli.config.record).absolute().parent, os.W_OK):
         raise UserError(f"--record: cannot write to {Path(cli.config.record).absolute().parent}")
-    path = fill(cli)
-    tell(f"weights   {path or 'none needed'}")
+    path = load_resolved_weights(cli)
+    print_rank_zero(f"weights   {path or 'none needed'}")
     run = cli.trainer.test if cli.command == "test" else cli.trainer.validate
     run(cli.model, cli.datamodule, verbose=False)
-    say_results(cli.trainer, cli)
+    print_results(cli.trainer, cli)
 
 
-def say_results(trainer: Any, cli: DarkroomCLI) -> None:
-    """Print the measured figures, a row a protocol, and which sets are not here."""
+def print_results(trainer: Any, cli: DarkroomCLI) -> None:
+    """Print the metrics as a table, a row for each protocol and a column for each dataset, and list the missing sets."""
     if not trainer.is_global_zero:
         return
     from rich.console import Console
     from rich.table import Table
 
-    found: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float]] = {}
     for name, value in trainer.callback_metrics.items():
-        data_set, _, protocol = name.partition("/")
+        dataset, _, protocol = name.partition("/")
         if protocol:
-            found.setdefault(protocol, {})[data_set] = float(value)
-    data_sets = sorted({data_set for of_protocol in found.values() for data_set in of_protocol})
-    table = Table("protocol", *data_sets)
-    for protocol, of_protocol in sorted(found.items()):
-        table.add_row(protocol, *(f"{of_protocol[name]:.4f}" if name in of_protocol else "" for name in data_sets))
+            rows.setdefault(protocol, {})[dataset] = float(value)
+    datasets = sorted({dataset for row in rows.values() for dataset in row})
+    table = Table("protocol", *datasets)
+    for protocol, row in sorted(rows.items()):
+        table.add_row(protocol, *(f"{row[dataset]:.4f}" if dataset in row else "" for dataset in datasets))
     Console().print(table)
     for line in cli.datamodule.missing_sets:
-        print(f"not measured: {line}")
+        print(f"not evaluated: {line}")

@@ -1,39 +1,41 @@
-"""A recipe and overrides become a Trainer's run."""
+"""Run `darkroom fit`, `validate`, `test` or `predict` on a recipe with overrides."""
 
 import errno
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.errors import UserError
-from experiments.run.evaluate import measure
+from experiments.run.evaluate import evaluate
 from experiments.run.fit import fit
-from experiments.run.lightning_cli import DarkroomCLI, build
+from experiments.run.lightning_cli import DarkroomCLI, build_cli
 from experiments.run.predict import predict
 from experiments.run.recipes import Recipe
 
 
 def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
-    """Carry out a command.
+    """Run a command.
 
     Returns:
-        What carried it out, with its model and its run.
+        The CLI object, with its model, datamodule, trainer and run.
 
     Raises:
-        Refused: something is wrong with what was asked for.
+        UserError: the recipe, an override or a file is invalid.
         SystemExit: the run was interrupted.
     """
-    cli = build(command, recipe, overrides)
+    cli = build_cli(command, recipe, overrides)
     try:
         COMMANDS[command](cli)
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from None
     except OSError as error:
-        if error.errno not in NO_ROOM or command != "fit":
+        if error.errno not in DISK_ERRORS or command != "fit":
             raise
-        place = error.filename or cli.run.folder
-        raise UserError(f"cannot write to {place}: {error.strerror}; with room for it, go on with: {cli.again()}") from None
+        path = error.filename or cli.run.folder
+        raise UserError(
+            f"cannot write to {path}: {error.strerror}; once it is writable, resume with: {cli.resume_command()}"
+        ) from None
     return cli
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-COMMANDS = {"fit": fit, "validate": measure, "test": measure, "predict": predict}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+COMMANDS = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}

@@ -1,4 +1,4 @@
-"""`darkroom fit`: train, or go on training; then measure."""
+"""`darkroom fit`: train or resume training, then evaluate."""
 
 import ctypes
 import gc
@@ -16,56 +16,63 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.run.checkpoints import load_weights
+from callbacks.run.checkpoints import load_weights, read_checkpoint
 from callbacks.run.csv_logger import CSVLogger
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
-from experiments.run.evaluate import say_results
-from experiments.run.lightning_cli import DarkroomCLI, tell
+from experiments.run.evaluate import print_results
+from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
-from experiments.run.weights import read_checkpoint
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def fit(cli: DarkroomCLI) -> None:
-    """Train, or go on training; then measure the best weights on the test sets that are here."""
+    """Train or resume training, then evaluate the best weights on the available test sets.
+
+    Raises:
+        UserError: the method has nothing to train, or the run cannot be started or resumed.
+    """
     run, trainer, model = cli.run, cli.trainer, cli.model
-    with alone(cli, run):
+    with locked_run(cli, run):
         if not list(model.parameters()):
-            raise UserError(f"{type(model).__name__} has nothing to train: darkroom test {cli.recipe.name} measures it")
-        settle_batch(cli)
-        measurable = can_be_measured(cli)
-        resumed_at, checkpoint = prepare(cli, run, measurable)
-        trainer.loggers = loggers(cli, run, resumed_at)
-        spare_steps()
+            raise UserError(f"{type(model).__name__} has nothing to train; evaluate it with darkroom test {cli.recipe.name}")
+        configure_batching(cli)
+        evaluates = has_test_data(cli)
+        resumed_at, checkpoint = prepare_resume(cli, run, evaluates)
+        trainer.loggers = make_loggers(cli, run, resumed_at)
+        reduce_step_overhead()
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-        if measurable:
-            trained = model if not model.fsdp_modules else cli.another_model()
-            load_weights(trained, run.checkpoints / "best.ckpt")
+        if evaluates:
+            best = model if not model.fsdp_modules else cli.fresh_model()
+            load_weights(best, run.checkpoints / "best.ckpt")
             trainer.loggers = []
-            trainer.test(trained, cli.datamodule, verbose=False)
-            say_results(trainer, cli)
-    tell(f"run       {run.folder}")
+            trainer.test(best, cli.datamodule, verbose=False)
+            print_results(trainer, cli)
+    print_rank_zero(f"run       {run.folder}")
 
 
-def train_alone(cli: DarkroomCLI, steps: int, watch: Callback) -> None:
-    """Train for so many steps, and neither validate nor measure: for a watch that stops how long it takes."""
+def train_without_eval(cli: DarkroomCLI, steps: int, timer: Callback) -> None:
+    """Train for a number of steps without validation and evaluation, with a callback that times the steps."""
     cli.model.total_images = cli.datamodule.batch_size * steps
     cli.trainer.limit_val_batches = 0
     cli.trainer.num_sanity_val_steps = 0
-    cli.trainer.callbacks.append(watch)
-    with alone(cli, cli.run):
-        settle_batch(cli)
-        cli.trainer.loggers = loggers(cli, cli.run, prepare(cli, cli.run)[0])
-        spare_steps()
+    cli.trainer.callbacks.append(timer)
+    with locked_run(cli, cli.run):
+        configure_batching(cli)
+        cli.trainer.loggers = make_loggers(cli, cli.run, prepare_resume(cli, cli.run)[0])
+        reduce_step_overhead()
         cli.trainer.fit(cli.model, cli.datamodule)
 
 
 @contextmanager
-def alone(cli: DarkroomCLI, run: Run) -> Iterator[None]:
-    """Make the run's folder and hold it against other commands; the system frees it when this process ends."""
-    began = run.config.exists()
+def locked_run(cli: DarkroomCLI, run: Run) -> Iterator[None]:
+    """Create the run's folder and lock it against other processes.
+
+    Raises:
+        UserError: the folder cannot be created, or another process holds the lock.
+    """
+    existed = run.config.exists()
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,122 +84,126 @@ def alone(cli: DarkroomCLI, run: Run) -> Iterator[None]:
         with FileLock(run.folder / ".lock", blocking=False):
             yield
     except Timeout:
-        raise UserError(f"run '{run.folder.name}' is being written by another process; another --run starts anew") from None
+        raise UserError(f"run '{run.folder.name}' is in use by another process; choose another --run") from None
     except UserError:
-        if not began and not cli.trainer.global_step and cli.trainer.is_global_zero:
-            shutil.rmtree(run.folder)  # nothing came of it
+        if not existed and not cli.trainer.global_step and cli.trainer.is_global_zero:
+            shutil.rmtree(run.folder)  # a refused run leaves no folder
         raise
 
 
-def settle_batch(cli: DarkroomCLI) -> None:
-    """How each process takes its share of a batch: in how many parts, by networks that are compiled or not.
+def configure_batching(cli: DarkroomCLI) -> None:
+    """Set the number of gradient accumulation steps, and compile the networks if requested.
 
     Raises:
-        Refused: the global batch cannot be cut so.
+        UserError: the global batch cannot be divided into equal micro-batches.
     """
-    parts = cli.config.accumulate_grad_batches
-    if parts < 1 or cli.datamodule.batch_size % (parts * cli.trainer.world_size):
-        shared = f"{cli.trainer.world_size} processes with --accumulate_grad_batches {parts}"
-        raise UserError(f"data.batch_size: {cli.datamodule.batch_size} cannot be cut into equal parts for {shared}")
-    cli.model.accumulate_grad_batches = parts
+    accumulate = cli.config.accumulate_grad_batches
+    if accumulate < 1 or cli.datamodule.batch_size % (accumulate * cli.trainer.world_size):
+        divisor = f"{cli.trainer.world_size} processes x --accumulate_grad_batches {accumulate}"
+        raise UserError(f"data.batch_size: {cli.datamodule.batch_size} is not divisible by {divisor}")
+    cli.model.accumulate_grad_batches = accumulate
     if cli.config.compile:
         cli.model.compile_networks()
 
 
-def can_be_measured(cli: DarkroomCLI) -> bool:
-    """Whether some test set is here; a damaged or mistyped one is refused now, not when training has ended."""
+def has_test_data(cli: DarkroomCLI) -> bool:
+    """Whether a test set is available. A damaged or mistyped one raises now, not after training."""
     if not cli.datamodule.test:
         return False
 
     try:
         deepcopy(cli.datamodule).setup("test")
     except DatasetNotFound as error:
-        tell(f"not measured after training: {error}")
+        print_rank_zero(f"not evaluated after training: {error}")
         return False
     return True
 
 
-def spare_steps() -> None:
-    """Spare every step three costs that do not belong to it.
+def reduce_step_overhead() -> None:
+    """Remove three per-step overheads.
 
-    What is loaded by now leaves the garbage collector's rounds. Where there is no GPU, torch's Adam looks for one at each
-    step, and Lightning has it look for a driver's library on the disk, a fifth of a millisecond; from now on it asks CUDA
-    itself. And glibc keeps the memory of a step for the next: by itself it returns large blocks to the system and gets them
-    back page by page, a tenth of a small network's step on a CPU.
+    Objects that exist now are exempt from garbage collection. Without a GPU, torch's Adam checks for one at each step;
+    Lightning makes that check search the disk for a driver library (0.2 ms), and this setting makes it query CUDA instead.
+    glibc by default returns large blocks to the system and faults them in again page by page, a tenth of a small network's
+    step on a CPU; the thresholds make it keep them.
     """
     gc.collect()
     gc.freeze()
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-    with suppress(OSError, AttributeError):  # another system's C library
+    with suppress(OSError, AttributeError):  # a C library other than glibc
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL("libc.so.6").mallopt(option, 2**30)
 
 
-def prepare(cli: DarkroomCLI, run: Run, measurable: bool = False) -> tuple[int, Path | None]:
-    """Find where the run that stands in the folder goes on, and leave the configuration there.
+def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple[int, Path | None]:
+    """Find the checkpoint from which the run resumes, and write the configuration into its folder.
 
-    A run that was trained to its end but not yet measured goes on with its measurement.
+    A run that is trained but not yet evaluated resumes with its evaluation.
 
     Returns:
-        Images seen, and the checkpoint.
+        Images seen at the checkpoint, and the checkpoint; 0 and None for a new run.
 
     Raises:
-        Refused: the run is finished, began otherwise, or there is no room on the disk.
+        UserError: the run is finished, was started with another configuration, or the disk is full.
     """
     last = run.checkpoints / "last.ckpt"
     resumed_at, checkpoint = 0, None
     if last.exists():
-        found = read_checkpoint(last)
-        resumed_at, checkpoint = found["images_seen"], last
-        if resumed_at >= cli.model.total_images and (run.measured or (run.finished and not measurable)):
+        content = read_checkpoint(last)
+        resumed_at, checkpoint = content["images_seen"], last
+        if resumed_at >= cli.model.total_images and (run.evaluated or (run.finished and not evaluates)):
             raise UserError(
-                f"run '{run.folder.name}' is finished after {resumed_at} images; a larger --model.total_images goes on with it, "
-                "another --run starts anew"
+                f"run '{run.folder.name}' is finished after {resumed_at} images; "
+                "continue it with a larger --model.total_images, or choose another --run"
             )
-        refuse_another_run(cli, run)
-        tell(f"going on with {run.folder} after {resumed_at:,} images")
-        for key, now in (("world_size", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
-            if found[key] != now:
-                tell(f"{key} {now} instead of {found[key]}: no longer bit for bit the uninterrupted run")
+        check_same_config(cli, run)
+        print_rank_zero(f"resuming {run.folder} after {resumed_at:,} images")
+        for key, value in (("world_size", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
+            if content[key] != value:
+                print_rank_zero(f"{key} {value} instead of {content[key]}: not bit-identical to an uninterrupted run")
         if run.record.exists() and resumed_at < cli.model.total_images and cli.trainer.is_global_zero:
-            run.record.rename(run.folder / f"record-{resumed_at}.json")  # what follows is another result
+            run.record.rename(run.folder / f"record-{resumed_at}.json")  # the longer run gets its own record
     write_config(cli, run)
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
-        raise UserError(f"only {free // 2**20} MiB are free at {run.folder}; at least 256 are needed")
+        raise UserError(f"{run.folder}: only {free // 2**20} MiB free; at least 256 MiB are needed")
     return resumed_at, checkpoint
 
 
-def refuse_another_run(cli: DarkroomCLI, run: Run) -> None:
-    """A run goes on with the network and the data it began with; budget and learning rate may change."""
-    for part in ("model", "data"):
-        for key, old, new in cli.differences(run, part):
-            raise UserError(f"run '{run.folder.name}' began with {key} {old}, not {new}; another --run starts anew")
-    began = yaml.safe_load(run.config.read_text())
-    if began.get("monitor") != cli.config.monitor:
-        raise UserError(f"run '{run.folder.name}' began with monitor {began.get('monitor')}, not {cli.config.monitor}")
+def check_same_config(cli: DarkroomCLI, run: Run) -> None:
+    """Check that the run was started with the same model, data and monitor; RESUMABLE_KEYS may differ.
+
+    Raises:
+        UserError: a key differs.
+    """
+    for section in ("model", "data"):
+        for key, old, new in cli.config_diff(run, section):
+            raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}; choose another --run")
+    started = yaml.safe_load(run.config.read_text())
+    if started.get("monitor") != cli.config.monitor:
+        raise UserError(f"run '{run.folder.name}' was started with monitor {started.get('monitor')}, not {cli.config.monitor}")
 
 
 @rank_zero_only
 def write_config(cli: DarkroomCLI, run: Run) -> None:
-    """Leave the resolved configuration in the run's folder; `darkroom fit <it>` repeats the run."""
+    """Write the resolved configuration into the run's folder; `darkroom fit PATH` of that file repeats the run."""
     config = cli.config.clone()
     config.pop("run")
-    beside = run.config.with_suffix(".part")
-    beside.write_text(cli.parser.dump(config, skip_link_targets=True, skip_validation=True))
-    beside.replace(run.config)
+    partial = run.config.with_suffix(".part")
+    partial.write_text(cli.parser.dump(config, skip_link_targets=True, skip_validation=True))
+    partial.replace(run.config)
 
 
-def loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
-    """The CSV log, and Weights & Biases if asked for."""
-    found: list[Logger] = [CSVLogger(run.log, resumed_at)]
+def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
+    """Create the CSV logger, and the Weights & Biases logger with --wandb."""
+    loggers: list[Logger] = [CSVLogger(run.log, resumed_at)]
     if cli.config.wandb:
         from lightning.pytorch.loggers import WandbLogger
 
         name = f"{cli.recipe.name}/{run.folder.name}"
         offline = cli.config.wandb == "offline"
         if not offline and not (os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()):
-            raise UserError("--wandb online needs an account: run `wandb login` first, or take --wandb offline")
-        # A run that goes on keeps its name there; one that W&B's agent has started has a name from it.
-        identity = None if "WANDB_SWEEP_ID" in os.environ else re.sub(r"\W", "-", name)
-        found.append(WandbLogger(name, run.folder, id=identity, project="darkroom", offline=offline, resume="allow"))
-    return found
+            raise UserError("--wandb online: no account; run `wandb login` first, or use --wandb offline")
+        # A fixed id lets a resumed run continue its W&B run; a W&B agent assigns the id itself.
+        run_id = None if "WANDB_SWEEP_ID" in os.environ else re.sub(r"\W", "-", name)
+        loggers.append(WandbLogger(name, run.folder, id=run_id, project="darkroom", offline=offline, resume="allow"))
+    return loggers

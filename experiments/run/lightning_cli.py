@@ -1,4 +1,4 @@
-"""LightningCLI with the house's defaults: a recipe and overrides become a model, its data and a Trainer."""
+"""LightningCLI with the project's defaults: builds model, datamodule and Trainer from a recipe and overrides."""
 
 import logging
 import shlex
@@ -24,45 +24,39 @@ from callbacks.run.progress import ProgressBar
 from callbacks.run.run_record import RunRecord
 from callbacks.visualization.previews import PreviewImages
 from datamodules.errors import UserError
-from experiments.cli.errors import explain, parameters
+from experiments.cli.errors import format_cli_error, parameters
 from experiments.cli.help import key_help
 from experiments.results import records
 from experiments.run.recipes import Recipe
-from experiments.run.run_dir import Run, open_run, own_name
+from experiments.run.run_dir import Run, open_run, program_name
 from modules.training.ddp import ManualDDPStrategy
 from modules.training.lightning_compat import NoProfiler
 from modules.training.method import Method
 
-# What Darkroom sets itself, and the option that says it.
-INSTEAD = {
+# Options that Darkroom sets, and the option to use instead.
+MANAGED_OPTIONS = {
     "--trainer.val_check_interval": "--val_every_images",
     "--trainer.check_val_every_n_epoch": "--val_every_images",
-    "--trainer.logger": "--wandb for another log beside metrics.csv",
+    "--trainer.logger": "--wandb for a log in addition to metrics.csv",
     "--trainer.default_root_dir": "--run, and DARKROOM_RUNS for the folder of all runs",
     "--data.seed": "--seed_everything",
     "--data.init_args.seed": "--seed_everything",
     "--model.seed": "--seed_everything",
     "--model.init_args.seed": "--seed_everything",
     "--trainer.accumulate_grad_batches": "--accumulate_grad_batches",
-    "--trainer.gradient_clip_val": "a phase's clip, in the method's file",
+    "--trainer.gradient_clip_val": "max_grad_norm of a Phase, in the method's file",
 }
-RESUMABLE_KEYS = {
-    "total_images",
-    "learning_rate",
-    "warmup",
-    "num_workers",
-    "test",
-    "skip_bad",
-}  # what a run that goes on may change
+# Keys of model and data that may change when a run is resumed.
+RESUMABLE_KEYS = {"total_images", "learning_rate", "warmup", "num_workers", "test", "skip_bad"}
 
 
 class DarkroomCLI(LightningCLI):
-    """LightningCLI with the house's defaults; built for one command and one recipe.
+    """LightningCLI with the project's defaults, for one command and one recipe.
 
     Args:
         command: "fit", "validate", "test" or "predict".
-        recipe: what to run.
-        overrides: the rest of the command line.
+        recipe: the recipe to run.
+        overrides: command line arguments after the recipe.
     """
 
     def __init__(self, command: str, recipe: Recipe, overrides: list[str]) -> None:
@@ -84,7 +78,7 @@ class DarkroomCLI(LightningCLI):
                 "enable_checkpointing": False,
                 "enable_model_summary": False,
                 "enable_progress_bar": False,
-                "use_distributed_sampler": False,  # our samplers neither repeat nor shuffle
+                "use_distributed_sampler": False,  # the datamodules shard by rank themselves
             },
             parser_kwargs={
                 "exit_on_error": False,
@@ -94,10 +88,10 @@ class DarkroomCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Answer a mistyped key or value with the nearest valid one."""
-        typed = (word.partition("=")[0] for word in self.overrides)
-        if option := next((word for word in typed if word in INSTEAD), None):
-            raise UserError(f"{option} is set by Darkroom; take {INSTEAD[option]}")
+        """Parse; an invalid key or value raises a one-line UserError that suggests the closest valid one."""
+        given = (arg.partition("=")[0] for arg in self.overrides)
+        if option := next((name for name in given if name in MANAGED_OPTIONS), None):
+            raise UserError(f"{option}: set by Darkroom; use {MANAGED_OPTIONS[option]}")
         if {"-h", "--help"} & {*self.overrides}:
             print(key_help(parser.format_help(), self.recipe))
             raise SystemExit
@@ -105,9 +99,9 @@ class DarkroomCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except jsonargparse.ArgumentError as error:
             options = [option.lstrip("-") for option in parser._option_string_actions]
-            for group in ("model", "data"):
-                options += [f"{group}.{name}" for name in parameters(self.recipe.class_path(group))]
-            raise UserError(explain(str(error), options)) from None
+            for section in ("model", "data"):
+                options += [f"{section}.{name}" for name in parameters(self.recipe.class_path(section))]
+            raise UserError(format_cli_error(str(error), options)) from None
         except yaml.YAMLError as error:
             raise UserError(" ".join(str(error).split())) from None
 
@@ -116,157 +110,167 @@ class DarkroomCLI(LightningCLI):
             raise UserError(f"seed_everything: {seed} is not between 0 and {2**32 - 1}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The house's own options."""
-        parser.add_argument("--monitor", type=str | None, help="logged figure that chooses the best weights")
-        parser.add_argument("--val_every_images", type=PositiveInt, default=100_000, help="images between two validations")
+        """Add the project's options."""
+        parser.add_argument("--monitor", type=str | None, help="logged metric that selects the best weights")
+        parser.add_argument(
+            "--val_every_images", type=PositiveInt, default=100_000, help="training images between two validations"
+        )
         if self.command == "fit":
-            parser.add_argument("--run", type=str | None, help="name of the run; goes on with it if it exists")
+            parser.add_argument("--run", type=str | None, help="name of the run; an existing run is resumed")
             parser.add_argument(
-                "--accumulate_grad_batches", type=int, default=1, help="parts in which a process takes its share of a batch"
+                "--accumulate_grad_batches", type=int, default=1, help="micro-batches per optimizer step on each device"
             )
-            parser.add_argument("--compile", type=bool, default=False, help="let torch compile the networks")
-            parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases as well")
+            parser.add_argument("--compile", type=bool, default=False, help="compile the networks with torch.compile")
+            parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="also log to Weights & Biases")
         else:
             parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt or .safetensors file")
         if self.command == "test":
-            parser.add_argument("--record", type=str | None, help="file to write the run record to")
+            parser.add_argument("--record", type=str | None, help="path of the run record to write")
         if self.command == "predict":
-            parser.add_argument("--input", type=str, required=True, help="a picture, or a folder of pictures")
-            parser.add_argument("--output", type=str, default="out", help="folder for the results")
-            parser.add_argument("--direction", type=Literal["AtoB", "BtoA"] | None, help="of a translation (default AtoB)")
+            parser.add_argument("--input", type=str, required=True, help="an image, or a folder of images")
+            parser.add_argument("--output", type=str, default="out", help="output folder")
+            parser.add_argument(
+                "--direction", type=Literal["AtoB", "BtoA"] | None, help="direction of a translation (default AtoB)"
+            )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         if "seed" in parameters(self.recipe.class_path("model")):
             parser.link_arguments("seed_everything", "model.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse keys of model and data that contradict each other; count validations in images."""
-        model, data = (self.config[part].init_args for part in ("model", "data"))
+        """Check keys that model and data share, and convert the validation interval from images to batches.
+
+        Raises:
+            UserError: two keys contradict each other, or a value is invalid.
+        """
+        model, data = (self.config[section].init_args for section in ("model", "data"))
         for key in sorted(set(vars(model)) & set(vars(data))):
             if model[key] != data[key]:
-                raise UserError(f"model.{key} is {model[key]}, but data.{key} is {data[key]}")
+                raise UserError(f"model.{key}: {model[key]} differs from data.{key}: {data[key]}; set both to the same value")
         if data.batch_size < 1:
-            raise UserError(f"data.batch_size: {data.batch_size} is not a batch")
+            raise UserError(f"data.batch_size: {data.batch_size} must be at least 1")
         if data.num_workers < 0:
-            raise UserError(f"data.num_workers: {data.num_workers} is not a number of processes")
+            raise UserError(f"data.num_workers: {data.num_workers} must be at least 0")
         if data.get("val_every_nth") and data.get("val"):
             raise UserError(
-                "data.val and data.val_every_nth both name what chooses the checkpoint; take --data.val_every_nth 0 or --data.val null"
+                "data.val and data.val_every_nth both select validation images; use --data.val_every_nth 0 or --data.val null"
             )
         self.config.trainer.val_check_interval = max(1, self.config.val_every_images // data.batch_size)
         self.config.trainer.check_val_every_n_epoch = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer, with the run's callbacks and loggers."""
+        """Create the Trainer with the callbacks of the command; for `fit`, open the run first."""
         self.trainer_defaults["callbacks"] = [PrintDataReport(), ProgressBar(self.config.monitor)]
         if self.command == "test" and self.config.record:
             self.trainer_defaults["callbacks"].append(RunRecord(Path(self.config.record), self.metadata()))
         if self.command != "fit":
-            return self.checked_trainer()
+            return self.make_trainer()
         self.run = open_run(self.recipe, self.config.run)
         self.trainer_defaults["callbacks"] += [
             PreviewImages(self.run.samples),
             RunRecord(self.run.record, self.metadata()),
             Checkpoints(self.run.checkpoints, self.config.monitor),
-            Preemption(self.run.checkpoints / "last.ckpt", f"Go on with: {self.again()}"),
+            Preemption(self.run.checkpoints / "last.ckpt", f"Resume with: {self.resume_command()}"),
         ]
         profiler = self.config_init.trainer.profiler or NoProfiler()
-        return self.checked_trainer(default_root_dir=str(self.run.folder), profiler=profiler)
+        return self.make_trainer(default_root_dir=str(self.run.folder), profiler=profiler)
 
-    def checked_trainer(self, **settings: Any) -> L.Trainer:
-        """The Trainer, unless its gradients would not be averaged as `modules/training/gradients.py` does it."""
+    def make_trainer(self, **settings: Any) -> L.Trainer:
+        """Create the Trainer.
+
+        Raises:
+            UserError: an invalid setting, or a strategy that does not leave gradients to `modules/training/gradients.py`.
+        """
         if str(self.config.trainer.strategy) in ("fsdp", "fsdp_cpu_offload"):
-            raise UserError(
-                "trainer.strategy: fsdp cannot train networks that alternate; take 'ddp', or 'fsdp2' to divide them"
-            )
-        if SLURMEnvironment.detect():  # which would save in the middle of a step; callbacks/run/preemption.py sees to it
+            raise UserError("trainer.strategy: fsdp cannot train alternating networks; use 'ddp', or 'fsdp2' to shard them")
+        if SLURMEnvironment.detect():  # Lightning's would save in the middle of a step; callbacks/run/preemption.py requeues
             settings["plugins"] = SLURMEnvironment(auto_requeue=False)
         try:
             trainer = super().instantiate_trainer(logger=False, **settings)
-        except (ValueError, TypeError, MisconfigurationException) as error:  # settings that do not go together
+        except (ValueError, TypeError, MisconfigurationException) as error:  # incompatible settings
             raise UserError(" ".join(str(error).split())) from None
         if not isinstance(trainer.strategy, SingleDeviceStrategy | ManualDDPStrategy):
-            raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; take 'ddp' or 'fsdp2'")
+            raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; use 'ddp' or 'fsdp2'")
         return trainer
 
-    def another_model(self) -> Method:
-        """The model as it was before training, in whole."""
+    def fresh_model(self) -> Method:
+        """Return a new unsharded model with its initial weights."""
         return self.parser.instantiate_classes(self.config.clone())["model"]
 
     def metadata(self) -> dict[str, Any]:
-        """What the record of this run can say before it starts."""
+        """Return the metadata of the run record that is known before the run."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
-        for key in ("record", "ckpt"):  # where the record goes and the weights lie is no part of it
+        for key in ("record", "ckpt"):  # paths that do not affect the result
             config.pop(key, None)
-        typed = without(without(self.overrides, "--record"), "--ckpt")
-        return {**records.metadata(self.recipe, typed), "seed": self.config.seed_everything, "config": config}
+        overrides = drop_option(drop_option(self.overrides, "--record"), "--ckpt")
+        return {**records.metadata(self.recipe, overrides), "seed": self.config.seed_everything, "config": config}
 
-    def differences(self, run: Run, part: str) -> list[tuple[str, Any, Any]]:
-        """Keys of "model" or "data" in which a run began otherwise than is asked for now, with both values."""
-        began = yaml.safe_load(run.config.read_text())
-        now = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))
-        old, new = ({"class_path": side[part]["class_path"], **side[part]["init_args"]} for side in (began, now))
+    def config_diff(self, run: Run, section: str) -> list[tuple[str, Any, Any]]:
+        """List where "model" or "data" differs from the configuration of a run: (key, old value, new value)."""
+        run_config = yaml.safe_load(run.config.read_text())
+        config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))
+        old, new = ({"class_path": c[section]["class_path"], **c[section]["init_args"]} for c in (run_config, config))
         keys = sorted((old.keys() | new.keys()) - RESUMABLE_KEYS)
-        return [(f"{part}.{key}", old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+        return [(f"{section}.{key}", old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
-    def again(self) -> str:
-        """The command that goes on with this run."""
-        typed = without(self.overrides, "--run")
-        name = self.recipe.name if self.recipe.shipped else str(self.recipe.path)
-        return f"{own_name()} " + shlex.join(["fit", name, *typed, "--run", self.run.folder.name])
+    def resume_command(self) -> str:
+        """Return the command that resumes this run."""
+        overrides = drop_option(self.overrides, "--run")
+        name = self.recipe.name if self.recipe.bundled else str(self.recipe.path)
+        return f"{program_name()} " + shlex.join(["fit", name, *overrides, "--run", self.run.folder.name])
 
 
 class ParseOnlyCLI(DarkroomCLI):
-    """A command line that is read and checked, but of which nothing is made."""
+    """A command line that is parsed and checked without instantiating any class."""
 
     def instantiate_classes(self) -> None:
-        """Not here."""
+        """Do nothing."""
 
 
-def check_keys(recipe: Recipe, keys: list[str]) -> None:
-    """Refuse now what `darkroom fit` would refuse on the cluster, hours later.
-
-    Raises:
-        Refused: a key or a value is wrong.
-    """
-    quieten()
-    ParseOnlyCLI("fit", recipe, keys)
-
-
-def without(words: list[str], option: str) -> list[str]:
-    """A command line without one of its options and that option's value."""
-    kept = [word for word in words if not word.startswith(f"{option}=")]
-    if option in kept:
-        at = kept.index(option)
-        del kept[at : at + 2]
-    return kept
-
-
-def build(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
-    """All that a command needs.
+def validate_overrides(recipe: Recipe, overrides: list[str]) -> None:
+    """Check the overrides of a `darkroom fit` that runs later, such as on a cluster.
 
     Raises:
-        Refused: something is wrong with what was asked for.
+        UserError: a key or a value is invalid.
     """
-    # Numbers below 1e-38 are zero: a CPU multiplies them two hundred times as slowly as others, and the gradients of IWAE's
-    # worst draws are full of them. Threads are as the one that starts them, so it is said before there are any.
+    silence_lightning()
+    ParseOnlyCLI("fit", recipe, overrides)
+
+
+def drop_option(argv: list[str], option: str) -> list[str]:
+    """Return the arguments without an option and its value."""
+    remaining = [arg for arg in argv if not arg.startswith(f"{option}=")]
+    if option in remaining:
+        index = remaining.index(option)
+        del remaining[index : index + 2]
+    return remaining
+
+
+def build_cli(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
+    """Build the model, datamodule and Trainer of a command.
+
+    Raises:
+        UserError: the recipe or an override is invalid.
+    """
+    # Flush denormals (below 1e-38) to zero: a CPU multiplies them 200 times more slowly, and the gradients of IWAE's least
+    # likely samples are full of them. Threads inherit the setting, so it precedes their start.
     torch.set_flush_denormal(True)
-    quieten()
+    silence_lightning()
     try:
         return DarkroomCLI(command, recipe, overrides)
     except ValueError as error:
-        if isinstance(error.__cause__, UserError):  # of a constructor of ours; jsonargparse wraps it into many lines
+        if isinstance(error.__cause__, UserError):  # raised by one of our constructors; jsonargparse wraps it
             raise error.__cause__ from None
         raise
 
 
 @rank_zero_only
-def tell(line: str) -> None:
-    """Print a line once, however many processes there are."""
+def print_rank_zero(line: str) -> None:
+    """Print a line on rank 0 only."""
     print(line, flush=True)
 
 
-def quieten() -> None:
-    """Silence what Lightning says about things that are meant to be so."""
+def silence_lightning() -> None:
+    """Silence Lightning's messages about intended behavior."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -276,7 +280,7 @@ def quieten() -> None:
         "isinstance.treespec, LeafSpec.",
         "``instantiate_classes`` was deprecated",
         "Couldn't infer the batch indices",
-        "The `srun` command is available on your system but is not used",  # a login node, or a job that is not a step
-        "It is recommended to use `self.log",  # our measures have gathered theirs already
+        "The `srun` command is available on your system but is not used",  # a login node, or a batch script outside srun
+        "It is recommended to use `self.log",  # our metrics are gathered before they are logged
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -1,4 +1,4 @@
-"""Recipes: short YAML files, found by name. Nothing heavy is imported here."""
+"""Recipes: short YAML files, found by name. torch is not imported here, so that the command line starts fast."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from experiments import METHODS
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe file and its name, such as "espcn/t91_x3"; a file of one's own is named by its stem."""
+    """A recipe file and its name, such as "espcn/t91_x3"; a user's file is named by its stem."""
 
     name: str
     path: Path
@@ -23,70 +23,70 @@ class Recipe:
         """The parsed YAML.
 
         Raises:
-            Refused: it is not a recipe.
+            UserError: the file is not a recipe.
         """
         try:
             content = yaml.safe_load(self.path.read_text())
         except yaml.YAMLError as error:
             raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict) or not {"model", "data"} <= content.keys():
-            raise UserError(f"{self.path}: not a recipe, which has `model` and `data`")
+            raise UserError(f"{self.path}: not a recipe; a recipe has the keys `model` and `data`")
         return content
 
-    def class_path(self, part: str) -> str:
-        """The class that is its "model" or its "data"; empty if the file does not say it as it should."""
-        entry = self.content[part]
+    def class_path(self, section: str) -> str:
+        """Return the class path of the section "model" or "data"; empty if the section is malformed."""
+        entry = self.content[section]
         return entry.get("class_path", "") if isinstance(entry, dict) else ""
 
     @property
-    def shipped(self) -> bool:
-        """Whether it comes with the project."""
+    def bundled(self) -> bool:
+        """Whether the recipe is part of the project."""
         return self.path.is_relative_to(METHODS)
 
     @property
     def header(self) -> list[str]:
-        """The opening comment: what the recipe is for, the expected figure, the time, the command."""
+        """Lines of the opening comment: purpose, expected value, time, command."""
         lines = self.path.read_text().splitlines()
-        return [line.removeprefix("#").strip() for line in lines[: _first(lines)]]
+        return [line.removeprefix("#").strip() for line in lines[: _header_length(lines)]]
 
     @property
     def weights(self) -> Path:
-        """Where its small trained weights lie, if they are committed."""
+        """Path of its committed weights; the file exists only for small networks."""
         return self.path.parent.parent / "weights" / f"{self.path.stem}.safetensors"
 
 
-def _first(lines: list[str]) -> int:
+def _header_length(lines: list[str]) -> int:
     return next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
 
 
 def methods() -> list[str]:
-    """The methods, one folder each."""
+    """List the methods, one folder each."""
     return sorted(path.parent.name for path in METHODS.glob("*/recipes"))
 
 
 def known_method(name: str) -> str:
-    """The name of a method.
+    """Return the name of a method if it exists.
 
     Raises:
-        UserError: there is none; the message names the nearest.
+        UserError: there is no such method; the message suggests the closest.
     """
     if name not in methods():
-        near = get_close_matches(name, methods(), n=1, cutoff=0)
-        raise UserError(f"no method '{name}'; did you mean '{near[0]}'?")
+        matches = get_close_matches(name, methods(), n=1, cutoff=0)
+        raise UserError(f"no method '{name}'; did you mean '{matches[0]}'?")
     return name
 
 
 def recipes() -> list[Recipe]:
-    """The shipped recipes."""
+    """List the recipes of the project."""
     paths = sorted(METHODS.glob("*/recipes/*.yaml"))
     return [Recipe(f"{path.parent.parent.name}/{path.stem}", path) for path in paths]
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe that a user names: "espcn/t91_x3", "espcn" for its demo, or a path to a YAML file.
+    """Find a recipe by name ("espcn/t91_x3", or "espcn" for its demo) or by the path of a YAML file.
 
     Raises:
-        Refused: there is none; the message names the nearest.
+        UserError: there is no such recipe; the message suggests the closest.
     """
     known = {recipe.name: recipe for recipe in recipes()}
     full = f"{name}/demo" if f"{name}/demo" in known else name
@@ -96,7 +96,7 @@ def find_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise UserError(f"no recipe file {name}")
-        shipped = (recipe for recipe in known.values() if recipe.path.resolve() == path.resolve())
-        return next(shipped, Recipe(path.stem, path))
-    near = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
-    raise UserError(f"no recipe '{name}'; did you mean '{near[0]}'? (darkroom list shows all)")
+        same_file = (recipe for recipe in known.values() if recipe.path.resolve() == path.resolve())
+        return next(same_file, Recipe(path.stem, path))
+    matches = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
+    raise UserError(f"no recipe '{name}'; did you mean '{matches[0]}'? (darkroom list shows all)")

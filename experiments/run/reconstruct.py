@@ -1,4 +1,4 @@
-"""`darkroom reconstruct`, `retrieve`, and `interpolate --pictures`: what codes of pictures are good for."""
+"""`darkroom reconstruct`, `retrieve` and `interpolate --images`: encode test images, and decode or compare the codes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,89 +12,97 @@ from callbacks.metrics.retrieval import k_nearest
 from callbacks.visualization.previews import stack_rows
 from datamodules.errors import UserError
 from datamodules.reconstruction import Reconstruction
-from experiments.run.lightning_cli import build, tell
+from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import Recipe
-from experiments.run.sample import check_way, grid, ways, write
-from experiments.run.weights import fill
+from experiments.run.sample import check_interpolation, grid, interpolation_path, save_png
+from experiments.run.weights import load_resolved_weights
 from modules.autoencoder import Autoencoder
 from modules.vae import VAE
 
-FRAME = {True: (0.1, 0.6, 0.2), False: (0.8, 0.1, 0.1)}  # around an answer of the query's class, or of another
+FRAME_COLORS = {True: (0.1, 0.6, 0.2), False: (0.8, 0.1, 0.1)}  # RGB; True: the retrieved image has the query's class
 
 
-def reconstruct(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], output: str) -> None:
-    """Write pictures of the test set in a row, and below them what comes back; between them what the network saw instead.
-
-    Raises:
-        Refused: there are no weights or no such pictures, the recipe has no codes, or the file cannot be written.
-    """
-    _, outputs = coded(recipe, ckpt)
-    chosen = picked(outputs, numbers)
-    write(stack_rows(*(outputs[name][chosen] for name in ("image", "input", "prediction") if name in outputs)), Path(output))
-
-
-def retrieve(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], k: int, output: str) -> None:
-    """Write pictures of the test set, each with the k whose codes are nearest to its own, a row each.
-
-    An answer's frame is green if it has the query's class, else red.
+def reconstruct(recipe: Recipe, ckpt: str | None, indices: Sequence[int], output: str) -> None:
+    """Write a row of test images and a row of reconstructions; between them the network's inputs, where these differ.
 
     Raises:
-        Refused: see `reconstruct`; or there are no k others.
+        UserError: there are no weights or no such images, the recipe has no encoder, or the file cannot be written.
     """
-    _, outputs = coded(recipe, ckpt)
-    queries = picked(outputs, numbers)
+    _, outputs = encode_test_set(recipe, ckpt)
+    selected = select_images(outputs, indices)
+    rows = [outputs[name][selected] for name in ("image", "input", "prediction") if name in outputs]
+    save_png(stack_rows(*rows), Path(output))
+
+
+def retrieve(recipe: Recipe, ckpt: str | None, indices: Sequence[int], k: int, output: str) -> None:
+    """Write test images as queries, each followed by the k test images with the nearest codes, one row each.
+
+    The frame of a retrieved image is green if it has the query's class, else red.
+
+    Raises:
+        UserError: see `reconstruct`; or there are fewer than k other images.
+    """
+    _, outputs = encode_test_set(recipe, ckpt)
+    queries = select_images(outputs, indices)
     if not 0 < k < len(outputs["code"]):
-        raise UserError(f"retrieve: --k {k} of {len(outputs['code']) - 1} other pictures")
-    answers = k_nearest(outputs["code"].flatten(1).float(), k)[queries]
-    right = outputs["label"][answers] == outputs["label"][queries][:, None]
-    rows = []
-    for query, found, same in zip(queries, answers, right, strict=True):
-        rows.append(framed(outputs["image"][query], (1.0, 1.0, 1.0)))
-        rows += [framed(outputs["image"][one], FRAME[bool(of)]) for one, of in zip(found, same, strict=True)]
-    tell(f"answers   {int(right.sum())} of {right.numel()} have their query's class")
-    write(grid(torch.stack(rows), columns=k + 1), Path(output))
+        raise UserError(f"retrieve: --k {k}: must be from 1 to {len(outputs['code']) - 1}, the number of other images")
+    neighbors = k_nearest(outputs["code"].flatten(1).float(), k)[queries]
+    same_class = outputs["label"][neighbors] == outputs["label"][queries][:, None]
+    images = []
+    for query, row, matches in zip(queries, neighbors, same_class, strict=True):
+        images.append(with_frame(outputs["image"][query], (1.0, 1.0, 1.0)))
+        images += [with_frame(outputs["image"][i], FRAME_COLORS[bool(match)]) for i, match in zip(row, matches, strict=True)]
+    print_rank_zero(f"retrieved {int(same_class.sum())} of {same_class.numel()} have the query's class")
+    save_png(grid(torch.stack(images), columns=k + 1), Path(output))
 
 
-def interpolate(recipe: Recipe, ckpt: str | None, numbers: Sequence[int], steps: int, output: str) -> None:
-    """Write the straight way between the codes of pictures of the test set, from each to the next, a row each.
+def interpolate(recipe: Recipe, ckpt: str | None, indices: Sequence[int], steps: int, output: str) -> None:
+    """Write linear interpolations between the codes of test images, from each to the next, one row each.
 
     Raises:
-        Refused: see `reconstruct`; or there is but one picture, or no step.
+        UserError: see `reconstruct`; or there are fewer than two images, or no step.
     """
-    check_way(numbers, steps)
-    method, outputs = coded(recipe, ckpt)
+    check_interpolation(indices, steps)
+    method, outputs = encode_test_set(recipe, ckpt)
     with torch.no_grad():
-        shown = method.decode(ways(outputs["code"][picked(outputs, numbers)], steps))
-    write(grid(shown, columns=steps + 1), Path(output))
+        images = method.decode(interpolation_path(outputs["code"][select_images(outputs, indices)], steps))
+    save_png(grid(images, columns=steps + 1), Path(output))
 
 
-def coded(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder, dict[str, Any]]:
-    """A recipe's method with its weights, and what it makes of the first of its test sets that is here, on the CPU."""
-    cli = build("test", recipe, ["--ckpt", ckpt] if ckpt else [])
+def encode_test_set(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder, dict[str, Any]]:
+    """Load a recipe's method with its weights, and apply it to the first available test set, on the CPU.
+
+    Returns:
+        The method, and the tensors of its test step, concatenated over the set.
+
+    Raises:
+        UserError: there are no weights or no test set, or the recipe has no encoder.
+    """
+    cli = build_cli("test", recipe, ["--ckpt", ckpt] if ckpt else [])
     if not isinstance(cli.model, VAE | Autoencoder) or not isinstance(cli.datamodule, Reconstruction):
-        raise UserError(f"{recipe.name} makes no codes of pictures")
-    tell(f"weights   {fill(cli)}")
+        raise UserError(f"{recipe.name} does not encode images")
+    print_rank_zero(f"weights   {load_resolved_weights(cli)}")
     method, data = cli.model.eval(), cli.datamodule
     data.setup("test")
     first = next(iter(data.reference_sets))
     with torch.no_grad():
         outputs = [method.test_step(batch, i) for i, batch in enumerate(data.test_dataloader()) if batch["dataset"][0] == first]
-    tell(f"pictures  {first}")
+    print_rank_zero(f"images    {first}")
     return method, {
-        name: torch.cat([one[name] for one in outputs]) for name, value in outputs[0].items() if isinstance(value, Tensor)
+        name: torch.cat([output[name] for output in outputs]) for name, value in outputs[0].items() if isinstance(value, Tensor)
     }
 
 
-def picked(outputs: dict[str, Any], numbers: Sequence[int]) -> list[int]:
-    """Numbers of pictures, refused if there are no such pictures."""
+def select_images(outputs: dict[str, Any], indices: Sequence[int]) -> list[int]:
+    """Return the indices as a list; UserError if one is out of range."""
     count = len(outputs["image"])
-    if bad := [number for number in numbers if not 0 <= number < count]:
-        raise UserError(f"no picture {bad[0]}: the {count} of the test set count from 0")
-    return list(numbers)
+    if invalid := [index for index in indices if not 0 <= index < count]:
+        raise UserError(f"--indices {invalid[0]}: the test set has {count} images; indices are from 0 to {count - 1}")
+    return list(indices)
 
 
-def framed(image: Tensor, colour: tuple[float, float, float]) -> Tensor:
-    """A picture (C, H, W) in colour, with a frame of two pixels: (3, H + 4, W + 4)."""
+def with_frame(image: Tensor, color: tuple[float, float, float]) -> Tensor:
+    """Add a colored frame of two pixels: (C, H, W) with C 1 or 3 -> (3, H + 4, W + 4)."""
     inside = F.pad(torch.ones_like(image[:1]), (2, 2, 2, 2))
-    around = torch.tensor(colour)[:, None, None] * (1 - inside)
-    return around + F.pad(image.float().clamp(0, 1).expand(3, -1, -1), (2, 2, 2, 2))
+    frame = torch.tensor(color)[:, None, None] * (1 - inside)
+    return frame + F.pad(image.float().clamp(0, 1).expand(3, -1, -1), (2, 2, 2, 2))

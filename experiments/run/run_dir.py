@@ -1,4 +1,4 @@
-"""Run folders: one a run, with all it leaves. Nothing heavy is imported here."""
+"""Run folders: one for each run, with all of its outputs. torch is not imported here, so that the command line starts fast."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ from experiments.run.recipes import Recipe
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and what stands where in it."""
+    """A run's folder and the paths of its outputs."""
 
     folder: Path
 
@@ -26,12 +26,12 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """All logged figures."""
+        """The logged values, a CSV file."""
         return self.folder / "metrics.csv"
 
     @property
     def record(self) -> Path:
-        """What the run was and what came of it; written when it has finished."""
+        """The run record: configuration, code, data and metrics; written when training has finished."""
         return self.folder / "record.json"
 
     @property
@@ -41,23 +41,23 @@ class Run:
 
     @property
     def samples(self) -> Path:
-        """Folder of sample pictures."""
+        """Folder of preview images."""
         return self.folder / "samples"
 
     @property
     def finished(self) -> bool:
-        """Whether training has reached its budget."""
+        """Whether training has reached its image budget."""
         record = read_record(self.record) if self.record.exists() else {}
         return "images_seen" in record and record["images_seen"] >= record["config"]["model"]["init_args"]["total_images"]
 
     @property
-    def measured(self) -> bool:
-        """Whether its best weights have been measured."""
+    def evaluated(self) -> bool:
+        """Whether the best weights have been evaluated on the test sets."""
         return self.finished and "metrics" in read_record(self.record)
 
 
-def own_name() -> str:
-    """How the user calls this command: "darkroom" where that is on the path."""
+def program_name() -> str:
+    """Return the command by which the user can start Darkroom: "darkroom" if it is on the path."""
     if shutil.which("darkroom"):
         return "darkroom"
     if Path(sys.argv[0]).name == "darkroom":
@@ -66,14 +66,17 @@ def own_name() -> str:
 
 
 def runs_root() -> Path:
-    """Where runs are kept: the environment variable DARKROOM_RUNS, else `runs` in the current folder."""
+    """Return the folder of all runs: the environment variable DARKROOM_RUNS, else `runs` in the current folder."""
     return Path(os.environ.get("DARKROOM_RUNS", "runs"))
 
 
 def open_run(recipe: Recipe, name: str | None) -> Run:
-    """The run of that name, or a new one named by the time (under SLURM or torchrun, by the job, which all processes know).
+    """Return the run of that name, or a new one named by the time (under SLURM or torchrun: by the job id).
 
-    The processes that one process launches find its folder in the environment.
+    Child processes read the folder from the environment variable DARKROOM_RUN_FOLDER.
+
+    Raises:
+        UserError: the name is a path, torchrun has no id for the job, or the folder cannot be created.
     """
     folder = os.environ.get("DARKROOM_RUN_FOLDER")
     if folder and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -82,9 +85,9 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
         name = os.environ["SLURM_JOB_ID"]
     name = name or os.environ.get("TORCHELASTIC_RUN_ID")
     if name and (Path(name).name != name or name == ".."):
-        raise UserError(f"--run {name}: a name, not a path (DARKROOM_RUNS is the folder of all runs)")
-    if name == "none":  # torchrun's own default: every such run would be the same
-        raise UserError("under torchrun, name the run: --run NAME, or torchrun --rdzv-id NAME")
+        raise UserError(f"--run {name}: must be a name, not a path; DARKROOM_RUNS sets the folder of all runs")
+    if name == "none":  # torchrun's default id, the same for every job
+        raise UserError("--run: required under torchrun; give --run NAME, or torchrun --rdzv-id NAME")
     parent = runs_root() / recipe.name
     run = Run(parent / name if name else _new_folder(parent))
     os.environ["DARKROOM_RUN_FOLDER"] = str(run.folder)
@@ -92,14 +95,14 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
 
 
 def _new_folder(parent: Path) -> Path:
-    """A folder named by the time, made here and now, so that no other run takes it."""
+    """Create a folder named by the time; it exists on return, so no other run can use the name."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {parent}: {error.strerror} (DARKROOM_RUNS is the folder of all runs)") from None
+        raise UserError(f"cannot write to {parent}: {error.strerror}; DARKROOM_RUNS sets the folder of all runs") from None
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count():
-        folder = parent / (f"{stamp}_{number}" if number else stamp)
+    for suffix in itertools.count():
+        folder = parent / (f"{stamp}_{suffix}" if suffix else stamp)
         try:
             folder.mkdir()
         except FileExistsError:
@@ -109,7 +112,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def finished_runs(recipe: Recipe) -> list[Run]:
-    """The runs of a recipe that have reached the end of their training and still have their best weights, newest first."""
+    """List the finished runs of a recipe that still have their best weights, newest first."""
     records = (runs_root() / recipe.name).glob("*/record.json")
     runs = []
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -118,5 +121,5 @@ def finished_runs(recipe: Recipe) -> list[Run]:
             if run.finished and (run.checkpoints / "best.ckpt").exists():
                 runs.append(run)
         except BrokenRecord as error:
-            print(f"passed over: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     return runs

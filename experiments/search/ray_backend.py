@@ -1,4 +1,4 @@
-"""`darkroom sweep --ray`: a search whose trials Ray Tune places on the machines of a cluster."""
+"""`darkroom sweep --ray`: run the trials of a search on a cluster with Ray Tune."""
 
 import os
 import threading
@@ -12,26 +12,26 @@ from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.run.run_dir import runs_root
 from experiments.search.spec import Search
-from experiments.search.worker import folder_of, none_left, one_trial, open_study, refuse_if_hopeless
+from experiments.search.worker import folder_of, is_exhausted, one_trial, open_study, raise_if_all_failed
 
-DEATHS = 2  # of a trial's machine that Ray makes up for
+MAX_FAILURES = 2  # failures of a trial's machine after which Ray restarts the trial
 
 
-def sweep_on_ray(search: Search, store: str | None, address: str, gpus: float, cores: float) -> optuna.Study:
-    """Let a Ray cluster work on a search until it has its trials.
+def sweep_on_ray(search: Search, storage: str | None, address: str, gpus: float, cores: float) -> optuna.Study:
+    """Run trials of a search on a Ray cluster until all are finished.
 
-    What to try comes from the store, as for any worker: Ray and workers elsewhere may share it, and a search that was begun by
-    one goes on by the other. The machines share the folder of runs and the store.
+    Parameters come from the storage, as for any worker: Ray and other workers may share it, and either can continue a search
+    that the other began. All machines need access to the folder of runs and the storage.
 
     Args:
-        search: what to try.
-        store: see `experiments.search.worker.sweep`.
-        address: of the cluster; "auto" for the one that this machine belongs to, "local" for this machine alone.
-        gpus: that a trial needs.
-        cores: that a trial needs.
+        search: search to run.
+        storage: see `experiments.search.worker.sweep`.
+        address: address of the cluster; "auto" for the cluster of this machine, "local" for this machine only.
+        gpus: GPUs per trial.
+        cores: CPU cores per trial.
 
     Raises:
-        Refused: Ray is not installed, there is no such cluster, or as `sweep` does.
+        UserError: Ray is not installed, the cluster cannot be reached, or any error of `sweep`.
     """
     try:
         import ray
@@ -39,52 +39,56 @@ def sweep_on_ray(search: Search, store: str | None, address: str, gpus: float, c
     except ImportError:
         raise UserError("sweep: --ray needs Ray Tune: pip install 'darkroom[ray]'") from None
     folder = folder_of(search).absolute()
-    store = store or str(folder / "journal.log")
-    store = store if "://" in store else str(Path(store).absolute())
-    study = open_study(search, store)
+    storage = storage or str(folder / "journal.log")
+    storage = storage if "://" in storage else str(Path(storage).absolute())
+    study = open_study(search, storage)
     try:
         ray.init(
-            address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=True, runtime_env={"env_vars": places()}
+            address,
+            ignore_reinit_error=True,
+            include_dashboard=False,
+            log_to_driver=True,
+            runtime_env={"env_vars": worker_env()},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address}: {' '.join(str(error).split())}") from None
-    tried = partial(on_a_machine, search=search, store=store)
-    while not none_left(search, study):
-        before = told(study)
+    trainable = partial(ray_trial, search=search, storage=storage)
+    while not is_exhausted(search, study):
+        finished_before = n_finished(study)
         tune.Tuner(
-            tune.with_resources(tried, {"gpu": gpus, "cpu": cores}),
-            tune_config=tune.TuneConfig(num_samples=search.cap),
+            tune.with_resources(trainable, {"gpu": gpus, "cpu": cores}),
+            tune_config=tune.TuneConfig(num_samples=search.max_trials),
             run_config=tune.RunConfig(
-                name="ray", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)
+                name="ray", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=MAX_FAILURES)
             ),
         ).fit()
-        refuse_if_hopeless(study)
-        if told(study) == before:
-            raise UserError(f"sweep: Ray has tried nothing; its own logs are in {folder / 'ray'}")
+        raise_if_all_failed(study)
+        if n_finished(study) == finished_before:
+            raise UserError(f"sweep: Ray finished no trial. See its logs in {folder / 'ray'}")
     ray.shutdown()
     return study
 
 
-def on_a_machine(config: dict[str, Any], search: Search, store: str) -> None:
-    """One trial, in a process of Ray's."""
+def ray_trial(config: dict[str, Any], search: Search, storage: str) -> None:
+    """Run one trial in a Ray process."""
     from ray import tune
 
-    study = open_study(search, store)
+    study = open_study(search, storage)
     trial = one_trial(search, study, folder_of(search), threading.Event())
     if trial is not None:
-        ended = study.get_trials(deepcopy=False)[trial.number]
-        tune.report({search.metric: ended.value, "state": ended.state.name, **trial.params})
+        result = study.get_trials(deepcopy=False)[trial.number]
+        tune.report({search.metric: result.value, "state": result.state.name, **trial.params})
 
 
-def told(study: optuna.Study) -> int:
-    """How many trials have ended."""
+def n_finished(study: optuna.Study) -> int:
+    """Return the number of finished trials."""
     return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
-def places() -> dict[str, str]:
-    """Of the environment, what each of Ray's processes needs; paths of this machine's folder in full."""
-    found = {"DARKROOM_RUNS": str(runs_root().absolute()), "PYTHONPATH": str(ROOT), "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+def worker_env() -> dict[str, str]:
+    """Return the environment variables of Ray's processes, with absolute paths."""
+    variables = {"DARKROOM_RUNS": str(runs_root().absolute()), "PYTHONPATH": str(ROOT), "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     for key in ("DARKROOM_DATA", "DARKROOM_CACHE"):
         if key in os.environ:
-            found[key] = str(Path(os.environ[key]).absolute())
-    return found
+            variables[key] = str(Path(os.environ[key]).absolute())
+    return variables

@@ -1,1 +1,1 @@
-"""Losses that several methods use."""
+"""Losses shared by several methods."""

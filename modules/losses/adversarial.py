@@ -1,4 +1,4 @@
-"""Losses of adversarial methods, from a discriminator's logits, and the penalty on a critic's slope."""
+"""Adversarial losses on discriminator logits, and the gradient penalty of a critic."""
 
 from collections.abc import Callable
 
@@ -11,45 +11,45 @@ from modules.losses.precision import to_float32
 
 
 def bce_real(logits: Tensor) -> Tensor:
-    """Cross-entropy of calling the samples real, mean of -log D: what D pays for reals and, non-saturating, G for fakes.
+    """Cross-entropy with the label "real", mean of -log D: D's loss on reals, and G's non-saturating loss on fakes.
 
     Goodfellow et al., arXiv:1406.2661, Section 3.
 
     Args:
-        logits: (N, ...), of which D is the sigmoid.
+        logits: discriminator logits (N, ...); D is their sigmoid.
     """
     return F.softplus(-to_float32(logits)).mean()
 
 
 def bce_fake(logits: Tensor) -> Tensor:
-    """Cross-entropy of calling the samples fake, mean of -log(1 - D); with its sign turned, G's saturating loss (eq. 1)."""
+    """Cross-entropy with the label "fake", mean of -log(1 - D); its negative is G's saturating loss (eq. 1)."""
     return F.softplus(to_float32(logits)).mean()
 
 
-def gan_generator_loss(logits: Tensor, loss: str) -> Tensor:
-    """The generator's loss on fakes: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
+def gan_generator_loss(logits: Tensor, kind: str) -> Tensor:
+    """Generator loss on fakes: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
 
-    Goodfellow et al., Section 3: log(1 - D) is flat where D is sure of a fake, -log D is steep there.
+    Goodfellow et al., Section 3: where D rejects a fake with confidence, log(1 - D) is flat and -log D is steep.
 
     Raises:
-        Refused: it is called otherwise.
+        UserError: `kind` is another name.
     """
-    if loss == "non-saturating":
+    if kind == "non-saturating":
         return bce_real(logits)
-    if loss == "saturating":
+    if kind == "saturating":
         return -bce_fake(logits)
-    raise UserError(f"model.loss: {loss}; take non-saturating or saturating")
+    raise UserError(f"model.loss: {kind}; use non-saturating or saturating")
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """Mean of (|slope| - 1)**2 between reals and fakes: Gulrajani et al., arXiv:1704.00028, eq. 3, without its weight.
+    """Gradient penalty, the mean of (|grad| - 1)**2: Gulrajani et al., arXiv:1704.00028, eq. 3, without lambda.
 
-    In full precision, whatever autocast says: rounding to bf16 puts percents of error into the second derivatives.
+    Computed outside autocast: bf16 causes relative errors of several percent in the second derivatives.
 
     Args:
-        critic: images to values; torch cannot compile it.
-        real, fake: (N, C, H, W).
-        alpha: (N, 1) in (0, 1), each pair's place between the two.
+        critic: function from images to values; it must not be compiled.
+        real, fake: images (N, C, H, W).
+        alpha: interpolation weights of `real`, (N, 1) in (0, 1).
     """
     with torch.autocast(real.device.type, enabled=False):
         weight_real = alpha.to(real.dtype).view(-1, *[1] * (real.ndim - 1))

@@ -1,1 +1,1 @@
-"""Networks and initializations that several methods use."""
+"""Networks and weight initialisation shared by several methods."""

@@ -1,1 +1,1 @@
-"""What the methods of one task share: losses, evaluation and prediction steps."""
+"""Base classes per task: losses, evaluation and prediction steps."""

@@ -1,4 +1,4 @@
-"""What the methods share that make images from noise: numbered latents, and their samples."""
+"""Base class of methods that generate images from random latents."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from modules.training.method import Batch, Method
 
 
 class GenerativeMethod(Method, ABC):
-    """A method whose samples are numbered: sample 17 is the same picture however the work is split.
+    """Method whose samples have indices: a sample depends only on its index and the seed, not on batches or ranks.
 
     Args:
-        latent_size: numbers that a sample is made from.
-        latent_distribution: how they are distributed: "normal" with deviation 1, or "uniform" in (-1, 1).
+        latent_size: dimension of the latents.
+        latent_distribution: "normal", with standard deviation 1, or "uniform", in (-1, 1).
         total_images, learning_rate, seed: see `Method`.
     """
 
@@ -26,7 +26,7 @@ class GenerativeMethod(Method, ABC):
         self.latent_size, self.latent_distribution = latent_size, latent_distribution
 
     def sample_latents(self, indices: Sequence[int], seed: int = 0) -> Tensor:
-        """The latents of the samples of these numbers: (N, latent_size)."""
+        """Latents of the samples with these indices, (N, latent_size)."""
         if self.latent_distribution == "normal":
             z = normal(seed, "sample", indices, self.latent_size)
         else:
@@ -34,16 +34,16 @@ class GenerativeMethod(Method, ABC):
         return torch.from_numpy(z).to(self.dtype).to(self.device)
 
     def batch_latents(self, batch: Batch) -> Tensor:
-        """Latents of a training step, distributed as those of `sample_latents`: (N, latent_size)."""
+        """Latents of a training batch, (N, latent_size), with the distribution of `sample_latents`."""
         z = self.batch_noise(batch, "latent", self.latent_size, self.latent_distribution)
         return z if self.latent_distribution == "normal" else 2 * z - 1
 
     @abstractmethod
     def sample(self, latents: Tensor) -> Tensor:
-        """The images made from latents (N, latent_size): (N, C, H, W) in [0, 1]."""
+        """Generate images (N, C, H, W) in [0, 1] from latents (N, latent_size)."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """The samples of the numbers in "index" (N,); what they are worth, callbacks say."""
+        """Add the samples with the indices in "index" (N,) as "prediction"; callbacks compute the metrics."""
         return {**batch, "prediction": self.sample(self.sample_latents(batch["index"].tolist(), self.seed))}
 
     test_step = validation_step

@@ -1,4 +1,4 @@
-"""Whole pictures through networks that see a piece at a time: the overlap-tile strategy, in bounded memory.
+"""Overlap-tile strategy: predict images of any size tile by tile, in bounded memory.
 
 O. Ronneberger, P. Fischer, T. Brox. U-Net. arXiv:1505.04597, Section 2 and Figure 2.
 """
@@ -15,16 +15,16 @@ from datamodules.transforms.reflect import reflect_index
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a network takes a picture piece by piece.
+    """Tile geometry of a network.
 
     Args:
-        tile_size: side of what it says of a piece at once, in pixels.
-        margin: by how much its input is wider than that, half of it on every side.
-        stride: it treats pixels alike whose places differ by multiples of this.
-        offset: sides that it can have are this more than a multiple of `stride`.
+        tile_size: side of an output tile in pixels.
+        margin: input side minus output side; half of it lies on every side.
+        stride: period of the network's translation equivariance in pixels.
+        offset: remainder of valid output sides; they are a multiple of `stride` plus `offset`.
 
     Raises:
-        Refused: it cannot have such a side.
+        UserError: `tile_size` is not a valid output side.
     """
 
     tile_size: int
@@ -34,26 +34,26 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.tile_size < self.stride + self.offset or (self.tile_size - self.offset) % self.stride:
-            near = self.round_up(max(self.tile_size, self.stride + self.offset))
+            nearest = self.round_up(max(self.tile_size, self.stride + self.offset))
             raise UserError(
-                f"model.tile_size: {self.tile_size}; this network can have {self.offset} more than {self.stride} times n: {near}"
+                f"model.tile_size: {self.tile_size} is not {self.offset} plus a multiple of {self.stride}; use {nearest}"
             )
 
     def round_up(self, length: int) -> int:
-        """The smallest that covers a length."""
+        """Smallest valid output side that covers `length`."""
         return max(1, -(-(length - self.offset) // self.stride)) * self.stride + self.offset
 
 
 def predict_tiled(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Tiling) -> Tensor:
-    """What a network says of each pixel, tile by tile; beyond the border the picture is continued by its mirror image.
+    """Predict each pixel, tile by tile; images are reflected at the border.
 
-    Tiles lie on the network's grid: for a network whose margin holds all that a pixel depends on, such as U-Net, the result is
-    that of one big pass. Others know less of what lies beyond a tile.
+    Tiles are aligned to the network's stride. If the margin covers the receptive field, as for U-Net, the result equals that
+    of a single pass. Other networks have less context at tile borders.
 
     Args:
         network: (N, C, h + margin, w + margin) to (N, K, h, w).
         image: (N, C, H, W), of any size.
-        tiling: see there.
+        tiling: tile geometry of the network.
 
     Returns:
         (N, K, H, W).
@@ -73,7 +73,7 @@ def predict_tiled(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Ti
 
 
 def crop_reflect(image: Tensor, top: int, left: int, size: tuple[int, int], margin: int) -> Tensor:
-    """A piece of (N, C, H, W) that may reach beyond it: (N, C, size + margin), half of the margin on every side."""
+    """Crop (N, C, H, W) to `size` plus half of `margin` on every side, with reflection beyond the border."""
     for dim, (first, length) in enumerate(zip((top, left), size, strict=True), start=2):
         index = torch.arange(first - margin // 2, first + length + margin - margin // 2, device=image.device)
         image = image.index_select(dim, reflect_index(index, torch.tensor(image.shape[dim], device=image.device)))

@@ -1,4 +1,4 @@
-"""What methods share that translate pictures of one domain, A, into another, B, and perhaps back."""
+"""Base class of methods that translate images between two domains, A and B."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Literal
@@ -12,26 +12,27 @@ Direction = Literal["AtoB", "BtoA"]
 
 
 class TranslationMethod(Method, ABC):
-    """A method that makes a picture of the other domain from one of any size.
+    """Method that translates images of any size.
 
-    Its networks halve sides; `stride` is what they must be a multiple of.
+    Attributes:
+        stride: divisor of the sides that the networks accept.
     """
 
     stride = 4
 
     @abstractmethod
     def forward(self, image: Tensor, direction: Direction = "AtoB") -> Tensor:
-        """(N, 3, H, W) in [0, 1], sides multiples of `stride` and at least twice that, to the same of the other domain."""
+        """Translate (N, 3, H, W) in [0, 1] to the same shape; sides are multiples of `stride` and at least twice that."""
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
-        """The same for sides of any length: mirrored on at the right and the bottom, and cut again."""
+        """Translate images with sides of any length: pad them by reflection at the right and the bottom, then crop."""
         height, width = image.shape[-2:]
         padding = [max(2 * self.stride, side + -side % self.stride) - side for side in (width, height)]
         mode = "reflect" if min(height, width) > self.stride else "replicate"
         return self(F.pad(image.to(self.dtype), (0, padding[0], 0, padding[1]), mode=mode), direction)[..., :height, :width]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """A picture's translation, what comes back of it, and what its own domain's generator makes of it."""
+        """Add the translation, its reconstruction in the source domain, and the identity mapping ("same")."""
         direction: Direction = batch["direction"][0]
         reverse: Direction = "BtoA" if direction == "AtoB" else "AtoB"
         translation = self.translate(batch["image"], direction)
@@ -45,5 +46,5 @@ class TranslationMethod(Method, ABC):
     test_step = validation_step
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """The translation alone."""
+        """Add the translation as "prediction"."""
         return {**batch, "prediction": self.translate(batch["image"], batch["direction"][0])}

@@ -1,1 +1,1 @@
-"""The training step that all methods share: phases, gradients, EMA, image pool, several devices."""
+"""Training code shared by all methods: the training step, phases, gradients, EMA, image pool, distributed strategies."""

@@ -1,4 +1,4 @@
-"""Data parallelism for manual optimization: every rank holds the full weights, the method averages the gradients."""
+"""Data-parallel strategy for manual optimization."""
 
 from collections.abc import Sized
 from typing import Any
@@ -9,23 +9,23 @@ from torch.utils.data import DataLoader
 
 
 class ManualDDPStrategy(DDPStrategy):
-    """Several processes that begin with the same weights; the method itself averages the gradients of its steps.
+    """DDP without gradient hooks: ranks start from the same weights, and `Method` averages the gradients of each update.
 
-    Lightning's DDP wraps the module and expects every backward pass to reach every parameter: with networks that alternate
-    it must send each gradient twice. Registered as "ddp", which is what Lightning takes for more than one device.
+    Lightning's DDP wraps the module and expects every backward pass to reach every parameter. With alternating networks it
+    would reduce each gradient twice. Registered as "ddp", Lightning's default for more than one device.
     """
 
     def configure_ddp(self) -> None:
-        """Give every process the weights and buffers of the first, and wrap nothing."""
+        """Broadcast the weights and buffers of rank 0, without wrapping the module."""
         assert self.model is not None
         for tensor in self.model.state_dict().values():
             dist.broadcast(tensor, src=0)
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Let a process that got nothing to measure, of fewer items than processes, measure one that another has too.
+        """Give idle ranks a duplicate item so that every rank runs the loop.
 
-        A loop without a batch is skipped, with its hooks: the others would wait for this process for ever. Measures count
-        pictures by their names, and so once.
+        Lightning skips a loop without batches, including its hooks, and the other ranks would wait forever. Metrics count
+        images by name, so a duplicate counts once.
         """
         if not isinstance(dataloader.sampler, Sized) or len(dataloader) or not len(dataloader.dataset):
             return dataloader

@@ -1,4 +1,4 @@
-"""Averaged weights."""
+"""Exponential moving averages of weights."""
 
 from copy import deepcopy
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class EMA(nn.Module):
-    """A network's exponential average over the images seen; `Method` updates it after each training step.
+    """Exponential moving average of a network's weights; `Method` updates it after each training step.
 
-    It is a part of the method, so checkpoints carry it beside the network itself.
+    It is a submodule of the method, so checkpoints contain both the network and its average.
 
     Args:
-        network: what to average; its buffers are taken as they are.
-        half_life: images after which a weight's share has halved (ProGAN, Appendix A, has a factor of 0.999 a step).
+        network: network to average; its buffers are copied without averaging.
+        half_life: images after which the weight of an old value has halved (ProGAN, Appendix A: a factor of 0.999 per step).
     """
 
     network: nn.Module
@@ -22,16 +22,16 @@ class EMA(nn.Module):
     def __init__(self, network: nn.Module, half_life: int) -> None:
         super().__init__()
         self.network = deepcopy(network).requires_grad_(False)
-        object.__setattr__(self, "online", network)  # not as a part: the method has it already
+        object.__setattr__(self, "online", network)  # not a submodule: the method has registered it
         self.half_life = half_life
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What the averaged network gives."""
+        """Output of the averaged network."""
         return self.network(*inputs)
 
     @torch.no_grad()
     def update(self, images: int) -> None:
-        """Take in the weights after a step of that many images."""
+        """Update the average after a training step of `images` images."""
         weight = 1 - 0.5 ** (images / self.half_life)
         torch._foreach_lerp_(list(self.network.parameters()), list(self.online.parameters()), weight)
         for ema_buffer, online_buffer in zip(self.network.buffers(), self.online.buffers(), strict=True):

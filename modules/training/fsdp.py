@@ -1,4 +1,4 @@
-"""Networks whose weights, gradients and optimizer states are divided among the processes (FSDP2)."""
+"""FSDP2: weights, gradients and optimizer states sharded over the ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,72 +17,72 @@ from modules.training.ema import EMA
 
 
 class FSDP2Strategy(ManualDDPStrategy):
-    """Each network is a unit: whole while it computes, divided otherwise. Registered as "fsdp2".
+    """Shard each network as one FSDP unit: full while it computes, sharded otherwise. Registered as "fsdp2".
 
-    Checkpoints are those of "ddp", with whole weights and states: a run may go on under either. Lightning's own strategy for
-    FSDP2 divides by nothing unless it is told the sizes, and its "fsdp" cannot train networks that alternate.
+    Checkpoints hold full weights and states, as with "ddp", so a run can resume with either strategy. Lightning's own FSDP2
+    strategy does not shard unless the mesh sizes are given. Its "fsdp" cannot train alternating networks.
     """
 
     def configure_ddp(self) -> None:
-        """Begin with the first process's weights, and divide them.
+        """Broadcast the weights of rank 0, then shard them.
 
-        Networks under a gradient penalty stay whole, as under "ddp": torch frees a divided weight after the first of the two
-        backward passes.
+        Networks under a gradient penalty stay unsharded, as with "ddp": torch frees a sharded weight after the first of the
+        two backward passes.
         """
         super().configure_ddp()
         method: Any = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
         for network in shardable_modules(method, method.double_backward_networks):
-            network.to(memory_format=torch.contiguous_format)  # torch divides no weights that lie otherwise
+            network.to(memory_format=torch.contiguous_format)  # fully_shard requires contiguous weights
             fully_shard(network, mesh=mesh, reshard_after_forward=False)
 
     def setup_optimizers(self, trainer: Any) -> None:
-        """Only optimizers that treat each number by itself may see a part of a matrix.
+        """Accept only torch's elementwise optimizers: each rank has only a shard of a matrix.
 
         Raises:
-            Refused: another optimizer.
+            UserError: the optimizer is not one of torch.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if type(optimizer).__module__.partition(".")[0] != "torch":
-                raise UserError(f"trainer.strategy: fsdp2 cannot divide {type(optimizer).__name__}; take 'ddp'")
+                raise UserError(f"trainer.strategy: fsdp2 cannot shard {type(optimizer).__name__}; use 'ddp'")
 
     def on_validation_start(self) -> None:
-        """Each process measures its share, and shares differ: from here on nothing may wait for another process."""
+        """Gather the full weights: ranks evaluate different numbers of items, so validation must not use collectives."""
         assert self.lightning_module is not None
         for unit in fsdp_modules(self.lightning_module):
             unit.unshard()
 
     def on_validation_end(self) -> None:
-        """See `on_validation_start`."""
+        """Shard the weights again."""
         assert self.lightning_module is not None
         for unit in fsdp_modules(self.lightning_module):
             unit.reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Of whole weights, in every process."""
+        """State dict of full tensors, on every rank."""
         return gather_full_tensors(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Of whole weights, in every process."""
+        """Optimizer state of full tensors, on every rank."""
         return gather_full_tensors(super().optimizer_state(optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each process takes its part of the states."""
+        """Load this rank's shards of the optimizer states."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            parts = {
+            local_state = {
                 i: {name: local_shard(value, parameters[i]) for name, value in values.items()}
                 for i, values in state["state"].items()
             }
-            optimizer.load_state_dict({**state, "state": parts})
+            optimizer.load_state_dict({**state, "state": local_state})
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy)
 
 
 def shardable_modules(parent: nn.Module, exclude: Sequence[str] = ()) -> Iterator[nn.Module]:
-    """What of a method is divided: its parts that have weights and a forward pass, and what is averaged with them."""
+    """Networks to shard: the children that have parameters, and those inside containers and EMA modules."""
     for name, child in parent.named_children():
         if name in exclude:
             continue
@@ -93,21 +93,21 @@ def shardable_modules(parent: nn.Module, exclude: Sequence[str] = ()) -> Iterato
 
 
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
-    """The networks that are divided."""
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+    """List the sharded networks of a method."""
+    return [item for item in module.modules() if isinstance(item, FSDPModule)]
 
 
 def gather_full_tensors(value: Any) -> Any:
-    """The same with its divided tensors put together, through nested containers; every process must call it."""
+    """Replace sharded tensors in nested containers by full ones; every rank must call it."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {key: gather_full_tensors(part) for key, part in value.items()}
-    return [gather_full_tensors(part) for part in value] if isinstance(value, list) else value
+        return {key: gather_full_tensors(item) for key, item in value.items()}
+    return [gather_full_tensors(item) for item in value] if isinstance(value, list) else value
 
 
 def local_shard(value: Any, like: Tensor) -> Any:
-    """This process's part of what belongs to a weight, if that is divided; a count of steps is not."""
+    """Shard an optimizer state as its parameter is sharded; step counts stay as they are."""
     if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return value

@@ -1,4 +1,4 @@
-"""From a loss to a step of an optimizer: scaling, averaging over processes, clipping, the step itself."""
+"""Backward pass and optimizer step: loss scaling, averaging over ranks, clipping."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from modules.training.lightning_compat import grad_scaler
 
-BUCKET_BYTES = 25 * 2**20  # bytes that travel together, as torch's DDP does
+BUCKET_BYTES = 25 * 2**20  # bytes per all-reduce, the default of torch's DDP
 
 
 def backward(trainer: Any, loss: Tensor) -> None:
-    """Differentiate a loss, scaled under fp16, outside autocast: it would round the second derivatives of a penalty."""
+    """Backpropagate a loss, scaled under fp16, outside autocast, which would round the second derivatives of a penalty."""
     scaler = grad_scaler(trainer)
     with torch.autocast(loss.device.type, enabled=False):
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -25,16 +25,16 @@ def backward(trainer: Any, loss: Tensor) -> None:
 def optimizer_step(
     trainer: Any, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float | None = None
 ) -> None:
-    """Step with the mean of all processes' gradients, each of which travels once.
+    """Average the gradients over all ranks, once each, and update the parameters.
 
-    Outside autocast, since an optimizer that multiplies matrices must not see it. Under fp16, a step whose gradients have
-    overflown is skipped in all processes.
+    Runs outside autocast, which would round the matrix products of an optimizer. Under fp16, all ranks skip a step whose
+    gradients overflow.
 
     Args:
-        trainer: whose precision and processes these are.
-        optimizer: of torch.
-        parameters: what it steps.
-        max_grad_norm: greatest norm of all gradients together, unscaled.
+        trainer: Lightning trainer, for the precision and the number of ranks.
+        optimizer: torch optimizer.
+        parameters: parameters of the optimizer.
+        max_grad_norm: maximum norm of all gradients together, unscaled; None for no clipping.
     """
     scaler = grad_scaler(trainer)
     with torch.autocast(parameters[0].device.type, enabled=False):
@@ -51,13 +51,13 @@ def optimizer_step(
 
 
 def update_grad_scaler(trainer: Any) -> None:
-    """Let the scale of fp16 losses grow or shrink, after each step of an optimizer and before the next backward pass."""
+    """Update the fp16 loss scale; call it after each optimizer step, before the next backward pass."""
     if (scaler := grad_scaler(trainer)) is not None:
         scaler.update()
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
-    """Replace each gradient by its mean over all processes; those of divided weights are that already."""
+    """Replace each gradient by its mean over all ranks; FSDP has averaged those of sharded weights already."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     for bucket in make_buckets(gradients):
         flat = _flatten_dense_tensors(bucket)
@@ -68,13 +68,13 @@ def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> No
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers: batch normalisation has seen other samples in each."""
+    """Broadcast the buffers of rank 0: batch normalisation statistics differ between ranks."""
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
 
 
 def make_buckets(tensors: Iterable[Tensor], size: int = BUCKET_BYTES) -> list[list[Tensor]]:
-    """Tensors in order, cut into lists of one type and at most `size` bytes (or of a single larger tensor)."""
+    """Split tensors, in order, into lists of one dtype and at most `size` bytes (or a single larger tensor)."""
     buckets: list[list[Tensor]] = []
     filled = 0
     for tensor in tensors:

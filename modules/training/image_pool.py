@@ -1,4 +1,4 @@
-"""A pool of earlier fakes for a discriminator to see again."""
+"""Pool of earlier fake images for training a discriminator."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,19 @@ from datamodules.random.noise import uniform
 
 
 class ImagePool(nn.Module):
-    """Half of the time a discriminator sees an earlier fake, whose place the newest takes: CycleGAN, Section 4.
+    """Replace half of the new fakes by stored ones, and store the new ones in their slots: CycleGAN, Section 4.
 
     A. Shrivastava et al. Learning from Simulated and Unsupervised Images through Adversarial Training. arXiv:1612.07828.
 
-    There is one pool for all processes, and what a sample does to it is a function of its position in the stream; so it is the
-    same however the work is split, and as a part of the method it is in the checkpoint. The samples of a step see the
+    All ranks share one pool. A sample's effect on it depends only on the sample's id, so the pool is the same for any number
+    of ranks and micro-batches. It is a submodule of the method, so checkpoints contain it. The samples of a step read the
     pool as it was before that step; `Method` calls `update` after it.
 
     Args:
-        capacity: how many fakes it holds; 0 for none, then a discriminator sees the newest alone.
-        shape: (C, H, W) of a fake.
-        stream: name of its random draws; different pools have different names.
-        seed: of these.
+        capacity: number of stored fakes; 0 disables the pool.
+        shape: shape (C, H, W) of a fake.
+        stream: name of the random stream; different pools need different names.
+        seed: seed of the random stream.
     """
 
     fakes: Tensor
@@ -32,58 +32,64 @@ class ImagePool(nn.Module):
         super().__init__()
         self.capacity, self.stream, self.seed = capacity, stream, seed
         self.register_buffer("fakes", torch.zeros(capacity, *shape))
-        self.pending: list[tuple[range, Tensor]] = []  # in this step: positions and fakes
+        self.pending: list[tuple[range, Tensor]] = []  # sample ids and fakes of this step
 
-    def query(self, images: Tensor, positions: range, n_seen: int) -> Tensor:
-        """What the discriminator sees in place of the newest fakes, without gradients.
+    def query(self, images: Tensor, sample_ids: range, n_seen: int) -> Tensor:
+        """Replace some new fakes by stored ones.
 
         Args:
-            images: fakes (N, C, H, W).
-            positions: of their samples in the stream.
-            n_seen: how many samples came before this step.
+            images: new fakes (N, C, H, W).
+            sample_ids: ids of their samples.
+            n_seen: number of samples before this step.
 
         Returns:
-            (N, C, H, W).
+            Fakes for the discriminator, (N, C, H, W), without gradients.
         """
         images = images.detach()
         if not self.capacity:
             return images
-        self.pending.append((positions, images))
-        slot_indices = self.slot_indices(positions)
+        self.pending.append((sample_ids, images))
+        slot_indices = self.slot_indices(sample_ids)
         filled = min(n_seen, self.capacity)
-        use_stored = [0 <= slot < filled and slot != position for slot, position in zip(slot_indices, positions, strict=True)]
+        use_stored = [
+            0 <= slot < filled and slot != sample_id for slot, sample_id in zip(slot_indices, sample_ids, strict=True)
+        ]
         if not any(use_stored):
             return images
-        chosen = self.fakes[to_device_async(slot_indices, images.device)].to(images.dtype)
-        return torch.where(to_device_async(use_stored, images.device)[:, None, None, None], chosen, images)
+        stored = self.fakes[to_device_async(slot_indices, images.device)].to(images.dtype)
+        return torch.where(to_device_async(use_stored, images.device)[:, None, None, None], stored, images)
 
-    def slot_indices(self, positions: range) -> list[int]:
-        """Where each sample's fake will be kept: the first ones fill the pool, of the others half is kept; -1 for nowhere."""
-        keep_draw, slot_draw = uniform(self.seed, self.stream, positions, 2).T
+    def slot_indices(self, sample_ids: range) -> list[int]:
+        """Slot in which each sample's fake is stored; -1 for half of the fakes once the pool is full."""
+        keep_draws, slot_draws = uniform(self.seed, self.stream, sample_ids, 2).T
         return [
-            position if position < self.capacity else int(place * self.capacity) if share < 0.5 else -1
-            for position, share, place in zip(positions, keep_draw, slot_draw, strict=True)
+            sample_id if sample_id < self.capacity else int(slot_draw * self.capacity) if keep_draw < 0.5 else -1
+            for sample_id, keep_draw, slot_draw in zip(sample_ids, keep_draws, slot_draws, strict=True)
         ]
 
     @torch.no_grad()
     def update(self, batch_size: int) -> None:
-        """Keep what has arrived in a step of `batch_size` images, in all processes together."""
+        """Store the fakes of a training step of `batch_size` images, counted over all ranks."""
         if not self.pending:
             return
-        first = min(positions.start for positions, _ in self.pending)
+        first_id = min(sample_ids.start for sample_ids, _ in self.pending)
         images = torch.cat([fakes for _, fakes in self.pending]).to(self.fakes.dtype)
         self.pending = []
-        if len(images) < batch_size:  # this process's share alone
+        if len(images) < batch_size:  # only the samples of this rank
             rank, gathered = dist.get_rank(), images.new_empty(batch_size, *images.shape[1:])
             dist.all_gather_into_tensor(gathered, images.contiguous())
-            first, images = first - rank * len(images), gathered
-        last = {slot: i for i, slot in enumerate(self.slot_indices(range(first, first + batch_size))) if slot >= 0}
-        if last:
+            first_id, images = first_id - rank * len(images), gathered
+        newest_by_slot = {
+            slot: i for i, slot in enumerate(self.slot_indices(range(first_id, first_id + batch_size))) if slot >= 0
+        }
+        if newest_by_slot:
             device = self.fakes.device
-            self.fakes[to_device_async(list(last), device)] = images[to_device_async(list(last.values()), device)]
+            self.fakes[to_device_async(list(newest_by_slot), device)] = images[
+                to_device_async(list(newest_by_slot.values()), device)
+            ]
 
 
 def to_device_async(values: list[Any], device: torch.device) -> Tensor:
-    """A tensor on a device, which need not be waited for."""
-    made = torch.tensor(values)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    """Create a tensor on a device without waiting for the copy."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

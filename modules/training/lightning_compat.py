@@ -1,4 +1,4 @@
-"""All that leans on Lightning's private or untyped parts; tests/modules/test_lightning_compat.py checks each assumption."""
+"""Code that relies on Lightning's private or untyped API; tests/modules/test_lightning_compat.py checks each assumption."""
 
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -12,28 +12,28 @@ NULL_CONTEXT = nullcontext()
 
 
 class NoProfiler(PassThroughProfiler):
-    """Lightning's idle profiler opens some fifty generator contexts a step, a quarter of a millisecond; this one none."""
+    """Profiler without overhead; Lightning's default one opens some fifty generator contexts per step (0.25 ms)."""
 
     def profile(self, action_name: str) -> Any:
-        """Nothing to measure."""
+        """Return a null context."""
         return NULL_CONTEXT
 
 
 class FastSetattrModule(L.LightningModule):
-    """A LightningModule on which Lightning notes quickly where it is; `nn.Module` looks for parameters at each assignment."""
+    """LightningModule with fast assignment of the name of the running hook; `nn.Module` searches its parameters first."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":  # some thirty times a step
+        if name == "_current_fx_name":  # some thirty assignments per step
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
 
 def patch_training_loop(trainer: Any) -> None:
-    """Take out of the training loop what a step does not need (asked in `on_train_start`).
+    """Remove two unneeded operations from the training loop; call it in `on_train_start`.
 
-    Lightning inspects the signature of `training_step` at every step, and with several processes broadcasts at every step
-    whether one has got SIGTERM, which `callbacks/run/preemption.py` sees to.
+    At every step Lightning inspects the signature of `training_step`. With several ranks it also broadcasts at every step
+    whether one has received SIGTERM, which `callbacks/run/preemption.py` handles.
     """
     loop = trainer.fit_loop.epoch_loop
     loop._build_kwargs = lambda kwargs, batch, batch_idx: OrderedDict(batch=batch, batch_idx=batch_idx)
@@ -41,37 +41,37 @@ def patch_training_loop(trainer: Any) -> None:
 
 
 def increment_global_step(trainer: Any) -> None:
-    """Let `trainer.global_step` and `max_steps` count this batch, however many optimizers stepped in it."""
+    """Count this batch once in `trainer.global_step` and `max_steps`, for any number of optimizer steps."""
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()
 
 
 def grad_scaler(trainer: Any) -> GradScaler | None:
-    """What scales losses under fp16; None in other precisions."""
+    """Loss scaler of fp16; None in other precisions."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def log_every_n_steps(trainer: Any) -> int:
-    """Every how many batches the loggers take figures."""
+    """Logging interval in batches."""
     return trainer.log_every_n_steps
 
 
 def sync_logger_step(trainer: Any) -> None:
-    """Set the loggers' step to the number of batches before this one (asked in `on_train_batch_start`).
+    """Set the loggers' step to the number of batches before this one; call it in `on_train_batch_start`.
 
-    Lightning counts a batch for its loggers only after the validation that follows it. A checkpoint written between brings
-    back a count that is one short, one written in a validation is counted again after the resume, and either way a resumed
-    run would log its figures beside those of the uninterrupted one.
+    Lightning counts a batch for its loggers only after the validation that follows it. A checkpoint written between the two
+    restores a count that is one too low. A batch with a checkpoint in its validation is counted again after resuming. In both
+    cases a resumed run would log at other steps than an uninterrupted one.
     """
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
 
 def is_validation_due(trainer: Any) -> bool:
-    """Whether a validation follows the batch that has just ended (asked in `on_train_batch_end`).
+    """Whether a validation follows the batch that has just ended; call it in `on_train_batch_end`.
 
-    A checkpoint written between such a batch and its validation resumes without that validation.
+    A run resumed from a checkpoint between the batch and its validation would skip that validation.
     """
     interval = trainer.val_check_batch
     if trainer.should_stop:

@@ -1,4 +1,4 @@
-"""What alternates, as data: the phases of a training step."""
+"""Phases of a training step: the optimizer updates of alternating networks, as data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +15,20 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """One move within a training step: these networks lower these losses, all other networks stand still.
+    """One part of a training step: optimizer updates of `networks` on `losses`; all other networks are frozen.
 
     Args:
-        name: in logs and messages; empty where there is only one.
-        networks: what it trains.
-        optimizer: makes the optimizer of their parameters.
-        losses: the terms on a batch, by name; their sum is minimised.
-        schedule: the optimizer's "lr" (and "momentum", ...) after that many images seen.
-        interval: it takes part in every how many-th step.
-        n_updates: how often it moves in such a step, each time with other noise.
-        max_grad_norm: greatest norm of its gradients, in their own scale; None for no limit.
+        name: name in logs and messages; empty for a method with a single phase.
+        networks: networks to train.
+        optimizer: function from their parameters to an optimizer.
+        losses: function from a batch to the loss terms by name; their sum is minimised.
+        schedule: function from the images seen to the optimizer's "lr" (and "momentum", ...).
+        interval: number of training steps from one use of the phase to the next.
+        n_updates: optimizer updates in such a step, each with new noise.
+        max_grad_norm: maximum norm of the unscaled gradients; None for no clipping.
+
+    Raises:
+        UserError: `interval` or `n_updates` is less than 1.
     """
 
     name: str
@@ -38,26 +41,23 @@ class Phase:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of steps."""
         if min(self.interval, self.n_updates) < 1:
-            raise UserError(
-                f"phase '{self.name}' cannot move {self.n_updates} times every {self.interval} steps; both are at least 1"
-            )
+            raise UserError(f"phase '{self.name}': n_updates {self.n_updates} and interval {self.interval} must be at least 1")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Of its networks."""
+        """Parameters of the networks, without duplicates."""
         return list(dict.fromkeys(parameter for network in self.networks for parameter in network.parameters()))
 
     @property
     def prefix(self) -> str:
-        """What the names of its figures begin with."""
+        """Prefix of the names of its logged losses."""
         return f"{self.name}/" if self.name else ""
 
 
 @dataclass
 class ActivePhase:
-    """A phase in a running training."""
+    """A phase with its optimizer and trainable parameters during training."""
 
     phase: Phase
     optimizer: Optimizer
@@ -67,44 +67,44 @@ class ActivePhase:
 
 
 @contextmanager
-def train_only(moving: Sequence[ActivePhase], active_phases: Sequence[ActivePhase]) -> Iterator[None]:
-    """Freeze what no moving player trains: no gradient of it is computed, and the moving ones' flow through it."""
-    if len(active_phases) == len(moving):
+def train_only(trained: Sequence[ActivePhase], active_phases: Sequence[ActivePhase]) -> Iterator[None]:
+    """Freeze the parameters of all phases except `trained`; gradients still flow through frozen networks."""
+    if len(active_phases) == len(trained):
         yield
         return
     try:
         _set_requires_grad(active_phases, False)
-        _set_requires_grad(moving, True)
+        _set_requires_grad(trained, True)
         yield
     finally:
         _set_requires_grad(active_phases, True)
 
 
-def _set_requires_grad(active_phases: Sequence[ActivePhase], gradient: bool) -> None:
+def _set_requires_grad(active_phases: Sequence[ActivePhase], enabled: bool) -> None:
     for active in active_phases:
         for parameter in active.parameters:
-            parameter.requires_grad = gradient
+            parameter.requires_grad = enabled
 
 
-def split_micro_batches(batch: Batch, count: int, first: int) -> list[Batch]:
-    """A process's share of a batch, cut for accumulation into `count` equal chunks.
+def split_micro_batches(batch: Batch, count: int, first_id: int) -> list[Batch]:
+    """Split the local batch of a rank into equal micro-batches for gradient accumulation.
 
     Args:
         batch: tensors of N samples.
-        count: divides N.
-        first: global position of the first sample.
+        count: number of micro-batches; must divide N.
+        first_id: id of the first sample, the number of samples before it in the run.
 
     Returns:
-        Batches that carry "positions" too, the global positions of their samples.
+        The micro-batches, each with the ids of its samples as "sample_ids", a range.
     """
     size = batch_size_of(batch) // count
     return [
-        {**{key: value[i * size : (i + 1) * size] for key, value in batch.items()}, "positions": range(begin, begin + size)}
+        {**{key: value[i * size : (i + 1) * size] for key, value in batch.items()}, "sample_ids": range(start, start + size)}
         for i in range(count)
-        for begin in [first + i * size]
+        for start in [first_id + i * size]
     ]
 
 
 def batch_size_of(batch: Batch) -> int:
-    """How many samples a batch has."""
+    """Number of samples in a batch."""
     return len(next(iter(batch.values())))

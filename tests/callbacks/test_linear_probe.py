@@ -10,45 +10,47 @@ from datamodules.io.image_refs import DataReport
 from modules.dcgan import DCGAN
 
 
-def test_features_are_every_layers_largest_activations():
+def test_features_are_max_pooled_activations_of_every_layer():
     discriminator = DCGAN(1, 32, 4, 8).discriminator.eval()
     images = torch.rand(2, 1, 32, 32)
     activations = []
-    hooks = [layer.register_forward_hook(lambda *found: activations.append(found[2])) for layer in discriminator]
+    hooks = [layer.register_forward_hook(lambda *arguments: activations.append(arguments[2])) for layer in discriminator]
     discriminator(images * 2 - 1)
-    after = [maps for layer, maps in zip(discriminator, activations, strict=True) if type(layer).__name__ == "LeakyReLU"]
+    pooled_layers = [
+        maps for layer, maps in zip(discriminator, activations, strict=True) if type(layer).__name__ == "LeakyReLU"
+    ]
     expected = [
-        maps.unflatten(3, (4, -1)).unflatten(2, (4, -1)).amax((3, 5)).flatten(1) for maps in after
+        maps.unflatten(3, (4, -1)).unflatten(2, (4, -1)).amax((3, 5)).flatten(1) for maps in pooled_layers
     ]  # (N, C, 4, h, 4, w)
     for hook in hooks:
         hook.remove()
-    assert [maps.shape[1:] for maps in after] == [(8, 16, 16), (16, 8, 8), (32, 4, 4)]
+    assert [maps.shape[1:] for maps in pooled_layers] == [(8, 16, 16), (16, 8, 8), (32, 4, 4)]
     assert torch.allclose(features(discriminator, images), torch.cat(expected, 1))
 
 
-def test_three_layers_of_256_and_more_channels_give_as_many_features_as_the_paper_has():
+def test_number_of_features_equals_the_papers():
     """Section 5.1 has 28,672 = 16 * (256 + 512 + 1024)."""
     discriminator = DCGAN(3, 32, 5, 256).discriminator.eval()
     assert features(discriminator, torch.rand(1, 3, 32, 32)).shape == (1, 28_672)
 
 
-def test_draws_are_balanced_and_differ():
+def test_balanced_subsets_are_balanced_and_differ():
     labels = np.arange(100) % 10
     first, second = (balanced_subset(labels, 4, repeat) for repeat in (0, 1))
     assert np.bincount(labels[first]).tolist() == [4] * 10
     assert len(set(first)) == 40
     assert set(first) != set(second)
-    with pytest.raises(UserError, match="per_class: 11, but there are only 10 images of class 0"):
+    with pytest.raises(UserError, match="per_class: 11, but class 0 has only 10 images"):
         balanced_subset(labels, 11, 0)
 
 
-def test_a_probe_of_digits_pixels_is_as_good_as_a_linear_svm_is():
-    """LinearSVC on 1,000 digits errs on 12 to 20 % of others; an untrained discriminator is better than chance."""
+def test_probe_of_pixels_has_the_error_of_a_linear_svm():
+    """LinearSVC trained on 1,000 digits has 12 to 20 % test error; an untrained discriminator beats chance."""
     logged = {}
     module = SimpleNamespace(
         discriminator=DCGAN(1, 28, 4, 8).discriminator.eval(),
         device=torch.device("cpu"),
-        log_dict=lambda figures, sync_dist: logged.update(figures),
+        log_dict=lambda metrics, sync_dist: logged.update(metrics),
     )
     trainer = SimpleNamespace(datamodule=SimpleNamespace(size=28, channels=1, crop=None, data_report=DataReport()))
     LinearProbe("digits/train", "digits/val", "digits/test", per_class=100, repeats=2).on_test_epoch_end(trainer, module)
@@ -57,4 +59,4 @@ def test_a_probe_of_digits_pixels_is_as_good_as_a_linear_svm_is():
     assert 8 < logged["digits-test/svm-error-pixels/1000-labels"] < 20
     assert logged["digits-test/svm-error/1000-labels"] < 60
     assert 85 < logged["digits-test/svm-accuracy-pixels/4000-labels"] < 93  # more labels
-    assert logged["digits-test/svm-accuracy/4000-labels/std"] == 0  # of one draw
+    assert logged["digits-test/svm-accuracy/4000-labels/std"] == 0  # a single subset

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, or find no room to write: none is lost, and each ends as if nothing had happened."""
+"""Runs that are stopped, killed, or out of disk space resume and give the result of an uninterrupted run."""
 
 import json
 import os
@@ -30,24 +30,24 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
 @pytest.fixture
-def recipe(workplace, monkeypatch):
-    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+def recipe(workdir, monkeypatch):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     return write_generative_recipe(
-        workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {"total_images": 60}}
+        workdir / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {"total_images": 60}}
     )
 
 
-def assert_same(workplace, recipe, one, other):
-    left, right = (checkpoint(workplace, recipe, run) for run in (one, other))
+def assert_same(workdir, recipe, first_run, second_run):
+    left, right = (checkpoint(workdir, recipe, run) for run in (first_run, second_run))
     for key in ("state_dict", "optimizer_states", "images_seen", "pending_losses", "global_step"):
         assert_equal(left[key], right[key], key)
-    logs = [read_metrics_csv(workplace / "runs" / recipe.stem / run / "metrics.csv") for run in (one, other)]
+    logs = [read_metrics_csv(workdir / "runs" / recipe.stem / run / "metrics.csv") for run in (first_run, second_run)]
     assert len(logs[0]) > 6
     assert logs[0] == logs[1]
 
 
 def torchrun(recipe: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """The run is named by torchrun's own name."""
+    """Start a run with torchrun; the rendezvous id becomes the name of the run."""
     command = [
         *TORCHRUN,
         *options,
@@ -68,154 +68,154 @@ def torchrun(recipe: Path, name: str, *options: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     "signals",
     [
-        pytest.param("SIGTERM@24@0", id="to one in training", marks=pytest.mark.slow),
-        pytest.param("SIGTERM@24@0 SIGTERM@28@1", id="to both in training"),
-        pytest.param("SIGTERM@validation@1", id="to one in validation", marks=pytest.mark.slow),
-        pytest.param("SIGTERM@validation@0 SIGTERM@validation@1", id="to both in validation", marks=pytest.mark.slow),
-        pytest.param("SIGTERM@saving@0", id="to the one that saves", marks=pytest.mark.slow),
-        pytest.param("SIGTERM@saving@1", id="to the one that waits for it", marks=pytest.mark.slow),
+        pytest.param("SIGTERM@24@0", id="rank 0 in training", marks=pytest.mark.slow),
+        pytest.param("SIGTERM@24@0 SIGTERM@28@1", id="both ranks in training"),
+        pytest.param("SIGTERM@validation@1", id="rank 1 in validation", marks=pytest.mark.slow),
+        pytest.param("SIGTERM@validation@0 SIGTERM@validation@1", id="both ranks in validation", marks=pytest.mark.slow),
+        pytest.param("SIGTERM@saving@0", id="rank 0 while saving", marks=pytest.mark.slow),
+        pytest.param("SIGTERM@saving@1", id="rank 1 while waiting for rank 0", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_of_torchrun_are_stopped_and_the_same_command_goes_on(workplace, recipe, monkeypatch, signals):
-    assert two_forked(fit, recipe, "--run", "whole", *TWO)[0] == [0, 0]
+def test_torchrun_with_two_ranks_resumes_after_sigterm(workdir, recipe, monkeypatch, signals):
+    assert two_forked(fit, recipe, "--run", "full", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signals)
-    ended = torchrun(recipe, "broken")
-    assert ended.returncode == 1, ended.stderr  # torchrun's own; the first process's is in its report
-    assert "exitcode  : 85" in ended.stderr
-    assert ended.stdout.count("nothing is lost") == 1
-    assert checkpoint(workplace, recipe, "broken")["images_seen"] < 60
+    completed = torchrun(recipe, "resumed")
+    assert completed.returncode == 1, completed.stderr  # of torchrun, whose report has that of rank 0
+    assert "exitcode  : 85" in completed.stderr
+    assert completed.stdout.count("Stopped and saved") == 1
+    assert checkpoint(workdir, recipe, "resumed")["images_seen"] < 60
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-    ended = torchrun(recipe, "broken")
-    assert ended.returncode == 0, ended.stderr
-    assert_same(workplace, recipe, "whole", "broken")
+    completed = torchrun(recipe, "resumed")
+    assert completed.returncode == 0, completed.stderr
+    assert_same(workdir, recipe, "full", "resumed")
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(workplace, recipe, monkeypatch):
-    assert two_forked(fit, recipe, "--run", "whole", *TWO)[0] == [0, 0]
+def test_torchrun_restarts_after_a_killed_rank_and_resumes(workdir, recipe, monkeypatch):
+    assert two_forked(fit, recipe, "--run", "full", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGKILL@24@1")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    ended = torchrun(recipe, "broken", "--max-restarts", "1")
-    assert ended.returncode == 0, ended.stderr
-    assert "after 20 images" in ended.stdout
-    assert_same(workplace, recipe, "whole", "broken")
+    completed = torchrun(recipe, "resumed", "--max-restarts", "1")
+    assert completed.returncode == 0, completed.stderr
+    assert "after 20 images" in completed.stdout
+    assert_same(workdir, recipe, "full", "resumed")
 
 
 @pytest.mark.slow
-def test_a_process_whose_first_is_killed_before_they_meet_does_not_wait_for_it(recipe):
+def test_rank_1_exits_if_rank_0_is_killed_before_the_rendezvous(recipe):
     command = [sys.executable, "-m", "experiments", "fit", str(recipe), "--run", "orphan", *TWO]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     second = ["pgrep", "-P", str(first.pid), "-f", "fit"]
     wait_for(lambda: subprocess.run(second, capture_output=True).stdout)
     maps = Path("/proc", subprocess.check_output(second, text=True).strip(), "maps")
-    wait_for(lambda: "libtorch" in maps.read_text())  # it is about to import Lightning
+    wait_for(lambda: "libtorch" in maps.read_text())  # before the import of Lightning
     first.kill()
-    said, _ = first.communicate(timeout=90)  # until nobody is left who could write
-    assert said.endswith("darkroom: process 1 ends: the first of its run is gone\n")
+    output, _ = first.communicate(timeout=90)  # until all writers have exited
+    assert output.splitlines()[-1].startswith("darkroom: rank 1 exits")
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_any_moment_lose_no_run(workplace, recipe):
-    words = ["fit", str(recipe), "--model.total_images", "3600", "--val_every_images", "40", "--data.num_workers", "1"]
-    began = time.monotonic()
-    assert forked(main, [*words, "--run", "whole"]) == 0
-    whole = time.monotonic() - began
-    streams = [workplace / "stdout.txt", workplace / "stderr.txt"]
-    last = workplace / "runs/tiny/broken/checkpoints/last.ckpt"
-    moments = np.random.default_rng(0)
-    kept: list[int] = []
+def test_run_resumes_after_twenty_kills_at_random_times(workdir, recipe):
+    arguments = ["fit", str(recipe), "--model.total_images", "3600", "--val_every_images", "40", "--data.num_workers", "1"]
+    start = time.monotonic()
+    assert forked(main, [*arguments, "--run", "full"]) == 0
+    full = time.monotonic() - start
+    streams = [workdir / "stdout.txt", workdir / "stderr.txt"]
+    last = workdir / "runs/tiny/resumed/checkpoints/last.ckpt"
+    generator = np.random.default_rng(0)
+    images_seen: list[int] = []
     first = 0.0  # seconds from the start to a checkpoint
-    for number in range(20):
-        began, before = time.monotonic(), last.stat().st_mtime if number else 0
-        child = started(streams, main, [*words, "--run", "broken"])
-        if number % 2:  # while it starts
-            time.sleep(moments.uniform(0.05, 0.8) * first)
+    for i in range(20):
+        start, before = time.monotonic(), last.stat().st_mtime if i else 0
+        child = started(streams, main, [*arguments, "--run", "resumed"])
+        if i % 2:  # while it starts
+            time.sleep(generator.uniform(0.05, 0.8) * first)
         else:  # while it trains, validates, saves
             wait_for(lambda before=before: last.exists() and last.stat().st_mtime > before)
-            first = time.monotonic() - began
-            time.sleep(moments.uniform(0, whole / 30))
+            first = time.monotonic() - start
+            time.sleep(generator.uniform(0, full / 30))
         assert child.is_alive(), streams[1].read_text()
         child.kill()
         child.join()
-        kept.append(checkpoint(workplace, recipe, "broken")["images_seen"])  # it can be read
-    assert kept == sorted(kept)
-    assert kept[0] < kept[-1] < 3600
-    print("images in the checkpoint after each kill:", *kept)
-    assert forked(main, [*words, "--run", "broken"]) == 0
-    assert_same(workplace, recipe, "whole", "broken")
+        images_seen.append(checkpoint(workdir, recipe, "resumed")["images_seen"])  # the file must be readable
+    assert images_seen == sorted(images_seen)
+    assert images_seen[0] < images_seen[-1] < 3600
+    print("images in the checkpoint after each kill:", *images_seen)
+    assert forked(main, [*arguments, "--run", "resumed"]) == 0
+    assert_same(workdir, recipe, "full", "resumed")
 
 
-def limited(words: list[str], size: int) -> int:
-    """A command that cannot write a file of more bytes than these."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a failed write, as of a full quota, and no signal
+def run_with_file_size_limit(arguments: list[str], size: int) -> int:
+    """Run a command that cannot write files larger than `size` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as with a full quota, without a signal
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    return main(words)
+    return main(arguments)
 
 
-def test_a_write_that_fails_is_said_in_one_line_and_leaves_the_checkpoint_before_it(workplace, recipe, monkeypatch, capfd):
-    assert forked(main, ["fit", str(recipe), "--run", "whole"]) == 0
+def test_failed_write_is_reported_in_one_line_and_keeps_the_previous_checkpoint(workdir, recipe, monkeypatch, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "full"]) == 0
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@0")
-    assert forked(main, ["fit", str(recipe), "--run", "broken"]) == 85
+    assert forked(main, ["fit", str(recipe), "--run", "resumed"]) == 85
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-    before = checkpoint(workplace, recipe, "broken")
+    before = checkpoint(workdir, recipe, "resumed")
     capfd.readouterr()
-    assert forked(limited, ["fit", str(recipe), "--run", "broken"], 200_000) == 2
-    (complaint,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("darkroom: ")]
-    assert str(workplace / "runs/tiny/broken") in complaint
-    assert_equal(checkpoint(workplace, recipe, "broken")["state_dict"], before["state_dict"])
-    assert forked(main, ["fit", str(recipe), "--run", "broken"]) == 0
-    assert_equal(*(checkpoint(workplace, recipe, run)["state_dict"] for run in ("whole", "broken")))
+    assert forked(run_with_file_size_limit, ["fit", str(recipe), "--run", "resumed"], 200_000) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("darkroom: ")]
+    assert str(workdir / "runs/tiny/resumed") in error
+    assert_equal(checkpoint(workdir, recipe, "resumed")["state_dict"], before["state_dict"])
+    assert forked(main, ["fit", str(recipe), "--run", "resumed"]) == 0
+    assert_equal(*(checkpoint(workdir, recipe, run)["state_dict"] for run in ("full", "resumed")))
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 300 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300M", "tmpfs", str(place)], capture_output=True).returncode:
+    """Mount a disk of 300 MB."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300M", "tmpfs", str(mount_point)], capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
-def test_a_disk_that_fills_up_is_said_in_one_line_and_no_run_is_lost(workplace, recipe, disk, monkeypatch, capfd):
-    assert forked(main, ["fit", str(recipe), "--run", "whole"]) == 0
+def test_full_disk_is_reported_in_one_line_and_the_run_resumes(workdir, recipe, disk, monkeypatch, capfd):
+    assert forked(main, ["fit", str(recipe), "--run", "full"]) == 0
     monkeypatch.setenv("DARKROOM_RUNS", str(disk))
     capfd.readouterr()
     assert (
-        forked(main, ["fit", str(recipe), "--run", "broken", "--trainer.callbacks+=tests.helpers.probe_callbacks.FillsDisk"])
+        forked(main, ["fit", str(recipe), "--run", "resumed", "--trainer.callbacks+=tests.helpers.probe_callbacks.FillsDisk"])
         == 2
     )
-    (complaint,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("darkroom: ")]
-    assert str(disk / "tiny/broken") in complaint
-    assert "No space left on device" in complaint
-    kept = torch.load(disk / "tiny/broken/checkpoints/last.ckpt", weights_only=True)
-    assert kept["images_seen"] == 20
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("darkroom: ")]
+    assert str(disk / "tiny/resumed") in error
+    assert "No space left on device" in error
+    saved = torch.load(disk / "tiny/resumed/checkpoints/last.ckpt", weights_only=True)
+    assert saved["images_seen"] == 20
     (disk / "ballast").unlink()
-    assert forked(main, ["fit", str(recipe), "--run", "broken"]) == 0
-    shutil.copytree(disk / "tiny/broken", workplace / "runs/tiny/broken")
-    assert_same(workplace, recipe, "whole", "broken")
+    assert forked(main, ["fit", str(recipe), "--run", "resumed"]) == 0
+    shutil.copytree(disk / "tiny/resumed", workdir / "runs/tiny/resumed")
+    assert_same(workdir, recipe, "full", "resumed")
 
 
 def records(path: Path) -> Iterator[Record]:
-    """What W&B wrote for its server: a LevelDB log (blocks of 32 KiB; crc, length and kind before each chunk)."""
+    """Read the records of a W&B file: a LevelDB log (blocks of 32 KiB; crc, length and kind before each chunk)."""
     content = path.read_bytes()
-    at, parts = 7, b""  # after W&B's own mark
-    while at + 7 <= len(content):
-        if (left := 2**15 - at % 2**15) < 7:
-            at += left
+    offset, chunks = 7, b""  # after W&B's header
+    while offset + 7 <= len(content):
+        if (rest := 2**15 - offset % 2**15) < 7:
+            offset += rest
             continue
-        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # the whole of a record, or its last chunk
-            yield Record.FromString(parts)
-            parts = b""
+        length, kind = struct.unpack("<HB", content[offset + 4 : offset + 7])
+        chunks += content[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # a full record, or its last chunk
+            yield Record.FromString(chunks)
+            chunks = b""
 
 
 def sent_to_wandb(run: Path) -> tuple[set[str], list[dict[str, float]]]:
-    """Names of the run there, and its history, of all its parts in their order."""
+    """Return the ids of a run in W&B, and its history, concatenated over its segments."""
     names, history = set(), []
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for record in records(path):
@@ -230,16 +230,16 @@ def sent_to_wandb(run: Path) -> tuple[set[str], list[dict[str, float]]]:
 
 
 @pytest.mark.slow
-def test_wandb_gets_every_figure_once_when_a_run_is_stopped(workplace, recipe, monkeypatch):
-    words = ["fit", str(recipe), "--wandb", "offline", "--data.test", "[]"]
-    assert launched(*words, "--run", "whole").returncode == 0
+def test_wandb_gets_every_metric_once_after_a_resume(workdir, recipe, monkeypatch):
+    arguments = ["fit", str(recipe), "--wandb", "offline", "--data.test", "[]"]
+    assert launched(*arguments, "--run", "full").returncode == 0
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@0")
-    assert launched(*words, "--run", "broken").returncode == 85
+    assert launched(*arguments, "--run", "resumed").returncode == 85
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-    assert launched(*words, "--run", "broken").returncode == 0
-    (_, whole), (names, broken) = (sent_to_wandb(workplace / "runs/tiny" / run) for run in ("whole", "broken"))
+    assert launched(*arguments, "--run", "resumed").returncode == 0
+    (_, full), (names, resumed) = (sent_to_wandb(workdir / "runs/tiny" / run) for run in ("full", "resumed"))
     assert names == {"tiny-broken"}
-    steps = [row["trainer/global_step"] for row in whole]
+    steps = [row["trainer/global_step"] for row in full]
     assert steps == sorted(steps)
     assert len(set(steps)) == 15
-    assert broken == whole
+    assert resumed == full

@@ -13,9 +13,9 @@ from tests.helpers.subprocess_helpers import SERVER
 
 @pytest.fixture(scope="module")
 def pair():
-    """Three equally large cuttings of photographs, enlarged bicubically, beside their originals."""
-    pictures = SREvalImages(list_image_refs("photographs/test"), 3)
-    batches = [pictures[i] for i in range(3)]
+    """Return three bicubically upscaled crops of photographs of equal size, and their originals."""
+    images = SREvalImages(list_image_refs("photographs/test"), 3)
+    batches = [images[i] for i in range(3)]
     prediction = torch.cat([Bicubic(3)(batch["input"])[..., 30:189, 30:201] for batch in batches])
     return prediction, torch.cat([batch["target"][..., 30:189, 30:201] for batch in batches])
 
@@ -25,34 +25,34 @@ def levels(image, crop_border):
 
 
 @pytest.mark.parametrize("crop_border", [2, 3, 4])
-def test_psnr_is_skimages(pair, crop_border):
+def test_psnr_matches_skimage(pair, crop_border):
     for i, value in enumerate(psnr_y(*pair, crop_border)):
-        ours, theirs = (levels(side[i], crop_border) for side in pair)
-        assert value.item() == pytest.approx(peak_signal_noise_ratio(theirs, ours, data_range=255), abs=1e-4)
+        prediction, target = (levels(images[i], crop_border) for images in pair)
+        assert value.item() == pytest.approx(peak_signal_noise_ratio(target, prediction, data_range=255), abs=1e-4)
 
 
 @pytest.mark.parametrize("crop_border", [2, 3, 4])
-def test_ssim_is_skimages_over_inner_windows(pair, crop_border):
+def test_ssim_matches_skimage_over_inner_windows(pair, crop_border):
     for i, value in enumerate(ssim_y(*pair, crop_border)):
-        ours, theirs = (levels(side[i], crop_border).astype(np.float64) for side in pair)
+        prediction, target = (levels(images[i], crop_border).astype(np.float64) for images in pair)
         _, full = structural_similarity(
-            theirs, ours, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+            target, prediction, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
         )
         assert value.item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-4)
 
 
-def test_a_perfect_picture(pair):
+def test_perfect_image_has_infinite_psnr_and_ssim_1(pair):
     assert psnr_y(pair[1], pair[1], 3).tolist() == [float("inf")] * 3
     assert ssim_y(pair[1], pair[1], 3) == pytest.approx(torch.ones(3))
 
 
-def test_too_small_for_a_window_is_said():
+def test_image_smaller_than_the_window_raises():
     with pytest.raises(UserError, match="11x11 pixels"):
         ssim_y(torch.zeros(1, 1, 16, 40), torch.zeros(1, 1, 16, 40), 3)
 
 
-class Stage:
-    """As much of a Trainer and a module as the callback asks for, in a process group that is real."""
+class FakeTrainer:
+    """The part of Trainer and LightningModule that the callback uses."""
 
     world_size = 1
     device = torch.device("cpu")
@@ -61,65 +61,65 @@ class Stage:
     def __init__(self, world_size=1):
         self.world_size, self.logged = world_size, {}
 
-    def log_dict(self, figures, sync_dist):
-        self.logged = figures
+    def log_dict(self, metrics, sync_dist):
+        self.logged = metrics
 
 
-def measured(pair, batches, rank=0, world=1):
-    """What the callback logs if the pictures `batches` (lists of numbers) reach this process."""
-    stage, callback = Stage(world), PSNRSSIM(3)
-    callback.on_test_epoch_start(stage, stage)
-    for numbers in batches:
+def evaluate(pair, batches, rank=0, world=1):
+    """Return the metrics logged if this rank receives the images `batches` (lists of indices)."""
+    trainer, callback = FakeTrainer(world), PSNRSSIM(3)
+    callback.on_test_epoch_start(trainer, trainer)
+    for indices in batches:
         outputs = {
-            "prediction": pair[0][numbers],
-            "target": pair[1][numbers],
-            "name": [f"picture{n}" for n in numbers],
-            "dataset": ["set"] * len(numbers),
+            "prediction": pair[0][indices],
+            "target": pair[1][indices],
+            "name": [f"image{n}" for n in indices],
+            "dataset": ["set"] * len(indices),
         }
-        callback.on_test_batch_end(stage, stage, outputs, None, 0)
-    callback.on_test_epoch_end(stage, stage)
-    return stage.logged
+        callback.on_test_batch_end(trainer, trainer, outputs, None, 0)
+    callback.on_test_epoch_end(trainer, trainer)
+    return trainer.logged
 
 
-def test_any_batch_size_gives_the_same_figures(pair):
-    one_by_one = measured(pair, [[0], [1], [2]])
+def test_metrics_do_not_depend_on_the_batch_size(pair):
+    one_by_one = evaluate(pair, [[0], [1], [2]])
     assert one_by_one.keys() == {"set/psnr-y/crop3", "set/ssim-y/crop3"}
-    assert one_by_one == pytest.approx(measured(pair, [[0, 1, 2]]), abs=1e-12)
+    assert one_by_one == pytest.approx(evaluate(pair, [[0, 1, 2]]), abs=1e-12)
     assert one_by_one["set/psnr-y/crop3"] == pytest.approx(psnr_y(*pair, 3).mean().item(), abs=1e-12)
 
 
-def _process(rank, pair, store, queue):
+def _evaluate_rank(rank, pair, store, queue):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    queue.put(measured(pair, [[0], [2]] if rank == 0 else [[1]], rank, 2))
+    queue.put(evaluate(pair, [[0], [2]] if rank == 0 else [[1]], rank, 2))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_with_uneven_shares_give_the_same_figures(pair, tmp_path):
+def test_two_ranks_with_unequal_numbers_of_images_give_the_same_metrics(pair, tmp_path):
     queue = SERVER.SimpleQueue()
-    processes = [SERVER.Process(target=_process, args=(r, pair, tmp_path / "store", queue)) for r in (0, 1)]
+    processes = [SERVER.Process(target=_evaluate_rank, args=(r, pair, tmp_path / "store", queue)) for r in (0, 1)]
     for process in processes:
         process.start()
     results = [queue.get(), queue.get()]
     for process in processes:
         process.join()
-    assert results[0] == results[1] == measured(pair, [[0], [1], [2]])
+    assert results[0] == results[1] == evaluate(pair, [[0], [1], [2]])
 
 
-def test_earlier_figures_are_forgotten(pair):
-    stage, callback = Stage(), PSNRSSIM(3)
+def test_state_is_reset_before_a_validation(pair):
+    trainer, callback = FakeTrainer(), PSNRSSIM(3)
     callback.state = {"set": {"sanity": {"psnr-y/crop3": 0.0, "ssim-y/crop3": 0.0}}}
-    callback.on_validation_epoch_start(stage, stage)
+    callback.on_validation_epoch_start(trainer, trainer)
     assert callback.state == {}
 
 
 @pytest.mark.parametrize(
-    ("scale", "set5", "set14", "set14_grey"),
+    ("scale", "set5", "set14", "set14_gray"),
     [(2, 33.66, 30.23, 30.14), (3, 30.39, 27.54, 27.45), (4, 28.42, 26.00, 25.91)],
 )
-def test_published_bicubic_rows(with_real_data, scale, set5, set14, set14_grey):
-    """The SRCNN, VDSR and ESPCN papers' rows; the last column counts `man` as grey."""
-    for name, published in {"set5": set5, "set14": set14, "set14-grey": set14_grey}.items():
-        pictures = SREvalImages(list_image_refs(name), scale)
-        batches = [pictures[i] for i in range(len(pictures))]
+def test_bicubic_psnr_matches_published_values(with_real_data, scale, set5, set14, set14_gray):
+    """Values of the SRCNN, VDSR and ESPCN papers; the last column treats `man` as grayscale."""
+    for name, published in {"set5": set5, "set14": set14, "set14-grey": set14_gray}.items():
+        images = SREvalImages(list_image_refs(name), scale)
+        batches = [images[i] for i in range(len(images))]
         values = [psnr_y(Bicubic(scale)(batch["input"]), batch["target"], scale).item() for batch in batches]
         assert np.mean(values) == pytest.approx(published, abs=0.006)

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance and MS-SSIM, beside scipy, skimage and closed forms."""
+"""Sliced Wasserstein distance and MS-SSIM against scipy, skimage and closed forms."""
 
 from functools import partial
 
@@ -10,84 +10,84 @@ from scipy.stats import wasserstein_distance
 from skimage.metrics import structural_similarity
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-from callbacks.metrics import swd as swd
+from callbacks.metrics import swd
 from callbacks.metrics.ms_ssim import WEIGHTS, ms_ssim, ssim
 from datamodules.io.image_io import read_image
 
 
 @pytest.fixture(scope="module")
-def pictures(photos):
-    """uint8 (8, 3, 64, 64), cuttings of photographs."""
-    images = [read_image(path) for path in sorted(photos.iterdir())]
-    return torch.stack([image.expand(3, -1, -1)[:, :64, :64] for image in images])
+def images(photos):
+    """Return crops of photographs: uint8 (8, 3, 64, 64)."""
+    crops = [read_image(path) for path in sorted(photos.iterdir())]
+    return torch.stack([image.expand(3, -1, -1)[:, :64, :64] for image in crops])
 
 
-def test_a_pyramids_levels_are_scipys(pictures):
-    image = pictures[0, 0].double()
+def test_pyramid_levels_match_scipy(images):
+    image = images[0, 0].double()
     kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
-    downsample_image = ndimage.convolve(image.numpy(), kernel, mode="mirror")[::2, ::2]
-    spread = np.zeros((64, 64))
-    spread[::2, ::2] = downsample_image
-    expected = image.numpy() - ndimage.convolve(spread, 4 * kernel, mode="mirror")
-    levels = swd.laplacian_pyramid(pictures[:1].double())
+    half_size = ndimage.convolve(image.numpy(), kernel, mode="mirror")[::2, ::2]
+    upsampled = np.zeros((64, 64))
+    upsampled[::2, ::2] = half_size
+    expected = image.numpy() - ndimage.convolve(upsampled, 4 * kernel, mode="mirror")
+    levels = swd.laplacian_pyramid(images[:1].double())
     assert [level.shape[-1] for level in levels] == [64, 32, 16]
     assert levels[0][0, 0].numpy() == pytest.approx(expected)
 
 
-def test_a_pyramid_adds_up_to_its_images(pictures):
-    fine, middle, coarse = swd.laplacian_pyramid(pictures.double())
-    assert torch.allclose(fine + swd.pyr_up(middle + swd.pyr_up(coarse)), pictures.double())
+def test_pyramid_reconstructs_its_images(images):
+    fine, middle, coarse = swd.laplacian_pyramid(images.double())
+    assert torch.allclose(fine + swd.pyr_up(middle + swd.pyr_up(coarse)), images.double())
 
 
-def test_the_distance_is_the_mean_of_scipys_over_directions(pictures, monkeypatch):
+def test_distance_is_the_mean_of_scipys_distances_over_directions(images, monkeypatch):
     monkeypatch.setattr(swd, "DIRECTIONS", 3)
-    made, real = pictures[:4], pictures[4:]
-    ours = swd.sliced_wasserstein(made, real)
+    generated, real = images[:4], images[4:]
+    distances = swd.sliced_wasserstein(generated, real)
     generator = torch.Generator().manual_seed(0)
-    patches = [swd.sample_patches(images, 64, generator) for images in (made, real)]
-    for side, distance in ours.items():
-        a, b = (swd.normalize_patches(of_set[side]).double() for of_set in patches)
+    patches = [swd.sample_patches(group, 64, generator) for group in (generated, real)]
+    for side, distance in distances.items():
+        a, b = (swd.normalize_patches(set_patches[side]).double() for set_patches in patches)
         directions = torch.randn(147, 3, generator=generator)
         directions = (directions / directions.norm(dim=0)).double()
         expected = np.mean([wasserstein_distance(a @ direction, b @ direction) for direction in directions.T])
         assert distance == pytest.approx(expected, rel=1e-4)
 
 
-def test_patches_are_cut_from_their_images():
+def test_patches_are_crops_of_their_images():
     images = torch.arange(2 * 16 * 16).view(2, 1, 16, 16).float()
     patches = swd.sample_patches(images, 64, torch.Generator().manual_seed(0))[16]
     assert patches.shape == (2 * 128, 1, 7, 7)
     corner = patches[:, :, :1, :1]
-    steps = 16 * torch.arange(7).view(7, 1) + torch.arange(7)
-    assert torch.equal(patches, corner + steps)
+    offsets = 16 * torch.arange(7).view(7, 1) + torch.arange(7)
+    assert torch.equal(patches, corner + offsets)
     assert (corner[:128] < 256).all()
     assert (corner[128:] >= 256).all()
 
 
-def test_two_halves_of_a_set_are_nearer_than_another_set(pictures):
-    many = torch.cat([pictures.roll(shift, dims=3) for shift in range(0, 32, 4)])
-    floor = swd.sliced_wasserstein(many[:32], many[32:])
+def test_halves_of_a_set_are_closer_than_a_modified_set(images):
+    shifted = torch.cat([images.roll(shift, dims=3) for shift in range(0, 32, 4)])
+    split_half = swd.sliced_wasserstein(shifted[:32], shifted[32:])
     noise = torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 128
-    apart = swd.sliced_wasserstein(many[:32], (many[32:].float() * 0.5 + noise).byte())
-    assert all(floor[side] < apart[side] for side in floor)
+    modified = swd.sliced_wasserstein(shifted[:32], (shifted[32:].float() * 0.5 + noise).byte())
+    assert all(split_half[side] < modified[side] for side in split_half)
 
 
-def test_one_scale_is_skimages_ssim(pictures):
-    mean, _ = ssim(pictures[:1].double(), pictures[1:2].double())
+def test_ssim_at_one_scale_matches_skimage(images):
+    mean, _ = ssim(images[:1].double(), images[1:2].double())
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-    x, y = (image.permute(1, 2, 0).numpy() for image in pictures[:2])
+    x, y = (image.permute(1, 2, 0).numpy() for image in images[:2])
     _, full = structural_similarity(x, y, channel_axis=2, full=True, **settings)
     assert mean.item() == pytest.approx(full[5:-5, 5:-5].mean(), rel=1e-6)
 
 
-def test_five_scales_are_those_of_a_direct_computation(pictures):
-    """By two-dimensional convolutions of scipy's, window by window as the protocol has it."""
-    x, y = (image.permute(1, 2, 0).double().numpy() for image in pictures[:2])
+def test_ms_ssim_matches_a_direct_computation(images):
+    """The reference uses scipy's two-dimensional convolutions."""
+    x, y = (image.permute(1, 2, 0).double().numpy() for image in images[:2])
     expected = 1.0
     for i, weight in enumerate(WEIGHTS):
         size = min(11, x.shape[0])
-        places = np.arange(size) - (size - 1) / 2
-        kernel = np.exp(-(places[:, None] ** 2 + places**2) / (2 * (1.5 * size / 11) ** 2))[..., None]
+        positions = np.arange(size) - (size - 1) / 2
+        kernel = np.exp(-(positions[:, None] ** 2 + positions**2) / (2 * (1.5 * size / 11) ** 2))[..., None]
         kernel /= kernel.sum()
         mean = partial(signal.fftconvolve, in2=kernel, mode="valid")
         mx, my = mean(x), mean(y)
@@ -95,15 +95,15 @@ def test_five_scales_are_those_of_a_direct_computation(pictures):
         luminance = (2 * mx * my + 6.5025) / (mx**2 + my**2 + 6.5025)
         expected *= max(0, (contrast * (luminance if i == 4 else 1)).mean()) ** weight
         x, y = (image.reshape(image.shape[0] // 2, 2, -1, 2, 3).mean((1, 3)) for image in (x, y))
-    assert ms_ssim(pictures[:1], pictures[1:2]).item() == pytest.approx(expected, rel=1e-6)
+    assert ms_ssim(images[:1], images[1:2]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_five_scales_are_near_torchmetrics_whose_borders_differ(photos):
+def test_ms_ssim_is_close_to_torchmetrics_with_other_borders(photos):
     x, y = (read_image(path).expand(3, -1, -1)[None, :, :88, :88].float() for path in sorted(photos.iterdir())[4:6])
     x, y = (torch.nn.functional.interpolate(image, (192, 192), mode="bilinear").round() for image in (x, y))
-    theirs = multiscale_structural_similarity_index_measure(x, y, data_range=255.0, normalize="relu")
-    assert ms_ssim(x, y).item() == pytest.approx(theirs.item(), abs=0.02)
+    reference = multiscale_structural_similarity_index_measure(x, y, data_range=255.0, normalize="relu")
+    assert ms_ssim(x, y).item() == pytest.approx(reference.item(), abs=0.02)
 
 
-def test_the_same_image_twice_is_wholly_alike(pictures):
-    assert ms_ssim(pictures, pictures).tolist() == pytest.approx([1.0] * 8)
+def test_ms_ssim_of_identical_images_is_1(images):
+    assert ms_ssim(images, images).tolist() == pytest.approx([1.0] * 8)

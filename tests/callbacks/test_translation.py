@@ -23,43 +23,47 @@ from modules.unet import UNet
 from tests.helpers.subprocess_helpers import forked
 
 
-def outputs(direction, count=1, **more):
+def outputs(direction, count=1, **entries):
     generator = torch.Generator().manual_seed(len(direction) + count)
-    pictures = {
+    images = {
         name: torch.rand(count, 3, 12, 16, generator=generator) for name in ("image", "prediction", "reconstruction", "same")
     }
-    return {**pictures, "direction": [direction] * count, **more}
+    return {**images, "direction": [direction] * count, **entries}
 
 
 def test_cycle_and_identity_errors_are_mean_absolute_differences():
-    quality = CycleL1()
+    metric = CycleL1()
     to_b, to_a = outputs("AtoB", 2), outputs("BtoA", 3)
-    kept = [quality.update(to_b, i) for i in range(2)] + [quality.update(to_a, i) for i in range(3)]
-    found = quality.compute(kept, None)
-    for direction, out, identity in (("AtoB", to_b, "BtoA"), ("BtoA", to_a, "AtoB")):
-        of = {name: value.double().numpy() for name, value in out.items() if name != "direction"}
-        assert found[f"cycle-l1/{direction}"] == pytest.approx(np.abs(of["reconstruction"] - of["image"]).mean(), abs=1e-7)
-        assert found[f"change-l1/{direction}"] == pytest.approx(np.abs(of["prediction"] - of["image"]).mean(), abs=1e-7)
-        assert found[f"identity-l1/{identity}"] == pytest.approx(np.abs(of["same"] - of["image"]).mean(), abs=1e-7)
+    states = [metric.update(to_b, i) for i in range(2)] + [metric.update(to_a, i) for i in range(3)]
+    results = metric.compute(states, None)
+    for direction, batch, identity in (("AtoB", to_b, "BtoA"), ("BtoA", to_a, "AtoB")):
+        arrays = {name: value.double().numpy() for name, value in batch.items() if name != "direction"}
+        assert results[f"cycle-l1/{direction}"] == pytest.approx(
+            np.abs(arrays["reconstruction"] - arrays["image"]).mean(), abs=1e-7
+        )
+        assert results[f"change-l1/{direction}"] == pytest.approx(
+            np.abs(arrays["prediction"] - arrays["image"]).mean(), abs=1e-7
+        )
+        assert results[f"identity-l1/{identity}"] == pytest.approx(np.abs(arrays["same"] - arrays["image"]).mean(), abs=1e-7)
 
 
 @pytest.mark.parametrize("name", PALETTES)
-def test_colours_are_distinct_and_come_back(name):
-    colours = palette(name)
-    assert len({tuple(colour) for colour in colours.tolist()} | {(0, 0, 0)}) == len(colours) + 1
-    mask = np.arange(len(colours)).repeat(4).reshape(-1, 4)
-    assert np.array_equal(nearest_class(colorize(mask, colours) / 255, colours), mask)
-    shifted = (colorize(mask, colours).float() + 5).clamp(0, 255) / 255  # not exactly the colours
-    assert np.array_equal(nearest_class(shifted, colours), mask)
+def test_palette_colors_are_distinct_and_decode_to_their_classes(name):
+    colors = palette(name)
+    assert len({tuple(color) for color in colors.tolist()} | {(0, 0, 0)}) == len(colors) + 1
+    mask = np.arange(len(colors)).repeat(4).reshape(-1, 4)
+    assert np.array_equal(nearest_class(colorize(mask, colors) / 255, colors), mask)
+    shifted = (colorize(mask, colors).float() + 5).clamp(0, 255) / 255  # not exactly the colors
+    assert np.array_equal(nearest_class(shifted, colors), mask)
 
 
-def test_unknown_colours_are_refused():
-    with pytest.raises(UserError, match="no colours are known for the classes of voc; sets that have: camvid, cityscapes"):
+def test_unknown_palette_raises():
+    with pytest.raises(UserError, match=r"voc .*camvid, cityscapes"):
         palette("voc")
 
 
-class Known(UNet):
-    """A judge that knows the classes from the colours."""
+class NearestColorSegmenter(UNet):
+    """A segmenter that predicts the class of the nearest palette color."""
 
     def __init__(self):
         super().__init__(3, 11, base_channels=2, depth=1)
@@ -69,125 +73,125 @@ class Known(UNet):
         return torch.nn.functional.one_hot(classes, 11).permute(2, 0, 1)[None].float()
 
 
-def test_fcn_scores_are_sklearns():
-    score = FCNScore(Known(), "weights")
+def test_fcn_scores_match_sklearn():
+    score = FCNScore(NearestColorSegmenter(), "weights")
     generator = np.random.default_rng(0)
     mask = generator.integers(0, 11, (12, 16))
     mask[0, :5] = 255
-    wrong = np.where(generator.random(mask.shape) < 0.3, generator.integers(0, 11, mask.shape), mask)
-    picture = colorize(np.where(wrong == 255, 0, wrong), palette("camvid"))[None] / 255
-    other = picture.flip(2)  # what no figure may be of
-    out = {"dataset": ["some"], "mask": torch.from_numpy(mask)[None]}
-    to_labels = {**out, "image": other, "prediction": picture, "direction": ["AtoB"]}
-    to_photograph = {**out, "image": other, "prediction": picture, "direction": ["BtoA"]}
-    real = {**out, "image": picture, "prediction": other, "direction": ["AtoB"]}
-    found = score.compute([score.update(to_labels, 0), score.update(to_photograph, 0)], None)
-    found |= {name: value for name, value in score.compute([score.update(real, 0)], None).items() if "score-real" in name}
-    counted = mask != 255
-    matrix = confusion_matrix(mask[counted], np.where(wrong == 255, 0, wrong)[counted], labels=range(11))
-    right = matrix.diagonal()
+    noisy_mask = np.where(generator.random(mask.shape) < 0.3, generator.integers(0, 11, mask.shape), mask)
+    image = colorize(np.where(noisy_mask == 255, 0, noisy_mask), palette("camvid"))[None] / 255
+    other = image.flip(2)  # must not affect any metric
+    batch = {"dataset": ["some"], "mask": torch.from_numpy(mask)[None]}
+    to_labels = {**batch, "image": other, "prediction": image, "direction": ["AtoB"]}
+    to_photograph = {**batch, "image": other, "prediction": image, "direction": ["BtoA"]}
+    real = {**batch, "image": image, "prediction": other, "direction": ["AtoB"]}
+    results = score.compute([score.update(to_labels, 0), score.update(to_photograph, 0)], None)
+    results |= {name: value for name, value in score.compute([score.update(real, 0)], None).items() if "score-real" in name}
+    valid = mask != 255
+    matrix = confusion_matrix(mask[valid], np.where(noisy_mask == 255, 0, noisy_mask)[valid], labels=range(11))
+    hits = matrix.diagonal()
     expected = {
-        "pixel-accuracy": right.sum() / matrix.sum(),
-        "class-accuracy": (right / matrix.sum(1)).mean(),
-        "class-iou": (right / (matrix.sum(0) + matrix.sum(1) - right)).mean(),
+        "pixel-accuracy": hits.sum() / matrix.sum(),
+        "class-accuracy": (hits / matrix.sum(1)).mean(),
+        "class-iou": (hits / (matrix.sum(0) + matrix.sum(1) - hits)).mean(),
     }
     for kind in ("fcn-score", "nearest-color", "fcn-score-real"):
         for name, value in expected.items():
-            assert found[f"{kind}/{name}"] == pytest.approx(value, abs=1e-12)
+            assert results[f"{kind}/{name}"] == pytest.approx(value, abs=1e-12)
 
 
-def test_smaller_label_maps_are_enlarged_by_what_is_nearest():
-    score = FCNScore(Known(), "weights")
+def test_smaller_label_maps_are_resized_by_nearest_neighbor():
+    score = FCNScore(NearestColorSegmenter(), "weights")
     mask = np.array([[0, 1], [2, 3]]).repeat(6, 0).repeat(8, 1)
     small = colorize(np.array([[0, 1], [2, 3]]), palette("camvid"))[None] / 255
-    out = {"image": small, "prediction": small, "mask": torch.from_numpy(mask)[None], "direction": ["AtoB"]}
-    assert score.update(out, 0)["nearest-color"].diagonal().sum() == mask.size
+    batch = {"image": small, "prediction": small, "mask": torch.from_numpy(mask)[None], "direction": ["AtoB"]}
+    assert score.update(batch, 0)["nearest-color"].diagonal().sum() == mask.size
 
 
-def test_judge_without_weights_is_refused(workplace):
-    running = SimpleNamespace(datamodule=SimpleNamespace(test=["camvid/test"]))
-    with pytest.raises(
-        UserError, match=r"FCNScore\.weights: no file deeplab/camvid\.safetensors, neither here nor below .*data"
-    ):
-        FCNScore(Known(), "deeplab/camvid.safetensors").setup(running, None, "test")
+def test_segmenter_without_weights_raises(workdir):
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(test=["camvid/test"]))
+    with pytest.raises(UserError, match=r"FCNScore\.weights: no file deeplab/camvid\.safetensors here, in .*data"):
+        FCNScore(NearestColorSegmenter(), "deeplab/camvid.safetensors").setup(trainer, None, "test")
 
 
-def test_camvids_label_maps_decode_to_the_labels(with_real_data):
-    for labelled in list_masked_images("camvid/val")[:3]:
-        mask = labelled.read_mask()
+def test_colorized_camvid_labels_decode_to_the_labels(with_real_data):
+    for masked_image in list_masked_images("camvid/val")[:3]:
+        mask = masked_image.read_mask()
         decoded = nearest_class(colorize(mask, palette("camvid")) / 255, palette("camvid")).numpy()
         assert np.array_equal(decoded[mask != 255], mask[mask != 255])
 
 
-def test_the_sheet_shows_what_goes_there_and_comes_back_in_both_directions(tmp_path):
-    samples = PreviewImages(tmp_path, rows=2)
+def test_preview_shows_translations_and_reconstructions_in_both_directions(tmp_path):
+    previews = PreviewImages(tmp_path, rows=2)
     state = SimpleNamespace(fn="fit")
     trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], state=state)
     method = SimpleNamespace(images_seen=30)
-    samples.on_validation_epoch_start(trainer, method)
-    shown = [outputs(direction, count) for direction, count in (("AtoB", 1), ("AtoB", 2), ("AtoB", 3), ("BtoA", 4))]
-    for i, out in enumerate(shown):
-        samples.on_validation_batch_end(trainer, method, out, None, i)
-    samples.on_validation_epoch_end(trainer, method)
-    sheet = np.asarray(Image.open(tmp_path / "000000030.png"))
-    assert sheet.shape == (3 * (12 + 4), 3 * 16, 3)  # two of A, the one of B
-    for row, out in enumerate((shown[0], shown[1], shown[3])):
+    previews.on_validation_epoch_start(trainer, method)
+    batches = [outputs(direction, count) for direction, count in (("AtoB", 1), ("AtoB", 2), ("AtoB", 3), ("BtoA", 4))]
+    for i, batch in enumerate(batches):
+        previews.on_validation_batch_end(trainer, method, batch, None, i)
+    previews.on_validation_epoch_end(trainer, method)
+    preview = np.asarray(Image.open(tmp_path / "000000030.png"))
+    assert preview.shape == (3 * (12 + 4), 3 * 16, 3)  # two rows of A, one of B
+    for row, batch in enumerate((batches[0], batches[1], batches[3])):
         for column, name in enumerate(("image", "prediction", "reconstruction")):
-            cell = sheet[row * 16 : row * 16 + 12, column * 16 : column * 16 + 16]
-            assert np.abs(cell - out[name][0].permute(1, 2, 0).numpy() * 255).max() <= 0.501
+            cell = preview[row * 16 : row * 16 + 12, column * 16 : column * 16 + 16]
+            assert np.abs(cell - batch[name][0].permute(1, 2, 0).numpy() * 255).max() <= 0.501
 
 
-def test_the_judges_scores_in_a_record_are_its_own(workplace, with_real_data):
-    """Every photograph of CamVid's val, made small, enlarged and judged without any of the callback's code."""
-    recipe, judge = workplace / "judged.yaml", ROOT / "experiments/methods/deeplab/weights/camvid.safetensors"
+def test_fcn_scores_in_a_record_match_a_direct_evaluation(workdir, with_real_data):
+    """Resize and segment every photograph of CamVid's val without the code of the callback."""
+    recipe, weights = workdir / "judged.yaml", ROOT / "experiments/methods/deeplab/weights/camvid.safetensors"
     settings = find_recipe("cyclegan/camvid").content
     settings["model"]["init_args"] |= {"base_channels": 2, "n_residual_blocks": 0, "total_images": 2}
     settings["data"]["init_args"] |= {"train": "camvid/val", "test": ["camvid/val"], "max_val_images": 1}
     recipe.write_text(yaml.safe_dump({**settings, "val_every_images": 2}))
     assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
-    record = json.loads((workplace / "runs" / "judged" / "one" / "record.json").read_text())
+    record = json.loads((workdir / "runs" / "judged" / "one" / "record.json").read_text())
     network = SMPSegmenter("deeplabv3plus", "timm-mobilenetv3_small_minimal_100", None, classes=11, tile_size=256)
-    network.load_state_dict(load_file(judge))
+    network.load_state_dict(load_file(weights))
     matrix = np.zeros((11, 11))
-    for picture in sorted((with_real_data / "CamVid" / "val").glob("*.png")):
-        small = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)[None].float()
+    for image in sorted((with_real_data / "CamVid" / "val").glob("*.png")):
+        small = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)[None].float()
         small = torch.nn.functional.interpolate(small, (64, 64), mode="bicubic", antialias=True).round().clamp(0, 255) / 255
-        seen = torch.nn.functional.interpolate(small, (180, 240), mode="bilinear", antialias=True)
+        resized = torch.nn.functional.interpolate(small, (180, 240), mode="bilinear", antialias=True)
         with torch.no_grad():
-            given = network.eval().test_step({"image": seen}, 0)["prediction"]
-        found = torch.nn.functional.interpolate(given, (360, 480), mode="bilinear")[0].argmax(0).numpy()
-        labels = np.asarray(Image.open(picture.parent.parent / "valannot" / picture.name))
-        matrix += confusion_matrix(labels[labels < 11], found[labels < 11], labels=range(11))
-    compute_metric = record["metrics"]["camvid-val"]
-    right = matrix.diagonal()
-    assert compute_metric["fcn-score-real/pixel-accuracy"]["mean"] == pytest.approx(right.sum() / matrix.sum(), abs=1e-6)
-    iou = (right / (matrix.sum(0) + matrix.sum(1) - right)).mean()
-    assert compute_metric["fcn-score-real/class-iou"]["mean"] == pytest.approx(iou, abs=1e-6)
-    assert 0 < compute_metric["fcn-score/pixel-accuracy"]["mean"] < compute_metric["fcn-score-real/pixel-accuracy"]["mean"]
+            probabilities = network.eval().test_step({"image": resized}, 0)["prediction"]
+        predicted = torch.nn.functional.interpolate(probabilities, (360, 480), mode="bilinear")[0].argmax(0).numpy()
+        labels = np.asarray(Image.open(image.parent.parent / "valannot" / image.name))
+        matrix += confusion_matrix(labels[labels < 11], predicted[labels < 11], labels=range(11))
+    metrics = record["metrics"]["camvid-val"]
+    hits = matrix.diagonal()
+    assert metrics["fcn-score-real/pixel-accuracy"]["mean"] == pytest.approx(hits.sum() / matrix.sum(), abs=1e-6)
+    iou = (hits / (matrix.sum(0) + matrix.sum(1) - hits)).mean()
+    assert metrics["fcn-score-real/class-iou"]["mean"] == pytest.approx(iou, abs=1e-6)
+    assert 0 < metrics["fcn-score/pixel-accuracy"]["mean"] < metrics["fcn-score-real/pixel-accuracy"]["mean"]
     assert list(record["evaluator_weights"]) == ["FCNScore"]
 
 
-def test_frechet_distances_are_of_each_directions_own_domain():
+def test_translation_fid_compares_with_the_target_domain():
     class Network:
         name = "means"
 
         def __call__(self, images):
             return {"features": images.float().mean((2, 3)) / 255}
 
-    quality = TranslationFID()
-    quality.features.network = Network()
+    metric = TranslationFID()
+    metric.features.network = Network()
     to_b, to_a = outputs("AtoB", 40), outputs("BtoA", 50)
     to_b["prediction"] = to_b["prediction"] * 0.5
-    kept = [quality.update(to_b, i) for i in range(40)] + [quality.update(to_a, i) for i in range(50)]
-    found = quality.compute(kept, None)
+    states = [metric.update(to_b, i) for i in range(40)] + [metric.update(to_a, i) for i in range(50)]
+    results = metric.compute(states, None)
 
-    def written_out(made, real):
+    def frechet_distance(translated, real):
         from scipy.linalg import sqrtm
 
-        made, real = (((x * 255 + 0.5).floor() / 255).mean((2, 3)).double().numpy() for x in (made, real))
-        one, two = (np.cov(x, rowvar=False) for x in (made, real))
-        gap = made.mean(0) - real.mean(0)
-        return gap @ gap + np.trace(one + two - 2 * sqrtm(one @ two).real)
+        translated, real = (((x * 255 + 0.5).floor() / 255).mean((2, 3)).double().numpy() for x in (translated, real))
+        cov_translated, cov_real = (np.cov(x, rowvar=False) for x in (translated, real))
+        mean_difference = translated.mean(0) - real.mean(0)
+        return mean_difference @ mean_difference + np.trace(
+            cov_translated + cov_real - 2 * sqrtm(cov_translated @ cov_real).real
+        )
 
-    assert found["fid/means-AtoB-40"] == pytest.approx(written_out(to_b["prediction"], to_a["image"]), abs=1e-5)
-    assert found["fid/means-BtoA-50"] == pytest.approx(written_out(to_a["prediction"], to_b["image"]), abs=1e-5)
+    assert results["fid/means-AtoB-40"] == pytest.approx(frechet_distance(to_b["prediction"], to_a["image"]), abs=1e-5)
+    assert results["fid/means-BtoA-50"] == pytest.approx(frechet_distance(to_a["prediction"], to_b["image"]), abs=1e-5)

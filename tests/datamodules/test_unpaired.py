@@ -11,45 +11,46 @@ from datamodules.unpaired import Unpaired
 
 
 @pytest.fixture
-def folder(workplace):
-    """Numbered pictures: A's are reddish, B's bluish, none twice the same."""
-    for part, count in (("trainA", 5), ("trainB", 7), ("testA", 2), ("testB", 3)):
-        (workplace / "mine" / part).mkdir(parents=True)
+def folder(workdir):
+    """Images with distinct values: reddish in domain A, bluish in domain B."""
+    for split, count in (("trainA", 5), ("trainB", 7), ("testA", 2), ("testB", 3)):
+        (workdir / "mine" / split).mkdir(parents=True)
         for i in range(count):
             pixels = np.full((40 + i, 50, 3), 10 * i, dtype=np.uint8)
-            pixels[..., 0 if part.endswith("A") else 2] = 200
+            pixels[..., 0 if split.endswith("A") else 2] = 200
             pixels[:, :25, 1] += 40
-            Image.fromarray(pixels).save(workplace / "mine" / part / f"{i}.png")
-    return workplace / "mine"
+            Image.fromarray(pixels).save(workdir / "mine" / split / f"{i}.png")
+    return workdir / "mine"
 
 
-def unpaired(**settings):
-    data = Unpaired(**{"train": "mine/train", "val": "mine/test", "test": ["mine/test"], "crop": 16, "resize": 20, **settings})
+def unpaired(**options):
+    data = Unpaired(**{"train": "mine/train", "val": "mine/test", "test": ["mine/test"], "crop": 16, "resize": 20, **options})
     data.setup("fit")
     return data
 
 
-def numbers_of(batch):
-    """Which picture each sample is of."""
+def image_indices(batch):
+    """Index of the image of each sample."""
     return {domain: (batch[domain][:, channel, 0, 0] / 10).tolist() for domain, channel in (("A", 2), ("B", 0))}
 
 
-def test_each_domain_has_an_order_of_its_own(folder):
+def test_domains_are_shuffled_independently(folder):
     data = unpaired(resize=None, batch_size=1, hflip=False)
-    found = {"A": [], "B": []}
+    indices_by_domain = {"A": [], "B": []}
     for _, batch in zip(range(35), data.train_dataloader(), strict=False):
-        for domain, numbers in numbers_of(batch).items():
-            found[domain] += [int(number) for number in numbers]
+        for domain, indices in image_indices(batch).items():
+            indices_by_domain[domain] += [int(index) for index in indices]
     for domain, count in (("A", 5), ("B", 7)):
-        passes = np.array(found[domain]).reshape(-1, count)
-        assert all(sorted(one) == list(range(count)) for one in passes.tolist())
-        assert len({tuple(one) for one in passes.tolist()}) > 1
-    data.stacks.images_b = data.stacks.images_b[: len(data.stacks.images_a)]  # as many, so that the orders could be the same
-    batches = [numbers_of(batch) for _, batch in zip(range(20), data.train_dataloader(), strict=False)]
+        passes = np.array(indices_by_domain[domain]).reshape(-1, count)
+        assert all(sorted(pass_) == list(range(count)) for pass_ in passes.tolist())
+        assert len({tuple(pass_) for pass_ in passes.tolist()}) > 1
+    crops = data.train_crops
+    crops.images_b = crops.images_b[: len(crops.images_a)]  # equal lengths, so that the orders could agree
+    batches = [image_indices(batch) for _, batch in zip(range(20), data.train_dataloader(), strict=False)]
     assert sum(batch["A"] == batch["B"] for batch in batches) < 12
 
 
-def test_domains_keep_apart_and_batches_are_in_range(folder):
+def test_train_batches_have_documented_shapes_and_range(folder):
     data = unpaired(batch_size=3)
     batch = data.prepare_train_batch(next(iter(data.train_dataloader())))
     for images in batch.values():
@@ -58,45 +59,51 @@ def test_domains_keep_apart_and_batches_are_in_range(folder):
     assert batch["A"][:, 2].max() < 0.4 and batch["B"][:, 0].max() < 0.4
 
 
-def test_stream_goes_on_where_it_stood_and_processes_share_it(folder):
-    whole = unpaired(batch_size=4)
-    batches = [batch for _, batch in zip(range(6), whole.train_dataloader(), strict=False)]
-    later = unpaired(batch_size=4)
-    later.load_state_dict({"position": 12, "batch_size": 4, "seed": 0})
+def test_stream_resumes_at_position_and_is_split_over_ranks(folder):
+    full = unpaired(batch_size=4)
+    batches = [batch for _, batch in zip(range(6), full.train_dataloader(), strict=False)]
+    resumed = unpaired(batch_size=4)
+    resumed.load_state_dict({"position": 12, "batch_size": 4, "seed": 0})
     for domain in "AB":
-        assert torch.equal(next(iter(later.train_dataloader()))[domain], batches[3][domain])
+        assert torch.equal(next(iter(resumed.train_dataloader()))[domain], batches[3][domain])
 
-    class Second:
+    class SecondRank:
         global_rank, world_size = 1, 2
 
-    half = unpaired(batch_size=4)
-    half.trainer = Second()
-    share = next(iter(half.train_dataloader()))
+    second_rank = unpaired(batch_size=4)
+    second_rank.trainer = SecondRank()
+    local_batch = next(iter(second_rank.train_dataloader()))
     for domain in "AB":
-        assert torch.equal(half.prepare_train_batch(share)[domain], whole.prepare_train_batch(batches[0])[domain][2:])
+        assert torch.equal(
+            second_rank.prepare_train_batch(local_batch)[domain], full.prepare_train_batch(batches[0])[domain][2:]
+        )
 
 
-def test_parts_are_cut_anywhere_and_half_are_mirrored(folder):
+def test_crops_have_random_positions_and_half_are_flipped(folder):
     data = unpaired(batch_size=64, resize=None)
-    raw = next(iter(data.train_dataloader()))
-    edge = (raw["A"][:, 1, 0] > raw["A"][:, 1, 0, -1:]).sum(1)  # columns of the left half that are in a part
+    uint8_batch = next(iter(data.train_dataloader()))
+    edge = (uint8_batch["A"][:, 1, 0] > uint8_batch["A"][:, 1, 0, -1:]).sum(1)  # columns of the left half within the crop
     assert len(edge.unique()) > 8
-    batch = data.prepare_train_batch(raw)
-    pairs = [(one, other / 255) for one, other in zip(batch["A"], raw["A"], strict=True) if other[1].unique().numel() > 1]
-    assert all(torch.equal(one, other) or torch.equal(one, other.flip(2)) for one, other in pairs)
-    mirrored = sum(torch.equal(one, other.flip(2)) for one, other in pairs)
-    assert 0.25 * len(pairs) < mirrored < 0.75 * len(pairs)
+    batch = data.prepare_train_batch(uint8_batch)
+    pairs = [
+        (crop, original / 255)
+        for crop, original in zip(batch["A"], uint8_batch["A"], strict=True)
+        if original[1].unique().numel() > 1
+    ]
+    assert all(torch.equal(crop, original) or torch.equal(crop, original.flip(2)) for crop, original in pairs)
+    n_flipped = sum(torch.equal(crop, original.flip(2)) for crop, original in pairs)
+    assert 0.25 * len(pairs) < n_flipped < 0.75 * len(pairs)
     assert len(pairs) > 20
 
 
-def test_pictures_are_resized_as_pillow_does(folder):
-    member = load_domains("mine/train")[0][3]
-    ours = member.resize_square(member.pixels(), 20).permute(1, 2, 0).numpy().astype(int)
-    pillow = np.asarray(Image.open(member.picture.path).resize((20, 20), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(ours - pillow).max() <= 1
+def test_resize_square_matches_pillow_bicubic(folder):
+    domain_image = load_domains("mine/train")[0][3]
+    actual = domain_image.resize_square(domain_image.pixels(), 20).permute(1, 2, 0).numpy().astype(int)
+    expected = np.asarray(Image.open(domain_image.image.path).resize((20, 20), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(actual - expected).max() <= 1
 
 
-def test_pictures_to_measure_on(folder):
+def test_eval_items_have_documented_fields(folder):
     data = unpaired()
     data.setup("test")
     items = [data.test_pictures[i] for i in range(len(data.test_pictures))]
@@ -106,18 +113,18 @@ def test_pictures_to_measure_on(folder):
     assert len(unpaired(max_val_images=1).val_pictures) == 2
 
 
-def test_textures_are_parts_of_scikit_images_pictures():
+def test_texture_splits_are_columns_of_scikit_images_textures():
     (grass,), (gravel,) = load_domains("textures/grass2gravel/train")
-    (rest,), _ = load_domains("textures/grass2gravel/test")
+    (test_part,), _ = load_domains("textures/grass2gravel/test")
     original = np.asarray(Image.open(resolve_images("textures/grass")[0]))
-    assert np.array_equal(np.concatenate([grass.pixels()[0], rest.pixels()[0]], 1), original)
-    assert grass.pixels().shape == (3, 512, 384) and gravel.picture.path.name == "gravel.png"
+    assert np.array_equal(np.concatenate([grass.pixels()[0], test_part.pixels()[0]], 1), original)
+    assert grass.pixels().shape == (3, 512, 384) and gravel.image.path.name == "gravel.png"
 
 
-def test_sets_with_masks_are_photographs_and_label_maps(with_real_data):
-    photographs, labels = load_domains("camvid/val")
-    assert len(photographs) == len(labels) == 21
-    assert labels[0].pixels().shape == photographs[0].pixels().shape == (3, 360, 480)
+def test_datasets_with_masks_yield_images_and_label_maps(with_real_data):
+    images, labels = load_domains("camvid/val")
+    assert len(images) == len(labels) == 21
+    assert labels[0].pixels().shape == images[0].pixels().shape == (3, 360, 480)
     assert set(map(tuple, labels[0].resize_square(labels[0].pixels(), 64).flatten(1).T.tolist())) <= set(
         map(tuple, labels[0].pixels().flatten(1).T.tolist())
     )
@@ -129,46 +136,44 @@ def test_sets_with_masks_are_photographs_and_label_maps(with_real_data):
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "says"),
+    ("spec", "error", "pattern"),
     [
-        ("mine/tset", DatasetNotFound, r"mine/tset: no folder mine/tsetA; the two domains belong into mine/tsetA and \.\.\.B"),
-        ("hors2zebra/train", UserError, r"no data set 'hors2zebra'; did you mean 'horse2zebra'"),
+        ("mine/tset", DatasetNotFound, r"mine/tset: .*mine/tsetA"),
+        ("hors2zebra/train", UserError, r"'hors2zebra'; did you mean 'horse2zebra'"),
         (
             "textures/grass2gravel/val",
             UserError,
-            r"textures/grass2gravel/val: two of grass, gravel, brick and train or test, as in",
+            r"textures/grass2gravel/val: .*grass, gravel, brick and train or test",
         ),
-        ("textures/grass2moss/train", UserError, r"two of grass, gravel, brick"),
-        ("textures/train", UserError, r"textures/train: two of grass, gravel, brick"),
-        ("digits/train", UserError, r"digits/train has no two domains"),
-        ("horse2zebra/val", UserError, r"horse2zebra/val has no two domains; take horse2zebra/test, horse2zebra/train"),
-        ("horse2zebra/train", DatasetNotFound, r"horse2zebra/trainA is not here: by hand, below .*: unzip horse2zebra\.zip"),
+        ("textures/grass2moss/train", UserError, r"textures/grass2moss/train: .*grass, gravel, brick"),
+        ("textures/train", UserError, r"textures/train: .*grass, gravel, brick"),
+        ("digits/train", UserError, r"digits/train "),
+        ("horse2zebra/val", UserError, r"horse2zebra/val .*horse2zebra/test, horse2zebra/train"),
+        ("horse2zebra/train", DatasetNotFound, r"horse2zebra/trainA .*by hand, below .*horse2zebra\.zip"),
     ],
 )
-def test_what_is_no_pair_of_domains_is_refused(folder, spec, error, says):
-    with pytest.raises(error, match=says):
+def test_invalid_domains_raise(folder, spec, error, pattern):
+    with pytest.raises(error, match=pattern):
         load_domains(spec)
 
 
-def test_unusable_pictures_are_named(folder):
+def test_unusable_images_raise(folder):
     (folder / "trainA" / "3.png").write_bytes(b"")
     Image.new("RGB", (12, 60)).save(folder / "trainB" / "small.png")
-    with pytest.raises(InvalidImage, match=r"1 of 5 pictures cannot be used: .*trainA/3\.png: empty file"):
+    with pytest.raises(InvalidImage, match=r"1 of 5 .*trainA/3\.png: empty file"):
         unpaired()
     (folder / "trainA" / "3.png").unlink()
-    with pytest.raises(
-        InvalidImage, match=r"1 of 8 pictures cannot be used: .*small\.png: 12x60 pixels, too small: at least 16x16"
-    ):
+    with pytest.raises(InvalidImage, match=r"1 of 8 .*small\.png: 12x60 .*16x16"):
         unpaired(resize=None)
-    unpaired()  # where all are resized, none is too small
+    unpaired()  # resized images are never too small
 
 
-def test_a_resize_below_the_crop_is_refused():
-    with pytest.raises(UserError, match=r"data\.resize: 10 is smaller than data\.crop: 16"):
+def test_resize_below_crop_raises():
+    with pytest.raises(UserError, match=r"data\.resize: 10 .*data\.crop: 16"):
         Unpaired("textures/grass2gravel/train", "textures/grass2gravel/test", crop=16, resize=10)
 
 
-def test_every_set_of_the_paper_is_in_the_catalogue():
-    names = "apple2orange summer2winter_yosemite horse2zebra monet2photo cezanne2photo ukiyoe2photo vangogh2photo maps facades iphone2dslr_flower"
-    for name in names.split():
+def test_every_cyclegan_dataset_is_in_the_catalog():
+    names = "apple2orange summer2winter_yosemite horse2zebra monet2photo cezanne2photo ukiyoe2photo vangogh2photo maps facades"
+    for name in [*names.split(), "iphone2dslr_flower"]:
         assert {"trainA", "trainB", "testA", "testB"} == set(catalog()[name].splits)

@@ -1,4 +1,4 @@
-"""The keys of a recipe: what help says of them, and numbers that make no sense."""
+"""Keys of a recipe: the help text, and invalid values."""
 
 import importlib
 import inspect
@@ -8,43 +8,43 @@ import pytest
 
 from datamodules.errors import UserError
 from experiments.cli.main import main
-from experiments.run.lightning_cli import build
+from experiments.run.lightning_cli import build_cli
 from experiments.run.recipes import find_recipe
 from tests.experiments.test_recipes import TRAINED
 from tests.helpers.subprocess_helpers import forked
 
-# A recipe of each pair of a method and a datamodule.
-DIFFERENT = {(recipe.class_path("model"), recipe.class_path("data")): recipe.name for recipe in TRAINED}.values()
+# One recipe for each pair of a method and a datamodule.
+DISTINCT_RECIPES = {(recipe.class_path("model"), recipe.class_path("data")): recipe.name for recipe in TRAINED}.values()
 
 
 def keys_of(recipe):
-    """Each key of a recipe's method and data, and its value there."""
-    for part in ("model", "data"):
-        module, _, name = recipe.class_path(part).rpartition(".")
-        given = recipe.content[part].get("init_args", {})
+    """Yield each key of a recipe's method and datamodule with its value."""
+    for section in ("model", "data"):
+        module, _, name = recipe.class_path(section).rpartition(".")
+        init_args = recipe.content[section].get("init_args", {})
         for key, parameter in list(
             inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters.items()
         )[1:]:
             if key != "seed":
-                yield f"{part}.{key}", given.get(key, parameter.default)
+                yield f"{section}.{key}", init_args.get(key, parameter.default)
 
 
-def refuse_numbers_below_zero(name):
+def check_negative_values(name):
     recipe = find_recipe(name)
-    numbers = [key for key, value in keys_of(recipe) if type(value) in (int, float)]
-    assert len(numbers) >= 4
-    for key in numbers:
+    keys = [key for key, value in keys_of(recipe) if type(value) in (int, float)]
+    assert len(keys) >= 4
+    for key in keys:
         with pytest.raises(UserError, match=rf"{key}\b"):
-            build("fit", recipe, [f"--{key}", "-1"])
+            build_cli("fit", recipe, [f"--{key}", "-1"])
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
-def test_a_number_below_zero_is_refused_by_name_before_anything_is_read(workplace, name):
-    assert forked(refuse_numbers_below_zero, name) == 0
+@pytest.mark.parametrize("name", DISTINCT_RECIPES)
+def test_negative_value_is_refused_with_its_key(workdir, name):
+    assert forked(check_negative_values, name) == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("overrides", "message"),
     [
         (["vae/demo", "--model.latent_size", "0"], "model.latent_size: 0 must be greater than 0"),
         (["vae/demo", "--model.latent_size", "2.5"], "model.latent_size: '2.5' is not of type int"),
@@ -59,25 +59,21 @@ def test_a_number_below_zero_is_refused_by_name_before_anything_is_read(workplac
         (["dcgan/demo", "--data.crop", "0"], "data.crop: 0 must be greater than 0"),
     ],
 )
-def test_numbers_that_make_no_sense_are_answered_in_one_line(workplace, capfd, words, says):
-    assert forked(main, ["fit", *words]) == 2
-    assert capfd.readouterr().err.strip() == f"darkroom: {says}"
+def test_invalid_value_prints_one_line(workdir, capfd, overrides, message):
+    assert forked(main, ["fit", *overrides]) == 2
+    assert capfd.readouterr().err.strip() == f"darkroom: {message}"
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
-def test_help_lists_every_key_with_the_recipes_value(workplace, monkeypatch, capfd, name):
-    monkeypatch.setenv("COLUMNS", "1000")  # nothing is divided into lines
+@pytest.mark.parametrize("name", DISTINCT_RECIPES)
+def test_help_lists_every_key_with_the_recipes_value(workdir, monkeypatch, capfd, name):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks
     assert forked(main, ["fit", name, "--help"]) == 0
-    said = " ".join(capfd.readouterr().out.split())
+    text = " ".join(capfd.readouterr().out.split())
     for key, value in keys_of(find_recipe(name)):
-        told = re.search(rf"--{key} .*?default: (.*?)\)(?: --|$| \w)", said)
-        assert told, key
+        match = re.search(rf"--{key} .*?default: (.*?)\)(?: --|$| \w)", text)
+        assert match, key
         if isinstance(value, int | float | str) and not isinstance(value, bool):
-            assert told[1] == str(value), key
-    assert (
-        said.index("--run ")
-        < said.index("--trainer.devices ")
-        < said.index("--model.total_images ")
-        < said.index("--data.batch_size ")
-    )
-    assert "Annotated" not in said
+            assert match[1] == str(value), key
+    positions = [text.index(f"--{key} ") for key in ("run", "trainer.devices", "model.total_images", "data.batch_size")]
+    assert positions == sorted(positions)
+    assert "Annotated" not in text

@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there, trainings shortened."""
+"""Every command of the README runs; trainings are shortened."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser
 from datamodules.catalog.catalog import resolve_images
 from experiments import ROOT
 from experiments.cli.main import main
-from experiments.run.lightning_cli import check_keys
+from experiments.run.lightning_cli import validate_overrides
 from experiments.run.recipes import find_recipe
 from experiments.search.spec import read_search
 from tests.helpers.subprocess_helpers import forked
@@ -22,60 +22,60 @@ CLUSTERS = (ROOT / "experiments/cluster/CLUSTERS.md").read_text()
 SHORT = ["--model.total_images", "64", "--val_every_images", "32"]
 
 
-def test_there_are_commands():
+def test_readme_has_commands():
     assert "make demo" in COMMANDS
     assert "make test" in COMMANDS
     assert len(COMMANDS) >= 7
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, workplace, capfd):
-    words = shlex.split(command)
-    if words[0] == "make":
-        planned = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
-        assert planned.returncode == 0, planned.stderr
+def test_readme_command_runs(command, workdir, capfd):
+    argv = shlex.split(command)
+    if argv[0] == "make":
+        dry_run = subprocess.run(["make", "-n", *argv[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert dry_run.returncode == 0, dry_run.stderr
         return
-    assert words[0] == "darkroom"
-    extra = {"fit": SHORT, "bench": ["--pairs", "6", "--steps", "2"], "sweep": ["--trials", "1", *SHORT]}.get(words[1], [])
-    (workplace / "sweeps").symlink_to(ROOT / "sweeps")
-    if words[1] == "predict":
-        Image.open(resolve_images("photographs/test")[0]).resize((60, 50)).save(words[words.index("--input") + 1])
-    assert forked(main, words[1:] + extra) == 0, capfd.readouterr().err
+    assert argv[0] == "darkroom"
+    extra = {"fit": SHORT, "bench": ["--pairs", "6", "--steps", "2"], "sweep": ["--n-trials", "1", *SHORT]}.get(argv[1], [])
+    (workdir / "sweeps").symlink_to(ROOT / "sweeps")
+    if argv[1] == "predict":
+        Image.open(resolve_images("photographs/test")[0]).resize((60, 50)).save(argv[argv.index("--input") + 1])
+    assert forked(main, argv[1:] + extra) == 0, capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", re.findall(r"^(?:darkroom|TORCH_\w+=1 torchrun) .*", CLUSTERS, re.MULTILINE))
-def test_command_for_a_cluster(command, workplace, capfd):
-    """Its keys are right; what they do is tested with processes of this machine, in test_interruptions and test_shards."""
-    (workplace / "sweeps").symlink_to(ROOT / "sweeps")
-    words = shlex.split(command)
-    if words[1] == "torchrun":
-        options, words = words[2 : words.index("-m")], words[words.index("-m") + 1 :]
-        get_args_parser().parse_args([*options, "-m", *words])
-        assert words[0] == "experiments"
-    if words[1] == "fit":
-        assert forked(check_keys, find_recipe(words[2]), words[3:]) == 0, capfd.readouterr().err
-    elif words[1] == "submit":
-        assert forked(main, [*words[1:], "--dry-run"]) == 0, capfd.readouterr().err
-    elif words[1] == "scaling":
-        assert forked(main, [*words[1:], "--rounds", "0"]) == 2
-        assert "--rounds at least 1" in capfd.readouterr().err
-        assert [find_recipe(word) for word in words[2:] if "/" in word]
+def test_cluster_command_is_valid(command, workdir, capfd):
+    """Only parsed; test_preemption and test_fsdp run them with processes of this machine."""
+    (workdir / "sweeps").symlink_to(ROOT / "sweeps")
+    argv = shlex.split(command)
+    if argv[1] == "torchrun":
+        options, argv = argv[2 : argv.index("-m")], argv[argv.index("-m") + 1 :]
+        get_args_parser().parse_args([*options, "-m", *argv])
+        assert argv[0] == "experiments"
+    if argv[1] == "fit":
+        assert forked(validate_overrides, find_recipe(argv[2]), argv[3:]) == 0, capfd.readouterr().err
+    elif argv[1] == "submit":
+        assert forked(main, [*argv[1:], "--dry-run"]) == 0, capfd.readouterr().err
+    elif argv[1] == "scaling":
+        assert forked(main, [*argv[1:], "--rounds", "0"]) == 2
+        assert "--rounds at least" in capfd.readouterr().err
+        assert [find_recipe(arg) for arg in argv[2:] if "/" in arg]
     else:
-        assert words[1] == "sweep"
-        assert forked(main, ["sweep", *words[2:], "--trials", "0"]) == 2
-        assert "--trials 0: at least 1" in capfd.readouterr().err  # all other words were understood
-        read_search(workplace / words[2], [])
+        assert argv[1] == "sweep"
+        assert forked(main, ["sweep", *argv[2:], "--n-trials", "0"]) == 2
+        assert "--n-trials 0" in capfd.readouterr().err  # all other arguments are valid
+        read_search(workdir / argv[2], [])
 
 
-def test_commands_within_sentences_exist():
-    from experiments.cli import main as front
+def test_commands_in_the_text_exist():
+    from experiments.cli.main import COMMANDS as OTHER_COMMANDS
 
     for command in re.findall(r"`darkroom (\w+)", README):
-        assert command in {"fit", "validate", "test", "predict", *front.COMMANDS}, command
+        assert command in {"fit", "validate", "test", "predict", *OTHER_COMMANDS}, command
     for recipe in re.findall(r"`darkroom (?:fit|test|predict|bench) (\S+?)`?(?:\s|$)", README):
         find_recipe(recipe.strip("`"))
 
 
-def test_files_that_it_names_are_there():
+def test_linked_files_exist():
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name

@@ -68,7 +68,7 @@ def test_a_changed_figure_is_refused(tmp_path):
     write_record(a_record(), path)
     assert read_record(path)["metrics"]["set5"]["m"]["mean"] == 30.0
     path.write_text(path.read_text().replace("30.0", "30.5"))
-    with pytest.raises(BrokenRecord, match=r"record\.json: was changed after it was written"):
+    with pytest.raises(BrokenRecord, match=r"record\.json: its checksum differs"):
         read_record(path)
 
 
@@ -315,11 +315,11 @@ def test_a_run_that_was_not_evaluated_is_not_committed(tmp_path):
     record = {**a_record("espcn/t91_x3"), "overrides": [], "previous_segments": []}
     del record["metrics"]
     write_record(record, tmp_path / "record.json")
-    with pytest.raises(UserError, match="has not been measured"):
+    with pytest.raises(UserError, match="has not been evaluated"):
         reproduce.commit_record(Run(tmp_path), find_recipe("espcn/t91_x3"))
 
 
-def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workplace, monkeypatch, capfd):
+def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workdir, monkeypatch, capfd):
     """Without data, nothing of the paper's is feasible; current records stay as they are."""
     before = {path: path.read_bytes() for path in FILES}
     assert forked(main, ["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]) == 0
@@ -328,7 +328,7 @@ def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workplace, monkeyp
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
-def test_missing_inputs_are_what_is_not_embedded(recipe, workplace):
+def test_missing_inputs_are_what_is_not_embedded(recipe, workdir):
     """Whatever the kind of its data: a set, a split, two domains, photographs with masks."""
     data = recipe.content["data"].get("init_args", {})
     sets = {data[key].partition("/")[0] for key in ("train", "val") if data.get(key)} or {
@@ -338,10 +338,10 @@ def test_missing_inputs_are_what_is_not_embedded(recipe, workplace):
     assert (reproduce.missing_inputs(recipe, bool(data.get("train"))) == []) == embedded
 
 
-def test_sets_that_have_come_since_are_evaluated_into_the_record(workplace, monkeypatch):
+def test_sets_that_have_come_since_are_evaluated_into_the_record(workdir, monkeypatch):
     """bicubic/x3's record without its embedded photographs gets them, and keeps what cannot be evaluated here."""
     recipe = find_recipe("bicubic/x3")
-    path = workplace / "record.json"
+    path = workdir / "record.json"
     record = read_record(METHODS / "bicubic/records/x3-seed0.json")
     record["code"] = code_fingerprint(recipe)  # whether or not a check is due
     photographs = record["metrics"].pop("photographs-test")
@@ -358,49 +358,49 @@ def test_sets_that_have_come_since_are_evaluated_into_the_record(workplace, monk
     assert renewed["set5"] == record["metrics"]["set5"]
 
 
-def test_an_interrupted_reproduction_ends_as_its_run_does(workplace, photos, monkeypatch, capfd):
+def test_an_interrupted_reproduction_ends_as_its_run_does(workdir, photos, monkeypatch, capfd):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
-    recipe = write_recipe(workplace / "tiny.yaml", photos, model)
+    recipe = write_recipe(workdir / "tiny.yaml", photos, model)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@0")
     with pytest.raises(SystemExit) as ended:
         reproduce.run_command("fit", str(recipe), "--run", "one")
     assert ended.value.code == 85
-    assert "nothing is lost" in capfd.readouterr().out
-    assert (workplace / "runs/tiny/one/checkpoints/last.ckpt").exists()
+    assert "Stopped and saved" in capfd.readouterr().out
+    assert (workdir / "runs/tiny/one/checkpoints/last.ckpt").exists()
 
 
 @pytest.fixture
-def resumed(workplace, photos, monkeypatch):
+def resumed(workdir, photos, monkeypatch):
     """A finished, evaluated run whose first segment was another code's, by its record."""
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
-    recipe = find_recipe(str(write_recipe(workplace / "tiny.yaml", photos, model, test=["photographs/test"])))
+    recipe = find_recipe(str(write_recipe(workdir / "tiny.yaml", photos, model, test=["photographs/test"])))
     assert forked(main, ["fit", str(recipe.path), "--run", "long"]) == 0
-    run = Run(workplace / "runs/tiny/long")
+    run = Run(workdir / "runs/tiny/long")
     record = read_record(run.record)
     segment = {"commit": "", "versions": {}, "code": {**record["code"], "training": "another"}}
     write_record({**record, "previous_segments": [segment]}, run.record)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(reproduce, "REPLAYED", 8)
-    monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: workplace / "kept/record.json")
+    monkeypatch.setattr(reproduce, "REPLAY_STEPS", 8)
+    monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: workdir / "kept/record.json")
     monkeypatch.setattr(reproduce, "MAX_WEIGHT_BYTES", 0)
     return run, recipe
 
 
-def test_a_run_that_other_code_began_is_committed_if_todays_code_repeats_its_first_steps(workplace, resumed):
+def test_a_run_that_other_code_began_is_committed_if_todays_code_repeats_its_first_steps(workdir, resumed):
     run, recipe = resumed
     reproduce.commit_record(run, recipe)
-    assert read_record(workplace / "kept/record.json")["replayed_images"] == 32
+    assert read_record(workdir / "kept/record.json")["replayed_images"] == 32
 
 
-def test_a_run_that_other_code_began_otherwise_is_not_committed(workplace, resumed):
+def test_a_run_that_other_code_began_otherwise_is_not_committed(workdir, resumed):
     run, recipe = resumed
     lines = run.log.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if "train/" in line)
     run.log.write_text("\n".join([*lines[:at], lines[at] + "1", *lines[at + 1 :]]) + "\n")
     with pytest.raises(UserError, match="was begun by other code than it was ended by, and today's does not repeat"):
         reproduce.commit_record(run, recipe)
-    assert not (workplace / "kept").exists()
+    assert not (workdir / "kept").exists()
 
 
 def test_reproduce_only_names_rows(capsys):
@@ -411,15 +411,15 @@ def test_reproduce_only_names_rows(capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "name a method, or --check all"),
-        (["--check"], "name a method, or --check all"),
+        ([], "reproduce: no method given"),
+        (["--check"], "reproduce: no method given"),
         (["espcm", "--check"], "no method 'espcm'; did you mean 'espcn'?"),
-        (["espcn", "--check", "all"], "--check all takes every method"),
-        (["espcn", "--renames", "map.yaml"], "--renames goes with --check"),
+        (["espcn", "--check", "all"], "reproduce: --check all"),
+        (["espcn", "--renames", "map.yaml"], "reproduce: --renames"),
         (["espcn", "--check", "--renames", "nowhere.yaml"], "--renames nowhere.yaml: "),
     ],
 )
-def test_reproduce_refuses(capsys, workplace, words, reason):
+def test_reproduce_refuses(capsys, workdir, words, reason):
     assert main(["reproduce", *words]) == 2
     assert reason in capsys.readouterr().err
 

@@ -1,10 +1,10 @@
-"""Searches: W&B's format, what is refused, and what is chosen."""
+"""Search files in W&B's format: parsing, rejected input and sampling."""
 
 import csv
 import itertools
 import json
 import time
-from importlib.metadata import distribution as installed
+from importlib.metadata import distribution as package_distribution
 from pathlib import Path
 
 import jsonschema
@@ -20,9 +20,9 @@ from experiments import METHODS, ROOT
 from experiments.cli.main import main
 from experiments.run.lightning_cli import DarkroomCLI
 from experiments.run.recipes import find_recipe
-from experiments.search import worker as sweep
+from experiments.search import worker as search_worker
 from experiments.search.spec import read_search
-from experiments.search.worker import again, distributions, next_trial, open_study, place, put_back
+from experiments.search.worker import distributions, next_trial, open_study, ordinal, requeue, requeue_stale
 from tests.helpers.fake_datasets import lay_out
 from tests.helpers.search_helpers import trials_of, write_search
 from tests.helpers.subprocess_helpers import forked
@@ -30,49 +30,49 @@ from tests.helpers.subprocess_helpers import forked
 SEARCHES = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 
-# The files
+# Files
 
 
-@pytest.mark.usefixtures("workplace")
+@pytest.mark.usefixtures("workdir")
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
-def test_files_are_what_wandb_takes(path):
-    """By W&B's published schema, and its agent's own way from parameters to a command line."""
+def test_bundled_searches_are_valid_for_wandb(path):
+    """Validate with W&B's published schema, and with its agent's conversion of parameters to a command line."""
     content = yaml.safe_load(path.read_text())
-    schema = installed("sweeps").locate_file("sweeps/config/schema.json")
+    schema = package_distribution("sweeps").locate_file("sweeps/config/schema.json")
     jsonschema.validate(content, json.loads(Path(schema).read_text()))
     chosen = {key: {"value": range_.get("values", [range_.get("min")])[0]} for key, range_ in content["parameters"].items()}
     command = wandb_sweeps.create_sweep_command(content["command"])
     assert command[:3] == ["${env}", "darkroom", "fit"]
-    words = [*command[4:-1], *wandb_sweeps.create_sweep_command_args({"args": chosen})["args"]]
-    assert forked(parses, command[3], words, {key: entry["value"] for key, entry in chosen.items()}) == 0
+    argv = [*command[4:-1], *wandb_sweeps.create_sweep_command_args({"args": chosen})["args"]]
+    assert forked(check_overrides, command[3], argv, {key: entry["value"] for key, entry in chosen.items()}) == 0
 
 
-def parses(recipe, words, chosen):
-    cli = DarkroomCLI("fit", find_recipe(recipe), words)
-    for key, value in chosen.items():
-        part, _, name = key.partition(".")
-        assert cli.config[part].init_args[name] == value, key
+def check_overrides(recipe, argv, params):
+    cli = DarkroomCLI("fit", find_recipe(recipe), argv)
+    for key, value in params.items():
+        section, _, name = key.partition(".")
+        assert cli.config[section].init_args[name] == value, key
 
 
-def test_there_is_one_for_every_method_that_learns():
+def test_every_trained_method_has_a_search():
     trained = {path.parent.parent.name for path in METHODS.glob("*/recipes/demo.yaml")}
     assert {path.stem for path in SEARCHES} == trained
     assert all(path.suffix == ".yaml" for path in (ROOT / "sweeps").iterdir())
 
 
-@pytest.mark.usefixtures("workplace")
+@pytest.mark.usefixtures("workdir")
 @pytest.mark.parametrize("name", ["espcn", "vae"])
-def test_what_came_of_a_search_is_what_its_file_asked_for(name):
+def test_committed_results_match_the_search_file(name):
     search = read_search(ROOT / f"sweeps/{name}.yaml", [])
     folder = METHODS / f"{name}/search"
     with (folder / "trials.csv").open() as file:
         trials = list(csv.DictReader(file))
-    assert len(trials) == search.cap
-    assert list(trials[0]) == ["trial", "state", search.metric, *search.searched, "seconds", "run"]
+    assert len(trials) == search.max_trials
+    assert list(trials[0]) == ["trial", "state", search.metric, *search.search_space, "seconds", "run"]
     best = find_recipe(str(folder / "best.yaml")).content
-    chosen = {key: best[key.partition(".")[0]]["init_args"][key.partition(".")[2]] for key in search.searched}
+    chosen = {key: best[key.partition(".")[0]]["init_args"][key.partition(".")[2]] for key in search.search_space}
     assert {key: str(value) for key, value in chosen.items()} == {key: trials[0][key] for key in chosen}
-    assert forked(parses, str(folder / "best.yaml"), [], chosen) == 0
+    assert forked(check_overrides, str(folder / "best.yaml"), [], chosen) == 0
 
 
 SHRUNK = {
@@ -123,7 +123,7 @@ SHRUNK = {
 }
 
 
-QUICK = ("espcn", "vae", "cyclegan")  # one of each kind; the others are searched by longer proofs
+QUICK = ("espcn", "vae", "cyclegan")  # one of each kind; the others are slow tests
 
 
 @pytest.mark.parametrize(
@@ -131,115 +131,119 @@ QUICK = ("espcn", "vae", "cyclegan")  # one of each kind; the others are searche
     [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in SEARCHES],
     ids=lambda path: path.stem,
 )
-def test_each_runs_a_trial_whose_metric_is_there(path, workplace):
+def test_bundled_search_completes_a_trial_with_its_metric(path, workdir):
     search = read_search(path, [])
     for name in {search.recipe.content["data"]["init_args"][key] for key in ("train", "val")}:
         lay_out(name)
-    if path.stem == "vae":  # whose budget the file says
-        path = workplace / "vae.yaml"
+    if path.stem == "vae":  # its file sets the budget
+        path = workdir / "vae.yaml"
         path.write_text((ROOT / "sweeps/vae.yaml").read_text().replace("200000", "200").replace("50000", "100"))
-    assert forked(main, ["sweep", str(path), "--trials", "1", *SHRUNK[path.stem]]) == 0
-    (trial,) = trials_of(workplace, path.stem)
+    assert forked(main, ["sweep", str(path), "--n-trials", "1", *SHRUNK[path.stem]]) == 0
+    (trial,) = trials_of(workdir, path.stem)
     assert trial["state"] == "COMPLETE"
-    log = read_metrics_csv(workplace / "runs" / search.recipe.name / trial["run"] / "metrics.csv")
+    log = read_metrics_csv(workdir / "runs" / search.recipe.name / trial["run"] / "metrics.csv")
     values = [float(row["value"]) for row in log if row["name"] == search.metric]
-    assert float(trial[search.metric]) == (max if search.maximise else min)(values)
+    assert float(trial[search.metric]) == (max if search.maximize else min)(values)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"method": "annealing"}, r"method: annealing; one of grid, random, bayes"),
-        ({"metric": None}, r"not a search, which has `method`, `metric`"),
-        ({"command": ["darkroom", "fit", "${args}"]}, r"command: .* it is to end in \[fit, RECIPE"),
-        ({"command": ["darkroom", "fit", "nonsense", "${args}"]}, r"no recipe 'nonsense'"),
-        ({"parameters": {"model.scale": {"min": 3, "max": 2}}}, r"model\.scale: .* a `min` below its `max`"),
+        ({"method": "annealing"}, r"search\.yaml: method: annealing"),
+        ({"metric": None}, r"search\.yaml: not a search.*`metric`"),
+        ({"command": ["darkroom", "fit", "${args}"]}, r"search\.yaml: command: .*fit, RECIPE"),
+        ({"command": ["darkroom", "fit", "nonsense", "${args}"]}, r"'nonsense'"),
+        ({"parameters": {"model.scale": {"min": 3, "max": 2}}}, r"model\.scale: .*`min` below its `max`"),
         ({"parameters": {"model.scale": {"min": 2, "max": 3}}}, r"model\.scale: a grid needs `values`"),
-        ({"parameters": {"model.scale": 3}}, r"model\.scale: 3; `value`, `values`, or"),
-        ({"parameters": {"x": {"min": 0.0, "max": 1.0, "distribution": "beta"}}}, r"x: distribution: beta; one of uniform"),
-        ({"early_terminate": {"type": "hyperband"}}, r"early_terminate: .*type hyperband with min_iter"),
-        ({"controller": {"type": "local"}}, r"controller: only W&B's own agent knows"),
-        ({"name": "../x"}, r"name: \.\./x; a name, not a path"),
+        ({"parameters": {"model.scale": 3}}, r"model\.scale: 3;"),
+        ({"parameters": {"x": {"min": 0.0, "max": 1.0, "distribution": "beta"}}}, r"x: distribution: beta;.*uniform"),
+        ({"early_terminate": {"type": "hyperband"}}, r"early_terminate: .*min_iter"),
+        ({"controller": {"type": "local"}}, r"search\.yaml: controller:"),
+        ({"name": "../x"}, r"search\.yaml: name: \.\./x;"),
     ],
 )
-def test_what_cannot_be_done_is_refused(workplace, photos, changes, says):
-    with pytest.raises(UserError, match=says):
-        read_search(write_search(workplace, photos, **changes), [])
+def test_invalid_search_raises_an_error(workdir, photos, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_search(write_search(workdir, photos, **changes), [])
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "message"),
     [
-        (["sweep", "nowhere.yaml"], "no search nowhere.yaml; those that are shipped are in sweeps/"),
-        (["sweep", "search.yaml", "--trials", "0"], "sweep: --trials 0: at least 1"),
-        (["sweep", "search.yaml", "--model.learning_rate", "1e-3"], "--model.learning_rate is searched for by search.yaml"),
-        (["sweep", "search.yaml", "--model.total_images"], "--model.total_images: each key of a recipe needs one value"),
-        (["sweep", "search.yaml", "--store", "oracle://nowhere"], "--store oracle://nowhere:"),
+        (["sweep", "nowhere.yaml"], "nowhere.yaml"),
+        (["sweep", "search.yaml", "--n-trials", "0"], "sweep: --n-trials 0:"),
+        (
+            ["sweep", "search.yaml", "--model.learning_rate", "1e-3"],
+            "--model.learning_rate: already a parameter of search.yaml",
+        ),
+        (["sweep", "search.yaml", "--model.total_images"], "--model.total_images:"),
+        (["sweep", "search.yaml", "--storage", "oracle://nowhere"], "--storage oracle://nowhere:"),
         (["sweep", "search.yaml", "--model.imags", "60"], "unknown key 'model.imags' of modules.espcn.ESPCN"),
         pytest.param(
             ["sweep", "search.yaml", "--model.total_images", "0"],
-            "all 3 trials so far failed; the last: darkroom: model.total_images: 0 is not a budget",
+            "all 3 trials so far failed; the last: darkroom: model.total_images: 0",
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_mistakes_are_answered_in_a_line(workplace, photos, capfd, words, says):
-    write_search(workplace, photos)
-    assert forked(main, words) == 2
+def test_errors_are_printed_on_one_line(workdir, photos, capfd, argv, message):
+    write_search(workdir, photos)
+    assert forked(main, argv) == 2
     error = capfd.readouterr().err
-    assert says in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
-def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(workplace, photos, capfd):
-    write_search(workplace, photos, metric={"name": "psnr", "goal": "maximize"})
+def test_unknown_metric_lists_the_logged_metrics(workdir, photos, capfd):
+    write_search(workdir, photos, metric={"name": "psnr", "goal": "maximize"})
     assert forked(main, ["sweep", "search.yaml"]) == 2
-    assert f"metric: no figure 'psnr' is logged by tiny; these are: {photos.name}-holdout/psnr" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "metric: 'psnr'" in error and f"{photos.name}-holdout/psnr" in error
 
 
-# What is chosen
+# Sampling
 
 
-def test_ranges_are_wandbs(workplace, photos):
-    """W&B's documentation: log_uniform_values between min and max, q_uniform in steps, whole numbers where both ends are."""
+def test_distributions_match_wandb(workdir, photos):
+    """W&B: log_uniform_values between min and max, q_uniform in steps, integers if both bounds are integers."""
     parameters = {
         "log": {"min": 1e-4, "max": 1e-1, "distribution": "log_uniform_values"},
-        "whole": {"min": 3, "max": 5},
+        "integer": {"min": 3, "max": 5},
         "real": {"min": 0.0, "max": 1.0},
         "steps": {"min": 0.0, "max": 1.0, "q": 0.25, "distribution": "q_uniform"},
         "lists": {"values": [[1, 2], [3]]},
         "always": {"value": 7},
     }
-    search = read_search(write_search(workplace, photos, parameters=parameters, method="random"), [])
+    search = read_search(write_search(workdir, photos, parameters=parameters, method="random"), [])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    chosen = [study.ask(distributions(search)).params for _ in range(400)]
-    assert {params["whole"] for params in chosen} == {3, 4, 5}
-    assert {params["steps"] for params in chosen} == {0.0, 0.25, 0.5, 0.75, 1.0}
-    assert {params["lists"] for params in chosen} == {"[1, 2]", "[3]"}
-    logs = [params["log"] for params in chosen]
+    samples = [study.ask(distributions(search)).params for _ in range(400)]
+    assert {params["integer"] for params in samples} == {3, 4, 5}
+    assert {params["steps"] for params in samples} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert {params["lists"] for params in samples} == {"[1, 2]", "[3]"}
+    logs = [params["log"] for params in samples]
     assert min(logs) >= 1e-4 and max(logs) <= 1e-1
-    assert 0.4 < sum(value < 10**-2.5 for value in logs) / 400 < 0.6  # half of them below the geometric middle
-    assert 0.4 < sum(params["real"] < 0.5 for params in chosen) / 400 < 0.6
-    words = search.words(chosen[0])
-    assert words[words.index("--always") + 1] == "7"
-    assert words[words.index("--lists") + 1] in ("[1, 2]", "[3]")
+    assert 0.4 < sum(value < 10**-2.5 for value in logs) / 400 < 0.6  # half of them are below the geometric mean
+    assert 0.4 < sum(params["real"] < 0.5 for params in samples) / 400 < 0.6
+    argv = search.to_argv(samples[0])
+    assert argv[argv.index("--always") + 1] == "7"
+    assert argv[argv.index("--lists") + 1] in ("[1, 2]", "[3]")
 
 
-def study_of(workplace, photos, **changes):
-    search = read_search(write_search(workplace, photos, **changes), [])
-    (workplace / "runs/sweeps/search").mkdir(parents=True)
+def make_study(workdir, photos, **changes):
+    search = read_search(write_search(workdir, photos, **changes), [])
+    (workdir / "runs/sweeps/search").mkdir(parents=True)
     return search, open_study(search, None)
 
 
-def test_a_grid_has_every_combination_once_whatever_is_put_back(workplace, photos):
+def test_grid_samples_every_combination_once_despite_requeued_trials(workdir, photos):
     parameters = {"a": {"values": [1, 2, 3]}, "b": {"values": ["x", "y"]}}
-    search, study = study_of(workplace, photos, parameters=parameters)
+    search, study = make_study(workdir, photos, parameters=parameters)
     done = []
-    for turn in range(20):
+    for i in range(20):
         trial = next_trial(search, study)
         if trial is None:
             break
-        if turn in (1, 4, 5):
-            again(study, trial)
+        if i in (1, 4, 5):
+            requeue(study, trial)
             continue
         done.append((trial.params["a"], trial.params["b"]))
         study.tell(trial, 0.0)
@@ -247,26 +251,26 @@ def test_a_grid_has_every_combination_once_whatever_is_put_back(workplace, photo
     assert next_trial(search, study) is None
 
 
-def test_only_trials_without_a_sign_of_life_are_put_back_and_once(workplace, photos, monkeypatch):
-    search, study = study_of(workplace, photos)
+def test_only_stale_trials_are_requeued_and_only_once(workdir, photos, monkeypatch):
+    search, study = make_study(workdir, photos)
     lost, alive = next_trial(search, study), next_trial(search, study)
     now = time.time()
     lost.set_user_attr("beat", now)
     alive.set_user_attr("beat", now + 60)
-    monkeypatch.setattr(time, "time", lambda: now + sweep.EXPIRED + 30)
-    other = open_study(search, None)  # another worker's view of the same store
-    put_back(study)
-    put_back(other)
+    monkeypatch.setattr(time, "time", lambda: now + search_worker.STALE_S + 30)
+    other = open_study(search, None)  # another worker's view of the same storage
+    requeue_stale(study)
+    requeue_stale(other)
     states = [trial.state for trial in study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
     assert study.get_trials()[2].system_attrs["fixed_params"] == lost.params
     assert next_trial(search, other).params == lost.params
-    assert place(study, 3) == 2
+    assert ordinal(study, 3) == 2
 
 
-def test_a_store_keeps_one_search_of_a_name(workplace, photos):
-    search, _ = study_of(workplace, photos)
+def test_storage_rejects_another_search_of_the_same_name(workdir, photos):
+    search, _ = make_study(workdir, photos)
     open_study(search, None)
-    other = read_search(write_search(workplace, photos, parameters={"model.learning_rate": {"values": [1.0]}}), [])
-    with pytest.raises(UserError, match=r"'search' was begun as another search; give the file another `name`"):
+    other = read_search(write_search(workdir, photos, parameters={"model.learning_rate": {"values": [1.0]}}), [])
+    with pytest.raises(UserError, match=r"--storage: 'search'.*`name`"):
         open_study(other, None)

@@ -1,8 +1,8 @@
-"""The methods without what comparisons of runs whose rounding or whose shares of a batch differ must leave out.
+"""Variants of the methods for comparisons of runs with different rounding or a different number of ranks.
 
-SOAP's first preconditioner has a null space whose basis rounding decides: two runs that differ by 1e-16 take different,
-equally good steps. Adam's large epsilon keeps its steps smooth where a gradient is nearly zero. Dropout and the statistics
-of batch normalisation are each process's own.
+Rounding determines the null space basis of SOAP's first preconditioner: two runs that differ by 1e-16 take different steps.
+Adam with a large epsilon is smooth for gradients near zero. Dropout and the statistics of batch normalization differ between
+ranks.
 """
 
 from typing import Any
@@ -19,33 +19,33 @@ from modules.srcnn import SRCNN
 from modules.unet import UNet
 
 
-class SteadyESPCN(ESPCN):
+class DeterministicESPCN(ESPCN):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, eps=1e-3)
 
 
-class SteadySRCNN(SRCNN):
+class DeterministicSRCNN(SRCNN):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, eps=1e-3)
 
 
-class SteadyGAN(GAN):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+class DeterministicGAN(GAN):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
         for layer in self.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0
 
 
-class SteadyUNet(UNet):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+class DeterministicUNet(UNet):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
         self.dropout.p = 0
 
 
-class SteadyEncoderDecoder(SMPSegmenter):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+class DeterministicSMPSegmenter(SMPSegmenter):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
         for layer in self.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0
@@ -54,16 +54,16 @@ class SteadyEncoderDecoder(SMPSegmenter):
                     setattr(layer, name, nn.GroupNorm(4, child.num_features))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Alone, as part of a part, an image is refused for the statistics' sake, which are not there any more."""
+        """Duplicate a single image, which the base class rejects because of its batch statistics."""
         return super().forward(image) if len(image) > 1 else super().forward(torch.cat([image, image]))[:1]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, eps=1e-3)
 
 
-class SteadyDCGAN(DCGAN):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+class DeterministicDCGAN(DCGAN):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
         for network in (self.generator, self.discriminator):
             for i, layer in enumerate(network):
                 if isinstance(layer, nn.BatchNorm2d):
@@ -73,6 +73,6 @@ class SteadyDCGAN(DCGAN):
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), eps=1e-3)
 
 
-class SteadyCycleGAN(CycleGAN):
+class DeterministicCycleGAN(CycleGAN):
     def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), eps=1e-3)

@@ -1,4 +1,4 @@
-"""Embedded photographs and digits, laid out as the files of data sets that are not here."""
+"""Fake files of datasets that are not installed, made of embedded photographs and digits."""
 
 import hashlib
 import pickle
@@ -18,91 +18,93 @@ from datamodules.catalog.masked_images import list_masked_images
 
 
 def lay_out(name: str) -> None:
-    """Small real pictures where the data set's files lie."""
-    data_set = get_dataset(name.partition("/")[0])
-    if data_set.source == "embedded":
+    """Write small real images in place of the files of a dataset."""
+    dataset = get_dataset(name.partition("/")[0])
+    if dataset.source == "embedded":
         return
-    if data_set.arrays:
-        LAY_OUT[data_set.name](data_set.path)
+    if dataset.arrays:
+        WRITERS[dataset.name](dataset.path)
         return
-    if data_set.masks:
-        lay_out_masks(data_set)
+    if dataset.masks:
+        _write_masked_images(dataset)
         return
     photographs = resolve_images("photographs/train")[:4] + resolve_images("photographs/test")
-    cuttings = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
-    chosen = [re.sub(r"\[(.)[^]]*\]", r"\1", pattern) for pattern in data_set._patterns(None, None)]
-    stars = [name.replace("**/", "some/").replace("*", "picture{}").replace("??", "1{}").replace("?", "{}") for name in chosen]
-    targets = list(data_set.manifest()) or [pattern.format(*[i] * 3) for pattern in stars for i in range(7)]
+    crops = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
+    examples = [re.sub(r"\[(.)[^]]*\]", r"\1", pattern) for pattern in dataset._patterns(None, None)]
+    templates = [
+        name.replace("**/", "some/").replace("*", "image{}").replace("??", "1{}").replace("?", "{}") for name in examples
+    ]
+    targets = list(dataset.manifest()) or [pattern.format(*[i] * 3) for pattern in templates for i in range(7)]
     for i, target in enumerate(targets):
-        path = data_set.path / target
+        path = dataset.path / target
         path.parent.mkdir(parents=True, exist_ok=True)
-        cuttings[i % 7].save(path)
+        crops[i % 7].save(path)
 
 
-def lay_out_masks(data_set: CatalogEntry) -> None:
-    """Three pictures a split, of coins, whose masks have some of the set's values; two for sets that torchvision reads."""
+def _write_masked_images(dataset: CatalogEntry) -> None:
+    """Write three images of coins per split, with masks of the dataset's values; two for sets that torchvision reads."""
     sample = list_masked_images("coins")[0].load(1)
-    values = list(data_set.masks.get("values", range(len(data_set.masks["classes"]))))
-    values = values if not data_set.masks.get("instances") else list(range(40))
-    deep = data_set.masks.get("instances")
-    for i, (picture, mask) in enumerate(PAIRS.get(data_set.name, pairs_by_pattern)(data_set)):
-        for path in (picture, mask):
+    values = list(dataset.masks.get("value_map", range(len(dataset.masks["classes"]))))
+    values = values if not dataset.masks.get("instances") else list(range(40))
+    is_uint16 = dataset.masks.get("instances")
+    for i, (image_path, mask) in enumerate(PAIRS.get(dataset.name, pairs_from_patterns)(dataset)):
+        for path in (image_path, mask):
             path.parent.mkdir(parents=True, exist_ok=True)
         top, left = 20 * (i % 8), 10 * (i % 8)
-        cut = np.s_[top : top + 96, left : left + 80]
-        Image.fromarray(sample.pixels[0].numpy()[cut]).save(picture)
-        shown = np.array(values)[(sample.instance_ids[cut] + np.arange(80) // 16) % len(values)]
-        Image.fromarray(shown.astype(np.uint16 if deep else np.uint8)).save(mask)
+        crop = np.s_[top : top + 96, left : left + 80]
+        Image.fromarray(sample.pixels[0].numpy()[crop]).save(image_path)
+        mask_values = np.array(values)[(sample.instance_ids[crop] + np.arange(80) // 16) % len(values)]
+        Image.fromarray(mask_values.astype(np.uint16 if is_uint16 else np.uint8)).save(mask)
 
 
-def pairs_by_pattern(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
-    """Paths of pictures and masks where the catalogue looks for them."""
-    pictures = []
-    for pattern in data_set._patterns(None, None):
-        for i in range(data_set.expected_count() if data_set.count else 3):
+def pairs_from_patterns(dataset: CatalogEntry) -> list[tuple[Path, Path]]:
+    """Return the paths of images and masks that the catalog expects."""
+    image_paths = []
+    for pattern in dataset._patterns(None, None):
+        for i in range(dataset.expected_count() if dataset.count else 3):
             name = re.sub(
                 r"\[(\d)-(\d)\]",
-                lambda found, i=i: str(range(int(found[1]), int(found[2]) + 1)[i % (int(found[2]) - int(found[1]) + 1)]),
+                lambda match, i=i: str(range(int(match[1]), int(match[2]) + 1)[i % (int(match[2]) - int(match[1]) + 1)]),
                 pattern,
             )
-            pictures.append(data_set.path / name.replace("*", f"{i:03d}"))
-    pictures = list(dict.fromkeys(pictures))
-    source, target = data_set.masks["replace"]
-    return [(path, data_set.path / re.sub(source, target, path.relative_to(data_set.path).as_posix())) for path in pictures]
+            image_paths.append(dataset.path / name.replace("*", f"{i:03d}"))
+    image_paths = list(dict.fromkeys(image_paths))
+    source, target = dataset.masks["replace"]
+    return [(path, dataset.path / re.sub(source, target, path.relative_to(dataset.path).as_posix())) for path in image_paths]
 
 
-def pairs_of_voc(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
-    root = data_set.path / "VOCdevkit/VOC2012"
+def voc_pairs(dataset: CatalogEntry) -> list[tuple[Path, Path]]:
+    root = dataset.path / "VOCdevkit/VOC2012"
     (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
     for i, split in enumerate(("train", "val")):
         (root / f"ImageSets/Segmentation/{split}.txt").write_text(f"2007_00000{i}\n")
     return [(root / f"JPEGImages/2007_00000{i}.jpg", root / f"SegmentationClass/2007_00000{i}.png") for i in (0, 1)]
 
 
-def pairs_of_pets(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
-    root = data_set.path / "oxford-iiit-pet"
+def pets_pairs(dataset: CatalogEntry) -> list[tuple[Path, Path]]:
+    root = dataset.path / "oxford-iiit-pet"
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for i, split in enumerate(("trainval", "test")):
         (root / f"annotations/{split}.txt").write_text(f"Birman_{i} 1 1 1\n")
     return [(root / f"images/Birman_{i}.jpg", root / f"annotations/trimaps/Birman_{i}.png") for i in (0, 1)]
 
 
-def pairs_of_cityscapes(data_set: CatalogEntry) -> list[tuple[Path, Path]]:
+def cityscapes_pairs(dataset: CatalogEntry) -> list[tuple[Path, Path]]:
     stem = "{kind}/{split}/ulm/ulm_0_{kind}{ending}.png"
     return [
         (
-            data_set.path / stem.format(kind="leftImg8bit", split=split, ending=""),
-            data_set.path / stem.format(kind="gtFine", split=split, ending="_labelIds"),
+            dataset.path / stem.format(kind="leftImg8bit", split=split, ending=""),
+            dataset.path / stem.format(kind="gtFine", split=split, ending="_labelIds"),
         )
         for split in ("train", "val")
     ]
 
 
-PAIRS = {"voc": pairs_of_voc, "pets": pairs_of_pets, "cityscapes": pairs_of_cityscapes}
+PAIRS = {"voc": voc_pairs, "pets": pets_pairs, "cityscapes": cityscapes_pairs}
 
 
-def lay_out_mnist(folder: Path) -> None:
-    """Its four files, unpacked; the embedded digits again and again."""
+def write_mnist(folder: Path) -> None:
+    """Write the four unpacked files, with repeated embedded digits."""
     images, labels = read_digits("all")
     (folder / "raw").mkdir(parents=True, exist_ok=True)
     for prefix, count in (("train", 50_100), ("t10k", 200)):
@@ -112,54 +114,54 @@ def lay_out_mnist(folder: Path) -> None:
             (folder / "raw" / f"{prefix}-{kind}-ubyte").write_bytes(header + content.tobytes())
 
 
-def lay_out_cifar10(folder: Path) -> None:
-    """Batches of cuttings of photographs in the origin's own format."""
+def write_cifar10(folder: Path) -> None:
+    """Write batches of crops of photographs in the original format."""
     tiles = hundred_tiles().transpose(0, 3, 1, 2).reshape(100, 3072)
-    inside = folder / "cifar-10-batches-py"
-    inside.mkdir(parents=True, exist_ok=True)
+    batch_folder = folder / "cifar-10-batches-py"
+    batch_folder.mkdir(parents=True, exist_ok=True)
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        (inside / name).write_bytes(pickle.dumps({"data": tiles, "labels": [i % 10 for i in range(100)]}))
-    (inside / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+        (batch_folder / name).write_bytes(pickle.dumps({"data": tiles, "labels": [i % 10 for i in range(100)]}))
+    (batch_folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
 
-def lay_out_cifar10_jpeg(folder: Path) -> None:
-    """Two archives of JPEGs, a folder a class."""
+def write_cifar10_jpeg(folder: Path) -> None:
+    """Write two archives of JPEGs, with one folder per class."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "test"):
-        with ZipFile(folder / f"{part}.zip", "w") as archive:
+    for split in ("train", "test"):
+        with ZipFile(folder / f"{split}.zip", "w") as archive:
             for i, tile in enumerate(hundred_tiles()):
-                packed = BytesIO()
-                Image.fromarray(tile).save(packed, "JPEG", quality=95)
-                archive.writestr(f"{part}/{'abcdefghij'[i % 10]}/{i:04d}.jpg", packed.getvalue())
+                buffer = BytesIO()
+                Image.fromarray(tile).save(buffer, "JPEG", quality=95)
+                archive.writestr(f"{split}/{'abcdefghij'[i % 10]}/{i:04d}.jpg", buffer.getvalue())
 
 
-def lay_out_svhn(folder: Path) -> None:
-    """Two of MATLAB's files, whose digit 0 has the label 10."""
+def write_svhn(folder: Path) -> None:
+    """Write two MATLAB files, in which digit 0 has the label 10."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "test"):
+    for split in ("train", "test"):
         labels = np.array([[i % 10 or 10] for i in range(100)], np.uint8)
-        savemat(folder / f"{part}_32x32.mat", {"X": hundred_tiles().transpose(1, 2, 3, 0), "y": labels})
+        savemat(folder / f"{split}_32x32.mat", {"X": hundred_tiles().transpose(1, 2, 3, 0), "y": labels})
 
 
-def lay_out_static_mnist(folder: Path) -> None:
-    """Three files of rows of zeros and ones, 30 embedded digits each."""
+def write_static_mnist(folder: Path) -> None:
+    """Write three files of rows of zeros and ones, with 30 embedded digits each."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [" ".join(map(str, row)) + " \n" for row in (read_digits("all")[0][:30].reshape(30, 784) > 127).astype(int)]
-    for part in ("train", "valid", "test"):
-        (folder / f"binarized_mnist_{part}.amat").write_text("".join(rows))
+    for split in ("train", "valid", "test"):
+        (folder / f"binarized_mnist_{split}.amat").write_text("".join(rows))
 
 
-def lay_out_omniglot28(folder: Path) -> None:
-    """One of MATLAB's files: a column a picture, column by column, between 0 and 1; 40 embedded digits, 20 for tests."""
+def write_omniglot28(folder: Path) -> None:
+    """Write a MATLAB file: column-major images in [0, 1] as columns, 40 embedded training digits and 20 test digits."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = read_digits("all")[0][:60].swapaxes(2, 3).reshape(60, 784).T / 255
     target = np.eye(50)[:, np.arange(60) % 50]
-    parts = {"data": columns[:, :40], "target": target[:, :40], "testdata": columns[:, 40:], "testtarget": target[:, 40:]}
-    savemat(folder / "chardata.mat", parts)
+    arrays = {"data": columns[:, :40], "target": target[:, :40], "testdata": columns[:, 40:], "testtarget": target[:, 40:]}
+    savemat(folder / "chardata.mat", arrays)
 
 
-def lay_out_frey(folder: Path) -> None:
-    """One of MATLAB's files: a column a face, row by row; 1,965 cuttings of a photograph."""
+def write_frey(folder: Path) -> None:
+    """Write a MATLAB file: row-major faces as columns, 1,965 crops of a photograph."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.asarray(Image.open(resolve_images("photographs/test")[0]).convert("L"))
     faces = [pixels[i // 40 : i // 40 + 28, 10 * (i % 40) : 10 * (i % 40) + 20].reshape(560) for i in range(1965)]
@@ -167,34 +169,34 @@ def lay_out_frey(folder: Path) -> None:
 
 
 def hundred_tiles() -> np.ndarray:
-    """Cuttings of a photograph: uint8 (100, 32, 32, 3)."""
+    """Return crops of a photograph: uint8 (100, 32, 32, 3)."""
     pixels = np.asarray(Image.open(resolve_images("photographs/test")[0]).convert("RGB").resize((320, 320)))
     return pixels.reshape(10, 32, 10, 32, 3).swapaxes(1, 2).reshape(100, 32, 32, 3)
 
 
-LAY_OUT = {
-    "mnist": lay_out_mnist,
-    "mnist-static": lay_out_static_mnist,
-    "omniglot28": lay_out_omniglot28,
-    "frey": lay_out_frey,
-    "cifar10": lay_out_cifar10,
-    "cifar10-jpeg": lay_out_cifar10_jpeg,
-    "svhn": lay_out_svhn,
+WRITERS = {
+    "mnist": write_mnist,
+    "mnist-static": write_static_mnist,
+    "omniglot28": write_omniglot28,
+    "frey": write_frey,
+    "cifar10": write_cifar10,
+    "cifar10-jpeg": write_cifar10_jpeg,
+    "svhn": write_svhn,
 }
 
 
 def accept_what_is_laid_out(patch: pytest.MonkeyPatch) -> None:
-    """Let torchvision, which knows the MD5 of CIFAR-10's and SVHN's real files, take those that are laid out."""
+    """Patch the MD5 checksums of CIFAR-10 and SVHN in torchvision to those of the fake files."""
     from torchvision.datasets import CIFAR10, SVHN
 
-    for part, (url, name, _) in SVHN.split_list.items():
+    for split, (url, name, _) in SVHN.split_list.items():
         if (path := get_dataset("svhn").path / name).exists():
             digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            patch.setitem(SVHN.split_list, part, [url, name, digest])
-    inside = get_dataset("cifar10").path / "cifar-10-batches-py"
-    if not inside.exists():
+            patch.setitem(SVHN.split_list, split, [url, name, digest])
+    batch_folder = get_dataset("cifar10").path / "cifar-10-batches-py"
+    if not batch_folder.exists():
         return
-    digest = {path.name: hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in inside.iterdir()}
+    digest = {path.name: hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in batch_folder.iterdir()}
     patch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", digest[f"data_batch_{i}"]] for i in range(1, 6)])
     patch.setattr(CIFAR10, "test_list", [["test_batch", digest["test_batch"]]])
     patch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": digest["batches.meta"]})

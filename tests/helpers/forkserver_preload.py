@@ -1,4 +1,4 @@
-"""What the server of `tests/helpers/subprocess_helpers.py` imports once for all runs."""
+"""Modules that the server of `tests/helpers/subprocess_helpers.py` imports once for all runs."""
 
 import importlib
 

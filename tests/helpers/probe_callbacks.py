@@ -1,4 +1,4 @@
-"""Callbacks for tests."""
+"""Callbacks that send signals to runs or check them."""
 
 import os
 import signal
@@ -17,12 +17,12 @@ from modules.training.fsdp import gather_full_tensors
 class SignalAt(Callback):
     """Sends the signals named in DARKROOM_TEST_SIGNAL to this process.
 
-    "SIGKILL@32@0" is sent after 32 images on rank 0; "SIGTERM@24@0 SIGTERM@28@1" to both; in place of the images stand
-    "validation", "saving" (the first after some training) or "test".
+    "SIGKILL@32@0" is sent after 32 images on rank 0; "SIGTERM@24@0 SIGTERM@28@1" signals both ranks. "validation", "saving"
+    (the first after a training step) or "test" can replace the number of images.
     """
 
     def __init__(self) -> None:
-        self.due = [f"{word}@0".split("@")[:3] for word in os.environ.get("DARKROOM_TEST_SIGNAL", "").split()]
+        self.due = [f"{signal_at}@0".split("@")[:3] for signal_at in os.environ.get("DARKROOM_TEST_SIGNAL", "").split()]
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             self.due = []
 
@@ -40,16 +40,16 @@ class SignalAt(Callback):
         if batch_idx == 1:
             self._send(trainer, "test")
 
-    def _send(self, trainer: Any, now: str) -> None:
+    def _send(self, trainer: Any, event: str) -> None:
         for due in list(self.due):
-            name, when, rank = due
-            if when == now and int(rank) == trainer.global_rank:
+            name, due_event, rank = due
+            if due_event == event and int(rank) == trainer.global_rank:
                 self.due.remove(due)
                 os.kill(os.getpid(), getattr(signal, name))
 
 
 class FillsDisk(Callback):
-    """Leaves no room on the disk of the run after 24 images."""
+    """Fills the disk of the run after 24 images."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.images_seen == 24:
@@ -59,7 +59,7 @@ class FillsDisk(Callback):
 
 
 class RanksAgree(Callback):
-    """All processes have the same weights after every step, and the same buffers when they measure."""
+    """Asserts that all ranks have equal weights after every step, and equal buffers before every validation."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._compare(trainer, dict(pl_module.named_parameters()))
@@ -72,18 +72,18 @@ class RanksAgree(Callback):
             return
         for name, tensor in tensors.items():
             tensor = gather_full_tensors(tensor.detach())
-            of_first = tensor.clone()
-            dist.broadcast(of_first, src=0)
-            assert torch.equal(of_first, tensor), f"{name} differs on rank {trainer.global_rank}"
+            first_rank_tensor = tensor.clone()
+            dist.broadcast(first_rank_tensor, src=0)
+            assert torch.equal(first_rank_tensor, tensor), f"{name} differs on rank {trainer.global_rank}"
 
 
 class HoldsHalf(Callback):
-    """Of two processes, each has half of the weights and of the optimizers' states when training ends."""
+    """Asserts that each of two ranks holds half of the weights and optimizer states when training ends."""
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         tensors = [*pl_module.parameters()]
         for optimizer in trainer.optimizers:
             tensors += [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-        here = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
-        share = here / sum(tensor.numel() for tensor in tensors)
-        assert 0.4 < share < 0.6, f"{share:.2f} of the weights and states are here"
+        local_size = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
+        fraction = local_size / sum(tensor.numel() for tensor in tensors)
+        assert 0.4 < fraction < 0.6, f"{fraction:.2f} of the weights and states are on this rank"

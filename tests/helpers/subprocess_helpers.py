@@ -1,6 +1,6 @@
-"""Runs in a process of their own, forked from a server that has imported everything and computed nothing.
+"""Runs in child processes, forked from a server that has imported all modules and computed nothing.
 
-A SIGKILL kills only them, they start at once, and torch's threads (which a fork does not survive) are not there yet.
+A SIGKILL kills only the child, children start without imports, and the server has no torch threads, which a fork would lose.
 """
 
 import contextlib
@@ -24,20 +24,23 @@ SERVER = multiprocessing.get_context("forkserver")
 def start_server() -> None:
     """Start the server, once for all tests."""
     SERVER.set_forkserver_preload(["tests.helpers.forkserver_preload"])
-    with contextlib.chdir(ROOT):  # where it finds that module
+    with contextlib.chdir(ROOT):  # to import that module
         forkserver.ensure_running()
 
 
 def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -> int:
-    """Call a function of a module in a child process, in this one's folder and environment.
+    """Call a function of a module in a child process, with the working directory and environment of this process.
 
     Args:
-        action: returns nothing or its exit status.
+        action: function that returns None or an exit status.
         args: its arguments.
-        output: file for what it prints; else that is printed here, when it has ended.
+        output: file for its output; by default this process prints it after the child has exited.
 
     Returns:
-        Its exit status (negative: killed by that signal).
+        The exit status (negative: killed by that signal).
+
+    Raises:
+        TimeoutError: the child has not exited after five minutes.
     """
     with tempfile.TemporaryDirectory() as folder:
         streams = [output or Path(folder, name) for name in ("stdout", "stderr")]
@@ -55,29 +58,30 @@ def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -
 
 
 def two_forked(action: Callable[..., Any], *args: Any) -> tuple[list[int | None], str]:
-    """The same in two processes that know of each other, by the variables that Lightning gives the ones it launches.
+    """Call `forked` for two ranks, with the environment variables that Lightning sets for the processes it launches.
 
     Returns:
-        Their exit statuses, and what they have said on stderr.
+        The exit statuses, and the output on stderr.
     """
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-        free.close()
+    with socket.socket() as port_socket, tempfile.TemporaryDirectory() as folder:
+        port_socket.bind(("127.0.0.1", 0))
+        port = str(port_socket.getsockname()[1])
+        port_socket.close()
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-        said = [Path(folder, f"stderr-{rank}") for rank in range(2)]
-        pair = [
-            started([Path(folder, "stdout"), said[rank]], action, *args, **shared, LOCAL_RANK=str(rank)) for rank in range(2)
+        stderr_files = [Path(folder, f"stderr-{rank}") for rank in range(2)]
+        processes = [
+            started([Path(folder, "stdout"), stderr_files[rank]], action, *args, **shared, LOCAL_RANK=str(rank))
+            for rank in range(2)
         ]
-        for process in pair:
+        for process in processes:
             process.join(timeout=300)
             process.kill()
             process.join()
-        return [process.exitcode for process in pair], "".join(stream.read_text() for stream in said)
+        return [process.exitcode for process in processes], "".join(stream.read_text() for stream in stderr_files)
 
 
 def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any, **variables: str) -> BaseProcess:
-    """The same without waiting for its end; it prints to two files, and finds these variables in its environment."""
+    """Start a child process without waiting; it prints to two files, and has `variables` added to its environment."""
     names = [str(stream) for stream in streams]
     process = SERVER.Process(target=_child, args=(action, args, names, str(Path.cwd()), {**os.environ, **variables}))
     process.start()
@@ -85,18 +89,18 @@ def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any, **v
 
 
 def _child(action: Callable[..., Any], args: Any, streams: list[str], folder: str, environment: dict[str, str]) -> None:
-    for number, name in enumerate(streams, 1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for descriptor, name in enumerate(streams, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.environ.pop("DARKROOM_RUN_FOLDER", None)
     os.chdir(folder)
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run of its own
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a separate program
     sys.exit(action(*args))
 
 
-def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """A darkroom command in a process of its own, which may launch others."""
+def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a darkroom command as a separate program, which may launch others."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments", *map(str, words)]
+    command = [sys.executable, "-m", "experiments", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

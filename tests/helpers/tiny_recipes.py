@@ -1,4 +1,4 @@
-"""Recipes of 15 steps with a batch of 4 and a validation every 5, on small real pictures."""
+"""Recipes of 15 steps with batch size 4 and a validation every 5 steps, on small real images."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ Model = dict[str, Any]
 
 
 def write_recipe(path: Path, photos: Path, model: Model, **data: Any) -> Path:
-    """For a method that enlarges pictures, on a folder of them."""
+    """Write a super-resolution recipe on a folder of images."""
     scale = model["init_args"].get("scale", 3)
     init_args = {
         "scale": scale,
@@ -27,12 +27,12 @@ def write_recipe(path: Path, photos: Path, model: Model, **data: Any) -> Path:
         **data,
     }
     data = {"class_path": "datamodules.superresolution.SuperResolution", "init_args": init_args}
-    quality = {"class_path": "callbacks.metrics.psnr_ssim.PSNRSSIM", "init_args": {"crop_border": scale}}
-    return _write(path, model, data, [quality], f"{photos.name}-holdout/psnr-y/crop{scale}")
+    metric = {"class_path": "callbacks.metrics.psnr_ssim.PSNRSSIM", "init_args": {"crop_border": scale}}
+    return _write(path, model, data, [metric], f"{photos.name}-holdout/psnr-y/crop{scale}")
 
 
 def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
-    """For a method that makes grey 28 x 28 images from noise, on the embedded digits."""
+    """Write a recipe for generation of gray 28 x 28 images, on the embedded digits."""
     projection = path.with_name("projection.pth")
     torch.save(torch.randn(784, 24, generator=torch.Generator().manual_seed(0)) / 28, projection)
     init_args = {
@@ -47,8 +47,8 @@ def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
         **data,
     }
     data = {"class_path": "datamodules.generation.Generation", "init_args": init_args}
-    quality = {
-        "class_path": "callbacks.metrics.feature_metrics.FeatureMetrics",
+    metric = {
+        "class_path": "callbacks.metrics.fid_kid_is.FeatureMetrics",
         "init_args": {
             "metrics": ["fid", "fid-split-half"],
             "extractor": "tests.helpers.tiny_recipes.Projection",
@@ -56,11 +56,11 @@ def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
             "on_validation": True,
         },
     }
-    return _write(path, model, data, [quality])
+    return _write(path, model, data, [metric])
 
 
 def write_segmentation_recipe(path: Path, model: Model, **data: Any) -> Path:
-    """For a method that tells coins from the ground."""
+    """Write a segmentation recipe on the embedded image of coins."""
     init_args = {
         "train": "coins/train",
         "val": "coins/val",
@@ -75,15 +75,15 @@ def write_segmentation_recipe(path: Path, model: Model, **data: Any) -> Path:
         **data,
     }
     data = {"class_path": "datamodules.segmentation.Segmentation", "init_args": init_args}
-    measures = [
+    metrics = [
         {"class_path": "callbacks.metrics.segmentation.SegmentationMetrics"},
         {"class_path": "callbacks.metrics.seg_ctc.CTCSeg"},
     ]
-    return _write(path, model, data, measures, "coins-val/miou/pooled")
+    return _write(path, model, data, metrics, "coins-val/miou/pooled")
 
 
 def write_translation_recipe(path: Path, model: Model, **data: Any) -> Path:
-    """For a method that turns grass into gravel and back."""
+    """Write a recipe for translation between textures, grass and gravel."""
     init_args = {
         "train": "textures/grass2gravel/train",
         "val": "textures/grass2gravel/test",
@@ -97,8 +97,8 @@ def write_translation_recipe(path: Path, model: Model, **data: Any) -> Path:
     return _write(path, model, data, [{"class_path": "callbacks.metrics.cycle_l1.CycleL1"}])
 
 
-def write_reconstruction_recipe(path: Path, model: Model, measures: list[Model] | None = None, **data: Any) -> Path:
-    """For a method that gives grey 28 x 28 images back, on the embedded digits; without measures, its likelihood is."""
+def write_reconstruction_recipe(path: Path, model: Model, metrics: list[Model] | None = None, **data: Any) -> Path:
+    """Write a reconstruction recipe on the embedded digits; the default metric is the likelihood."""
     init_args = {
         "train": "digits/train",
         "size": 28,
@@ -110,17 +110,17 @@ def write_reconstruction_recipe(path: Path, model: Model, measures: list[Model] 
     }
     data = {"class_path": "datamodules.reconstruction.Reconstruction", "init_args": init_args}
     likelihood = {"class_path": "callbacks.metrics.likelihood.Likelihood", "init_args": {"n_samples": 3}}
-    if measures is not None:
-        return _write(path, model, data, measures)
+    if metrics is not None:
+        return _write(path, model, data, metrics)
     return _write(path, model, data, [likelihood], "digits-val/elbo/bernoulli-dynamic")
 
 
 def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:
-    watching = [{"class_path": f"tests.helpers.probe_callbacks.{name}"} for name in ("SignalAt", "RanksAgree")]
+    probes = [{"class_path": f"tests.helpers.probe_callbacks.{name}"} for name in ("SignalAt", "RanksAgree")]
     recipe = {
         "model": model,
         "data": data,
-        "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, "callbacks": [*callbacks, *watching]},
+        "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, "callbacks": [*callbacks, *probes]},
         "monitor": monitor,
         "val_every_images": 20,
     }
@@ -129,7 +129,7 @@ def _write(path: Path, model: Model, data: Model, callbacks: list[Model], monito
 
 
 class Projection:
-    """Features for tests: 24 random projections of a 28 x 28 image."""
+    """Feature extractor for tests: 24 random projections of a 28 x 28 image."""
 
     name = "projection"
     url = None
@@ -142,7 +142,7 @@ class Projection:
 
 
 def random_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Values of a scale that keeps the signal alive through the layers, so that images are told apart."""
+    """Return random weights with He initialization, so that features of different images differ."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, value in network.state_dict().items():
@@ -156,17 +156,17 @@ def random_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def inception_weights() -> dict[str, Tensor]:
-    """Random ones for torch-fidelity's Inception."""
+    """Return random weights for torch-fidelity's Inception."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr(torch, "load", lambda *args, **named: {})
+        patch.setattr(torch, "load", lambda *args, **kwargs: {})
         return random_weights(FeatureExtractorInceptionV3("inception", ["64"], feature_extractor_weights_path="none"))
 
 
 def of_digits(**settings) -> Reconstruction:
-    """Embedded digits, read for training."""
+    """Return the datamodule of the embedded digits, set up for training."""
     data = Reconstruction(**{"train": "digits/train", "size": 28, "val": "digits/val", "test": ["digits/test"], **settings})
     data.setup("fit")
     return data

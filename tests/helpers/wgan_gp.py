@@ -1,4 +1,4 @@
-"""A method for tests that asks the base for all it can do: Wasserstein GAN with gradient penalty on flat digits."""
+"""A method that uses all features of the base class: Wasserstein GAN with gradient penalty on digits."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from modules.training.phases import Batch, Phase
 
 
 class WGANGP(GenerativeMethod):
-    """The generator moves twice at every other step; the critic is clipped; the generator's weights are averaged."""
+    """Updates the generator twice at every other step, clips the critic's gradient, averages the generator's weights."""
 
     double_backward_networks = ("critic",)
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from callbacks.run.checkpoints import inference_state_dict, load_weights
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
-from experiments.bench.inference import classic_step
-from experiments.bench.reference_loop import loop, optimizers_of
+from experiments.bench.inference import reference_cyclegan_step
+from experiments.bench.reference_loop import make_optimizers, make_reference_step
 from experiments.cli.main import main
 from modules.cyclegan import CycleGAN
 from modules.training.image_pool import ImagePool
@@ -25,10 +25,11 @@ SMALL = {"crop": 32, "n_residual_blocks": 1, "base_channels": 4, "pool_size": 6,
 
 class TestCycleGAN(TranslationContract):
     model = {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL}
-    steady = "tests.helpers.deterministic_variants.SteadyCycleGAN"
-    rounding = 0.15  # of what is nearly nothing: fakes that are told
-    rounded_at = ("--model.crop", "64", "--data.crop", "64")  # at 32, instance normalisation over 3 x 3 values enlarges it
-    learns = [
+    deterministic_model = "tests.helpers.deterministic_variants.DeterministicCycleGAN"
+    bf16_rtol = 0.15  # relative to small losses on fakes
+    # At 32, instance normalisation over 3 x 3 values amplifies rounding.
+    bf16_overrides = ("--model.crop", "64", "--data.crop", "64")
+    training_overrides = [
         "--model.total_images",
         "1200",
         "--val_every_images",
@@ -40,16 +41,18 @@ class TestCycleGAN(TranslationContract):
     ]
 
     def has_learned(self, log):
-        """What comes back is nearer than at first, and nearer than what was in between: it is not the way of doing nothing."""
-        found = {}
+        """The cycle error falls, and is smaller than the change by translation, so the network is not the identity."""
+        metrics = {}
         for row in log:
-            found.setdefault(row["name"].removeprefix("textures-grass2gravel-test/"), []).append(float(row["value"]))
-        errors, changes = ([found[f"{name}-l1/{direction}"] for direction in ("AtoB", "BtoA")] for name in ("cycle", "change"))
+            metrics.setdefault(row["name"].removeprefix("textures-grass2gravel-test/"), []).append(float(row["value"]))
+        errors, changes = (
+            [metrics[f"{name}-l1/{direction}"] for direction in ("AtoB", "BtoA")] for name in ("cycle", "change")
+        )
         return all(error[-1] < min(0.7 * error[0], change[-1]) for error, change in zip(errors, changes, strict=True))
 
 
 @pytest.mark.parametrize(("blocks", "size", "parameters"), [(6, 128, 7_837_699), (9, 256, 11_378_179)])
-def test_parameters_are_the_papers(blocks, size, parameters):
+def test_parameter_counts_match_the_paper(blocks, size, parameters):
     method = CycleGAN(size, blocks)
     for network in (method.G_AB, method.G_BA):
         assert sum(p.numel() for p in network.parameters()) == parameters
@@ -57,10 +60,10 @@ def test_parameters_are_the_papers(blocks, size, parameters):
         assert sum(p.numel() for p in network.parameters()) == 2_764_737
 
 
-def test_a_discriminators_value_sees_70_pixels():
+def test_discriminator_receptive_field_is_70_pixels():
     discriminator = CycleGAN(256, 1, 4).D_A
     for layer in discriminator:
-        if isinstance(layer, torch.nn.InstanceNorm2d):  # which sees the whole picture
+        if isinstance(layer, torch.nn.InstanceNorm2d):  # depends on the full image
             layer.forward = lambda maps: maps
     image = torch.zeros(1, 3, 256, 256, requires_grad=True)
     values = discriminator(image)
@@ -80,197 +83,203 @@ def test_a_discriminators_value_sees_70_pixels():
         ("gan-cycle-B", 0.0, {"adversarial/A", "adversarial/B", "cycle/B"}),
     ],
 )
-def test_objectives(objective, identity, terms):
+def test_objective_selects_loss_terms_and_phases(objective, identity, terms):
     method = CycleGAN(**{**SMALL, "objective": objective, "identity_weight": identity})
-    batch = {"A": torch.rand(2, 3, 32, 32), "B": torch.rand(2, 3, 32, 32), "positions": range(2)}
-    joined = {**batch, **method.shared_forward(batch)}
-    assert set(method.generator_losses(joined)) == terms
+    batch = {"A": torch.rand(2, 3, 32, 32), "B": torch.rand(2, 3, 32, 32), "sample_ids": range(2)}
+    batch_with_shared = {**batch, **method.shared_forward(batch)}
+    assert set(method.generator_losses(batch_with_shared)) == terms
     assert [phase.name for phase in method.phases()] == ["generators", "discriminators"][: 1 + (objective != "cycle")]
 
 
-def test_losses_are_those_written_out():
-    """Equations 2 and 3, each network called by itself on one picture at a time."""
+def test_losses_match_equations_2_and_3():
+    """Each network is called separately on one image at a time."""
     torch.manual_seed(0)
     method = CycleGAN(**SMALL).double()
     a, b = torch.rand(2, 2, 3, 32, 32, dtype=torch.float64).unbind(0)
-    batch = {"A": a, "B": b, "positions": range(2)}
-    joined = {**batch, **method.shared_forward(batch)}
-    terms = method.generator_losses(joined)
-    found = dict.fromkeys(terms, 0.0)
+    batch = {"A": a, "B": b, "sample_ids": range(2)}
+    batch_with_shared = {**batch, **method.shared_forward(batch)}
+    terms = method.generator_losses(batch_with_shared)
+    expected = dict.fromkeys(terms, 0.0)
     for x, y in zip(a[:, None] * 2 - 1, b[:, None] * 2 - 1, strict=True):
         to_b, to_a = method.G_AB, method.G_BA
-        found["adversarial/B"] += (method.D_B(to_b(x)) - 1).pow(2).mean() / 2
-        found["adversarial/A"] += (method.D_A(to_a(y)) - 1).pow(2).mean() / 2
-        found["cycle/A"] += 10 * (to_a(to_b(x)) - x).abs().mean() / 2
-        found["cycle/B"] += 10 * (to_b(to_a(y)) - y).abs().mean() / 2
-        found["identity/A"] += 5 * (to_a(x) - x).abs().mean() / 2
-        found["identity/B"] += 5 * (to_b(y) - y).abs().mean() / 2
-    for name, value in found.items():
+        expected["adversarial/B"] += (method.D_B(to_b(x)) - 1).pow(2).mean() / 2
+        expected["adversarial/A"] += (method.D_A(to_a(y)) - 1).pow(2).mean() / 2
+        expected["cycle/A"] += 10 * (to_a(to_b(x)) - x).abs().mean() / 2
+        expected["cycle/B"] += 10 * (to_b(to_a(y)) - y).abs().mean() / 2
+        expected["identity/A"] += 5 * (to_a(x) - x).abs().mean() / 2
+        expected["identity/B"] += 5 * (to_b(y) - y).abs().mean() / 2
+    for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item(), abs=1e-12), name
-    judged = method.discriminator_losses(joined)
+    discriminator_terms = method.discriminator_losses(batch_with_shared)
     real = (method.D_B(b * 2 - 1) - 1).pow(2).mean() / 2
     fake = method.D_B(method.G_AB(a * 2 - 1)).pow(2).mean() / 2
-    assert (judged["real/B"].item(), judged["fake/B"].item()) == pytest.approx((real.item(), fake.item()), abs=1e-12)
+    assert (discriminator_terms["real/B"].item(), discriminator_terms["fake/B"].item()) == pytest.approx(
+        (real.item(), fake.item()), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("identity", [0.0, 0.5])
-def test_the_classic_order_of_passes_comes_to_the_same(identity):
-    """What `bench` compares with: three steps end in the same weights."""
+def test_reference_step_gives_the_same_weights(identity):
+    """`bench` compares with this step: three steps lead to the same weights."""
     batch = {"A": torch.rand(1, 3, 32, 32).double(), "B": torch.rand(1, 3, 32, 32).double()}
-    found = []
+    states = []
     for order in ("ours", "classic"):
         torch.manual_seed(0)
         method = CycleGAN(**{**SMALL, "pool_size": 0, "identity_weight": identity}).double()
-        step = classic_step(method, batch) if order == "classic" else loop(method, repeat(batch), optimizers_of(method))
+        if order == "classic":
+            step = reference_cyclegan_step(method, batch)
+        else:
+            step = make_reference_step(method, repeat(batch), make_optimizers(method))
         for _ in range(3):
             step()
-        found.append(method.state_dict())
+        states.append(method.state_dict())
     torch.manual_seed(0)
-    untouched = CycleGAN(**SMALL).double().state_dict()
-    for name in (name for name in untouched if name.endswith("weight")):  # biases before a normalisation move by rounding alone
-        assert (found[0][name] - found[1][name]).abs().max() < 1e-9, name
-        assert not torch.equal(found[0][name], untouched[name]), name
+    initial = CycleGAN(**SMALL).double().state_dict()
+    # Biases before a normalisation change only by rounding.
+    for name in (name for name in initial if name.endswith("weight")):
+        assert (states[0][name] - states[1][name]).abs().max() < 1e-9, name
+        assert not torch.equal(states[0][name], initial[name]), name
 
 
-def test_bench_of_pairs_names_its_figures(workplace, capfd):
-    recipe = workplace / "tiny.yaml"
+def test_bench_of_unpaired_images_reports_metrics(workdir, capfd):
+    recipe = workdir / "tiny.yaml"
     write_translation_recipe(recipe, {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL})
     assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "1", "--json"]) == 0
-    figures = json.loads(capfd.readouterr().out)
+    metrics = json.loads(capfd.readouterr().out)
     for name in ("ratio_to_bare", "ratio_to_pil", "ratio_to_classic", "images_per_second", "gflops", "translations_per_second"):
-        assert figures[name] > 0
+        assert metrics[name] > 0
 
 
-def test_no_gradient_of_the_standing_networks_is_computed():
+def test_frozen_networks_get_no_gradients():
     method = CycleGAN(**SMALL)
     active_phases = [ActivePhase(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
-    batch = {"A": torch.rand(1, 3, 32, 32), "B": torch.rand(1, 3, 32, 32), "positions": range(1)}
+    batch = {"A": torch.rand(1, 3, 32, 32), "B": torch.rand(1, 3, 32, 32), "sample_ids": range(1)}
     with train_only(active_phases, active_phases):
-        joined = {**batch, **method.shared_forward(batch)}
-    for moving, standing in (active_phases, active_phases[::-1]):
+        batch_with_shared = {**batch, **method.shared_forward(batch)}
+    for trained, frozen in (active_phases, active_phases[::-1]):
         method.zero_grad()
-        with train_only([moving], active_phases):
-            sum(moving.phase.losses(joined).values()).backward()
-        assert all(p.grad is not None for p in moving.parameters)
-        assert all(p.grad is None for p in standing.parameters)
+        with train_only([trained], active_phases):
+            sum(trained.phase.losses(batch_with_shared).values()).backward()
+        assert all(p.grad is not None for p in trained.parameters)
+        assert all(p.grad is None for p in frozen.parameters)
 
 
-def test_learning_rate_is_constant_and_then_falls_along_a_line():
+def test_learning_rate_decays_linearly_in_the_second_half():
     method = CycleGAN(**SMALL, total_images=200)
     rates = [method.linear_decay_after_half(images)["lr"] for images in (0, 99, 100, 150, 200)]
     assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 1e-4, 0])
 
 
-def test_translates_any_size():
+def test_translate_accepts_any_size():
     method = CycleGAN(**SMALL).eval()
     with torch.no_grad():
         for height, width in ((37, 50), (3, 2), (33, 4)):
-            made = method.translate(torch.rand(1, 3, height, width), "BtoA")
-            assert made.shape == (1, 3, height, width)
-            assert 0 <= made.min() <= made.max() <= 1
+            translation = method.translate(torch.rand(1, 3, height, width), "BtoA")
+            assert translation.shape == (1, 3, height, width)
+            assert 0 <= translation.min() <= translation.max() <= 1
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
-        ({"objective": "none"}, r"model\.objective: none; take full, cycle, gan, gan-cycle-A, gan-cycle-B"),
-        ({"crop": 30}, r"model\.crop: 30 is not a multiple of 4 from 24 on"),
-        ({"crop": 20}, r"model\.crop: 20 is not a multiple of 4 from 24 on"),
-        ({"pool_size": -1}, r"model\.pool_size: -1 is less than 0"),
-        ({"base_channels": 0}, r"model\.base_channels: 0 is less than 1"),
+        ({"objective": "none"}, r"model\.objective: none"),
+        ({"crop": 30}, r"model\.crop: 30"),
+        ({"crop": 20}, r"model\.crop: 20"),
+        ({"pool_size": -1}, r"model\.pool_size: -1"),
+        ({"base_channels": 0}, r"model\.base_channels: 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(settings, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_arguments_raise_user_error(settings, message):
+    with pytest.raises(UserError, match=message):
         CycleGAN(**{**SMALL, **settings})
 
 
-def test_weights_for_use_are_without_the_pools(tmp_path):
+def test_inference_weights_exclude_the_image_pools(tmp_path):
     method = CycleGAN(**SMALL)
-    used = inference_state_dict(method, method.state_dict())
-    assert {name.partition(".")[0] for name in method.state_dict().keys() - used.keys()} == {"pool_a", "pool_b"}
-    save_file(used, tmp_path / "used.safetensors")
+    weights = inference_state_dict(method, method.state_dict())
+    assert {name.partition(".")[0] for name in method.state_dict().keys() - weights.keys()} == {"pool_a", "pool_b"}
+    save_file(weights, tmp_path / "used.safetensors")
     other = CycleGAN(**{**SMALL, "pool_size": 2})
     load_weights(other, tmp_path / "used.safetensors")
-    assert all(torch.equal(other.state_dict()[name], values) for name, values in used.items())
-    del used["G_AB.1.weight"]
-    save_file(used, tmp_path / "used.safetensors")
-    with pytest.raises(UserError, match=r"'G_AB\.1\.weight' is nothing there"):
+    assert all(torch.equal(other.state_dict()[name], values) for name, values in weights.items())
+    del weights["G_AB.1.weight"]
+    save_file(weights, tmp_path / "used.safetensors")
+    with pytest.raises(UserError, match=r"used\.safetensors .*'G_AB\.1\.weight'"):
         load_weights(other, tmp_path / "used.safetensors")
 
 
-def test_predict_translates_what_a_user_has(workplace, capfd):
-    """Of any size, grey or with alpha; the weights are of a run whose pictures were resized to 32."""
-    method, recipe = CycleGAN(**SMALL).eval(), workplace / "tiny.yaml"
-    save_file(inference_state_dict(method, method.state_dict()), workplace / "weights.safetensors")
+def test_predict_translates_user_images(workdir, capfd):
+    """Any size, grey or with alpha; images are resized to a short side of 32, as in training."""
+    method, recipe = CycleGAN(**SMALL).eval(), workdir / "tiny.yaml"
+    save_file(inference_state_dict(method, method.state_dict()), workdir / "weights.safetensors")
     write_translation_recipe(recipe, {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL}, resize=36)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (48, 60, 4), dtype=np.uint8)
-    (workplace / "mine").mkdir()
-    Image.fromarray(pixels).save(workplace / "mine" / "clear.png")
-    Image.fromarray(pixels[..., 0]).save(workplace / "mine" / "grey.png")
-    words = ["--ckpt", "weights.safetensors", "--input", "mine", "--output", "out", "--direction", "BtoA"]
-    assert forked(main, ["predict", str(recipe), *words]) == 0
+    (workdir / "mine").mkdir()
+    Image.fromarray(pixels).save(workdir / "mine" / "clear.png")
+    Image.fromarray(pixels[..., 0]).save(workdir / "mine" / "grey.png")
+    argv = ["--ckpt", "weights.safetensors", "--input", "mine", "--output", "out", "--direction", "BtoA"]
+    assert forked(main, ["predict", str(recipe), *argv]) == 0
     assert "mine/clear.png  60x48  ->  out/clear.png  40x32" in capfd.readouterr().out
-    colours = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1)[None].float()
-    seen = torch.nn.functional.interpolate(colours, (32, 40), mode="bicubic", antialias=True).round().clamp(0, 255) / 255
+    rgb = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(rgb, (32, 40), mode="bicubic", antialias=True).round().clamp(0, 255) / 255
     with torch.no_grad():
-        expected = (method.G_BA(seen * 2 - 1) * 127.5 + 127.5)[0].permute(1, 2, 0).numpy()
-    made = np.asarray(Image.open(workplace / "out" / "clear.png"))
-    assert made.shape == (32, 40, 4)
-    assert np.abs(made[..., :3] - expected).max() < 0.51  # rounded, not cut
-    assert np.asarray(Image.open(workplace / "out" / "grey.png")).shape == (32, 40, 3)
+        expected = (method.G_BA(resized * 2 - 1) * 127.5 + 127.5)[0].permute(1, 2, 0).numpy()
+    translation = np.asarray(Image.open(workdir / "out" / "clear.png"))
+    assert translation.shape == (32, 40, 4)
+    assert np.abs(translation[..., :3] - expected).max() < 0.51  # rounded, not truncated
+    assert np.asarray(Image.open(workdir / "out" / "grey.png")).shape == (32, 40, 3)
 
 
-def test_a_direction_is_for_translations(workplace, photos):
+def test_direction_option_requires_a_translation_method(workdir, photos):
     assert forked(main, ["predict", "espcn/t91_x3", "--input", str(photos), "--direction", "BtoA"]) == 2
 
 
-# The pool
+# Image pool
 
 
-def fakes_of(positions):
-    return torch.tensor([float(position + 1) for position in positions]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+def numbered_fakes(sample_ids):
+    return torch.tensor([float(sample_id + 1) for sample_id in sample_ids]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
 
 
-def test_pool_of_single_fakes_is_the_authors():
-    """Shrivastava's history as CycleGAN's code has it: full first, then an even chance of an old one, which the new one replaces."""
-    pool, held, swaps = ImagePool(5, (3, 2, 2), "pool/A", seed=3), [], 0
-    for position in range(300):
-        shown = pool.query(fakes_of([position]), range(position, position + 1), position)[0, 0, 0, 0].item()
+def test_pool_with_batch_size_one_matches_the_reference():
+    """CycleGAN's code: fill the pool, then with probability 1/2 return a stored fake and replace it."""
+    pool, stored, swaps = ImagePool(5, (3, 2, 2), "pool/A", seed=3), [], 0
+    for sample_id in range(300):
+        output = pool.query(numbered_fakes([sample_id]), range(sample_id, sample_id + 1), sample_id)[0, 0, 0, 0].item()
         pool.update(1)
-        chance, place = uniform(3, "pool/A", range(position, position + 1), 2)[0]
-        expected = position + 1
-        if len(held) < 5:
-            held.append(position + 1)
-        elif chance < 0.5:
+        keep_draw, slot_draw = uniform(3, "pool/A", range(sample_id, sample_id + 1), 2)[0]
+        expected = sample_id + 1
+        if len(stored) < 5:
+            stored.append(sample_id + 1)
+        elif keep_draw < 0.5:
             swaps += 1
-            expected, held[int(place * 5)] = held[int(place * 5)], position + 1
-        assert shown == expected
-        assert pool.fakes[: len(held), 0, 0, 0].tolist() == held
+            expected, stored[int(slot_draw * 5)] = stored[int(slot_draw * 5)], sample_id + 1
+        assert output == expected
+        assert pool.fakes[: len(stored), 0, 0, 0].tolist() == stored
     assert 110 < swaps < 185
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_pool_is_the_same_for_any_parts_of_a_batch(parts):
+@pytest.mark.parametrize("n_micro_batches", [1, 2, 4])
+def test_pool_is_independent_of_micro_batches(n_micro_batches):
     pools = [ImagePool(6, (3, 2, 2), "pool/A") for _ in range(2)]
     for start in range(0, 80, 4):
-        whole = pools[0].query(fakes_of(range(start, start + 4)), range(start, start + 4), start)
-        size = 4 // parts
-        pieces = [
-            pools[1].query(fakes_of(range(first, first + size)), range(first, first + size), start)
+        full = pools[0].query(numbered_fakes(range(start, start + 4)), range(start, start + 4), start)
+        size = 4 // n_micro_batches
+        micro_batches = [
+            pools[1].query(numbered_fakes(range(first, first + size)), range(first, first + size), start)
             for first in range(start, start + 4, size)
         ]
-        assert torch.equal(whole, torch.cat(pieces))
+        assert torch.equal(full, torch.cat(micro_batches))
         for pool in pools:
             pool.update(4)
         assert torch.equal(pools[0].fakes, pools[1].fakes)
-    assert np.unique(pools[0].fakes[:, 0, 0, 0]).size == 6  # no place was left empty
+    assert np.unique(pools[0].fakes[:, 0, 0, 0]).size == 6  # all slots are filled
 
 
-def test_no_pool():
+def test_pool_of_capacity_zero_returns_its_input_detached():
     pool = ImagePool(0, (3, 2, 2), "pool/A")
-    newest = fakes_of(range(4)).requires_grad_()
-    assert torch.equal(pool.query(newest, range(4), 0), newest)
-    assert not pool.query(newest, range(4), 0).requires_grad
+    fakes = numbered_fakes(range(4)).requires_grad_()
+    assert torch.equal(pool.query(fakes, range(4), 0), fakes)
+    assert not pool.query(fakes, range(4), 0).requires_grad
     pool.update(4)

@@ -8,12 +8,12 @@ from tests.helpers.method_contract import GenerativeContract
 
 class TestGAN(GenerativeContract):
     model = {"class_path": "modules.gan.GAN", "init_args": {"hidden_dim": 60}}
-    steady = "tests.helpers.deterministic_variants.SteadyGAN"
-    learns = ["--model.total_images", "24000", "--val_every_images", "6000", "--data.batch_size", "20"]
-    nearer = 0.7
+    deterministic_model = "tests.helpers.deterministic_variants.DeterministicGAN"
+    training_overrides = ["--model.total_images", "24000", "--val_every_images", "6000", "--data.batch_size", "20"]
+    max_fid_ratio = 0.7
 
 
-def test_networks_are_those_of_the_papers_code():
+def test_networks_match_the_code_of_the_paper():
     """100-1200-1200-784, and 784-240-240-1 in maxout units of five pieces."""
     method = GAN()
     generator = 100 * 1200 + 1200 + 1200 * 1200 + 1200 + 1200 * 784 + 784
@@ -24,33 +24,33 @@ def test_networks_are_those_of_the_papers_code():
     assert all(p.abs().max() <= 0.005 for p in method.discriminator.parameters())
 
 
-def test_a_maxout_unit_is_the_largest_of_its_five_pieces():
+def test_maxout_is_the_maximum_of_five_pieces():
     layer, inputs = Maxout(3, 2), torch.rand(4, 3)
     pieces = inputs @ layer.linear.weight.T + layer.linear.bias  # (4, 10)
     for unit in range(2):
         assert torch.equal(layer(inputs)[:, unit], pieces[:, 5 * unit : 5 * unit + 5].max(1).values)
 
 
-def test_the_descent_is_that_of_the_papers_code():
-    rate = 0.1
+def test_sgd_schedule_matches_the_code_of_the_paper():
+    lr = 0.1
     for _ in range(1000):  # batches of 100
-        rate /= 1.000004
-    assert GAN().sgd_schedule(100_000) == pytest.approx({"lr": rate, "momentum": 0.5 + 0.2 * 2 / 250})
+        lr /= 1.000004
+    assert GAN().sgd_schedule(100_000) == pytest.approx({"lr": lr, "momentum": 0.5 + 0.2 * 2 / 250})
     assert GAN().sgd_schedule(10**12) == {"lr": 1e-6, "momentum": 0.7}
 
 
-def test_where_the_discriminator_is_sure_only_the_non_saturating_loss_is_steep():
-    slopes = {}
+def test_generator_losses_have_the_expected_gradients():
+    grads = {}
     for loss in ("saturating", "non-saturating"):
         method = GAN(hidden_dim=10, loss=loss)
         method.discriminator = torch.nn.Flatten()
         logits = torch.full((1, 1), -12.0, requires_grad=True)
         method.generator_losses({"fake": logits})["adversarial"].backward()
-        slopes[loss] = logits.grad.item()
-    assert slopes["non-saturating"] == pytest.approx(-1, abs=1e-4)  # -(1 - D)
-    assert slopes["saturating"] == pytest.approx(-torch.sigmoid(torch.tensor(-12.0)).item())  # -D
+        grads[loss] = logits.grad.item()
+    assert grads["non-saturating"] == pytest.approx(-1, abs=1e-4)  # -(1 - D)
+    assert grads["saturating"] == pytest.approx(-torch.sigmoid(torch.tensor(-12.0)).item())  # -D
 
 
-def test_k_of_nothing_is_refused():
-    with pytest.raises(UserError, match=r"model\.discriminator_steps: 0; the discriminator needs 1 at least"):
+def test_invalid_discriminator_steps_raises_user_error():
+    with pytest.raises(UserError, match=r"model\.discriminator_steps: 0"):
         GAN(hidden_dim=10, discriminator_steps=0)

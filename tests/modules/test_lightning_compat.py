@@ -1,4 +1,4 @@
-"""Lightning's private parts are what the adapter takes them for."""
+"""Lightning's private API behaves as `modules.training.lightning_compat` assumes."""
 
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -54,41 +54,41 @@ def run(callback, **options):
     return trainer
 
 
-def test_a_due_validation_is_foreseen():
-    seen = []
+def test_is_validation_due_predicts_validations():
+    events = []
 
-    class Watch(Callback):
+    class Recorder(Callback):
         def on_train_batch_end(self, trainer, *args):
-            seen.append(is_validation_due(trainer))
+            events.append(is_validation_due(trainer))
 
         def on_validation_end(self, trainer, *args):
-            seen.append("validated")
+            events.append("validated")
 
-    run(Watch(), max_steps=-1, max_epochs=1, val_check_interval=4, check_val_every_n_epoch=None)
-    assert seen == [False, False, False, True, "validated"] * 3
+    run(Recorder(), max_steps=-1, max_epochs=1, val_check_interval=4, check_val_every_n_epoch=None)
+    assert events == [False, False, False, True, "validated"] * 3
 
 
-def test_the_logged_step_is_the_batch_whatever_was_restored():
+def test_sync_logger_step_counts_batches_after_a_restore():
     steps = []
 
-    class Watch(Callback):
+    class Recorder(Callback):
         def on_train_batch_start(self, trainer, *args):
             if len(steps) == 5:
-                trainer.fit_loop.epoch_loop._batches_that_stepped += 7  # as a checkpoint might bring it back
+                trainer.fit_loop.epoch_loop._batches_that_stepped += 7  # as after restoring a checkpoint
             sync_logger_step(trainer)
             steps.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    run(Watch(), max_epochs=1)
+    run(Recorder(), max_epochs=1)
     assert steps == list(range(12))
 
 
-def test_profiler_and_log_interval():
+def test_profiler_and_log_every_n_steps():
     trainer = run(Callback(), max_epochs=1, profiler=NoProfiler(), log_every_n_steps=3)
     assert isinstance(trainer.profiler, NoProfiler)
     assert log_every_n_steps(trainer) == 3
 
 
-def test_the_step_counts_batches_whatever_steps_in_them():
+def test_increment_global_step_counts_batches():
     class Count(Callback):
         def on_train_batch_end(self, trainer, *args):
             increment_global_step(trainer)
@@ -97,22 +97,22 @@ def test_the_step_counts_batches_whatever_steps_in_them():
     assert run(Count(), max_epochs=-1, max_steps=5).fit_loop.total_batch_idx == 4
 
 
-def test_a_lean_loop_passes_what_lightnings_own_does():
-    passed = []
+def test_patched_loop_builds_the_same_arguments():
+    arguments = []
 
-    class Lean(Callback):
+    class Patch(Callback):
         def on_train_start(self, trainer, *args):
             loop = trainer.fit_loop.epoch_loop
-            theirs = loop._build_kwargs(OrderedDict(), "batch", 3)
+            expected = loop._build_kwargs(OrderedDict(), "batch", 3)
             assert callable(loop._broadcast_sigterm_tensor)
             patch_training_loop(trainer)
-            passed.append((theirs, loop._build_kwargs(OrderedDict(), "batch", 3)))
+            arguments.append((expected, loop._build_kwargs(OrderedDict(), "batch", 3)))
 
-    run(Lean(), max_epochs=1)
-    assert passed[0][0] == passed[0][1]
+    run(Patch(), max_epochs=1)
+    assert arguments[0][0] == arguments[0][1]
 
 
-def test_a_lean_module_is_a_module():
+def test_fast_setattr_module_registers_parameters():
     module = Tiny()
     assert {name for name, _ in module.named_parameters()} == {"layer_.weight", "layer_.bias"}
     module._current_fx_name = "training_step"
@@ -120,13 +120,13 @@ def test_a_lean_module_is_a_module():
     assert module.__dict__["_current_fx_name"] == "training_step"
 
 
-def test_lightning_takes_our_replicas_for_several_devices():
+def test_manual_ddp_is_the_default_for_several_devices():
     for strategy in ("auto", "ddp"):
         trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
         assert type(trainer.strategy) is ManualDDPStrategy
 
 
-def test_where_the_scaler_of_fp16_is():
+def test_grad_scaler_returns_the_fp16_scaler():
     scaler = torch.amp.GradScaler("cpu")
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
     assert grad_scaler(SimpleNamespace(precision_plugin=plugin)) is scaler

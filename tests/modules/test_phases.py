@@ -1,4 +1,4 @@
-"""The training step that all methods share: what a phase may say, and what happens when something breaks."""
+"""The training step of all methods: phases, gradients, and errors."""
 
 from types import SimpleNamespace
 
@@ -21,8 +21,8 @@ from tests.helpers.wgan_gp import WGANGP
 
 class TestWGANGP(GenerativeContract):
     model = {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}}
-    steady = "tests.helpers.wgan_gp.WGANGP"
-    learns = [
+    deterministic_model = "tests.helpers.wgan_gp.WGANGP"
+    training_overrides = [
         "--model.total_images",
         "6400",
         "--val_every_images",
@@ -32,15 +32,15 @@ class TestWGANGP(GenerativeContract):
         "--model.learning_rate",
         "1e-2",
     ]
-    nearer = 0.75
+    max_fid_ratio = 0.75
 
 
-def players_of(method):
+def active_phases_of(method):
     return [ActivePhase(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
 
 
-def test_others_stand_still_and_move_again_whatever_happens():
-    critic, generator = players_of(WGANGP())
+def test_train_only_restores_requires_grad_on_error():
+    critic, generator = active_phases_of(WGANGP())
     with pytest.raises(RuntimeError, match="in the middle"), train_only([generator], [critic, generator]):
         assert not any(p.requires_grad for p in critic.parameters)
         assert all(p.requires_grad for p in generator.parameters)
@@ -48,13 +48,13 @@ def test_others_stand_still_and_move_again_whatever_happens():
     assert all(p.requires_grad for p in critic.parameters + generator.parameters)
 
 
-def test_averaged_weights_belong_to_no_phase():
+def test_ema_weights_belong_to_no_phase():
     method = WGANGP()
-    trained = {id(p) for active in players_of(method) for p in active.parameters}
+    trained = {id(p) for active in active_phases_of(method) for p in active.parameters}
     assert not any(id(p) in trained or p.requires_grad for p in method.average.parameters())
 
 
-def test_an_averages_half_life_is_in_images():
+def test_ema_half_life_is_in_images():
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
     average = EMA(network, half_life=100)
@@ -65,11 +65,11 @@ def test_an_averages_half_life_is_in_images():
     assert list(average.state_dict()) == ["network.weight"]
 
 
-def test_chunks_carry_their_global_positions():
+def test_split_micro_batches_adds_sample_ids():
     batch = {"image": torch.arange(6.0).view(6, 1), "label": torch.arange(6)}
-    first, second = split_micro_batches(batch, 2, first=106)
-    assert first["positions"] == range(106, 109)
-    assert second["positions"] == range(109, 112)
+    first, second = split_micro_batches(batch, 2, first_id=106)
+    assert first["sample_ids"] == range(106, 109)
+    assert second["sample_ids"] == range(109, 112)
     assert second["label"].tolist() == [3, 4, 5]
 
 
@@ -77,19 +77,19 @@ def trainer(scaler=None, world_size=1):
     return SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), world_size=world_size)
 
 
-def test_gradients_are_clipped_in_their_own_scale_under_fp16():
+def test_max_grad_norm_applies_to_unscaled_gradients():
     layer = nn.Linear(3, 1, bias=False)
     before = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
     gradients.backward(fp16, layer(torch.tensor([[30.0, 40.0, 0.0]])).sum())
     gradients.optimizer_step(fp16, optimizer, list(layer.parameters()), max_grad_norm=0.01)
-    moved = before - layer.weight.detach()
-    assert moved.norm().item() == pytest.approx(0.01, rel=1e-4)
-    assert moved[0, 0] / moved[0, 1] == pytest.approx(0.75, rel=1e-4)
+    update = before - layer.weight.detach()
+    assert update.norm().item() == pytest.approx(0.01, rel=1e-4)
+    assert update[0, 0] / update[0, 1] == pytest.approx(0.75, rel=1e-4)
 
 
-def test_a_scaled_loss_steps_as_an_unscaled_one_does():
+def test_scaled_loss_gives_the_unscaled_update():
     weight = nn.Parameter(torch.tensor([2.0, -1.0]))
     optimizer = torch.optim.SGD([weight], lr=0.5)
     fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
@@ -98,7 +98,7 @@ def test_a_scaled_loss_steps_as_an_unscaled_one_does():
     assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
 
 
-def test_a_step_that_overflows_is_skipped_and_the_next_phases_is_not():
+def test_overflow_skips_only_the_update_of_its_phase():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     fp16 = trainer(scaler)
     layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
@@ -113,8 +113,8 @@ def test_a_step_that_overflows_is_skipped_and_the_next_phases_is_not():
     assert layers[1].weight.item() == pytest.approx(before[1] - 1)
 
 
-def test_a_phases_gradients_travel_once_and_no_others(monkeypatch):
-    critic, generator = players_of(WGANGP())
+def test_all_reduce_sends_only_the_gradients_of_the_phase_once(monkeypatch):
+    critic, generator = active_phases_of(WGANGP())
     sent = []
     monkeypatch.setattr(gradients.dist, "all_reduce", lambda flat: sent.append(flat.nbytes))
     for active in (critic, generator):
@@ -126,26 +126,26 @@ def test_a_phases_gradients_travel_once_and_no_others(monkeypatch):
         sent.clear()
 
 
-def test_adversarial_losses_are_cross_entropies():
+def test_adversarial_losses_match_binary_cross_entropy():
     logits = torch.tensor([-3.0, 0.5, 60.0])
     entropy = nn.functional.binary_cross_entropy_with_logits
     assert bce_real(logits).item() == pytest.approx(entropy(logits, torch.ones(3)).item())
     assert bce_fake(logits).item() == pytest.approx(entropy(logits, torch.zeros(3)).item())
 
 
-def test_losses_keep_the_digits_of_their_logits():
-    """float64 stays; bf16 is taken to float32 before the exponentials."""
+def test_adversarial_losses_are_computed_in_at_least_float32():
+    """float64 is kept; bf16 is cast to float32."""
     logits = torch.tensor([0.1, -3.0, 40.0], dtype=torch.float64)
     assert bce_fake(logits).item() == pytest.approx(logits.exp().log1p().mean().item(), rel=1e-14)
     assert bce_fake(logits.bfloat16()) == bce_fake(logits.bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_penalty_of_a_linear_critic_is_its_slope_even_under_autocast(dtype):
+def test_gradient_penalty_of_a_linear_critic_ignores_autocast(dtype):
     critic = nn.Linear(4, 1)
-    real, fake, mixing = torch.rand(5, 4), torch.rand(5, 4), torch.rand(5, 1)
+    real, fake, alpha = torch.rand(5, 4), torch.rand(5, 4), torch.rand(5, 1)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        penalty = gradient_penalty(critic, real, fake, mixing)
+        penalty = gradient_penalty(critic, real, fake, alpha)
         gradients.backward(trainer(), penalty)
     norm = critic.weight.detach().norm()
     assert penalty.item() == pytest.approx((norm.item() - 1) ** 2, rel=1e-5)
@@ -153,7 +153,7 @@ def test_the_penalty_of_a_linear_critic_is_its_slope_even_under_autocast(dtype):
 
 
 class Breaks(WGANGP):
-    """Its generator's loss is not a number at the 11th step, between two logs."""
+    """The generator loss is NaN at the 11th step, between two logs."""
 
     def generator_losses(self, batch):
         terms = super().generator_losses(batch)
@@ -161,10 +161,10 @@ class Breaks(WGANGP):
 
 
 class Explodes(WGANGP):
-    """Its critic's gradient is not a number although its loss is."""
+    """The critic gradient is NaN although the loss is finite."""
 
     def critic_losses(self, batch):
-        value = (self.critic[1].weight * 0).abs().sum().sqrt()  # the slope of the root at zero is infinite
+        value = (self.critic[1].weight * 0).abs().sum().sqrt()  # the derivative of the square root at zero is infinite
         return {"root": value * 0 + self.critic(batch["image"]).mean() * 0 + 1}
 
 
@@ -175,39 +175,39 @@ class Explodes(WGANGP):
         ("Explodes", "1", "the gradient's norm of 'critic' is nan after 4 images; lower model.learning_rate (now 0.001)"),
     ],
 )
-def test_what_is_not_finite_stops_the_run_and_is_named(workplace, capfd, monkeypatch, name, interval, message):
-    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+def test_non_finite_loss_or_gradient_stops_the_run(workdir, capfd, monkeypatch, name, interval, message):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     model = {"class_path": f"tests.modules.test_phases.{name}", "init_args": {}}
-    recipe = write_generative_recipe(workplace / "tiny.yaml", model)
+    recipe = write_generative_recipe(workdir / "tiny.yaml", model)
     assert forked(main, ["fit", str(recipe), "--run", "r", "--trainer.log_every_n_steps", interval]) == 2
     assert message in capfd.readouterr().err
     if name == "Breaks":
-        kept = checkpoint(workplace, recipe, "r")
-        assert kept["images_seen"] == 40
-        assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+        saved = checkpoint(workdir, recipe, "r")
+        assert saved["images_seen"] == 40
+        assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
 
 
-def test_the_count_that_users_see_is_one_a_batch(workplace, monkeypatch):
-    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
-    recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
+def test_global_step_counts_batches(workdir, monkeypatch):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
+    recipe = write_generative_recipe(workdir / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
     assert forked(fit, recipe, "--run", "r", "--trainer.max_steps", "10") == 0
-    kept = checkpoint(workplace, recipe, "r")
-    assert (kept["global_step"], kept["images_seen"]) == (10, 40)
-    log = read_metrics_csv(workplace / "runs/tiny/r/metrics.csv")
-    moves = {
+    saved = checkpoint(workdir, recipe, "r")
+    assert (saved["global_step"], saved["images_seen"]) == (10, 40)
+    log = read_metrics_csv(workdir / "runs/tiny/r/metrics.csv")
+    logged_steps = {
         name: [int(row["step"]) for row in log if row["name"] == f"train/{name}"]
         for name in ("critic/real", "generator/adversarial")
     }
-    assert moves["critic/real"] == list(range(10))
-    assert moves["generator/adversarial"] == [1, 3, 5, 7, 9]
-    steps = [int(state["step"]) for optimizer in kept["optimizer_states"] for state in optimizer["state"].values()]
-    assert set(steps) == {10}  # 10 steps of the critic; 5 times 2 of the generator
+    assert logged_steps["critic/real"] == list(range(10))
+    assert logged_steps["generator/adversarial"] == [1, 3, 5, 7, 9]
+    steps = [int(state["step"]) for optimizer in saved["optimizer_states"] for state in optimizer["state"].values()]
+    assert set(steps) == {10}  # 10 updates of the critic; 5 times 2 of the generator
 
 
-def test_fp16_trains_and_skips_what_overflows(workplace, monkeypatch):
-    """Lightning takes fp16 on a CPU only with a scaler of one's own; its first scale overflows in every phase."""
-    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
-    recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
+def test_fp16_skips_overflowing_steps_and_trains(workdir, monkeypatch):
+    """fp16 on a CPU requires an explicit scaler in Lightning; its initial scale overflows in every phase."""
+    monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
+    recipe = write_generative_recipe(workdir / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
     content = yaml.safe_load(recipe.read_text())
     scaler = {"class_path": "torch.amp.GradScaler", "init_args": {"device": "cpu", "init_scale": 2.0**120}}
     plugin = {"precision": "16-mixed", "device": "cpu", "scaler": scaler}
@@ -215,32 +215,31 @@ def test_fp16_trains_and_skips_what_overflows(workplace, monkeypatch):
     content["trainer"]["plugins"] = [{"class_path": path, "init_args": plugin}]
     recipe.write_text(yaml.safe_dump(content))
     assert forked(fit, recipe, "--run", "r", "--model.total_images", "400") == 0
-    kept = checkpoint(workplace, recipe, "r")
-    assert 1 < kept["MixedPrecision"]["scale"] < 2.0**40
-    moves = [int(state["step"]) for optimizer in kept["optimizer_states"] for state in optimizer["state"].values()]
-    assert all(20 < steps < 100 for steps in moves)  # of 100; the first ones overflowed
+    saved = checkpoint(workdir, recipe, "r")
+    assert 1 < saved["MixedPrecision"]["scale"] < 2.0**40
+    updates = [int(state["step"]) for optimizer in saved["optimizer_states"] for state in optimizer["state"].values()]
+    assert all(20 < steps < 100 for steps in updates)  # of 100 steps; the first ones overflow
 
 
 @pytest.mark.slow
-def test_compiled_networks_train_alike(workplace, monkeypatch):
-    monkeypatch.setenv("DARKROOM_CACHE", str(workplace / "cache"))
+def test_compiled_networks_match_uncompiled_ones(workdir, monkeypatch):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     model = {
-        "class_path": "tests.helpers.deterministic_variants.SteadyDCGAN",
+        "class_path": "tests.helpers.deterministic_variants.DeterministicDCGAN",
         "init_args": {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8, "total_images": 60},
     }
-    recipe = write_generative_recipe(workplace / "tiny.yaml", model)
+    recipe = write_generative_recipe(workdir / "tiny.yaml", model)
     for run, compiled in (("plain", "false"), ("compiled", "true")):
         assert forked(fit, recipe, "--run", run, "--compile", compiled) == 0
-    plain, compiled = (checkpoint(workplace, recipe, run)["state_dict"] for run in ("plain", "compiled"))
+    plain, compiled = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
     for name in plain:
         assert torch.allclose(plain[name], compiled[name], atol=1e-4), name
 
 
-def test_a_batch_that_cannot_be_cut_is_refused(workplace, capfd):
-    recipe = write_generative_recipe(workplace / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
+def test_indivisible_batch_size_raises_user_error(workdir, capfd):
+    recipe = write_generative_recipe(workdir / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
     assert forked(main, ["fit", str(recipe), "--accumulate_grad_batches", "3"]) == 2
-    assert (
-        "data.batch_size: 4 cannot be cut into equal parts for 1 processes with --accumulate_grad_batches 3"
-        in capfd.readouterr().err
-    )
+    error = capfd.readouterr().err
+    assert "data.batch_size: 4" in error
+    assert "--accumulate_grad_batches 3" in error

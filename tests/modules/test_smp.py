@@ -14,9 +14,9 @@ class TestDeepLab(SegmentationContract):
         "class_path": "modules.smp.SMPSegmenter",
         "init_args": {**SMALL, "channels": 1, "classes": 2, "tile_size": 64},
     }
-    steady = "tests.helpers.deterministic_variants.SteadyEncoderDecoder"
+    deterministic_model = "tests.helpers.deterministic_variants.DeterministicSMPSegmenter"
     samples = {"crop": 32, "margin": 0, "downscale": 4}
-    learns = [
+    training_overrides = [
         "--model.total_images",
         "1200",
         "--val_every_images",
@@ -26,40 +26,40 @@ class TestDeepLab(SegmentationContract):
         "--model.learning_rate",
         "0.006",
     ]
-    mark = 0.65
-    rounding = 0.05
+    min_score = 0.65
+    bf16_rtol = 0.05
 
     @pytest.mark.slow  # two minutes: depthwise convolutions in float64
-    def test_two_processes_with_half_the_batch_equal_one_also_in_parts(self, workplace, recipe):
-        super().test_two_processes_with_half_the_batch_equal_one_also_in_parts(workplace, recipe)
+    def test_two_ranks_equal_one_also_with_gradient_accumulation(self, workdir, recipe):
+        super().test_two_ranks_equal_one_also_with_gradient_accumulation(workdir, recipe)
 
 
 @pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "deeplabv3", "pspnet"])
-def test_any_architecture_tells_a_class_of_every_pixel(architecture):
+def test_probabilities_cover_every_pixel_with_any_architecture(architecture):
     method = SMPSegmenter(architecture, "resnet18", None, classes=5, tile_size=64).eval()
     with torch.no_grad():
-        found = method.probabilities(torch.rand(1, 3, 70, 41))
-    assert found.shape == (1, 5, 70, 41)
-    assert torch.allclose(found.sum(1), torch.ones(1, 70, 41), atol=1e-5)
+        probabilities = method.probabilities(torch.rand(1, 3, 70, 41))
+    assert probabilities.shape == (1, 5, 70, 41)
+    assert torch.allclose(probabilities.sum(1), torch.ones(1, 70, 41), atol=1e-5)
 
 
-def test_with_a_margin_tiles_have_context_on_every_side():
+def test_margin_is_cropped_on_every_side():
     method = SMPSegmenter("unet", "resnet18", None, classes=2, tile_size=64, margin=64).eval()
     image = torch.rand(2, 3, 128, 128)
     assert torch.equal(method(image), method.network((image - method.mean) / method.std)[..., 32:-32, 32:-32])
 
 
-def test_what_the_networks_cannot_take_is_refused():
+def test_invalid_input_sizes_raise_user_error():
     method = SMPSegmenter("deeplabv3plus", "resnet18", None, classes=2, tile_size=64)
-    with pytest.raises(UserError, match=r"data\.crop and data\.margin: 100 together is not a multiple of 32"):
+    with pytest.raises(UserError, match=r"data\.crop and data\.margin: .*100 "):
         method(torch.rand(2, 3, 100, 100))
-    with pytest.raises(UserError, match=r"data\.batch_size: batch normalisation needs two images"):
+    with pytest.raises(UserError, match=r"data\.batch_size: batch normalisation"):
         method(torch.rand(1, 3, 64, 64))
-    with pytest.raises(UserError, match=r"model\.margin: 20 is not a multiple of 32"):
+    with pytest.raises(UserError, match=r"model\.margin: 20"):
         SMPSegmenter("unet", "resnet18", None, margin=20)
 
 
-def test_the_encoder_begins_with_what_it_has_learned_elsewhere(monkeypatch):
+def test_setup_loads_pretrained_encoder_and_channel_stats(monkeypatch):
     pretrained = smp.encoders.get_encoder("resnet18", weights=None)
     monkeypatch.setattr(smp.encoders, "get_encoder", lambda name, in_channels, weights: pretrained)
     monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda name, weights: {"mean": [0.5] * 3, "std": None})
@@ -70,13 +70,13 @@ def test_the_encoder_begins_with_what_it_has_learned_elsewhere(monkeypatch):
     assert method.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
 
 
-def test_the_output_stride_is_the_recipes():
+def test_output_stride_sets_the_encoder_downsampling():
     for stride in (8, 16):
         method = SMPSegmenter("deeplabv3", "resnet18", None, output_stride=stride, classes=2).eval()
         assert method.network.encoder(torch.rand(1, 3, 64, 64))[-1].shape[-1] == 64 // stride
 
 
-def test_what_does_not_exist_is_named():
+def test_unknown_architecture_or_encoder_raises_user_error():
     with pytest.raises(UserError, match=r"model\.architecture unett, model\.encoder_name resnet18"):
         SMPSegmenter("unett", "resnet18", None)
     with pytest.raises(UserError, match=r"model\.architecture unet, model\.encoder_name resnet17"):
@@ -85,17 +85,17 @@ def test_what_does_not_exist_is_named():
         SMPSegmenter("unet", "resnet18", None, tile_size=100)
 
 
-def test_weights_that_cannot_be_had_are_refused(monkeypatch, tmp_path):
+def test_unavailable_weights_raise_user_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     method = SMPSegmenter("unet", "resnet18", "imagenet")
     method.setup("test")
     with pytest.raises(
-        UserError, match=r"model\.encoder_weights: imagenet weights of resnet18 cannot be had .*--model\.encoder_weights null"
+        UserError, match=r"model\.encoder_weights: imagenet weights of resnet18 .*--model\.encoder_weights null"
     ):
         method.setup("fit")
 
 
-def test_the_rate_falls_as_deeplabs_does():
+def test_schedule_is_poly():
     method = SMPSegmenter("unet", "resnet18", None, total_images=1000, learning_rate=0.1)
-    assert [method.schedule(seen) for seen in (0, 500, 1000)] == pytest.approx([0.1, 0.1 * 0.5**0.9, 0])
+    assert [method.schedule(images_seen) for images_seen in (0, 500, 1000)] == pytest.approx([0.1, 0.1 * 0.5**0.9, 0])

@@ -7,18 +7,18 @@ from tests.helpers.method_contract import SuperResolutionContract
 
 class TestSRCNN(SuperResolutionContract):
     model = {"class_path": "modules.srcnn.SRCNN", "init_args": {"scale": 3}}
-    steady = "tests.helpers.deterministic_variants.SteadySRCNN"
-    learns = ["--model.total_images", "800", "--val_every_images", "200", "--model.warmup", "80"]
-    gain = 0.5
+    deterministic_model = "tests.helpers.deterministic_variants.DeterministicSRCNN"
+    training_overrides = ["--model.total_images", "800", "--val_every_images", "200", "--model.warmup", "80"]
+    min_psnr_gain_db = 0.5
 
 
 @pytest.mark.parametrize(("kernels", "weights"), [("9-1-5", 8_032), ("9-5-5", 57_184)])
-def test_weights_are_the_papers(kernels, weights):
+def test_weight_counts_match_the_paper(kernels, weights):
     assert sum(p.numel() for name, p in SRCNN(3, kernels).named_parameters() if name.endswith("weight")) == weights
 
 
-def test_unpadded_network_is_the_inside_of_the_padded_one():
-    network, low = SRCNN(3), torch.rand(2, 1, 20, 21)
+def test_forward_valid_equals_the_inside_of_forward():
+    network, lr_image = SRCNN(3), torch.rand(2, 1, 20, 21)
     margin = 12
-    inside = network(low)[..., margin:-margin, margin:-margin]
-    assert torch.allclose(network.forward_valid(low), inside, atol=1e-6)
+    inside = network(lr_image)[..., margin:-margin, margin:-margin]
+    assert torch.allclose(network.forward_valid(lr_image), inside, atol=1e-6)

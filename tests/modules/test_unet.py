@@ -16,9 +16,9 @@ from tests.helpers.subprocess_helpers import forked
 
 class TestUNet(SegmentationContract):
     model = {"class_path": "modules.unet.UNet", "init_args": {"base_channels": 8, "depth": 2, "tile_size": 44}}
-    steady = "tests.helpers.deterministic_variants.SteadyUNet"
+    deterministic_model = "tests.helpers.deterministic_variants.DeterministicUNet"
     samples = {"crop": 28, "margin": 40}
-    learns = [
+    training_overrides = [
         "--model.total_images",
         "1600",
         "--val_every_images",
@@ -28,14 +28,14 @@ class TestUNet(SegmentationContract):
         "--model.dropout",
         "0",
     ]
-    mark = 0.8
+    min_score = 0.8
 
-    def test_bench_names_its_figures(self, workplace, recipe, capfd):
+    def test_bench_reports_metrics(self, workdir, recipe, capfd):
         assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "2", "--json"]) == 0
-        figures = json.loads(capfd.readouterr().out)
-        assert figures["megapixels_per_second"] > 0
-        assert figures["ratio_to_bare"] > 0.2
-        assert figures["images_per_second_pil"] > 0
+        metrics = json.loads(capfd.readouterr().out)
+        assert metrics["megapixels_per_second"] > 0
+        assert metrics["ratio_to_bare"] > 0.2
+        assert metrics["images_per_second_pil"] > 0
 
 
 @pytest.fixture
@@ -44,104 +44,104 @@ def network():
     return UNet(base_channels=4, depth=2, tile_size=12).eval().double()
 
 
-def test_the_papers_network():
-    """572 in, 388 out, 23 convolutions, 31,030,658 parameters: Figure 1 and its caption."""
+def test_network_matches_the_paper():
+    """Figure 1: input 572, output 388, 23 convolutions, 31,030,658 parameters."""
     with torch.device("meta"):
-        paper = UNet()
-        assert paper(torch.rand(1, 1, 572, 572)).shape == (1, 2, 388, 388)
-    assert sum(p.numel() for p in paper.parameters()) == 31_030_658
-    assert sum(isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) for layer in paper.modules()) == 23
+        network = UNet()
+        assert network(torch.rand(1, 1, 572, 572)).shape == (1, 2, 388, 388)
+    assert sum(p.numel() for p in network.parameters()) == 31_030_658
+    assert sum(isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) for layer in network.modules()) == 23
 
 
-def test_each_depth_knows_its_margin_and_its_sides():
+def test_tiling_matches_output_size_at_each_depth():
     for depth in (1, 2, 3, 4):
         tiling = UNet(base_channels=1, depth=depth, tile_size=Tiling(2**10 + 4, 0, 2**depth, 4).round_up(60)).tiling
         side = tiling.tile_size + tiling.margin
         with torch.device("meta"):
-            found = UNet(base_channels=1, depth=depth, tile_size=tiling.tile_size)(torch.rand(1, 1, side, side))
-        assert found.shape[-1] == tiling.tile_size
+            logits = UNet(base_channels=1, depth=depth, tile_size=tiling.tile_size)(torch.rand(1, 1, side, side))
+        assert logits.shape[-1] == tiling.tile_size
 
 
-def test_sides_that_cannot_be_halved_are_refused():
-    with pytest.raises(UserError, match="U-Net: 570x572 pixels cannot be halved; 572 could"):
+def test_invalid_sizes_raise_user_error():
+    with pytest.raises(UserError, match=r"U-Net: 570x572 pixels .* 572"):
         UNet(base_channels=1)(torch.rand(1, 1, 572, 570))
-    with pytest.raises(UserError, match=r"model\.tile_size: 380; this network can have 4 more than 16 times n: 388"):
+    with pytest.raises(UserError, match=r"model\.tile_size: 380 .* 388"):
         UNet(base_channels=1, tile_size=380)
 
 
 @pytest.mark.parametrize(("height", "width"), [(37, 52), (12, 100), (5, 3), (1, 40)])
-def test_tiles_are_one_big_pass(network, height, width):
+def test_tiled_prediction_equals_a_single_pass(network, height, width):
     image = torch.rand(2, 1, height, width, dtype=torch.float64)
     tiling = network.tiling
     sides = (tiling.round_up(height), tiling.round_up(width))
-    mirrored = np.pad(
+    padded = np.pad(
         image.numpy(),
         [(0, 0), (0, 0), *((20, 20 + side - length) for side, length in zip(sides, (height, width), strict=True))],
         "reflect",
     )
-    whole = network(torch.from_numpy(mirrored)).softmax(1)[..., :height, :width]
-    assert torch.allclose(network.probabilities(image), whole, atol=1e-12)
+    expected = network(torch.from_numpy(padded)).softmax(1)[..., :height, :width]
+    assert torch.allclose(network.probabilities(image), expected, atol=1e-12)
 
 
-def test_pieces_beyond_a_picture_are_its_mirror_image():
+def test_crop_reflect_matches_numpy_reflect_padding():
     image = torch.arange(12.0).view(1, 1, 3, 4)
     expected = np.pad(image[0, 0].numpy(), ((3, 9), (3, 7)), mode="reflect")
     assert (crop_reflect(image, 0, 0, (9, 8), 6)[0, 0].numpy() == expected).all()
 
 
-def test_the_symmetries_are_the_squares_and_are_undone():
+def test_dihedral_views_are_distinct_and_invertible():
     image = torch.rand(3, 5, 5)
     views = [apply_dihedral(image, view) for view in TTA_VIEWS[8]]
     assert len({view.numpy().tobytes() for view in views}) == 8
-    for view, turned in zip(TTA_VIEWS[8], views, strict=True):
-        assert torch.equal(apply_dihedral(turned, INVERSE.get(view, view)), image)
-    quarters = {np.rot90(image.numpy(), k, (1, 2)).tobytes() for k in range(4)}
-    assert {apply_dihedral(image, view).contiguous().numpy().tobytes() for view in TTA_VIEWS[4]} == quarters
+    for view, transformed in zip(TTA_VIEWS[8], views, strict=True):
+        assert torch.equal(apply_dihedral(transformed, INVERSE.get(view, view)), image)
+    rotations = {np.rot90(image.numpy(), k, (1, 2)).tobytes() for k in range(4)}
+    assert {apply_dihedral(image, view).contiguous().numpy().tobytes() for view in TTA_VIEWS[4]} == rotations
 
 
-def test_a_mean_over_symmetries_turns_with_the_picture(network):
+def test_probabilities_with_tta_are_rotation_equivariant(network):
     network.tta_views = 8
     image = torch.rand(1, 1, 12, 12, dtype=torch.float64)
-    turned = network.probabilities(image.rot90(1, (2, 3)))
-    assert torch.allclose(turned, network.probabilities(image).rot90(1, (2, 3)), atol=1e-12)
+    rotated = network.probabilities(image.rot90(1, (2, 3)))
+    assert torch.allclose(rotated, network.probabilities(image).rot90(1, (2, 3)), atol=1e-12)
 
 
-def test_classes_of_a_picture_are_those_of_its_probabilities(network):
+def test_predict_step_is_the_argmax_of_probabilities(network):
     image = torch.rand(1, 1, 30, 41, dtype=torch.float64)
-    found = network.predict_step({"image": image}, 0)["prediction"]
-    assert found.dtype == torch.uint8
-    assert torch.equal(found, network.probabilities(image).argmax(1).byte())
+    classes = network.predict_step({"image": image}, 0)["prediction"]
+    assert classes.dtype == torch.uint8
+    assert torch.equal(classes, network.probabilities(image).argmax(1).byte())
 
 
-def test_the_loss_is_the_weighted_cross_entropy():
+def test_loss_is_weighted_cross_entropy():
     method = UNet(base_channels=1, depth=1, tile_size=6).eval()
     batch = {"image": torch.rand(2, 1, 22, 22), "mask": torch.randint(0, 2, (2, 6, 6)), "weight": torch.rand(2, 6, 6)}
     batch["mask"][0, 0, :3] = 255
-    log = method(batch["image"]).log_softmax(1)
+    log_probs = method(batch["image"]).log_softmax(1)
     expected = sum(
-        -batch["weight"][n, i, j] * log[n, batch["mask"][n, i, j], i, j]
+        -batch["weight"][n, i, j] * log_probs[n, batch["mask"][n, i, j], i, j]
         for n in range(2) for i in range(6) for j in range(6) if batch["mask"][n, i, j] != 255
     ) / 72  # fmt: skip
     assert method.losses(batch)["entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
-    with pytest.raises(UserError, match=r"data\.margin: 18, but this network takes away 16"):
+    with pytest.raises(UserError, match=r"data\.margin: 18; .* 16"):
         method.losses({**batch, "mask": batch["mask"][:, 1:-1, 1:-1]})
 
 
-def test_initial_weights_keep_the_signals_size():
-    """With N(0, sqrt(2 / N)), two convolutions deep, a ReLU network's maps keep a mean square of about 1."""
+def test_initial_weights_preserve_the_mean_square_of_feature_maps():
+    """With N(0, sqrt(2 / N)), the mean square stays near 1 after two convolutions with ReLU."""
     torch.manual_seed(0)
-    maps = UNet(base_channels=64, depth=1, tile_size=6).enc[0](torch.randn(4, 1, 40, 40))
-    assert 0.3 < maps.square().mean() < 1.5
+    features = UNet(base_channels=64, depth=1, tile_size=6).enc[0](torch.randn(4, 1, 40, 40))
+    assert 0.3 < features.square().mean() < 1.5
 
 
-def test_no_tile_is_larger_than_asked_for_and_none_is_needless():
+def test_tile_sizes_are_bounded_and_tile_count_is_minimal():
     tiling = UNet(base_channels=2, depth=2, tile_size=44).tiling
     for side, passes in ((44, 1), (45, 4), (84, 4), (85, 9), (7, 1)):
-        calls = []
+        input_sides = []
         predict_tiled(
-            lambda tile, calls=calls: calls.append(tile.shape[-1]) or tile[..., 20:-20, 20:-20],
+            lambda tile, input_sides=input_sides: input_sides.append(tile.shape[-1]) or tile[..., 20:-20, 20:-20],
             torch.rand(1, 1, side, side),
             tiling,
         )
-        assert len(calls) == passes
-        assert max(calls) <= 84
+        assert len(input_sides) == passes
+        assert max(input_sides) <= 84

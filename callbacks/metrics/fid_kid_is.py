@@ -1,4 +1,4 @@
-"""FID, KID, Inception Score, precision and recall, and what a classifier makes of generated images."""
+"""FID, KID, Inception Score, precision and recall, and classifier statistics of generated images."""
 
 import hashlib
 import importlib
@@ -24,32 +24,32 @@ from datamodules.errors import UserError
 
 MetricName = Literal["fid", "fid-split-half", "kid", "inception-score", "precision-recall", "confidence", "effective-classes"]
 Features = dict[str, Tensor]  # "features" (N, F), perhaps "logits" (N, K)
-BATCH_SIZE = 100  # images looked at together
-KID_SUBSET_SIZE = 1000  # images of each of a kernel distance's subsets
+BATCH_SIZE = 100  # images per forward pass
+KID_SUBSET_SIZE = 1000  # images in each KID subset
 
 
 class FeatureMetrics(SampleSetMetric):
-    """Compares generated images, rounded to 8 bits, with real ones in the features of a network.
+    """Compares generated images, rounded to 8 bits, with real images by the features of a network.
 
     Logged as `<metric>/<network>-<samples>`, for example `fid/inception-tf-10000`:
 
     - `fid`: |mu1 - mu2|**2 + Tr(S1 + S2 - 2 (S1 S2)**(1/2)) of Gaussians fitted to the features (Heusel et al., 2017). Only
       with Inception is it the FID of the papers.
-    - `fid-split-half`: the same between every second real image and the others.
+    - `fid-split-half`: FID between every second real image and the others.
     - `kid`: the unbiased squared MMD under (x y / F + 1)**3, mean of 100 subsets of 1000 (Binkowski et al., 2018).
     - `inception-score`: exp of the mean KL(p(y|x) || p(y)), mean of 10 splits (Salimans et al., 2016).
     - `precision-recall`: improved precision and recall with 3 neighbors, for VGG16 (Kynkaanniemi et al., 2019).
-    - `confidence`: mean probability of the likeliest class.
-    - `effective-classes`: exp of the entropy of the frequencies of the likeliest class.
+    - `confidence`: mean probability of the most likely class.
+    - `effective-classes`: exp of the entropy of the frequencies of the most likely class.
 
-    The first five by torch-fidelity's own functions, and equal to its command on saved files.
+    torch-fidelity computes the first five; they equal the results of its command on saved files.
 
     Args:
-        metrics: which of these.
+        metrics: names of the metrics.
         extractor: class of the network, see `callbacks.metrics.feature_extractors`.
-        weights: its file, as it is or below the data root; by default torch's cache, or its download into that.
-        on_missing_weights: "skip" to go without these figures where there are no weights.
-        on_validation: measure at validations too.
+        weights: weights file, a path as it is or below the data root; by default from torch's cache, or downloaded into it.
+        on_missing_weights: "skip" to leave these metrics out if the weights are missing.
+        on_validation: evaluate at validations too.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class FeatureMetrics(SampleSetMetric):
         self.extractor_id = ""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the network's weights before anything else is done.
+        """Load the weights of the network before the first step.
 
         Raises:
-            Refused: there are none.
+            UserError: the weights are missing or do not fit the network.
         """
-        nothing_to_measure = stage == "fit" and not self.on_validation and not trainer.datamodule.test
-        if self.network is not None or nothing_to_measure:
+        never_evaluated = stage == "fit" and not self.on_validation and not trainer.datamodule.test
+        if self.network is not None or never_evaluated:
             return
         module, _, name = self.extractor.rpartition(".")
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
-            raise UserError(f"extractor: no class {self.extractor}") from None
+            raise UserError(f"extractor: no class {self.extractor} exists; check its import path") from None
         try:
             path = find_weights(kind, self.weights)
         except UserError as error:
@@ -95,14 +95,14 @@ class FeatureMetrics(SampleSetMetric):
         self.extractor_id = f"{self.extractor} {file_hash(path)} {version('torch-fidelity')}"
 
     def update(self, images: Tensor) -> Tensor:
-        """What the network makes of them, side by side: (N, F + K)."""
+        """Return features and logits, concatenated: (N, F + K)."""
         if self.network is None:
             return torch.empty(len(images), 0)
         parts = extract(self.network, to_uint8(images))
         return torch.cat([parts[name] for name in sorted(parts)], dim=1)
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """See the class."""
+        """Return the metrics described at the class."""
         if self.network is None:
             return {}
         real_parts = self.real_features(real, trainer)
@@ -116,57 +116,57 @@ class FeatureMetrics(SampleSetMetric):
         return results
 
     def real_features(self, real: Tensor, trainer: Any) -> Features:
-        """What the network makes of the real images, from the cache if it has looked at them before."""
+        """Return the features of the real images, from the cache if they were computed before."""
         assert self.network is not None
         content = hashlib.sha256(f"{self.extractor_id} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
         path = cache_dir() / f"{self.network.name}-{content[:32]}.safetensors"
         if not all_ranks(path.exists(), trainer.world_size):
-            numbers = torch.arange(trainer.global_rank, -(-len(real) // BATCH_SIZE), trainer.world_size)
+            batches = torch.arange(trainer.global_rank, -(-len(real) // BATCH_SIZE), trainer.world_size)
             parts_by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}
-            for number in numbers.tolist():
-                items = torch.arange(number * BATCH_SIZE, min(len(real), (number + 1) * BATCH_SIZE))
-                for name, part in extract(self.network, real[items].to(trainer.strategy.root_device)).items():
-                    parts_by_name.setdefault(name, []).append((items, part))
-            found = gather_named(parts_by_name, trainer.world_size)
+            for batch in batches.tolist():
+                indices = torch.arange(batch * BATCH_SIZE, min(len(real), (batch + 1) * BATCH_SIZE))
+                for name, part in extract(self.network, real[indices].to(trainer.strategy.root_device)).items():
+                    parts_by_name.setdefault(name, []).append((indices, part))
+            result = gather_named(parts_by_name, trainer.world_size)
             if trainer.is_global_zero:
-                save_atomic(found, path)
+                save_atomic(result, path)
         else:
-            found = load_file(path)
-        return {name: found[name] for name in sorted(found)}
+            result = load_file(path)
+        return {name: result[name] for name in sorted(result)}
 
 
 def gather_named(parts_by_name: dict[str, list[tuple[Tensor, Tensor]]], world_size: int) -> Features:
-    """Parts of all processes, see `gather_sorted`; a process may have none, and not know their names."""
+    """Gather named features from all ranks, see `gather_sorted`; a rank without items does not know their names."""
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, parts_by_name)
-        parts_by_name = {name: [part for share in gathered for part in share.get(name, [])] for name in gathered[0]}
-    return {name: gather_sorted(share, world_size=1).contiguous() for name, share in parts_by_name.items()}
+        parts_by_name = {name: [part for portion in gathered for part in portion.get(name, [])] for name in gathered[0]}
+    return {name: gather_sorted(portion, world_size=1).contiguous() for name, portion in parts_by_name.items()}
 
 
-def all_ranks(here: bool, world_size: int) -> bool:
-    """Whether something holds in all processes, so that all do the same."""
+def all_ranks(condition: bool, world_size: int) -> bool:
+    """Return whether a condition holds on all ranks, so that all take the same branch."""
     if world_size == 1:
-        return here
-    answers: list[Any] = [None] * world_size
-    dist.all_gather_object(answers, here)
-    return all(answers)
+        return condition
+    conditions: list[Any] = [None] * world_size
+    dist.all_gather_object(conditions, condition)
+    return all(conditions)
 
 
 def extract(network: Extractor, images: Tensor) -> Features:
-    """What a network makes of uint8 images, in full precision, on the CPU."""
+    """Extract features of uint8 images, in full precision; the result is on the CPU."""
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         return {name: part.float().cpu() for name, part in network(images).items()}
 
 
 def compute_metric(metric: str, samples: Features, real: Features) -> dict[str, float]:
-    """One of the measures of `FeatureMetrics`, by its name; a few have two figures.
+    """Return a metric of `FeatureMetrics` by its name; a few metrics have two values.
 
     Raises:
-        Refused: the network has no logits, or there are too few images.
+        UserError: the network has no logits, or there are too few images.
     """
     if metric in ("inception-score", "confidence", "effective-classes") and "logits" not in samples:
-        raise UserError(f"metrics: {metric} needs a classifier's logits")
+        raise UserError(f"metrics: {metric} needs a classifier's logits; choose another extractor")
     if metric == "fid":
         return {"fid": frechet_distance(samples["features"], real["features"])}
     if metric == "fid-split-half":
@@ -174,45 +174,45 @@ def compute_metric(metric: str, samples: Features, real: Features) -> dict[str, 
     if metric == "kid":
         if min(len(samples["features"]), len(real["features"])) < KID_SUBSET_SIZE:
             raise UserError(f"metrics: kid needs at least {KID_SUBSET_SIZE} samples and real images (data.test_samples)")
-        found = kid_features_to_metric(samples["features"], real["features"], kid_subset_size=KID_SUBSET_SIZE, verbose=False)
-        return {"kid": found["kernel_inception_distance_mean"]}
+        result = kid_features_to_metric(samples["features"], real["features"], kid_subset_size=KID_SUBSET_SIZE, verbose=False)
+        return {"kid": result["kernel_inception_distance_mean"]}
     if metric == "inception-score":
-        found = isc_features_to_metric(samples["logits"])
-        return {"inception-score": found["inception_score_mean"], "inception-score-std": found["inception_score_std"]}
+        result = isc_features_to_metric(samples["logits"])
+        return {"inception-score": result["inception_score_mean"], "inception-score-std": result["inception_score_std"]}
     if metric == "precision-recall":
-        found = prc_features_to_metric(samples["features"], real["features"], verbose=False)
-        return {"precision": found["precision"], "recall": found["recall"]}
+        result = prc_features_to_metric(samples["features"], real["features"], verbose=False)
+        return {"precision": result["precision"], "recall": result["recall"]}
     probabilities = samples["logits"].double().softmax(dim=1)
     if metric == "confidence":
         return {"confidence": probabilities.amax(1).mean().item()}
-    share = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]).double() / len(probabilities)
-    return {"effective-classes": torch.special.entr(share).sum().exp().item()}
+    portion = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]).double() / len(probabilities)
+    return {"effective-classes": torch.special.entr(portion).sum().exp().item()}
 
 
 def frechet_distance(samples: Tensor, real: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to two sets of features (N, F)."""
+    """Return the Frechet distance of Gaussians fitted to two sets of features (N, F)."""
     statistics = (fid_features_to_statistics(samples), fid_features_to_statistics(real))
     return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
 
 
 def cache_dir() -> Path:
-    """Where features of real images are kept: the environment variable DARKROOM_CACHE, else the user's cache folder."""
+    """Return the cache folder for features of real images: DARKROOM_CACHE if set, otherwise the user's cache folder."""
     import pooch
 
     return Path(os.environ.get("DARKROOM_CACHE") or pooch.os_cache("darkroom"))
 
 
 def require_writable_cache() -> None:
-    """Refuse a cache that cannot be written, before anything is put into it."""
+    """Raise UserError if the cache folder cannot be written."""
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_dir()).close()
     except OSError as error:
-        raise UserError(f"cannot write to {cache_dir()}: {error.strerror} (DARKROOM_CACHE names another folder)") from None
+        raise UserError(f"cannot write to {cache_dir()}: {error.strerror}; set DARKROOM_CACHE to another folder") from None
 
 
 def save_atomic(tensors: Features, path: Path) -> None:
-    """Write tensors so that `path` is at every moment absent or whole; two runs may do it at once."""
+    """Write tensors to a temporary file and move it to `path`; safe if two runs write at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         save_file(tensors, file.name)

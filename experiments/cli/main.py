@@ -32,7 +32,7 @@ train, evaluate and predict
 
   RECIPE is a name (espcn/t91_x3; espcn for its demo) or a path to a YAML file.
   Any key can be overridden: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
-  --run NAME names the run and resumes it; --wandb offline logs to Weights & Biases; --ckpt FILE selects weights.
+  --run NAME names a run and resumes an existing one; --wandb offline logs to Weights & Biases; --ckpt FILE selects weights.
   darkroom fit RECIPE --help lists every key.
 
 inspect, reproduce and scale

@@ -238,7 +238,7 @@ def test_wandb_gets_every_metric_once_after_a_resume(workdir, recipe, monkeypatc
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
     assert launched(*arguments, "--run", "resumed").returncode == 0
     (_, full), (names, resumed) = (sent_to_wandb(workdir / "runs/tiny" / run) for run in ("full", "resumed"))
-    assert names == {"tiny-broken"}
+    assert names == {"tiny-resumed"}
     steps = [row["trainer/global_step"] for row in full]
     assert steps == sorted(steps)
     assert len(set(steps)) == 15

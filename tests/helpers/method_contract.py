@@ -108,7 +108,7 @@ class Contract(ABC):
         expected = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 85, "SIGINT": 130}[signal_at.partition("@")[0]]
         assert status == expected, output.read_text()
         if expected > 0:
-            assert f" fit {recipe} {' '.join(settings)} --run broken" in output.read_text()
+            assert f" fit {recipe} {' '.join(settings)} --run resumed" in output.read_text()
         assert checkpoint(workdir, recipe, "resumed")["images_seen"] < 60
         monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
         assert forked(fit, recipe, "--run", "resumed", *settings) == 0

@@ -85,10 +85,10 @@ def test_what_is_no_record_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"metrics": {"set5": {"m": {"mean": 30.1, "images": {"bird": 31.0, "head": 29.0}}}}}, "its mean is not that"),
+        ({"metrics": {"set5": {"m": {"mean": 30.5, "images": {"bird": 31.0, "head": 29.0}}}}}, "its mean is not that"),
         ({"metrics": {"set5": {"m": {"mean": "inf", "images": {"bird": 31.0}}}}}, "its mean is not that"),
         ({"metrics": {"set5": {"m": {"images": {"bird": 31.0}}}}}, "no mean or no images"),
-        ({"metrics": {"set5": {"m": {"mean": 3, "images": {}}}}}, "its mean is not that|division|no images"),
+        ({"metrics": {"set5": {"m": {"mean": 3, "images": {}}}}}, "its mean is not that"),
         ({"commit": ""}, "was not made at a commit"),
         ({"config": None}, "has no config"),
         ({"content": None}, "has no content"),

@@ -221,7 +221,7 @@ class SuperResolutionContract(Contract):
 
 
 class GenerativeContract(Contract):
-    max_fid_ratio: ClassVar[float]  # last FID divided by that of the first validation
+    max_fid = 1.2  # untrained: 5.2 or more; 500 black images: 2.5; 500 times the mean digit: 1.7
 
     @pytest.fixture
     def recipe(self, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -233,8 +233,7 @@ class GenerativeContract(Contract):
         return (data.prepare_train_batch(batch) for batch in data.train_dataloader())
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
-        distances = [float(row["value"]) for row in log if "/fid/" in row["name"]]
-        return distances[-1] < self.max_fid_ratio * distances[0]
+        return [float(row["value"]) for row in log if "/fid/" in row["name"]][-1] < self.max_fid
 
     def example(self) -> torch.Tensor:
         return instantiate(self.model).sample_latents(range(3))

@@ -53,9 +53,9 @@ class TestDenoisingAutoencoder(ReconstructionContract):
         )
 
     def has_learned(self, log):
-        """Denoising gains 3 dB."""
+        """Denoising gains 2 dB; 8 seeds, AVX-512: 3.5 ... 3.8."""
         psnr = {row["name"].rpartition("/")[2]: float(row["value"]) for row in log if "/psnr/" in row["name"]}
-        return psnr["output"] > psnr["input"] + 3
+        return psnr["output"] > psnr["input"] + 2
 
 
 def digits():

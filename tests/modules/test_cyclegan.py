@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from callbacks.run.checkpoints import inference_state_dict, load_weights
+from datamodules.catalog.domains import load_domains
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
 from experiments.bench.inference import reference_cyclegan_step
@@ -19,6 +20,18 @@ from modules.training.phases import ActivePhase, train_only
 from tests.helpers.method_contract import TranslationContract
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import write_translation_recipe
+
+
+def write_tinted_textures(folder):
+    """Grass in orange and gravel in blue: domains that differ in color, so that a translation must change every pixel."""
+    for split in ("train", "test"):
+        pairs = zip("AB", load_domains(f"textures/grass2gravel/{split}"), ((1.0, 0.6, 0.2), (0.2, 0.6, 1.0)), strict=True)
+        for domain, (image,), tint in pairs:
+            target = folder / f"{split}{domain}"
+            target.mkdir(parents=True)
+            pixels = image.pixels()[:, : 128 if split == "test" else None] * torch.tensor(tint).view(3, 1, 1)
+            Image.fromarray(pixels.byte().permute(1, 2, 0).numpy()).save(target / "texture.png")
+
 
 SMALL = {"crop": 32, "n_residual_blocks": 1, "base_channels": 4, "pool_size": 6, "identity_weight": 0.5}
 
@@ -38,17 +51,32 @@ class TestCycleGAN(TranslationContract):
         "2e-3",
         "--model.identity_weight",
         "0",
+        "--data.train",
+        "tinted/train",
+        "--data.val",
+        "tinted/test",
+        "--data.test",
+        "[]",
     ]
 
+    def test_training_improves_the_metric(self, workdir, recipe):
+        write_tinted_textures(workdir / "tinted")
+        super().test_training_improves_the_metric(workdir, recipe)
+
     def has_learned(self, log):
-        """The cycle error falls, and is smaller than the change by translation, so the network is not the identity."""
-        metrics = {}
+        """The cycle error is small next to the change by translation, so that the networks are not the identity.
+
+        Of the two errors, as a mean of both directions: 8 seeds, AVX-512: 0.12 ... 0.14; 4 seeds, AVX2: 0.12 ... 0.13; untrained
+        networks: 1.0. The cycle error falls to 0.44 ... 0.57 of its first value.
+        """
+        first, last = {}, {}
         for row in log:
-            metrics.setdefault(row["name"].removeprefix("textures-grass2gravel-test/"), []).append(float(row["value"]))
-        errors, changes = (
-            [metrics[f"{name}-l1/{direction}"] for direction in ("AtoB", "BtoA")] for name in ("cycle", "change")
-        )
-        return all(error[-1] < min(0.7 * error[0], change[-1]) for error, change in zip(errors, changes, strict=True))
+            name = row["name"].partition("/")[2]
+            first.setdefault(name, float(row["value"]))
+            last[name] = float(row["value"])
+        errors, changes = ([f"{name}-l1/{direction}" for direction in ("AtoB", "BtoA")] for name in ("cycle", "change"))
+        error = sum(last[name] for name in errors)
+        return error < 0.4 * sum(last[name] for name in changes) and error < 0.8 * sum(first[name] for name in errors)
 
 
 @pytest.mark.parametrize(("blocks", "size", "parameters"), [(6, 128, 7_837_699), (9, 256, 11_378_179)])

@@ -11,17 +11,17 @@ from tests.helpers.subprocess_helpers import launched
 class TestDCGAN(GenerativeContract):
     model = {"class_path": "modules.dcgan.DCGAN", "init_args": {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicDCGAN"
+    # The last FID, 8 seeds, AVX2: 0.17 ... 0.21
     training_overrides = [
         "--model.total_images",
-        "6400",
+        "12800",
         "--val_every_images",
-        "1600",
+        "3200",
         "--data.batch_size",
         "16",
         "--model.learning_rate",
-        "1e-3",
+        "2e-3",
     ]
-    max_fid_ratio = 0.7
 
     def test_ranks_keep_equal_weights_with_local_batch_statistics(self, workdir, recipe):
         """In validations the statistics are equal too; `tests.helpers.probe_callbacks.RanksAgree` checks both."""

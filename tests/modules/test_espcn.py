@@ -13,7 +13,7 @@ class TestESPCN(SuperResolutionContract):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicESPCN"
     training_overrides = ["--model.total_images", "1600", "--val_every_images", "400", "--model.warmup", "160"]
-    min_psnr_gain_db = 0.5
+    min_psnr_gain_db = 2  # 8 seeds, AVX-512: 6.0 ... 9.7; untrained: 0
 
 
 @pytest.mark.parametrize(("scale", "parameters"), [(2, 21_284), (3, 22_729), (4, 24_752)])

@@ -22,17 +22,17 @@ from tests.helpers.wgan_gp import WGANGP
 class TestWGANGP(GenerativeContract):
     model = {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}}
     deterministic_model = "tests.helpers.wgan_gp.WGANGP"
+    # The last FID, 8 seeds, AVX-512: 0.39 ... 0.57; 4 seeds, AVX2: 0.47 ... 0.51
     training_overrides = [
         "--model.total_images",
-        "6400",
+        "12800",
         "--val_every_images",
-        "1600",
+        "3200",
         "--data.batch_size",
         "16",
         "--model.learning_rate",
-        "1e-2",
+        "3e-2",
     ]
-    max_fid_ratio = 0.75
 
 
 def active_phases_of(method):

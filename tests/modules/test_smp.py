@@ -26,7 +26,7 @@ class TestDeepLab(SegmentationContract):
         "--model.learning_rate",
         "0.006",
     ]
-    min_score = 0.65
+    min_score = 0.5  # best of the validations; 8 seeds, AVX-512: 0.63 ... 0.81; ground everywhere: 0.31
     bf16_rtol = 0.05
 
     @pytest.mark.slow  # two minutes: depthwise convolutions in float64

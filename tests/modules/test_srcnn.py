@@ -9,7 +9,7 @@ class TestSRCNN(SuperResolutionContract):
     model = {"class_path": "modules.srcnn.SRCNN", "init_args": {"scale": 3}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicSRCNN"
     training_overrides = ["--model.total_images", "800", "--val_every_images", "200", "--model.warmup", "80"]
-    min_psnr_gain_db = 0.5
+    min_psnr_gain_db = 2  # 8 seeds, AVX-512: 7.1 ... 12.4; untrained: 0
 
 
 @pytest.mark.parametrize(("kernels", "weights"), [("9-1-5", 8_032), ("9-5-5", 57_184)])

@@ -46,7 +46,7 @@ def test_ring_gan_collapses_to_few_modes(workdir):
     log = (workdir / "runs/gan/ring/r/metrics.csv").read_text().splitlines()
     populated = [float(line.split(",")[3]) for line in log if "modes/populated" in line]
     assert len(populated) == 6
-    assert 1 <= populated[-1] <= 3
+    assert 1 <= populated[-1] <= 3  # 8 seeds, AVX-512: 1 ... 2
 
 
 def test_scatter_plot_places_and_colors_points():

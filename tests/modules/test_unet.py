@@ -28,7 +28,7 @@ class TestUNet(SegmentationContract):
         "--model.dropout",
         "0",
     ]
-    min_score = 0.8
+    min_score = 0.7  # 8 seeds, AVX-512: 0.89 ... 0.96
 
     def test_bench_reports_metrics(self, workdir, recipe, capfd):
         assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "2", "--json"]) == 0

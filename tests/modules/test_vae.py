@@ -27,7 +27,7 @@ class TestVAE(ReconstructionContract):
     model = {"class_path": "modules.vae.VAE", "init_args": {"hidden_dims": [40], "latent_size": 6}}
     deterministic_model = "modules.vae.VAE"
     training_overrides = ["--model.total_images", "60000", "--val_every_images", "20000", "--data.batch_size", "50"]
-    min_score = -190
+    min_score = -195  # nats; 8 seeds, AVX-512: -184.6 ... -174.2; first validation: -211 ... -205
 
 
 @pytest.mark.slow

@@ -16,13 +16,15 @@ def show_all() -> None:
         table.add_row(recipe.name, recipe.header[0] if recipe.header else "", "committed" if recipe.weights.exists() else "")
     console.print(table)
 
-    states_shown = ("reproduced", "measured", "short", "stale", "not run")
-    table = Table("method", "cells", *states_shown, title="Table cells", title_justify="left")
+    states_shown = ("reproduced", "measured", "short", "stale", "broken", "not run")
+    table = Table("method", "cells", *states_shown, "check due", title="Table cells", title_justify="left")
     for method in methods():
-        states = [cell["state"].partition(" ")[0].rstrip(":") for cell in cells(method)]
+        of_method = cells(method)
+        states = [cell["state"].partition(" ")[0].rstrip(",:") for cell in of_method]
         if states:
             counts = [states.count(state.partition(" ")[0]) for state in states_shown]
-            table.add_row(method, *map(str, (len(states), *counts)))
+            due = sum(cell["checked"].startswith("check due") for cell in of_method)
+            table.add_row(method, *map(str, (len(states), *counts, due)))
     console.print(table)
 
     table = Table("dataset", "status", "description", title=f"Datasets in {data_root()}", title_justify="left")

@@ -69,7 +69,7 @@ def validate(record: Record, path: Path) -> None:
     # Means and values are stored with a number of decimals each: the most that occur in the record.
     means = [mean for mean, _ in results.values()]
     images = [value for _, values in results.values() for value in values]
-    tolerance = 10.0 ** -_decimals(means) + 10.0 ** -_decimals(images)
+    tolerance = 0.5 * (10.0 ** -_decimals(means) + 10.0 ** -_decimals(images))
     for name, (mean, values) in results.items():
         if not values or not _is_mean(mean, values, tolerance):
             raise BrokenRecord(f"{path}: {name}: its mean is not that of its images")

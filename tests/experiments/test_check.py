@@ -94,7 +94,7 @@ def project(trained, tmp_path):
 def test_a_rename_is_certified_and_a_changed_constant_is_named(project, tmp_path):
     first = read_record(project.record)
     project.change("modules/espcn.py", "self.network", "self.layers")  # a name in checkpoints too
-    project.change("modules/tasks/superresolution.py", "mse", "squared_error")
+    project.change("modules/tasks/superresolution.py", '{"mse"', '{"squared_error"')
     status, said = project.check()
     assert status == 1
     assert "the log, from 0 images on: train/mse after 4 images was" in said

@@ -19,6 +19,7 @@ from experiments import ROOT
 from experiments.run.recipes import Recipe
 
 PACKAGES = ("modules", "datamodules", "callbacks", "experiments")
+INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
 # Attributes of this project that objects of torch, numpy and Python have too: `x.mean()` and `x.std()` must stay two.
 SHARED = frozenset(
     [
@@ -95,7 +96,6 @@ def _classes(entry: Any) -> list[str]:
     return []
 
 
-@cache
 def _module_hashes(module: str) -> frozenset[str]:
     """One hash for each file that a module consists of, its imports included; layout and order do not count."""
     pending, hashes = [module], {}
@@ -103,11 +103,18 @@ def _module_hashes(module: str) -> frozenset[str]:
         name = pending.pop()
         if name in hashes or (path := _source(name)) is None:
             continue
-        tree = ast.parse(path.read_text())
-        pending += _imports(tree)
-        essence = Essence(_bound_names(tree), own_attributes()).visit(tree)
-        hashes[name] = _hash(ast.dump(essence))
+        hashes[name], imports = _source_hash(path.read_text(), own_attributes())
+        pending += imports
     return frozenset(hashes.values())
+
+
+@cache
+def _source_hash(source: str, attributes: frozenset[str]) -> tuple[str, tuple[str, ...]]:
+    """The hash of a file's source, by the project's attributes, and the modules that it imports."""
+    tree = ast.parse(source)
+    imports = tuple(_imports(tree))
+    essence = Essence(_bound_names(tree), attributes).visit(tree)
+    return _hash(ast.dump(essence)), imports
 
 
 def _source(module: str) -> Path | None:
@@ -123,7 +130,7 @@ def _source(module: str) -> Path | None:
     if spec is None or not spec.has_location or spec.origin is None or not spec.origin.endswith(".py"):
         return None
     origin = Path(spec.origin)
-    if any(origin.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")):
+    if any(origin.is_relative_to(folder) for folder in INSTALLED):
         return None
     path = origin if not rest else origin.parent.joinpath(*rest.split(".")).with_suffix(".py")
     return path if path.exists() else None

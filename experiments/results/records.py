@@ -35,13 +35,18 @@ def metadata(recipe: Recipe, overrides: list[str]) -> Record:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" if tracked files differ from it; empty outside a checkout."""
-    words = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    """The commit of this checkout, with "+" if tracked files other than records differ from it; empty outside a checkout."""
     try:
-        described = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)experiments/methods/*/records/*")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return described.stdout.strip()
+    return f"{head}+" if changed else head
+
+
+def _git(*words: str) -> str:
+    command = ["git", "--no-optional-locks", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 # Files

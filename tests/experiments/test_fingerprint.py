@@ -61,12 +61,10 @@ def hash_of(tmp_path, monkeypatch):
     def hashed(text, shared="def gain(x, y):\n    return x * y\n"):
         (tmp_path / "modules/a.py").write_text(text)
         (tmp_path / "modules/b.py").write_text(shared)
-        fingerprint._module_hashes.cache_clear()
         own_attributes.cache_clear()
         return fingerprint._hash_of_classes(["modules.a.f"])
 
     yield hashed
-    fingerprint._module_hashes.cache_clear()
     own_attributes.cache_clear()
 
 
@@ -99,7 +97,6 @@ def test_the_alarm_rings_for_a_users_own_class(tmp_path, monkeypatch):
     hashes = []
     for gain in ("1", "2"):
         (tmp_path / "my_networks.py").write_text(f"from modules.espcn import ESPCN\n\nclass Net(ESPCN):\n    gain = {gain}\n")
-        fingerprint._module_hashes.cache_clear()
         hashes.append(code_fingerprint(find_recipe(str(tmp_path / "own.yaml"))))
     assert hashes[0]["training"] != hashes[1]["training"]
     assert hashes[0]["metrics"] == hashes[1]["metrics"]

@@ -1,16 +1,22 @@
-"""Modules that the server of `tests/helpers/subprocess_helpers.py` imports once for all runs."""
+"""What the server of `tests/helpers/subprocess_helpers.py` does once for all runs: import modules, and hash the code."""
 
+import gc
 import importlib
 
 import torch
+
+from experiments.results.fingerprint import code_fingerprint
+from experiments.run.recipes import recipes
 
 for name in (
     "pytorch_optimizer",
     "experiments.bench.bench",
     "experiments.run.demo",
-    "experiments.results.reproduce",
     "modules.smp",
     "tests.helpers.method_contract",
 ):
     importlib.import_module(name)
+for recipe in recipes():
+    code_fingerprint(recipe)
 torch.set_num_threads(1)
+gc.freeze()  # a run collects only its own garbage

@@ -121,9 +121,9 @@ class Segmentation(ResumableDataModule):
                     self._read(masked_images), self.crop, self.margin, self.augment, self.seed, self.border_weight
                 )
         if stage in ("fit", "validate"):
-            self.val_pictures = EvalImages(self._validate_set(self.val), self.channels, self.downscale)
+            self.val_images = EvalImages(self._validate_set(self.val), self.channels, self.downscale)
         if stage == "test":
-            self.test_pictures = EvalImages(self._load_test_sets(), self.channels, self.downscale)
+            self.test_images = EvalImages(self._load_test_sets(), self.channels, self.downscale)
 
     @property
     def class_names(self) -> list[str]:
@@ -190,11 +190,11 @@ class Segmentation(ResumableDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single validation images."""
-        return self._eval_loader(self.val_pictures)
+        return self._eval_loader(self.val_images)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single images of all test sets."""
-        return self._eval_loader(self.test_pictures)
+        return self._eval_loader(self.test_images)
 
     def _eval_loader(self, eval_images: "EvalImages") -> DataLoader[dict[str, Any]]:
         """Loader of this rank's images; ranks without an image get a duplicate, which metrics count once."""

@@ -72,9 +72,9 @@ class SuperResolution(ResumableDataModule):
         window = 11 + 2 * self.scale  # SSIM window plus the cropped border
         min_size = window + -window % self.scale  # images are cropped to multiples of the scale
         if stage in ("fit", "validate"):
-            self.val_pictures = SREvalImages(self.data_report.validate(self._val_refs(), min_size), self.scale)
+            self.val_images = SREvalImages(self.data_report.validate(self._val_refs(), min_size), self.scale)
         if stage == "test":
-            self.test_pictures = SREvalImages(self.data_report.validate(self._load_test_sets(), min_size), self.scale)
+            self.test_images = SREvalImages(self.data_report.validate(self._load_test_sets(), min_size), self.scale)
 
     def _setup_training(self) -> None:
         min_size = (self.patch_size - 2 * self.border_overhang) * self.scale
@@ -137,11 +137,11 @@ class SuperResolution(ResumableDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single validation images."""
-        return self.eval_loader(self.val_pictures, len(self.val_pictures))
+        return self.eval_loader(self.val_images, len(self.val_images))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single images of all test sets."""
-        return self.eval_loader(self.test_pictures, len(self.test_pictures))
+        return self.eval_loader(self.test_images, len(self.test_images))
 
     # Batch processing on the device
 

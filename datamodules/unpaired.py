@@ -78,9 +78,9 @@ class Unpaired(ResumableDataModule):
             )
         if stage in ("fit", "validate"):
             images_a, images_b = load_domains(self.val)
-            self.val_pictures = self._make_eval_images(images_a[: self.max_val_images], images_b[: self.max_val_images])
+            self.val_images = self._make_eval_images(images_a[: self.max_val_images], images_b[: self.max_val_images])
         if stage == "test":
-            self.test_pictures = self._load_test_sets()
+            self.test_images = self._load_test_sets()
 
     def _load_test_sets(self) -> "EvalImages":
         domains: tuple[list[DomainImage], list[DomainImage]] = ([], [])
@@ -130,11 +130,11 @@ class Unpaired(ResumableDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single validation images of both domains."""
-        return self.eval_loader(self.val_pictures, len(self.val_pictures))
+        return self.eval_loader(self.val_images, len(self.val_images))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single images of all test sets."""
-        return self.eval_loader(self.test_pictures, len(self.test_pictures))
+        return self.eval_loader(self.test_images, len(self.test_images))
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """As in `ResumableDataModule`; ranks without an image get a duplicate, which metrics count once."""

@@ -35,6 +35,15 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def three_photos(photos, tmp_path_factory) -> Path:
+    """A folder of three of them, of unequal sizes: two ranks have unequal numbers of images."""
+    folder = tmp_path_factory.mktemp("three")
+    for i, path in enumerate(sorted(photos.iterdir())[::3]):
+        Image.open(path).crop((0, 0, 96 - 6 * i, 90)).save(folder / path.name)
+    return folder
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch) -> Path:
     """A current folder of one's own, with runs and data below it."""

@@ -40,7 +40,7 @@ class LinearProbe(Callback):
         test: labelled images to evaluate on.
         per_class: labelled images per class: 100 in Table 2, 400 in Table 1; None for all, as also in Table 1.
         repeats: number of random subsets.
-        figure: metric to log.
+        metric: metric to log.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class LinearProbe(Callback):
         test: str,
         per_class: PositiveInt | None = 100,
         repeats: PositiveInt = 10,
-        figure: Literal["error", "accuracy"] = "error",
+        metric: Literal["error", "accuracy"] = "error",
     ) -> None:
         self.datasets = (train, val, test)
-        self.per_class, self.repeats, self.figure = per_class, repeats, figure
+        self.per_class, self.repeats, self.metric = per_class, repeats, metric
         self.results: dict[str, dict[str, dict[str, float]]] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -79,8 +79,8 @@ class LinearProbe(Callback):
         else:
             subsets = [balanced_subset(labels, self.per_class, repeat) for repeat in range(self.repeats)]
         feature_fns: dict[str, FeatureFn] = {
-            f"svm-{self.figure}": partial(features, discriminator),
-            f"svm-{self.figure}-pixels": pixel_features,
+            f"svm-{self.metric}": partial(features, discriminator),
+            f"svm-{self.metric}-pixels": pixel_features,
         }
         metrics: dict[str, float] = {}
         for name, feature_fn in feature_fns.items():
@@ -89,7 +89,7 @@ class LinearProbe(Callback):
             for indices in subsets:
                 subset = ImageSet(train.pixels[indices], train.labels[indices])
                 accuracy = accuracy_of_best_svm([extract_features(feature_fn, subset, pl_module.device), *sets])
-                values.append(100 * (accuracy if self.figure == "accuracy" else 1 - accuracy))
+                values.append(100 * (accuracy if self.metric == "accuracy" else 1 - accuracy))
             protocol = f"{name}/{len(subsets[0])}-labels"
             metrics |= {protocol: float(np.mean(values)), f"{protocol}/std": float(np.std(values))}
         name = self.datasets[2].replace("/", "-")

@@ -18,12 +18,12 @@ class ModeCoverage(SampleSetMetric):
     Expects points (N, 2) as predictions, and a datamodule whose reference set holds the centers.
 
     Args:
-        deviation: standard deviation of each Gaussian.
+        std: standard deviation of each Gaussian.
     """
 
-    def __init__(self, deviation: float = 0.02) -> None:
+    def __init__(self, std: float = 0.02) -> None:
         super().__init__(on_validation=True)
-        self.deviation = deviation
+        self.std = std
 
     def update(self, images: Tensor) -> Tensor:
         """Return the points."""
@@ -32,7 +32,7 @@ class ModeCoverage(SampleSetMetric):
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """Return the metrics described at the class."""
         distance, nearest = torch.cdist(samples, real).min(dim=1)
-        high_quality = distance < 3 * self.deviation
+        high_quality = distance < 3 * self.std
         populated = torch.bincount(nearest, minlength=len(real)) >= len(samples) / 100
         return {
             "modes/3-sigma": float(nearest[high_quality].unique().numel()),

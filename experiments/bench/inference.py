@@ -41,7 +41,7 @@ def bench_segmentation(method: SegmentationMethod, data: Segmentation) -> dict[s
     """Return the megapixels segmented per second on up to five validation images, without test-time augmentation."""
     method.tta_views = 1
     data.setup("validate")
-    images = [data.val_pictures[i]["image"].float() / 255 for i in range(min(5, len(data.val_pictures)))]
+    images = [data.val_images[i]["image"].float() / 255 for i in range(min(5, len(data.val_images)))]
     pixels = sum(image.shape[-1] * image.shape[-2] for image in images)
     times = []
     with torch.no_grad():

@@ -45,7 +45,10 @@ def test_balanced_subsets_are_balanced_and_differ():
 
 
 def test_probe_of_pixels_has_the_error_of_a_linear_svm():
-    """LinearSVC trained on 1,000 digits has 12 to 20 % test error; an untrained discriminator beats chance."""
+    """LinearSVC has 12 to 20 % test error after 1,000 digits and 14 to 20 % after 500, scikit-learn called directly.
+
+    An untrained discriminator beats chance, 90 %.
+    """
     logged = {}
     module = SimpleNamespace(
         discriminator=DCGAN(1, 28, 4, 8).discriminator.eval(),
@@ -54,9 +57,9 @@ def test_probe_of_pixels_has_the_error_of_a_linear_svm():
     )
     trainer = SimpleNamespace(datamodule=SimpleNamespace(size=28, channels=1, crop=None, data_report=DataReport()))
     LinearProbe("digits/train", "digits/val", "digits/test", per_class=100, repeats=2).on_test_epoch_end(trainer, module)
-    sets = ("digits/train", "digits/val", "digits/test")
-    LinearProbe(*sets, per_class=None, figure="accuracy").on_test_epoch_end(trainer, module)
+    sets = ("digits/val", "digits/val", "digits/test")
+    LinearProbe(*sets, per_class=None, metric="accuracy").on_test_epoch_end(trainer, module)
     assert 8 < logged["digits-test/svm-error-pixels/1000-labels"] < 20
     assert logged["digits-test/svm-error/1000-labels"] < 60
-    assert 85 < logged["digits-test/svm-accuracy-pixels/4000-labels"] < 93  # more labels
-    assert logged["digits-test/svm-accuracy/4000-labels/std"] == 0  # a single subset
+    assert 78 < logged["digits-test/svm-accuracy-pixels/500-labels"] < 90
+    assert logged["digits-test/svm-accuracy/500-labels/std"] == 0  # a single subset

@@ -51,7 +51,7 @@ def test_skip_bad_skips_and_reports_unusable_files(folder):
 def test_holdout_images_are_not_in_training_set(folder):
     data = datamodule(folder)
     data.setup("fit")
-    holdout = {ref.path.name for ref in data.val_pictures.refs}
+    holdout = {ref.path.name for ref in data.val_images.refs}
     assert len(holdout) == 2
     assert len(data.patches.image_buffer) == 6
     assert holdout.isdisjoint(ref.path.name for ref in data._split_train()[0])
@@ -91,7 +91,7 @@ def test_resume_with_other_batch_size_or_seed_raises(folder):
 def test_absent_test_sets_are_reported_and_skipped(folder, workdir):
     data = datamodule(folder, test=["set5", "photographs/test"])
     data.setup("test")
-    assert {ref.dataset for ref in data.test_pictures.refs} == {"photographs-test"}
+    assert {ref.dataset for ref in data.test_images.refs} == {"photographs-test"}
     assert data.missing_sets[0].startswith("set5 ")
     with pytest.raises(DatasetNotFound, match="set5 "):
         datamodule(folder, test=["set5"]).setup("test")

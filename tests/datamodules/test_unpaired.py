@@ -106,11 +106,11 @@ def test_resize_square_matches_pillow_bicubic(folder):
 def test_eval_items_have_documented_fields(folder):
     data = unpaired()
     data.setup("test")
-    items = [data.test_pictures[i] for i in range(len(data.test_pictures))]
+    items = [data.test_images[i] for i in range(len(data.test_images))]
     assert [item["direction"] for item in items] == [["AtoB"]] * 2 + [["BtoA"]] * 3
     assert [item["name"] for item in items] == [["A/0"], ["A/1"], ["B/0"], ["B/1"], ["B/2"]]
     assert all(item["image"].shape == (1, 3, 16, 16) and item["dataset"] == ["mine-test"] for item in items)
-    assert len(unpaired(max_val_images=1).val_pictures) == 2
+    assert len(unpaired(max_val_images=1).val_images) == 2
 
 
 def test_texture_splits_are_columns_of_scikit_images_textures():
@@ -130,7 +130,7 @@ def test_datasets_with_masks_yield_images_and_label_maps(with_real_data):
     )
     data = Unpaired("camvid/val", "camvid/val", ["camvid/val"], 64, 72)
     data.setup("test")
-    first, last = data.test_pictures[0], data.test_pictures[41]
+    first, last = data.test_images[0], data.test_images[41]
     assert first["mask"].shape == last["mask"].shape == (1, 360, 480)
     assert first["image"].shape == last["image"].shape == (1, 3, 64, 64)
 

@@ -106,6 +106,7 @@ def test_missing_dataset_is_named(workdir, monkeypatch, capsys):
     assert "srcnn/t91_x3" in error and "t91" in error.partition("srcnn/t91_x3")[2]
 
 
+@pytest.mark.slow
 def test_scaling_writes_record_and_page_for_two_processes(workdir, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "RECORD", workdir / "scaling.json")
     monkeypatch.setattr(scaling, "PAGE", workdir / "SCALING.md")

@@ -205,9 +205,9 @@ class SuperResolutionContract(Contract):
     min_psnr_gain_db: ClassVar[float]  # gain over the first validation
 
     @pytest.fixture
-    def recipe(self, workdir: Path, photos: Path) -> Path:
+    def recipe(self, workdir: Path, photos: Path, three_photos: Path) -> Path:
         model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60, "warmup": 8}}
-        return write_recipe(workdir / "tiny.yaml", photos, model, test=["photographs/test"])
+        return write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)])
 
     def batches(self, data: Any) -> Iterator[dict[str, Any]]:
         return (data.prepare_train_batch(batch["patches"]) for batch in data.train_dataloader())

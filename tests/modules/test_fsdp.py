@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from callbacks.run.csv_logger import read_metrics_csv
+from experiments.cli.main import main
 from modules.training.optimizers import soap
 from modules.vae import VAE
 from tests.helpers.method_contract import assert_equal, checkpoint
-from tests.helpers.subprocess_helpers import launched
+from tests.helpers.subprocess_helpers import forked, two_forked
 from tests.helpers.tiny_recipes import write_generative_recipe, write_reconstruction_recipe
 
 DCGAN = {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8, "total_images": 60}
@@ -32,7 +33,11 @@ class SOAPVAE(VAE):
 
 
 def fit_on_two_ranks(strategy, recipe, *overrides):
-    return launched("fit", recipe, "--trainer.devices", "2", "--trainer.strategy", strategy, *overrides)
+    """Return the exit status of rank 0 and the output on stderr."""
+    argv = ["fit", str(recipe), "--trainer.devices", "2", "--trainer.strategy", strategy, *overrides]
+    statuses, stderr = two_forked(main, argv)
+    assert statuses[1] in (0, statuses[0]), stderr
+    return statuses[0], stderr
 
 
 @pytest.fixture
@@ -77,13 +82,13 @@ def test_fsdp2_matches_ddp_and_resumes_exactly(workdir, write_tiny_recipe, monke
     path, settings, overrides = MODELS[name]
     recipe = write_tiny_recipe(path, settings)
     for strategy in ("ddp", "fsdp2"):
-        result = fit_on_two_ranks(strategy, recipe, "--run", strategy, *overrides)
-        assert result.returncode == 0, result.stderr
+        status, stderr = fit_on_two_ranks(strategy, recipe, "--run", strategy, *overrides)
+        assert status == 0, stderr
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@1")
-    assert fit_on_two_ranks("fsdp2", recipe, "--run", "broken", *overrides).returncode == 85
+    assert fit_on_two_ranks("fsdp2", recipe, "--run", "broken", *overrides)[0] == 85
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-    result = fit_on_two_ranks("fsdp2", recipe, "--run", "broken", *overrides)
-    assert result.returncode == 0, result.stderr
+    status, stderr = fit_on_two_ranks("fsdp2", recipe, "--run", "broken", *overrides)
+    assert status == 0, stderr
 
     ddp, fsdp2, resumed = (checkpoint(workdir, recipe, run) for run in ("ddp", "fsdp2", "broken"))
     for key in ("state_dict", "optimizer_states", "pending_losses"):
@@ -105,9 +110,9 @@ def test_fsdp2_matches_ddp_and_resumes_exactly(workdir, write_tiny_recipe, monke
 def test_run_resumes_with_another_strategy(workdir, write_tiny_recipe):
     recipe = write_tiny_recipe("tests.helpers.deterministic_variants.DeterministicDCGAN", DCGAN)
     for first, second in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
-        assert fit_on_two_ranks(first, recipe, "--run", first, "--model.total_images", "40").returncode == 0
-        result = fit_on_two_ranks(second, recipe, "--run", first)
-        assert result.returncode == 0, result.stderr
+        assert fit_on_two_ranks(first, recipe, "--run", first, "--model.total_images", "40")[0] == 0
+        status, stderr = fit_on_two_ranks(second, recipe, "--run", first)
+        assert status == 0, stderr
     left, right = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("ddp", "fsdp2"))
     for key in left:
         assert_close(left[key], right[key], key)
@@ -117,29 +122,22 @@ def test_run_resumes_with_another_strategy(workdir, write_tiny_recipe):
 def test_each_rank_holds_a_shard(workdir, write_tiny_recipe):
     recipe = write_tiny_recipe("tests.helpers.deterministic_variants.DeterministicDCGAN", DCGAN)
     probe = "--trainer.callbacks+=tests.helpers.probe_callbacks.HoldsHalf"
-    assert fit_on_two_ranks("fsdp2", recipe, "--run", "sharded", probe).returncode == 0
-    result = fit_on_two_ranks("ddp", recipe, "--run", "full", probe)
-    assert result.returncode == 1
-    assert "of the weights and states are here" in result.stderr
+    assert fit_on_two_ranks("fsdp2", recipe, "--run", "sharded", probe)[0] == 0
+    status, stderr = fit_on_two_ranks("ddp", recipe, "--run", "full", probe)
+    assert status == 1
+    assert "of the weights and states are on this rank" in stderr
 
 
-@pytest.mark.parametrize(
-    ("strategy", "path", "settings", "message"),
-    [
-        pytest.param(
-            *("fsdp2", "tests.modules.test_fsdp.SOAPVAE", {"total_images": 60}, "trainer.strategy: fsdp2 cannot shard SOAP"),
-            marks=pytest.mark.slow,
-        ),
-        (
-            "fsdp",
-            "modules.gan.GAN",
-            {"hidden_dim": 60},
-            "trainer.strategy: fsdp cannot train",
-        ),
-    ],
-)
-def test_unsupported_strategy_raises_user_error(workdir, write_tiny_recipe, strategy, path, settings, message):
-    result = fit_on_two_ranks(strategy, write_tiny_recipe(path, settings), "--run", "refused")
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_fsdp1_raises_user_error(workdir, write_tiny_recipe, capfd):
+    recipe = write_tiny_recipe("modules.gan.GAN", {"hidden_dim": 60})
+    assert forked(main, ["fit", str(recipe), "--trainer.devices", "2", "--trainer.strategy", "fsdp"]) == 2
+    assert "darkroom: trainer.strategy: fsdp cannot train" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_optimizer_that_is_not_elementwise_raises_user_error(workdir, write_tiny_recipe):
+    recipe = write_tiny_recipe("tests.modules.test_fsdp.SOAPVAE", {"total_images": 60})
+    status, stderr = fit_on_two_ranks("fsdp2", recipe, "--run", "refused")
+    assert status == 2
+    assert "darkroom: trainer.strategy: fsdp2 cannot shard SOAP" in stderr
+    assert "Traceback" not in stderr

@@ -120,7 +120,12 @@ def test_verify_reports_changed_missing_truncated_and_unknown_files(hosted, phot
     assert list(verify(hosted)) == ["more.png: not part of hosted"]
 
 
-def test_download_with_wrong_checksum_raises(hosted, tmp_path):
+@pytest.fixture
+def immediate_retries(monkeypatch):
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
+
+
+def test_download_with_wrong_checksum_raises(hosted, tmp_path, immediate_retries):
     manifest = tmp_path / "hosted.txt"
     pixels, _, name = manifest.read_text().splitlines()[0].split()
     manifest.write_text(f"{pixels} {'0' * 64} {name}\n")
@@ -128,7 +133,7 @@ def test_download_with_wrong_checksum_raises(hosted, tmp_path):
         download(hosted)
 
 
-def test_unreachable_host_is_named_in_error(hosted):
+def test_unreachable_host_is_named_in_error(hosted, immediate_retries):
     with pytest.raises(DatasetNotFound, match=r"hosted.*http://127\.0\.0\.1:1/"):
         download(replace(hosted, url="http://127.0.0.1:1/"))
 

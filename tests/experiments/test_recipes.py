@@ -101,6 +101,8 @@ def test_generation_recipe_trains_a_few_steps(recipe, workdir, torch_home, monke
         overrides += ["--data.test", "[]"]  # metrics of a random Inception are slow and meaningless
     if data.get("num_workers"):
         overrides += ["--data.num_workers", "1"]
+    if "DCGAN" in recipe.class_path("model"):
+        overrides += ["--model.base_channels", "8"]
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"
     assert (folder / "record.json").exists()

@@ -264,10 +264,10 @@ def test_an_interrupted_reproduction_ends_as_its_run_does(workdir, photos, monke
 
 
 @pytest.fixture
-def resumed(workdir, photos, monkeypatch):
+def resumed(workdir, photos, three_photos, monkeypatch):
     """A finished, evaluated run whose first segment was another code's, by its record."""
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
-    recipe = find_recipe(str(write_recipe(workdir / "tiny.yaml", photos, model, test=["photographs/test"])))
+    recipe = find_recipe(str(write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)])))
     assert forked(main, ["fit", str(recipe.path), "--run", "long"]) == 0
     run = Run(workdir / "runs/tiny/long")
     record = read_record(run.record)

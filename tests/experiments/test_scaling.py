@@ -36,8 +36,8 @@ def test_gradient_bytes_equal_all_reduced_bytes(workdir, monkeypatch, settings):
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     settings = {"channels": 1, "size": 28, "hidden_dim": 16, "total_images": 60, **settings}
     recipe = write_generative_recipe(workdir / "tiny.yaml", {"class_path": "modules.gan.GAN", "init_args": settings})
-    statuses, stderr = two_forked(fit_and_log_all_reduce, recipe)
-    assert statuses == [0, 0], stderr
+    statuses, output = two_forked(fit_and_log_all_reduce, recipe)
+    assert statuses == [0, 0], output
     sent = sum(size for size, is_float in json.loads(recipe.with_suffix(".json").read_text()) if is_float)
     phases = gradient_bytes(GAN(**settings).phases())
     assert [phase["name"] for phase in phases] == ["discriminator", "generator"]

@@ -154,11 +154,11 @@ class Contract(ABC):
         overrides = ["--model", self.deterministic_model, "--trainer.precision", "64-true"]
         assert forked(fit, recipe, "--run", "one", *overrides) == 0
         for run, micro_batches in (("two", "1"), ("parts", "2")):
-            status, stderr = two_forked(
+            status, output = two_forked(
                 fit, recipe, "--run", run, "--trainer.devices", "2", "--accumulate_grad_batches", micro_batches, *overrides
             )
-            assert status == [0, 0], stderr
-            assert "recommended" not in stderr
+            assert status == [0, 0], output
+            assert "recommended" not in output
         single, *others = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("one", "two", "parts"))
         for other in others:
             for name in single:

@@ -61,23 +61,20 @@ def two_forked(action: Callable[..., Any], *args: Any) -> tuple[list[int | None]
     """Call `forked` for two ranks, with the environment variables that Lightning sets for the processes it launches.
 
     Returns:
-        The exit statuses, and the output on stderr.
+        The exit statuses, and the output of both ranks.
     """
     with socket.socket() as port_socket, tempfile.TemporaryDirectory() as folder:
         port_socket.bind(("127.0.0.1", 0))
         port = str(port_socket.getsockname()[1])
         port_socket.close()
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-        stderr_files = [Path(folder, f"stderr-{rank}") for rank in range(2)]
-        processes = [
-            started([Path(folder, "stdout"), stderr_files[rank]], action, *args, **shared, LOCAL_RANK=str(rank))
-            for rank in range(2)
-        ]
+        output = Path(folder, "output")
+        processes = [started([output, output], action, *args, **shared, LOCAL_RANK=str(rank)) for rank in range(2)]
         for process in processes:
             process.join(timeout=300)
             process.kill()
             process.join()
-        return [process.exitcode for process in processes], "".join(stream.read_text() for stream in stderr_files)
+        return [process.exitcode for process in processes], output.read_text()
 
 
 def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any, **variables: str) -> BaseProcess:

@@ -31,7 +31,7 @@ from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import of_digits, write_reconstruction_recipe
 
 QUALITY = [
-    {"class_path": "callbacks.metrics.denoising.DenoisingPSNR", "init_args": {"tv_weights": [0.1], "on_validation": True}},
+    {"class_path": "callbacks.metrics.denoising.DenoisingPSNR", "init_args": {"tv_weights": [], "on_validation": True}},
     {"class_path": "callbacks.metrics.retrieval.PrecisionAtK", "init_args": {"k": 3, "on_validation": True}},
     {"class_path": "callbacks.metrics.anomaly.ReconstructionAUROC"},
 ]

@@ -18,6 +18,16 @@ from tests.helpers.tiny_recipes import write_recipe, write_reconstruction_recipe
 TWO = ["--trainer.devices", "2"]
 
 
+def run_on_ranks(recipe, *options):
+    """Train on one rank, or on two if the options say so; return the exit status of rank 0 and the output."""
+    argv = ["fit", str(recipe), *options]
+    if "--trainer.devices" in options:
+        statuses, output = two_forked(main, argv)
+        return statuses[0], output
+    path = recipe.with_name("output.txt")
+    return forked(main, argv, output=path), path.read_text()
+
+
 @pytest.fixture
 def recipe(workdir, photos):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60, "warmup": 8}}
@@ -43,7 +53,7 @@ def test_signal_to_one_rank_stops_all_ranks_and_resume_is_exact(workdir, recipe,
     assert broken.stdout.count("Stopped and saved") == 1
     assert 24 < checkpoint(workdir, recipe, "broken")["images_seen"] < 40  # one or two steps after the signal
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-    assert launched("fit", recipe, "--run", "broken", *TWO).returncode == 0
+    assert two_forked(fit, recipe, "--run", "broken", *TWO)[0] == [0, 0]
     expected, resumed = (checkpoint(workdir, recipe, run) for run in ("full", "broken"))
     for key in ("state_dict", "optimizer_states", "images_seen", "SuperResolution", "global_step"):
         assert_equal(expected[key], resumed[key], key)
@@ -55,16 +65,15 @@ def test_signal_to_one_rank_stops_all_ranks_and_resume_is_exact(workdir, recipe,
 def test_signal_during_evaluation_keeps_the_training_and_resume_evaluates(workdir, monkeypatch, options):
     model = {"class_path": "modules.vae.VAE", "init_args": {"hidden_dims": [20], "latent_size": 3, "total_images": 40}}
     recipe = write_reconstruction_recipe(workdir / "tiny.yaml", model)
-    uninterrupted = ["--run", "full", *options]
-    assert not any(two_forked(fit, recipe, *uninterrupted)[0] if options else [forked(fit, recipe, *uninterrupted)])
+    assert run_on_ranks(recipe, "--run", "full", *options)[0] == 0
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@test")
-    broken = launched("fit", recipe, "--run", "broken", *options)
-    assert broken.returncode == 85, broken.stderr
-    assert broken.stdout.count("Stopped while evaluating") == 1
+    status, output = run_on_ranks(recipe, "--run", "broken", *options)
+    assert status == 85, output
+    assert output.count("Stopped while evaluating") == 1
     records = [workdir / f"runs/tiny/{run}/record.json" for run in ("full", "broken")]
     assert "metrics" not in json.loads(records[1].read_text())
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-    assert launched("fit", recipe, "--run", "broken", *options).returncode == 0
+    assert run_on_ranks(recipe, "--run", "broken", *options)[0] == 0
     metrics = [json.loads(path.read_text())["metrics"] for path in records]
     assert metrics[0] == metrics[1]
 

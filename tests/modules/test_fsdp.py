@@ -33,11 +33,11 @@ class SOAPVAE(VAE):
 
 
 def fit_on_two_ranks(strategy, recipe, *overrides):
-    """Return the exit status of rank 0 and the output on stderr."""
+    """Return the exit status of rank 0 and the output."""
     argv = ["fit", str(recipe), "--trainer.devices", "2", "--trainer.strategy", strategy, *overrides]
-    statuses, stderr = two_forked(main, argv)
-    assert statuses[1] in (0, statuses[0]), stderr
-    return statuses[0], stderr
+    statuses, output = two_forked(main, argv)
+    assert statuses[1] in (0, statuses[0]), output
+    return statuses[0], output
 
 
 @pytest.fixture
@@ -82,13 +82,13 @@ def test_fsdp2_matches_ddp_and_resumes_exactly(workdir, write_tiny_recipe, monke
     path, settings, overrides = MODELS[name]
     recipe = write_tiny_recipe(path, settings)
     for strategy in ("ddp", "fsdp2"):
-        status, stderr = fit_on_two_ranks(strategy, recipe, "--run", strategy, *overrides)
-        assert status == 0, stderr
+        status, output = fit_on_two_ranks(strategy, recipe, "--run", strategy, *overrides)
+        assert status == 0, output
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@1")
     assert fit_on_two_ranks("fsdp2", recipe, "--run", "broken", *overrides)[0] == 85
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
-    status, stderr = fit_on_two_ranks("fsdp2", recipe, "--run", "broken", *overrides)
-    assert status == 0, stderr
+    status, output = fit_on_two_ranks("fsdp2", recipe, "--run", "broken", *overrides)
+    assert status == 0, output
 
     ddp, fsdp2, resumed = (checkpoint(workdir, recipe, run) for run in ("ddp", "fsdp2", "broken"))
     for key in ("state_dict", "optimizer_states", "pending_losses"):
@@ -111,8 +111,8 @@ def test_run_resumes_with_another_strategy(workdir, write_tiny_recipe):
     recipe = write_tiny_recipe("tests.helpers.deterministic_variants.DeterministicDCGAN", DCGAN)
     for first, second in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
         assert fit_on_two_ranks(first, recipe, "--run", first, "--model.total_images", "40")[0] == 0
-        status, stderr = fit_on_two_ranks(second, recipe, "--run", first)
-        assert status == 0, stderr
+        status, output = fit_on_two_ranks(second, recipe, "--run", first)
+        assert status == 0, output
     left, right = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("ddp", "fsdp2"))
     for key in left:
         assert_close(left[key], right[key], key)
@@ -123,9 +123,9 @@ def test_each_rank_holds_a_shard(workdir, write_tiny_recipe):
     recipe = write_tiny_recipe("tests.helpers.deterministic_variants.DeterministicDCGAN", DCGAN)
     probe = "--trainer.callbacks+=tests.helpers.probe_callbacks.HoldsHalf"
     assert fit_on_two_ranks("fsdp2", recipe, "--run", "sharded", probe)[0] == 0
-    status, stderr = fit_on_two_ranks("ddp", recipe, "--run", "full", probe)
+    status, output = fit_on_two_ranks("ddp", recipe, "--run", "full", probe)
     assert status == 1
-    assert "of the weights and states are on this rank" in stderr
+    assert "of the weights and states are on this rank" in output
 
 
 def test_fsdp1_raises_user_error(workdir, write_tiny_recipe, capfd):
@@ -137,7 +137,7 @@ def test_fsdp1_raises_user_error(workdir, write_tiny_recipe, capfd):
 @pytest.mark.slow
 def test_optimizer_that_is_not_elementwise_raises_user_error(workdir, write_tiny_recipe):
     recipe = write_tiny_recipe("tests.modules.test_fsdp.SOAPVAE", {"total_images": 60})
-    status, stderr = fit_on_two_ranks("fsdp2", recipe, "--run", "refused")
+    status, output = fit_on_two_ranks("fsdp2", recipe, "--run", "refused")
     assert status == 2
-    assert "darkroom: trainer.strategy: fsdp2 cannot shard SOAP" in stderr
-    assert "Traceback" not in stderr
+    assert "darkroom: trainer.strategy: fsdp2 cannot shard SOAP" in output
+    assert "Traceback" not in output

@@ -130,6 +130,7 @@ def test_segmentation_recipe_trains_a_few_steps(recipe, workdir):
         lay_out(name)
     batch = 2 if data.get("batch_size") else 1
     overrides = ["--model.total_images", str(2 * batch), "--val_every_images", str(batch)]
+    overrides += ["--trainer.limit_val_batches", "3", "--trainer.limit_test_batches", "3"]
     if batch > 1:
         overrides += ["--data.batch_size", "2"]
     if data.get("num_workers"):

@@ -66,7 +66,8 @@ def test_worker_waits_for_a_locked_run(tmp_path, monkeypatch):
 def test_stopped_worker_requeues_its_trial_and_resumes_bit_identically(workdir, photos, stop):
     """The trial ends with the weights of an uninterrupted run."""
     write_search(workdir, photos, parameters={"model.learning_rate": {"values": [1e-2]}})
-    argv = ["sweep", "search.yaml", "--model.total_images", "4000", "--val_every_images", "400"]
+    settings = ["--model.total_images", "2400", "--val_every_images", "400"]
+    argv = ["sweep", "search.yaml", *settings]
     worker = started(argv)
     wait_for(lambda: list((workdir / "runs/tiny").glob("search-*/checkpoints/last.ckpt")))
     if stop == "signal":
@@ -77,8 +78,8 @@ def test_stopped_worker_requeues_its_trial_and_resumes_bit_identically(workdir, 
     assert worker.returncode == 85 and "is requeued" in output and "same command" in output
     assert forked(main, argv) == 0
     (trial,) = trials_of(workdir)
-    settings = ["--model.total_images", "4000", "--val_every_images", "400", "--model.learning_rate", "0.01"]
-    assert forked(main, ["fit", "tiny.yaml", "--run", "uninterrupted", *settings]) == 0
+    uninterrupted = ["fit", "tiny.yaml", "--run", "uninterrupted", *settings, "--model.learning_rate", "0.01"]
+    assert forked(main, uninterrupted) == 0
     records = [json.loads((workdir / f"runs/tiny/{name}/record.json").read_text()) for name in (trial["run"], "uninterrupted")]
     assert records[0]["weights"] == records[1]["weights"]
 

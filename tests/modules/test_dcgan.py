@@ -4,8 +4,8 @@ import torch
 from datamodules.errors import UserError
 from modules.dcgan import DCGAN
 from modules.training.phases import ActivePhase, train_only
-from tests.helpers.method_contract import GenerativeContract
-from tests.helpers.subprocess_helpers import launched
+from tests.helpers.method_contract import GenerativeContract, fit
+from tests.helpers.subprocess_helpers import two_forked
 
 
 class TestDCGAN(GenerativeContract):
@@ -25,8 +25,8 @@ class TestDCGAN(GenerativeContract):
 
     def test_ranks_keep_equal_weights_with_local_batch_statistics(self, workdir, recipe):
         """In validations the statistics are equal too; `tests.helpers.probe_callbacks.RanksAgree` checks both."""
-        result = launched("fit", recipe, "--run", "two", "--trainer.devices", "2")
-        assert result.returncode == 0, result.stderr
+        statuses, output = two_forked(fit, recipe, "--run", "two", "--trainer.devices", "2")
+        assert statuses == [0, 0], output
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ help:  ## what there is to make
 demo: .venv/installed  ## two minutes from photographs to a network that enlarges them
 	$(BIN)/darkroom demo
 
-test: .venv/installed  ## all tests but the longest; no GPU, no data, under twenty minutes on two cores
+test: .venv/installed  ## all tests but the longest; no GPU, no data, ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: .venv/installed  ## the longer proofs too

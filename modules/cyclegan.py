@@ -133,7 +133,7 @@ class CycleGAN(TranslationMethod):
             return {"a": a, "b": b, "fake_b": self.G_AB(a), "fake_a": self.G_BA(b)}
         fake_b, identity_b = self.G_AB(torch.cat([a, b])).chunk(2)
         fake_a, identity_a = self.G_BA(torch.cat([b, a])).chunk(2)
-        return {"a": a, "b": b, "fake_b": fake_b, "fake_a": fake_a, "same_b": identity_b, "same_a": identity_a}
+        return {"a": a, "b": b, "fake_b": fake_b, "fake_a": fake_a, "identity_b": identity_b, "identity_a": identity_a}
 
     # Section 3
 
@@ -149,15 +149,15 @@ class CycleGAN(TranslationMethod):
             terms["cycle/B"] = self.cycle_weight * F.l1_loss(to_float32(self.G_AB(batch["fake_a"])), batch["b"])
         if self.identity_weight:  # Section 5.2
             weight = self.identity_weight * self.cycle_weight
-            terms["identity/A"] = weight * F.l1_loss(to_float32(batch["same_a"]), batch["a"])
-            terms["identity/B"] = weight * F.l1_loss(to_float32(batch["same_b"]), batch["b"])
+            terms["identity/A"] = weight * F.l1_loss(to_float32(batch["identity_a"]), batch["a"])
+            terms["identity/B"] = weight * F.l1_loss(to_float32(batch["identity_b"]), batch["b"])
         return terms
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Least-squares losses on reals and pooled fakes, halved so that D learns more slowly (Section 7.1)."""
         terms = {}
-        for name, network, pool_size in (("A", self.D_A, self.pool_a), ("B", self.D_B, self.pool_b)):
-            fakes = pool_size.query(batch[f"fake_{name.lower()}"], batch["sample_ids"], self.images_seen)
+        for name, network, pool in (("A", self.D_A, self.pool_a), ("B", self.D_B, self.pool_b)):
+            fakes = pool.query(batch[f"fake_{name.lower()}"], batch["sample_ids"], self.images_seen)
             real, fake = network(torch.cat([batch[name.lower()], fakes])).chunk(2)
             terms[f"real/{name}"] = lsgan_loss(real, 1) / 2
             terms[f"fake/{name}"] = lsgan_loss(fake, 0) / 2
@@ -177,7 +177,7 @@ def generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, base_channels, 7), *norm_relu(base_channels)]
     for in_channels, out_channels in pairwise((base_channels, 2 * base_channels, 4 * base_channels)):
         layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), *norm_relu(out_channels)]
-    layers += [Residual(4 * base_channels) for _ in range(n_residual_blocks)]
+    layers += [ResidualBlock(4 * base_channels) for _ in range(n_residual_blocks)]
     for in_channels, out_channels in pairwise((4 * base_channels, 2 * base_channels, base_channels)):
         layers += [
             nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1),
@@ -186,7 +186,7 @@ def generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(base_channels, 3, 7), nn.Tanh())
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Rk: two 3 x 3 convolutions with a skip connection; no ReLU after the sum."""
 
     def __init__(self, channels: int) -> None:

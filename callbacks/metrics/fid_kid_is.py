@@ -118,13 +118,13 @@ class FeatureMetrics(SampleSetMetric):
     def real_features(self, real: Tensor, trainer: Any) -> Features:
         """Return the features of the real images, from the cache if they were computed before."""
         assert self.network is not None
-        content = hashlib.sha256(f"{self.extractor_id} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
-        path = cache_dir() / f"{self.network.name}-{content[:32]}.safetensors"
+        digest = hashlib.sha256(f"{self.extractor_id} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
+        path = cache_dir() / f"{self.network.name}-{digest[:32]}.safetensors"
         if not all_ranks(path.exists(), trainer.world_size):
             batches = torch.arange(trainer.global_rank, -(-len(real) // BATCH_SIZE), trainer.world_size)
             parts_by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}
-            for batch in batches.tolist():
-                indices = torch.arange(batch * BATCH_SIZE, min(len(real), (batch + 1) * BATCH_SIZE))
+            for batch_index in batches.tolist():
+                indices = torch.arange(batch_index * BATCH_SIZE, min(len(real), (batch_index + 1) * BATCH_SIZE))
                 for name, part in extract(self.network, real[indices].to(trainer.strategy.root_device)).items():
                     parts_by_name.setdefault(name, []).append((indices, part))
             result = gather_named(parts_by_name, trainer.world_size)
@@ -140,8 +140,8 @@ def gather_named(parts_by_name: dict[str, list[tuple[Tensor, Tensor]]], world_si
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, parts_by_name)
-        parts_by_name = {name: [part for portion in gathered for part in portion.get(name, [])] for name in gathered[0]}
-    return {name: gather_sorted(portion, world_size=1).contiguous() for name, portion in parts_by_name.items()}
+        parts_by_name = {name: [part for parts in gathered for part in parts.get(name, [])] for name in gathered[0]}
+    return {name: gather_sorted(parts, world_size=1).contiguous() for name, parts in parts_by_name.items()}
 
 
 def all_ranks(condition: bool, world_size: int) -> bool:
@@ -185,8 +185,8 @@ def compute_metric(metric: str, samples: Features, real: Features) -> dict[str, 
     probabilities = samples["logits"].double().softmax(dim=1)
     if metric == "confidence":
         return {"confidence": probabilities.amax(1).mean().item()}
-    portion = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]).double() / len(probabilities)
-    return {"effective-classes": torch.special.entr(portion).sum().exp().item()}
+    frequencies = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]).double() / len(probabilities)
+    return {"effective-classes": torch.special.entr(frequencies).sum().exp().item()}
 
 
 def frechet_distance(samples: Tensor, real: Tensor) -> float:

@@ -316,6 +316,7 @@ def _submit(argv: list[str]) -> int:
         "--time", default="24:00:00", help="time limit of the job; unfinished work resumes in the next job (default 24:00:00)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="for a search: number of jobs in the array (default 1)")
+    parser.add_argument("--storage", metavar="S", help="for a search: storage shared by the workers, as of darkroom sweep")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="option passed to sbatch: --sbatch=--partition=gpu"
     )
@@ -332,10 +333,11 @@ def _submit(argv: list[str]) -> int:
 
     job = Job(args.nodes, processes, args.gpus, args.cores, args.time, args.workers or 0, args.sbatch)
     if is_search(Path(args.target)):
-        submit_search(Path(args.target), keys, job, args.dry_run)
+        submit_search(Path(args.target), keys, job, args.storage, args.dry_run)
         return 0
-    if args.workers:
-        raise UserError(f"submit: --workers requires a search; {args.target} is a recipe")
+    for name in ("workers", "storage"):
+        if getattr(args, name):
+            raise UserError(f"submit: --{name} requires a search; {args.target} is a recipe")
     submit_training(find_recipe(args.target), keys, job, args.dry_run)
     return 0
 

@@ -58,8 +58,8 @@ def submit_training(recipe: Recipe, keys: Sequence[str], job: Job, dry_run: bool
     submit(["fit", name, *trainer_args, *keys], f"darkroom-{recipe.name.replace('/', '-')}", job, dry_run)
 
 
-def submit_search(path: Path, keys: Sequence[str], job: Job, dry_run: bool) -> None:
-    """Submit the workers of a search as an array of jobs; each trial uses all GPUs of its node.
+def submit_search(path: Path, keys: Sequence[str], job: Job, storage: str | None, dry_run: bool) -> None:
+    """Submit the workers of a search as an array of jobs that share a storage; each trial uses all GPUs of its node.
 
     Raises:
         UserError: see `submit`; or the search or a key is invalid.
@@ -68,9 +68,10 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, dry_run: bool) -> N
     if job.nodes > 1:
         raise UserError(f"submit: --nodes {job.nodes}: a trial runs on one node. Use --workers for concurrent trials")
     validate_overrides(search.recipe, search.example_argv)
-    trainer_args = ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
+    arguments = ["--storage", storage] if storage else []
+    arguments += ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
     worker_job = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))
-    submit(["sweep", str(path.absolute()), *trainer_args, *keys], f"darkroom-search-{search.name}", worker_job, dry_run)
+    submit(["sweep", str(path.absolute()), *arguments, *keys], f"darkroom-search-{search.name}", worker_job, dry_run)
 
 
 def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:

@@ -102,7 +102,7 @@ class Code:
         return Run(self.runs / self.renames.old_recipe(_recipe_name(self.recipe)) / name)
 
 
-class Moved(Exception):
+class Mismatch(Exception):
     """The two codes differ; the message says in what and by how much."""
 
 
@@ -121,8 +121,8 @@ def check(methods: list[str], renames: Renames) -> bool:
     Raises:
         UserError: tracked files differ from the commit by which records would be certified.
     """
-    now = commit()
-    if not now or now.endswith("+"):
+    head = commit()
+    if not head or head.endswith("+"):
         raise UserError("--check certifies records by a commit: commit the changes first")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that replays end with this process
     outcomes: list[Outcome] = []
@@ -134,7 +134,7 @@ def check(methods: list[str], renames: Renames) -> bool:
             outcomes.append(Outcome("differs", [reason]))
             print(f"{recipe.name}: {reason}", flush=True)
         for record in records:
-            outcome = check_record(record, recipe, renames, now)
+            outcome = check_record(record, recipe, renames, head)
             outcomes.append(outcome)
             print(f"{Path(record['file']).stem:40} {outcome.state:10} {outcome.seconds:5.0f} s", flush=True)
             for reason in outcome.reasons:
@@ -148,38 +148,38 @@ def check(methods: list[str], renames: Renames) -> bool:
 def _records(recipe: Recipe, renames: Renames) -> tuple[list[Record], list[str]]:
     """A recipe's records, those of its old name included."""
     names = dict.fromkeys((recipe.name, renames.old_recipe(recipe.name)))
-    found = [committed_records(name) for name in names]
-    return [record for records, _ in found for record in records], [reason for _, broken in found for reason in broken]
+    results = [committed_records(name) for name in names]
+    return [record for records, _ in results for record in records], [reason for _, broken in results for reason in broken]
 
 
-def check_record(record: Record, recipe: Recipe, renames: Renames, now: str) -> Outcome:
+def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) -> Outcome:
     """Check one record; if nothing moved, write that down in it."""
     began = time.monotonic()
     outcome = Outcome("unchanged")
     try:
         renamed = renames.record(record)
         if changed := differences(renamed, recipe):
-            raise Moved(f"the recipe: {'; '.join(changed)}")
+            raise Mismatch(f"the recipe: {'; '.join(changed)}")
         due = bool(changed_code(record, recipe)) or renamed != record
         has_weights = recipe.weights.exists() and record["seed"] == 0
         if due or has_weights:
-            if missing := missing_inputs(recipe, learns(recipe)):
+            if missing := missing_inputs(recipe, is_trainable(recipe)):
                 raise Uncheckable(f"needs {', '.join(missing)}")
             with tempfile.TemporaryDirectory() as folder:
                 outcome = Outcome("certified" if due else "unchanged")
                 codes = list(_codes(record, recipe, renames, Path(folder), both=due))
                 certified = _compare(codes, renamed, recipe)
         if due:
-            _certify(record, renamed, recipe, {"commit": now, **certified})
-    except Moved as moved:
-        outcome = Outcome("differs", [str(moved)])
+            _certify(record, renamed, recipe, {"commit": head, **certified})
+    except Mismatch as mismatch:
+        outcome = Outcome("differs", [str(mismatch)])
     except Uncheckable as reason:
         outcome = Outcome("unchecked", [str(reason)])
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def learns(recipe: Recipe) -> bool:
+def is_trainable(recipe: Recipe) -> bool:
     """Whether a recipe trains something."""
     return "total_images" in recipe.content["model"]["init_args"]
 
@@ -187,20 +187,20 @@ def learns(recipe: Recipe) -> bool:
 def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both: bool) -> Iterator[Code]:
     """Today's code, and before it that of the commit by which the record was certified."""
     if both:
-        at = (record.get("certified") or record)["commit"]
-        if at.endswith("+"):
-            raise Uncheckable(f"was made in a modified checkout of {at[:-1]}: that code is not in the history")
-        old = folder / "code"
-        archive = subprocess.run(["git", "archive", "--format=tar", at], cwd=ROOT, capture_output=True, check=False)
+        old_commit = (record.get("certified") or record)["commit"]
+        if old_commit.endswith("+"):
+            raise Uncheckable(f"was made in a modified checkout of {old_commit[:-1]}: that code is not in the history")
+        old_root = folder / "code"
+        archive = subprocess.run(["git", "archive", "--format=tar", old_commit], cwd=ROOT, capture_output=True, check=False)
         if archive.returncode:
-            raise Uncheckable(f"commit {at} is not in this history: {archive.stderr.decode().strip()}")
+            raise Uncheckable(f"commit {old_commit} is not in this history: {archive.stderr.decode().strip()}")
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            tar.extractall(old, filter="data")
+            tar.extractall(old_root, filter="data")
         method, _, stem = renames.old_recipe(recipe.name).partition("/")
-        path = next(old.glob(f"experiments/**/{method}/recipes/{stem}.yaml"), None)
+        path = next(old_root.glob(f"experiments/**/{method}/recipes/{stem}.yaml"), None)
         if path is None:
-            raise Uncheckable(f"commit {at} has no recipe {method}/{stem}")
-        yield Code(old, path, folder / "old", renames)
+            raise Uncheckable(f"commit {old_commit} has no recipe {method}/{stem}")
+        yield Code(old_root, path, folder / "old", renames)
     yield Code(ROOT, recipe.path, folder / "new", Renames())
 
 
@@ -216,26 +216,26 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
         What was done.
 
     Raises:
-        Moved: something differs.
+        Mismatch: something differs.
         Uncheckable: the certified code does not run here.
     """
     committed = recipe.weights.exists() and record["seed"] == 0
     starts: list[int] = []
-    if learns(recipe) and len(codes) > 1:
+    if is_trainable(recipe) and len(codes) > 1:
         batch_size = record["config"]["data"]["init_args"]["batch_size"]
         starts = stage_starts(recipe, batch_size)
         for i, start in enumerate(starts):
-            _replay(codes, record["seed"], batch_size, f"stage-{i}", start, after=f"stage-{i - 1}" if i else "")
-    results = _evaluate(codes, "" if committed or not learns(recipe) else f"stage-{len(starts) - 1}")
+            _replay(codes, record["seed"], batch_size, f"stage-{i}", start, resume_from=f"stage-{i - 1}" if i else "")
+    results = _evaluate(codes, "" if committed or not is_trainable(recipe) else f"stage-{len(starts) - 1}")
     data = _data(codes[-1], trained=bool(starts))
     if changed := [name for name, value in data.items() if record["data"].get(name, value) != value]:
         raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
     if len(codes) > 1:
         _compare_metrics(results[0], results[1], 0.0, "the certified code", "today's")
-    if committed or not learns(recipe):
+    if committed or not is_trainable(recipe):
         recorded = {dataset: value for dataset, value in record["metrics"].items() if dataset in results[-1]}
         _compare_metrics(recorded, results[-1], TOLERANCE, "the record", "its weights")
-    evaluated = "committed weights" if committed else "replay" if learns(recipe) else "no weights needed"
+    evaluated = "committed weights" if committed else "replay" if is_trainable(recipe) else "no weights needed"
     return {"steps": STEPS if starts else 0, "starts": starts, "evaluated": evaluated, "processor": cpu_name()}
 
 
@@ -249,13 +249,13 @@ def stage_starts(recipe: Recipe, batch_size: int) -> list[int]:
     return [start for start in dict.fromkeys(starts) if start + STEPS * batch_size <= method.total_images or not start]
 
 
-def _replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, after: str) -> None:
+def _replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, resume_from: str) -> None:
     """Train a few steps by both codes, from the beginning or from where an earlier run has been put, and compare."""
     steps = 0
     for code in codes:
-        if after:
-            shutil.copytree(code.run(after).folder, code.run(name).folder)
-            steps = _move_to(code.run(name).checkpoints / "last.ckpt", start)
+        if resume_from:
+            shutil.copytree(code.run(resume_from).folder, code.run(name).folder)
+            steps = _seek(code.run(name).checkpoints / "last.ckpt", start)
     commands = [
         code.command(
             *("fit", str(code.recipe), "--run", name, "--seed_everything", str(seed), "--data.test", "[]"),
@@ -267,17 +267,17 @@ def _replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int
     _finish(commands)
     old, new = (_log(code, name) for code in codes)
     if old != new:
-        raise Moved(f"the log, from {start} images on: {_first_difference(old, new)}")
-    left, right = (_state(code, name) for code in codes)
+        raise Mismatch(f"the log, from {start} images on: {_first_difference(old, new)}")
+    left, right = (_weights(code, name) for code in codes)
     if left.keys() != right.keys():
-        raise Moved(f"the weights' names: {', '.join(sorted(left.keys() ^ right.keys())[:5])}")
-    moved = {name: _distance(left[name], right[name]) for name in left if not torch.equal(left[name], right[name])}
-    if moved:
-        worst = max(moved, key=lambda name: moved[name])
-        raise Moved(f"{len(moved)} of {len(left)} weights, from {start} images on: {worst} by {moved[worst]:.3g}")
+        raise Mismatch(f"the weights' names: {', '.join(sorted(left.keys() ^ right.keys())[:5])}")
+    unequal = {name: _distance(left[name], right[name]) for name in left if not torch.equal(left[name], right[name])}
+    if unequal:
+        worst = max(unequal, key=lambda name: unequal[name])
+        raise Mismatch(f"{len(unequal)} of {len(left)} weights, from {start} images on: {worst} by {unequal[worst]:.3g}")
 
 
-def _move_to(path: Path, start: int) -> int:
+def _seek(path: Path, start: int) -> int:
     """Put a checkpoint to where so many images have been seen; the optimizer's steps so far."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     content["images_seen"] = start
@@ -293,7 +293,7 @@ def _finish(commands: list[subprocess.Popen[str]]) -> None:
 
     Raises:
         Uncheckable: the certified code's has failed.
-        Moved: today's has.
+        Mismatch: today's has.
     """
     try:
         outputs = [command.communicate()[0] for command in commands]
@@ -305,7 +305,7 @@ def _finish(commands: list[subprocess.Popen[str]]) -> None:
             last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
             if i < len(commands) - 1:
                 raise Uncheckable(f"the certified code ends with status {command.returncode}: {last}")
-            raise Moved(f"today's code ends with status {command.returncode}: {last}")
+            raise Mismatch(f"today's code ends with status {command.returncode}: {last}")
 
 
 def _log(code: Code, name: str) -> list[tuple[str, str, str, str]]:
@@ -313,7 +313,7 @@ def _log(code: Code, name: str) -> list[tuple[str, str, str, str]]:
     return sorted((row["step"], row["images"], code.renames.name(row["name"]), row["value"]) for row in rows)
 
 
-def _state(code: Code, name: str) -> dict[str, torch.Tensor]:
+def _weights(code: Code, name: str) -> dict[str, torch.Tensor]:
     content = torch.load(code.run(name).checkpoints / "last.ckpt", map_location="cpu", weights_only=True)
     return {code.renames.weight(key): value for key, value in content["state_dict"].items()}
 
@@ -344,10 +344,10 @@ def _evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
         code.runs.mkdir(parents=True, exist_ok=True)
         commands.append(code.command(*words))
     _finish(commands)
-    found = []
+    results = []
     for code in codes:
         metrics = json.loads((code.runs / "record.json").read_text())["metrics"]
-        found.append(
+        results.append(
             {
                 code.renames.name(dataset): {
                     code.renames.name(protocol): _values(result) for protocol, result in protocols.items()
@@ -355,7 +355,7 @@ def _evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
                 for dataset, protocols in metrics.items()
             }
         )
-    return found
+    return results
 
 
 def _data(code: Code, trained: bool) -> dict[str, str]:
@@ -376,12 +376,12 @@ def _compare_metrics(old: dict[str, Any], new: dict[str, Any], tolerance: float,
             pair = [side.get(dataset, {}).get(protocol) for side in (old, new)]
             left, right = (value if value is None or "images" not in value else _values(value) for value in pair)
             if left is None or right is None:
-                raise Moved(f"{dataset}/{protocol}: only by {one if right is None else other}")
+                raise Mismatch(f"{dataset}/{protocol}: only by {one if right is None else other}")
             for name in left.keys() | right.keys():
                 values = left.get(name, math.nan), right.get(name, math.nan)
                 same = values[0] == values[1] or all(map(math.isnan, values))
                 if not same and not math.isclose(*values, rel_tol=tolerance, abs_tol=tolerance * 1e-3):
-                    raise Moved(f"{dataset}/{protocol}, {name}: {values[0]:.8g} by {one}, {values[1]:.8g} by {other}")
+                    raise Mismatch(f"{dataset}/{protocol}, {name}: {values[0]:.8g} by {one}, {values[1]:.8g} by {other}")
 
 
 def _certify(record: Record, renamed: Record, recipe: Recipe, certified: dict[str, Any]) -> None:

@@ -44,10 +44,10 @@ def fit(cli: DarkroomCLI) -> None:
         reduce_step_overhead()
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if evaluates:
-            best = model if not model.fsdp_modules else cli.fresh_model()
-            load_weights(best, run.checkpoints / "best.ckpt")
+            best_model = model if not model.fsdp_modules else cli.fresh_model()
+            load_weights(best_model, run.checkpoints / "best.ckpt")
             trainer.loggers = []
-            trainer.test(best, cli.datamodule, verbose=False)
+            trainer.test(best_model, cli.datamodule, verbose=False)
             print_results(trainer, cli)
     print_rank_zero(f"run       {run.folder}")
 
@@ -188,9 +188,9 @@ def write_config(cli: DarkroomCLI, run: Run) -> None:
     """Write the resolved configuration into the run's folder; `darkroom fit PATH` of that file repeats the run."""
     config = cli.config.clone()
     config.pop("run")
-    partial = run.config.with_suffix(".part")
-    partial.write_text(cli.parser.dump(config, skip_link_targets=True, skip_validation=True))
-    partial.replace(run.config)
+    tmp_path = run.config.with_suffix(".part")
+    tmp_path.write_text(cli.parser.dump(config, skip_link_targets=True, skip_validation=True))
+    tmp_path.replace(run.config)
 
 
 def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:

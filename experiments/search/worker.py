@@ -152,7 +152,7 @@ def requeue_stale(study: optuna.Study) -> None:
     """Requeue running trials whose last heartbeat is older than `STALE_S`."""
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         assert trial.datetime_start is not None
-        last_heartbeat = trial.user_attrs.get("beat", trial.datetime_start.timestamp())
+        last_heartbeat = trial.user_attrs.get("heartbeat", trial.datetime_start.timestamp())
         if time.time() - last_heartbeat > STALE_S:
             requeue(study, trial)
 
@@ -160,7 +160,7 @@ def requeue_stale(study: optuna.Study) -> None:
 def requeue(study: optuna.Study, trial: FrozenTrial | Trial) -> None:
     """Fail a trial and enqueue its parameters again, unless another worker has finished it."""
     if tell_once(study, trial.number, state=TrialState.FAIL):
-        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+        study.enqueue_trial(trial.params, user_attrs={"requeued_from": trial.number})
         print(f"trial {trial.number} is requeued", flush=True)
 
 
@@ -180,7 +180,7 @@ def next_trial(search: Search, study: optuna.Study) -> Trial | None:
     if is_exhausted(search, study):
         return None
     trial = study.ask(distributions(search))
-    if "again" in trial.user_attrs or ordinal(study, trial.number) < search.max_trials:
+    if "requeued_from" in trial.user_attrs or ordinal(study, trial.number) < search.max_trials:
         return trial
     trial.set_user_attr("over_budget", True)  # another worker started the last trial in the meantime
     tell_once(study, trial.number, state=TrialState.FAIL)
@@ -196,7 +196,7 @@ def is_exhausted(search: Search, study: optuna.Study) -> bool:
 def ordinal(study: optuna.Study, number: int) -> int:
     """Return how many trials precede a trial number, excluding requeued ones and those over budget."""
     earlier = study.get_trials(deepcopy=False)[:number]
-    return sum(1 for trial in earlier if "again" not in trial.user_attrs and "over_budget" not in trial.user_attrs)
+    return sum(1 for trial in earlier if "requeued_from" not in trial.user_attrs and "over_budget" not in trial.user_attrs)
 
 
 class GridSampler(optuna.samplers.BaseSampler):
@@ -340,9 +340,9 @@ def heartbeat(trial: Trial) -> Iterator[None]:
 
     def beat() -> None:
         while not finished.wait(HEARTBEAT_S):
-            trial.set_user_attr("beat", time.time())
+            trial.set_user_attr("heartbeat", time.time())
 
-    trial.set_user_attr("beat", time.time())
+    trial.set_user_attr("heartbeat", time.time())
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:

@@ -255,8 +255,8 @@ def test_only_stale_trials_are_requeued_and_only_once(workdir, photos, monkeypat
     search, study = make_study(workdir, photos)
     lost, alive = next_trial(search, study), next_trial(search, study)
     now = time.time()
-    lost.set_user_attr("beat", now)
-    alive.set_user_attr("beat", now + 60)
+    lost.set_user_attr("heartbeat", now)
+    alive.set_user_attr("heartbeat", now + 60)
     monkeypatch.setattr(time, "time", lambda: now + search_worker.STALE_S + 30)
     other = open_study(search, None)  # another worker's view of the same storage
     requeue_stale(study)

@@ -71,7 +71,8 @@ def test_batch_file_for_four_nodes(workdir, capfd):
 
 
 def test_search_workers_are_array_jobs(workdir, capfd):
-    text = dry_run(capfd, str(ROOT / "sweeps/espcn.yaml"), "--workers", "5", "--gpus", "2", "--cores", "3")
+    storage = ["--storage", "/shared/espcn.log"]
+    text = dry_run(capfd, str(ROOT / "sweeps/espcn.yaml"), "--workers", "5", "--gpus", "2", "--cores", "3", *storage)
     options = directives(text)
     assert (options["array"], options["ntasks-per-node"], options["gpus-per-node"], options["cpus-per-task"]) == (
         "0-4",
@@ -79,7 +80,7 @@ def test_search_workers_are_array_jobs(workdir, capfd):
         "2",
         "6",
     )
-    assert f"-m experiments sweep {ROOT}/sweeps/espcn.yaml --trainer.devices 2" in text
+    assert f"-m experiments sweep {ROOT}/sweeps/espcn.yaml --storage /shared/espcn.log --trainer.devices 2" in text
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_search_workers_are_array_jobs(workdir, capfd):
     [
         (["espcn/demo", "--nodes", "0"], "submit: --nodes 0:"),
         (["espcn/demo", "--workers", "3"], "submit: --workers"),
+        (["espcn/demo", "--storage", "trials.log"], "submit: --storage"),
         (["espcn/demo", "--gpus", "1", "--processes", "2"], "submit: --gpus"),
         (["espcn/demo", "--model.imags", "3"], "unknown key 'model.imags'"),
         (["espcn/dem"], "no recipe 'espcn/dem'; did you mean 'espcn/demo'?"),

@@ -14,7 +14,7 @@ from PIL import Image
 from datamodules.catalog.catalog import resolve_images
 from tests.helpers.subprocess_helpers import start_server
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_sessionstart() -> None:

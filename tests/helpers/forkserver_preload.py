@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 
 import torch
 
@@ -18,5 +19,5 @@ for name in (
     importlib.import_module(name)
 for recipe in recipes():
     code_fingerprint(recipe)
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 gc.freeze()  # a run collects only its own garbage

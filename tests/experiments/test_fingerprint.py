@@ -1,12 +1,15 @@
 """Fingerprints of recipes and of code: what calls for a check of a record."""
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from experiments import ROOT
 from experiments.results import fingerprint
-from experiments.results.fingerprint import code_fingerprint, own_attributes, recipe_fingerprint
+from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
 from experiments.run.recipes import find_recipe
 
 
@@ -26,29 +29,49 @@ def test_recipe_fingerprint_is_of_what_is_trained(tmp_path):
 
 BEFORE = '''
 import torch
-from modules.b import gain
+from torch.nn.functional import relu
+from modules.b import Base, gain, loss
 from datamodules.errors import UserError
 
-def f(image, size):
-    """Adds."""
-    if size < 1:
-        raise UserError(f"size: {size} is too small")
-    mean, std = image.mean(), image.std()
-    return gain(image, size) + mean - std
+class Net(Base):
+    def f(self, image, size):
+        """Adds."""
+        if size < 1:
+            raise UserError(f"size: {size} is too small")
+        mean, std = image.mean(), image.std()
+        return relu(gain(image, by=size)) + self.scale * mean - std
 '''
+SHARED = """
+class Base:
+    def __init__(self):
+        self.scale = 1.0
+        self.width = 2.0
+
+def gain(x, by=1, power=1):
+    return x * by ** power
+
+def loss(x, by=1, power=1):
+    return x - by ** power
+"""
 SAME = {
     "comments, types and docstrings": BEFORE.replace('"""Adds."""', '"""Add."""  # up').replace(
-        "(image, size):", "(image: int, size: int) -> int:", 1
+        "image, size):", "image: int, size: int) -> int:", 1
     ),
     "an error's text": BEFORE.replace("is too small", "must be at least 1"),
-    "names": BEFORE.replace("image", "picture").replace("mean,", "m,").replace("+ mean", "+ m").replace("def f", "def g"),
+    "names": BEFORE.replace("image", "picture").replace("mean,", "m,").replace("* mean", "* m").replace("def f", "def g"),
+    "an import's name": BEFORE.replace("import relu", "import relu as rectify").replace("relu(gain", "rectify(gain"),
 }
 OTHER = {
-    "a sign": BEFORE.replace("+ mean", "- mean"),
+    "a sign": BEFORE.replace("- std", "+ std"),
     "a library's function": BEFORE.replace("image.mean()", "image.median()"),
+    "a library's function under the same name": BEFORE.replace("import relu", "import silu as relu"),
     "two of them exchanged": BEFORE.replace("image.mean(), image.std()", "image.std(), image.mean()"),
-    "two arguments exchanged": BEFORE.replace("gain(image, size)", "gain(size, image)"),
+    "a function of another file": BEFORE.replace("gain(image", "loss(image"),
+    "an attribute of another file": BEFORE.replace("self.scale", "self.width"),
+    "another parameter": BEFORE.replace("by=size", "power=size"),
+    "two arguments exchanged": BEFORE.replace("gain(image, by=size)", "gain(size, by=image)"),
     "a condition": BEFORE.replace("size < 1", "size < 2"),
+    "the base class": BEFORE.replace("(Base)", "(torch.nn.Module)"),
 }
 
 
@@ -58,14 +81,12 @@ def hash_of(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     (tmp_path / "modules").mkdir()
 
-    def hashed(text, shared="def gain(x, y):\n    return x * y\n"):
+    def hashed(text, shared=SHARED):
         (tmp_path / "modules/a.py").write_text(text)
         (tmp_path / "modules/b.py").write_text(shared)
-        own_attributes.cache_clear()
-        return fingerprint._hash_of_classes(["modules.a.f"])
+        return fingerprint._hash_of_classes(["modules.a.Net"])
 
-    yield hashed
-    own_attributes.cache_clear()
+    return hashed
 
 
 @pytest.mark.parametrize("change", SAME)
@@ -80,23 +101,52 @@ def test_the_alarm_rings_for(hash_of, change):
     assert hash_of(OTHER[change]) != hash_of(BEFORE)
 
 
+def test_the_alarm_does_not_ring_for_names_that_two_files_share(hash_of):
+    renames = (("scale", "factor"), ("gain", "amplify"), ("by", "exponent"), ("Base", "Parent"))
+    texts = [BEFORE, SHARED]
+    for old, new in renames:
+        texts = [re.sub(rf"\b{old}\b", new, text) for text in texts]
+    assert hash_of(*texts) == hash_of(BEFORE)
+
+
 def test_the_alarm_rings_for_what_is_imported_and_not_for_where_it_lies(hash_of):
     before = hash_of(BEFORE)
-    assert hash_of(BEFORE, shared="def gain(x, y):\n    return x / y\n") != before
+    assert hash_of(BEFORE, SHARED.replace("x * by", "x / by")) != before
     (fingerprint.ROOT / "modules/sub").mkdir()
-    (fingerprint.ROOT / "modules/sub/c.py").write_text("def gain(x, y):\n    return x * y\n")
+    (fingerprint.ROOT / "modules/sub/c.py").write_text(SHARED)
     assert hash_of(BEFORE.replace("modules.b", "modules.sub.c")) == before
 
 
-def test_the_alarm_rings_for_a_users_own_class(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("files", "class_path"),
+    [
+        ({"my_networks.py": "GAIN"}, "my_networks.Net"),
+        ({"my_package/__init__.py": "", "my_package/sub/__init__.py": "GAIN"}, "my_package.sub.Net"),
+        ({"my_folder/net.py": "GAIN"}, "my_folder.net.Net"),
+        ({"my_exports/__init__.py": "from .net import Net\n", "my_exports/net.py": "GAIN"}, "my_exports.Net"),
+        (
+            {
+                "my_parts/__init__.py": "",
+                "my_parts/net.py": "from . import gains\nNet = gains.Net\n",
+                "my_parts/gains.py": "GAIN",
+            },
+            "my_parts.net.Net",
+        ),
+    ],
+    ids=["file", "package", "folder without __init__", "passed on", "relative"],
+)
+def test_the_alarm_rings_for_a_users_own_class(tmp_path, monkeypatch, files, class_path):
     monkeypatch.syspath_prepend(tmp_path)
-    recipe = find_recipe("espcn/demo")
-    content = recipe.content
-    content["model"]["class_path"] = "my_networks.Net"
+    content = find_recipe("espcn/demo").content
+    content["model"]["class_path"] = class_path
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
     hashes = []
     for gain in ("1", "2"):
-        (tmp_path / "my_networks.py").write_text(f"from modules.espcn import ESPCN\n\nclass Net(ESPCN):\n    gain = {gain}\n")
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            code = f"from modules.espcn import ESPCN\n\nclass Net(ESPCN):\n    gain = {gain}\n"
+            (tmp_path / name).write_text(text.replace("GAIN", code))
+        importlib.invalidate_caches()
         hashes.append(code_fingerprint(find_recipe(str(tmp_path / "own.yaml"))))
     assert hashes[0]["training"] != hashes[1]["training"]
     assert hashes[0]["metrics"] == hashes[1]["metrics"]
@@ -107,4 +157,6 @@ def test_attributes_that_libraries_have_too_keep_their_names():
     from torch import Tensor, nn, optim
 
     types = (Tensor, ndarray, nn.Module, optim.Optimizer, str, list, dict, set, tuple, int, float, Path)
-    assert not own_attributes() & {name for kind in types for name in dir(kind)}, "add these to fingerprint.SHARED"
+    paths = [path for package in fingerprint.PACKAGES[:3] for path in (ROOT / package).rglob("*.py")]
+    own = {name for path in paths for name in fingerprint._read(path.read_text(), "").attributes} - fingerprint.SHARED
+    assert not own & {name for kind in types for name in dir(kind)}, "add these to fingerprint.SHARED"

@@ -36,13 +36,18 @@ def read_record(path: Path) -> dict[str, Any]:
         BrokenRecord: the file is not a record, or was changed after it was written.
     """
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        expected = checksum(record) if isinstance(record, dict) else ""
     except (OSError, UnicodeError, ValueError, RecursionError) as error:
         raise BrokenRecord(f"{path}: cannot be read as a record: {' '.join(str(error).split())}") from None
     if not isinstance(record, dict):
         raise BrokenRecord(f"{path}: not a record")
     if "checksum" not in record:
         raise BrokenRecord(f"{path}: has no checksum")
-    if record["checksum"] != checksum(record):
+    if record["checksum"] != expected:
         raise BrokenRecord(f"{path}: its checksum differs; the file was changed after it was written")
     return record
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")

@@ -87,7 +87,8 @@ class RunRecord(Callback):
         if existing.get("weights") != weights or not self._same_training(existing):
             existing = {**self.metadata, "weights": weights, "hardware": hardware(trainer)}
         elif not self._same_code(existing, "metrics"):  # evaluated before by other metrics
-            existing = {**existing, **{key: self.metadata[key] for key in ("code", "content", "config")}, "metrics": {}}
+            current = {key: self.metadata[key] for key in ("commit", "code", "content", "config")}
+            existing = {**{key: value for key, value in existing.items() if key != "certified"}, **current, "metrics": {}}
         evaluator_weights = {
             type(c).__name__: c.evaluator_hash for c in trainer.callbacks if getattr(c, "evaluator_hash", None)
         }

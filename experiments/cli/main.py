@@ -206,6 +206,8 @@ def _reproduce(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.renames and args.check is None:
         raise UserError("reproduce: --renames requires --check")
+    if args.check is not None and (args.run or args.write or args.json or args.only or args.seeds != 1):
+        raise UserError("reproduce: --check takes no option but --renames; render the tables after it")
     if args.check and args.method:
         raise UserError("reproduce: --check all checks every method; remove 'all' or the method")
     method = args.method or args.check

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from callbacks.run.checkpoints import weights_hash
 from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.record_file import read_record, write_record
 from callbacks.run.run_record import cpu_name
 from datamodules.catalog.catalog import data_root
 from datamodules.errors import UserError
-from experiments import ROOT
+from experiments import METHODS, ROOT
 from experiments.results.fingerprint import code_fingerprint
 from experiments.results.records import Record, changed_code, commit, committed_records, differences, record_path
 from experiments.results.renames import Renames
@@ -39,7 +42,8 @@ from experiments.run.run_dir import Run
 
 STEPS = 20  # of a replay, from each start, with a validation half way
 TEST_BATCHES = 5  # that the replay's own weights are evaluated on
-TOLERANCE = 1e-3  # relative, of the committed weights' metrics against the record's: another processor rounds otherwise
+# Relative difference of the committed weights' metrics from the record's, as another processor rounds otherwise.
+MEAN_TOLERANCE, IMAGE_TOLERANCE = 1e-4, 1e-3
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Code:
         """Start a `darkroom` command of this code, on one thread."""
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("DARKROOM_RUN")},
-            "PYTHONPATH": str(self.root),
+            "PYTHONPATH": os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "DARKROOM_DATA": str(data_root().absolute()),
             "DARKROOM_RUNS": str(self.runs),
@@ -122,8 +126,13 @@ def check(methods: list[str], renames: Renames) -> bool:
         UserError: tracked files differ from the commit by which records would be certified.
     """
     head = commit()
-    if not head or head.endswith("+"):
+    if not head:
+        raise UserError(f"--check compares with the history: {ROOT} is not a git checkout, or git is not installed")
+    if head.endswith("+"):
         raise UserError("--check certifies records by a commit: commit the changes first")
+    known = {recipe.name for recipe in recipes()}
+    if unknown := sorted(set(renames.recipes.values()) - known):
+        raise UserError(f"--renames: recipes: no recipe {', '.join(unknown)}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that replays end with this process
     outcomes: list[Outcome] = []
     for recipe in recipes():
@@ -136,9 +145,13 @@ def check(methods: list[str], renames: Renames) -> bool:
         for record in records:
             outcome = check_record(record, recipe, renames, head)
             outcomes.append(outcome)
-            print(f"{Path(record['file']).stem:40} {outcome.state:10} {outcome.seconds:5.0f} s", flush=True)
+            name = f"{recipe.name}, seed {record['seed']}"
+            print(f"{name:48} {outcome.state:10} {outcome.seconds:5.0f} s", flush=True)
             for reason in outcome.reasons:
                 print(f"    {reason}", flush=True)
+    for path in _orphans(methods, known, renames):
+        outcomes.append(Outcome("unchecked"))
+        print(f"{path}: the record of no recipe; name its recipe in --renames (recipes), or delete it", flush=True)
     counts = {state: sum(outcome.state == state for outcome in outcomes) for state in dict.fromkeys(o.state for o in outcomes)}
     total = sum(outcome.seconds for outcome in outcomes) / 60
     print(", ".join(f"{count} {state}" for state, count in counts.items()) + f"; {total:.0f} min", flush=True)
@@ -150,6 +163,17 @@ def _records(recipe: Recipe, renames: Renames) -> tuple[list[Record], list[str]]
     names = dict.fromkeys((recipe.name, renames.old_recipe(recipe.name)))
     results = [committed_records(name) for name in names]
     return [record for records, _ in results for record in records], [reason for _, broken in results for reason in broken]
+
+
+def _orphans(methods: list[str], known: set[str], renames: Renames) -> list[Path]:
+    """The record files of methods that belong to no recipe, by their names."""
+    names = {*known, *renames.recipes}
+    return [
+        path.relative_to(METHODS)
+        for method in methods
+        for path in sorted((METHODS / method / "records").glob("*.json"))
+        if f"{method}/{re.sub(r'-seed[0-9]+$', '', path.stem)}" not in names or not re.search(r"-seed[0-9]+$", path.stem)
+    ]
 
 
 def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) -> Outcome:
@@ -170,11 +194,17 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
                 codes = list(_codes(record, recipe, renames, Path(folder), both=due))
                 certified = _compare(codes, renamed, recipe)
         if due:
+            if commit() != head:
+                raise Uncheckable("the checkout was changed during the check")
             _certify(record, renamed, recipe, {"commit": head, **certified})
     except Mismatch as mismatch:
         outcome = Outcome("differs", [str(mismatch)])
     except Uncheckable as reason:
         outcome = Outcome("unchecked", [str(reason)])
+    except OSError as error:
+        outcome = Outcome("unchecked", [f"cannot write {error.filename or tempfile.gettempdir()}: {error.strerror or error}"])
+    except RecursionError:
+        outcome = Outcome("unchecked", [f"{record['file']} is nested too deeply"])
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -222,31 +252,49 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
     committed = recipe.weights.exists() and record["seed"] == 0
     starts: list[int] = []
     if is_trainable(recipe) and len(codes) > 1:
-        batch_size = record["config"]["data"]["init_args"]["batch_size"]
-        starts = stage_starts(recipe, batch_size)
+        batch_size = record["config"]["data"]["init_args"].get("batch_size")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise Uncheckable("its config has no data.init_args.batch_size")
+        starts = stage_starts(recipe, batch_size, record.get("certified", {}).get("starts", []))
         for i, start in enumerate(starts):
             _replay(codes, record["seed"], batch_size, f"stage-{i}", start, resume_from=f"stage-{i - 1}" if i else "")
+    if committed and not codes[0].renames.weights and record.get("weights") != weights_hash(load_file(recipe.weights)):
+        raise Mismatch(f"{recipe.weights.relative_to(ROOT)} are not the weights of the record")
     results = _evaluate(codes, "" if committed or not is_trainable(recipe) else f"stage-{len(starts) - 1}")
     data = _data(codes[-1], trained=bool(starts))
-    if changed := [name for name, value in data.items() if record["data"].get(name, value) != value]:
+    if changed := [name for name, value in data.items() if record["data"].get(name) != value]:
         raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
     if len(codes) > 1:
-        _compare_metrics(results[0], results[1], 0.0, "the certified code", "today's")
+        _compare_metrics(results[0], results[1], 0.0, 0.0, "the certified code", "today's")
     if committed or not is_trainable(recipe):
-        recorded = {dataset: value for dataset, value in record["metrics"].items() if dataset in results[-1]}
-        _compare_metrics(recorded, results[-1], TOLERANCE, "the record", "its weights")
+        if missing := sorted(record["metrics"].keys() - results[-1].keys()):
+            raise Uncheckable(f"needs {', '.join(missing)}")
+        again = {dataset: results[-1][dataset] for dataset in record["metrics"]}
+        _compare_metrics(record["metrics"], again, MEAN_TOLERANCE, IMAGE_TOLERANCE, "the record", "its weights")
     evaluated = "committed weights" if committed else "replay" if is_trainable(recipe) else "no weights needed"
     return {"steps": STEPS if starts else 0, "starts": starts, "evaluated": evaluated, "processor": cpu_name()}
 
 
-def stage_starts(recipe: Recipe, batch_size: int) -> list[int]:
-    """The images seen at which a training enters a new stage, rounded up to whole batches; the first is 0."""
+def stage_starts(recipe: Recipe, batch_size: int, certified: list[int]) -> list[int]:
+    """The images seen at which a training enters a new stage, rounded up to whole batches; the first is 0.
+
+    Args:
+        recipe: today's.
+        batch_size: images in a batch.
+        certified: the stages that the last check replayed, which today's code may no longer have.
+
+    Raises:
+        Mismatch: today's code does not build the model.
+    """
     content = recipe.content["model"]
     module, _, name = content["class_path"].rpartition(".")
-    with torch.device("meta"):
-        method = getattr(import_module(module), name)(**content["init_args"])
-    starts = [start + -start % batch_size for start in method.stage_starts()]
-    return [start for start in dict.fromkeys(starts) if start + STEPS * batch_size <= method.total_images or not start]
+    try:
+        with torch.device("meta"):
+            method = getattr(import_module(module), name)(**content["init_args"])
+    except (ImportError, AttributeError, SyntaxError, TypeError, UserError) as error:
+        raise Mismatch(f"today's code does not build the model: {error}") from None
+    starts = sorted({start + -start % batch_size for start in (*method.stage_starts(), *certified)})
+    return [start for start in starts if start < method.total_images]
 
 
 def _replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, resume_from: str) -> None:
@@ -300,6 +348,7 @@ def _finish(commands: list[subprocess.Popen[str]]) -> None:
     finally:
         for command in commands:
             command.kill()
+            command.wait()
     for i, (command, output) in enumerate(zip(commands, outputs, strict=True)):
         if command.returncode:
             last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
@@ -337,7 +386,7 @@ def _evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
     """The metrics of the committed weights, or of a replay's, by each code: {dataset: {protocol: result}} in today's names."""
     commands = []
     for code in codes:
-        weights = code.run(replay).checkpoints / "best.ckpt" if replay else code.weights
+        weights = code.run(replay).checkpoints / "best.ckpt" if replay else _committed_weights(code, codes[-1])
         words = ["test", str(code.recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]
         words += ["--ckpt", str(weights)] if weights.exists() else []
         words += ["--trainer.limit_test_batches", str(TEST_BATCHES)] if replay else []
@@ -358,6 +407,21 @@ def _evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
     return results
 
 
+def _committed_weights(code: Code, today: Code) -> Path:
+    """Today's committed weights, as the certified code names them.
+
+    Raises:
+        Uncheckable: parameters have been renamed, and the certified commit has other weights.
+    """
+    if code is today or not code.renames.weights or not today.weights.exists():
+        return today.weights
+    if code.weights.exists():
+        old = {code.renames.weight(name): tensor for name, tensor in load_file(code.weights).items()}
+        if weights_hash(old) == weights_hash(load_file(today.weights)):
+            return code.weights
+    raise Uncheckable("its weights were renamed, and differ from those of the certified commit")
+
+
 def _data(code: Code, trained: bool) -> dict[str, str]:
     """The hashes of the datasets that the replay and the evaluation have read; of a set of both, the evaluation's."""
     records = [code.run("stage-0").record] if trained else []
@@ -370,7 +434,9 @@ def _values(result: dict[str, Any]) -> dict[str, float]:
     return {"mean": float(result["mean"]), **{f"image {name}": float(value) for name, value in images.items()}}
 
 
-def _compare_metrics(old: dict[str, Any], new: dict[str, Any], tolerance: float, one: str, other: str) -> None:
+def _compare_metrics(
+    old: dict[str, Any], new: dict[str, Any], mean_tolerance: float, image_tolerance: float, one: str, other: str
+) -> None:
     for dataset in old.keys() | new.keys():
         for protocol in old.get(dataset, {}).keys() | new.get(dataset, {}).keys():
             pair = [side.get(dataset, {}).get(protocol) for side in (old, new)]
@@ -379,6 +445,7 @@ def _compare_metrics(old: dict[str, Any], new: dict[str, Any], tolerance: float,
                 raise Mismatch(f"{dataset}/{protocol}: only by {one if right is None else other}")
             for name in left.keys() | right.keys():
                 values = left.get(name, math.nan), right.get(name, math.nan)
+                tolerance = mean_tolerance if name == "mean" else image_tolerance
                 same = values[0] == values[1] or all(map(math.isnan, values))
                 if not same and not math.isclose(*values, rel_tol=tolerance, abs_tol=tolerance * 1e-3):
                     raise Mismatch(f"{dataset}/{protocol}, {name}: {values[0]:.8g} by {one}, {values[1]:.8g} by {other}")

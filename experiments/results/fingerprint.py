@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.run.recipes import Recipe
 
@@ -134,7 +135,10 @@ def _files(modules: list[str]) -> dict[str, File]:
         if (path := _source(name)) is None:
             continue
         package = name if path.stem == "__init__" else name.rpartition(".")[0]
-        files[name] = _read(path.read_text(), package)
+        try:
+            files[name] = _read(path.read_text(), package)
+        except SyntaxError as error:
+            raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
         for module, member in files[name].imported.values():
             pending += [module, f"{module}.{member}"] if member else [module]
     return files

@@ -10,7 +10,9 @@ import subprocess
 from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from callbacks.run.record_file import BrokenRecord, read_record
 from experiments import METHODS, ROOT
@@ -18,7 +20,65 @@ from experiments.results.fingerprint import canonical, code_fingerprint
 from experiments.run.recipes import Recipe
 
 Record = dict[str, Any]
-REQUIRED = {"recipe": str, "content": dict, "seed": int, "commit": str, "config": dict, "data": dict, "metrics": dict}
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}\+?$")]
+Number = float | Literal["nan", "inf", "-inf"]
+
+
+class Strict(BaseModel):
+    """Base of what a record must hold; more keys may be there."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Entry(Strict):
+    """A class of a recipe and its arguments."""
+
+    class_path: str
+    init_args: dict[str, Any] = {}
+
+
+class Content(Strict):
+    """What was run: a recipe, or a run's resolved configuration."""
+
+    model: Entry
+    data: Entry
+    trainer: dict[str, Any] | None = None
+
+
+class Result(Strict):
+    """A metric of a dataset."""
+
+    mean: Number
+    images: dict[str, Number] = Field(min_length=1)
+
+
+class Certificate(Strict):
+    """By which commit, and by which hashes of the code, a check has certified a record."""
+
+    commit: Commit
+    code: dict[str, str] = {}
+    starts: list[int] = []
+
+
+class Best(Strict):
+    """The best validation of a training."""
+
+    metric: str | None
+
+
+class Schema(Strict):
+    """What a record must hold."""
+
+    recipe: str
+    content: Content
+    config: Content
+    seed: NonNegativeInt
+    commit: Commit
+    code: dict[str, str] = {}
+    data: dict[str, str]
+    metrics: dict[str, dict[str, Result]]
+    certified: Certificate = Certificate.model_construct()  # may be absent, but not null
+    best: Best = Best.model_construct()
 
 
 def metadata(recipe: Recipe, overrides: list[str]) -> Record:
@@ -37,6 +97,7 @@ def metadata(recipe: Recipe, overrides: list[str]) -> Record:
 def commit() -> str:
     """The commit of this checkout, with "+" if tracked files other than records differ from it; empty outside a checkout."""
     try:
+        _git("ls-files", "--error-unmatch", "experiments/__init__.py")  # not in a repository around it
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)experiments/methods/*/records/*")
     except (OSError, subprocess.CalledProcessError):
@@ -53,30 +114,28 @@ def _git(*words: str) -> str:
 
 
 def validate(record: Record, path: Path) -> None:
-    """Refuse a record that lacks a key or a commit, or whose means are not those of its images.
+    """Refuse a record that lacks a key, has a value of another type, or whose means are not those of its images.
 
     Raises:
         BrokenRecord: see there.
     """
-    for key, kind in REQUIRED.items():
-        if not isinstance(record.get(key), kind):
-            raise BrokenRecord(f"{path}: has no {key}")
-    if not record["commit"]:
-        raise BrokenRecord(f"{path}: was not made at a commit")
-    results = {}
-    for dataset, protocols in record["metrics"].items():
-        for protocol, result in protocols.items():
-            try:
-                mean, values = float(result["mean"]), [float(value) for value in result["images"].values()]
-            except (KeyError, TypeError, ValueError, AttributeError):
-                raise BrokenRecord(f"{path}: {dataset}/{protocol} has no mean or no images") from None
-            results[f"{dataset}/{protocol}"] = mean, values
+    try:
+        Schema.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise BrokenRecord(f"{path}: {key}: {first['msg'].lower()}") from None
+    results = {
+        f"{dataset}/{protocol}": (float(result["mean"]), [float(value) for value in result["images"].values()])
+        for dataset, protocols in record["metrics"].items()
+        for protocol, result in protocols.items()
+    }
     # Means and values are stored with a number of decimals each: the most that occur in the record.
     means = [mean for mean, _ in results.values()]
     images = [value for _, values in results.values() for value in values]
     tolerance = 0.5 * (10.0 ** -_decimals(means) + 10.0 ** -_decimals(images))
     for name, (mean, values) in results.items():
-        if not values or not _is_mean(mean, values, tolerance):
+        if not _is_mean(mean, values, tolerance):
             raise BrokenRecord(f"{path}: {name}: its mean is not that of its images")
 
 

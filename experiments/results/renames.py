@@ -1,16 +1,18 @@
 """Maps of names that a change has renamed, so that a check can tell a renamed key from a changed one."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from datamodules.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Renames:
     """Old names and the new ones; the empty map renames nothing.
 
@@ -58,11 +60,14 @@ class Renames:
             self.name(dataset): {self.name(protocol): result for protocol, result in protocols.items()}
             for dataset, protocols in record["metrics"].items()
         }
+        data = {self.name(dataset): value for dataset, value in record["data"].items()}
+        if len(metrics) < len(record["metrics"]) or len(data) < len(record["data"]):
+            raise UserError(f"--renames: names: two datasets of {record['recipe']} get the same name")
         renamed = {
             "recipe": self.recipes.get(record["recipe"], record["recipe"]),
             "content": self.content(record["content"]),
             "config": self.content(record["config"]),
-            "data": {self.name(dataset): value for dataset, value in record["data"].items()},
+            "data": data,
             "metrics": metrics,
         }
         if "best" in record and record["best"]["metric"]:
@@ -94,10 +99,15 @@ def read_renames(path: Path | None) -> Renames:
         return Renames()
     try:
         content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise UserError(f"--renames {path}: must be a map of {', '.join(Renames.__dataclass_fields__)}")
         renames = Renames(**content)
-        for pattern in (*renames.names, *renames.weights):
-            re.compile(pattern)
-    except (OSError, UnicodeError, yaml.YAMLError, TypeError, re.error) as error:
+        for patterns in (renames.names, renames.weights):
+            _replace(patterns, "")  # compiles both sides
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--renames {path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+    except (OSError, UnicodeError, yaml.YAMLError, TypeError, RecursionError, re.error) as error:
         raise UserError(f"--renames {path}: {' '.join(str(error).split())}") from None
     return renames
 

@@ -3,11 +3,13 @@
 Nothing heavy is imported here.
 """
 
+import math
 import statistics
 from typing import Any
 
 import yaml
 
+from datamodules.errors import UserError
 from experiments import METHODS
 from experiments.results.records import Record, changed_code, committed_records, differences
 from experiments.run.recipes import find_recipe
@@ -46,12 +48,13 @@ def cells(method: str) -> list[Cell]:
 def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float | None) -> Cell:
     metric = row.get("metric", table["metric"])
     records, broken = committed_records(row["recipe"]) if "recipe" in row else ([], [])
-    found = []
+    used = []
     for record in records:
         if (value := record_value(record, dataset, metric, table.get("average", {}))) is not None:
-            found.append((record, value))
-    values = [value for _, value in found]
-    mean = statistics.fmean(values) if values else None
+            used.append((record, value))
+    values = [value for _, value in used]
+    is_finite = all(map(math.isfinite, values))
+    mean = statistics.fmean(values) if values and is_finite else None
     cell = {
         "table": table["table"],
         "row": row["row"],
@@ -61,14 +64,17 @@ def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float
         "paper": paper,
         "provenance": row.get("provenances", {}).get(dataset, table["provenance"]),
         "ours": None if mean is None else round(mean, 8),
-        "std": round(statistics.stdev(values), 8) if len(values) > 1 else None,
+        "std": round(statistics.stdev(values), 8) if len(values) > 1 and is_finite else None,
         "seeds": len(values),
         "difference": None if mean is None or paper is None else round(mean - paper, 8),
-        "record": [record["file"] for record, _ in found],
+        "record": [record["file"] for record, _ in used],
     }
-    used = [record for record, _ in found]
-    state = _state(cell, row, used, bool(records), broken, table.get("better", "higher"))
-    return {**cell, "state": state, "checked": _checked(row, used)}
+    sources = [record for record, _ in used]
+    try:
+        state = _state(cell, row, sources, bool(records), broken, table.get("better", "higher"))
+        return {**cell, "state": state, "checked": _checked(row, sources)}
+    except UserError as error:  # a recipe that is gone, a file that is not Python
+        return {**cell, "state": f"not run: {error}", "checked": ""}
 
 
 def record_value(record: Record, dataset: str, metric: str, average: dict[str, int]) -> float | None:
@@ -103,6 +109,8 @@ def _state(cell: Cell, row: dict[str, Any], records: list[Record], has_records: 
 
 
 def _verdict(cell: Cell, row: dict[str, Any], better: str) -> str:
+    if cell["ours"] is None:
+        return "not finite"
     if cell["paper"] is None:
         return "measured"
     sign = -1 if better == "lower" else 1

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from callbacks.run.record_file import read_record, write_record
+from datamodules.errors import UserError
 from experiments import ROOT
-from experiments.results.renames import Renames
+from experiments.results.renames import Renames, read_renames
 
 RECIPE = """\
 model:
@@ -92,25 +95,35 @@ def project(trained, tmp_path):
 
 
 def test_a_rename_is_certified_and_a_changed_constant_is_named(project, tmp_path):
+    """Both codes evaluate today's weights: the commit that the record was made at has none."""
     first = read_record(project.record)
-    (project.folder / "experiments/methods/espcn/weights/small.safetensors").unlink()  # whose names are the old ones
-    project.change("modules/espcn.py", "self.network", "self.layers")  # a name in checkpoints too
     project.change("modules/tasks/superresolution.py", '{"mse"', '{"squared_error"')
-    renames = {"names": {"train/mse": "train/squared_error"}, "weights": {"network": "layers"}}
-    (tmp_path / "map.yaml").write_text(json.dumps(renames))
+    (tmp_path / "map.yaml").write_text(json.dumps({"names": {"train/mse": "train/squared_error"}}))
     status, said = project.check("--renames", str(tmp_path / "map.yaml"))
     assert status == 0, said
     assert "1 certified" in said
     certified = read_record(project.record)
     assert certified["certified"]["starts"] == [0, 160]  # the warm-up's end
-    assert certified["certified"]["evaluated"] == "replay"
+    assert certified["certified"]["evaluated"] == "committed weights"
     assert certified["metrics"] == first["metrics"]
-    assert "1 unchanged" in project.check()[1]  # although the new record is not committed
     project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(scale), nn.Hardtanh(0.0, 0.999)")
-    status, said = project.check()
+    status, said = project.check()  # although the new record is not committed
     assert status == 1
     assert "the log, from 0 images on: train/squared_error after 4 images was" in said
     assert read_record(project.record) == certified
+
+
+@pytest.mark.slow
+def test_renamed_parameters_are_certified_by_the_weights_of_the_replay(project, tmp_path):
+    (project.folder / "experiments/methods/espcn/weights/small.safetensors").unlink()  # whose names are the old ones
+    project.change("modules/espcn.py", "self.network", "self.layers")
+    project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(1 * scale)")
+    (tmp_path / "map.yaml").write_text(json.dumps({"weights": {"network": "layers"}}))
+    status, said = project.check("--renames", str(tmp_path / "map.yaml"))
+    assert status == 0, said
+    assert "1 certified" in said
+    assert read_record(project.record)["certified"]["evaluated"] == "replay"
+    assert "1 unchanged" in project.check()[1]
 
 
 @pytest.mark.slow
@@ -146,17 +159,56 @@ def test_a_figure_changed_with_its_checksum_is_found_by_the_committed_weights(pr
     assert "by the record" in said
 
 
+def test_other_weights_than_the_records_are_found(project):
+    path = project.folder / "experiments/methods/espcn/weights/small.safetensors"
+    weights = {name: tensor * 1.0001 for name, tensor in load_file(path).items()}
+    save_file(weights, path)
+    project.commit()
+    status, said = project.check()
+    assert status == 1
+    assert "small.safetensors are not the weights of the record" in said
+
+
 def test_what_cannot_be_checked_says_why(project):
+    shutil.copy(project.record, project.record.with_name("gone-seed0.json"))
     project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(1 * scale)")
     record = read_record(project.record)
     write_record({**record, "certified": {"commit": "0123456789ab", "code": {}}}, project.record)
     project.commit()
     status, said = project.check()
     assert status == 0
-    assert "1 unchecked" in said
+    assert "2 unchecked" in said
     assert "commit 0123456789ab is not in this history" in said
+    assert "espcn/records/gone-seed0.json: the record of no recipe" in said
     (project.folder / "modules/espcn.py").write_text("# changed\n")
     assert "commit the changes first" in project.check()[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "must be a map of recipes, classes"),
+        ("- a", "must be a map of recipes, classes"),
+        ("recipes: [1]", "recipes: "),
+        ("recipes: {espcn/t91_x3: 5}", "recipes.espcn/t91_x3: "),
+        ("keys: {ESPCN: }", "keys.ESPCN: "),
+        ("places: {a: b}", "places: "),
+        ("names: {'(a': b}", "missing )"),
+        ("names: {'(a)': '\\2'}", "invalid group reference"),
+        ("[" * 5000, "recursion"),
+    ],
+)
+def test_a_broken_map_is_refused_with_its_key(tmp_path, text, reason):
+    (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"--renames {tmp_path / 'map.yaml'}: ")) as error:
+        read_renames(tmp_path / "map.yaml")
+    assert reason in str(error.value)
+
+
+def test_two_names_that_become_one_are_refused():
+    record = {"recipe": "a/b", "metrics": {"set14": {}, "set14-grey": {}}, "data": {}, "content": {}, "config": {}}
+    with pytest.raises(UserError, match="--renames: names: two datasets of a/b"):
+        Renames(names={"-grey$": ""}).record(record)
 
 
 def test_a_map_renames_keys_of_their_own_class_alone():

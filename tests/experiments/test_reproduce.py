@@ -58,8 +58,9 @@ def test_cells_for_programs(capsys):
 
 def a_record(recipe="bicubic/x3", **changes):
     result = {"mean": 30.0, "images": {"bird": 31.0, "head": 29.0}}
-    made = {**metadata(find_recipe(recipe), []), "commit": "abc", "seed": 0, "config": {}, "data": {}}
-    return {**made, "metrics": {"set5": {"m": result}}, **changes}
+    start = metadata(find_recipe(recipe), [])
+    record = {**start, "commit": "abcdef0", "seed": 0, "config": start["content"], "data": {}}
+    return {**record, "metrics": {"set5": {"m": result}}, **changes}
 
 
 def test_a_changed_figure_is_refused(tmp_path):
@@ -72,7 +73,9 @@ def test_a_changed_figure_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '"word"', "\x00", "[" * 100_000], ids=["empty", "cut", "list", "word", "zero", "deep"]
+    "text",
+    ["", "{", "[]", '"word"', "\x00", "[" * 100_000, '{"checksum": "x", "a": "\\ud800"}', '{"checksum": "x", "a": NaN}'],
+    ids=["empty", "cut", "list", "word", "zero", "deep", "half a letter", "NaN"],
 )
 def test_what_is_no_record_is_named(tmp_path, text):
     path = tmp_path / "record.json"
@@ -86,11 +89,21 @@ def test_what_is_no_record_is_named(tmp_path, text):
     [
         ({"metrics": {"set5": {"m": {"mean": 30.5, "images": {"bird": 31.0, "head": 29.0}}}}}, "its mean is not that"),
         ({"metrics": {"set5": {"m": {"mean": "inf", "images": {"bird": 31.0}}}}}, "its mean is not that"),
-        ({"metrics": {"set5": {"m": {"images": {"bird": 31.0}}}}}, "no mean or no images"),
-        ({"metrics": {"set5": {"m": {"mean": 3, "images": {}}}}}, "its mean is not that"),
-        ({"commit": ""}, "was not made at a commit"),
-        ({"config": None}, "has no config"),
-        ({"content": None}, "has no content"),
+        ({"metrics": {"set5": {"m": {"mean": 10**400, "images": {"bird": 31.0}}}}}, r"metrics\.set5\.m\.mean"),
+        ({"metrics": {"set5": {"m": {"images": {"bird": 31.0}}}}}, r"metrics\.set5\.m\.mean"),
+        ({"metrics": {"set5": {"m": {"mean": 3, "images": {}}}}}, r"metrics\.set5\.m\.images"),
+        ({"metrics": {"set5": []}}, r"metrics\.set5"),
+        ({"commit": ""}, "commit"),
+        ({"commit": "HEAD"}, "commit"),
+        ({"commit": "--output=/tmp/x"}, "commit"),
+        ({"config": None}, "config"),
+        ({"config": {"model": {"class_path": "a.B"}, "data": []}}, r"config\.data"),
+        ({"content": None}, "content"),
+        ({"seed": -1}, "seed"),
+        ({"code": [1]}, "code"),
+        ({"certified": None}, "certified"),
+        ({"certified": {"commit": 5}}, r"certified\.commit"),
+        ({"best": 5}, "best"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_refused(changes, reason):
@@ -151,9 +164,19 @@ def test_states(one_row):
     assert one_row(29.5)["state"] == "reproduced"  # better than the paper
     assert one_row(29.5, {"exact": True})["state"] == "over by 0.50"  # but not where nothing is trained
     assert one_row(30.55)["state"] == "short by 0.55"
-    assert one_row(30.0, commit="abc+")["state"] == "reproduced, made in a modified checkout"
+    assert one_row(30.0, commit="abcdef0+")["state"] == "reproduced, made in a modified checkout"
     assert one_row(31.0, dataset="set5/bird")["ours"] == 31.0
     assert one_row(31.0, dataset="set14")["state"] == "not run: its images were not available"
+
+
+def test_a_value_that_is_not_finite_is_no_success(one_row):
+    for value in ("nan", "inf"):
+        cell = one_row(30.0, metrics={"set5": {"m": {"mean": value, "images": {"bird": value}}}})
+        assert (cell["state"], cell["ours"], cell["difference"]) == ("not finite", None, None)
+
+
+def test_a_row_whose_recipe_is_gone_says_so(one_row):
+    assert one_row(30.0, {"recipe": "bicubic/gone"})["state"].startswith("not run: no recipe 'bicubic/gone'")
 
 
 def test_a_changed_recipe_is_stale_and_says_in_what(one_row):
@@ -164,7 +187,7 @@ def test_a_changed_recipe_is_stale_and_says_in_what(one_row):
 
 def test_changed_code_is_due_for_a_check_until_it_is_certified(one_row):
     now = code_fingerprint(find_recipe("bicubic/x3"))
-    assert one_row(30.0)["checked"] == "abc"
+    assert one_row(30.0)["checked"] == "abcdef0"
     changed = one_row(30.0, code={**now, "metrics": "0"})
     assert (changed["state"], changed["checked"]) == ("reproduced", "check due: code of metrics")
     certified = {"commit": "0123456789ab", "code": now}
@@ -309,6 +332,8 @@ def test_reproduce_only_names_rows(capsys):
         (["espcm", "--check"], "no method 'espcm'; did you mean 'espcn'?"),
         (["espcn", "--check", "all"], "reproduce: --check all"),
         (["espcn", "--renames", "map.yaml"], "reproduce: --renames"),
+        (["espcn", "--check", "--write"], "reproduce: --check takes no option but --renames"),
+        (["espcn", "--check", "--seeds", "2"], "reproduce: --check takes no option but --renames"),
         (["espcn", "--check", "--renames", "nowhere.yaml"], "--renames nowhere.yaml: "),
     ],
 )

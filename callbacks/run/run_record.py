@@ -105,7 +105,7 @@ class RunRecord(Callback):
         return (
             same_recipe
             and self._same_code(existing, "training")
-            and existing["config"]["model"] == self.metadata["config"]["model"]
+            and existing.get("config", {}).get("model") == self.metadata["config"]["model"]
         )
 
     def _same_code(self, existing: dict[str, Any], part: str) -> bool:

@@ -110,7 +110,8 @@ def test_submit_without_sbatch_suggests_dry_run(workdir, monkeypatch, capfd):
 def test_preempted_job_is_requeued_and_resumes_bit_identically(fake_slurm, workdir, photos, capfd):
     write_search(workdir, photos)  # also writes tiny.yaml
     overrides = ["--model.total_images", "3200", "--val_every_images", "400"]
-    assert forked(main, ["submit", "tiny.yaml", "--cores", "1", *overrides]) == 0
+    cores = os.environ["OMP_NUM_THREADS"]  # the same number of threads as the uninterrupted run
+    assert forked(main, ["submit", "tiny.yaml", "--cores", cores, *overrides]) == 0
     assert "submitted 77" in capfd.readouterr().out
     (batch,) = (workdir / "runs/slurm").glob("*.sh")
     run = workdir / "runs/tiny/77"

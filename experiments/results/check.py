@@ -6,11 +6,8 @@ then both codes evaluate the committed weights, or the replay's where none are c
 """
 
 import io
-import json
 import math
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,21 +24,17 @@ import torch
 from safetensors.torch import load_file
 
 from callbacks.run.checkpoints import weights_hash
-from callbacks.run.csv_logger import read_metrics_csv
-from callbacks.run.record_file import read_record, write_record
+from callbacks.run.record_file import write_record
 from callbacks.run.run_record import cpu_name
-from datamodules.catalog.catalog import data_root
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
 from experiments.results.fingerprint import code_fingerprint
 from experiments.results.records import Record, changed_code, commit, committed_records, differences, record_path
 from experiments.results.renames import Renames
+from experiments.results.replay import STEPS, Code, Mismatch, Uncheckable, data_hashes, evaluate, replay, result_values
 from experiments.results.reproduce import missing_inputs
 from experiments.run.recipes import Recipe, recipes
-from experiments.run.run_dir import Run
 
-STEPS = 20  # of a replay, from each start, with a validation half way
-TEST_BATCHES = 5  # that the replay's own weights are evaluated on
 # Relative difference of the committed weights' metrics from the record's, as another processor rounds otherwise.
 MEAN_TOLERANCE, IMAGE_TOLERANCE = 1e-4, 1e-3
 
@@ -59,59 +52,6 @@ class Outcome:
     state: str
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Code:
-    """One of the two codes that are compared.
-
-    Args:
-        root: its folder.
-        recipe: the recipe's file in it.
-        runs: where its runs go.
-        renames: from its names to today's.
-    """
-
-    root: Path
-    recipe: Path
-    runs: Path
-    renames: Renames
-
-    def command(self, *words: str) -> subprocess.Popen[str]:
-        """Start a `darkroom` command of this code, on one thread."""
-        environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("DARKROOM_RUN")},
-            "PYTHONPATH": os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "OMP_NUM_THREADS": "1",
-            "DARKROOM_DATA": str(data_root().absolute()),
-            "DARKROOM_RUNS": str(self.runs),
-            "DARKROOM_CACHE": str(self.runs / "cache"),
-        }
-        program = [sys.executable, "-m", "experiments", *words]
-        return subprocess.Popen(
-            program, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def option(self, name: str) -> str:
-        """What an option of today's is called in this code."""
-        return f"--{self.renames.old_option(name)}"
-
-    @property
-    def weights(self) -> Path:
-        """Where the committed weights of the recipe are."""
-        return self.recipe.parent.parent / "weights" / f"{self.recipe.stem}.safetensors"
-
-    def run(self, name: str) -> Run:
-        """A run of the recipe."""
-        return Run(self.runs / self.renames.old_recipe(_recipe_name(self.recipe)) / name)
-
-
-class Mismatch(Exception):
-    """The two codes differ; the message says in what and by how much."""
-
-
-class Uncheckable(Exception):
-    """There can be no check; the message says why."""
 
 
 def check(methods: list[str], renames: Renames) -> bool:
@@ -257,11 +197,11 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
             raise Uncheckable("its config has no data.init_args.batch_size")
         starts = stage_starts(recipe, batch_size, record.get("certified", {}).get("starts", []))
         for i, start in enumerate(starts):
-            _replay(codes, record["seed"], batch_size, f"stage-{i}", start, resume_from=f"stage-{i - 1}" if i else "")
+            replay(codes, record["seed"], batch_size, f"stage-{i}", start, resume_from=f"stage-{i - 1}" if i else "")
     if committed and not codes[0].renames.weights and record.get("weights") != weights_hash(load_file(recipe.weights)):
         raise Mismatch(f"{recipe.weights.relative_to(ROOT)} are not the weights of the record")
-    results = _evaluate(codes, "" if committed or not is_trainable(recipe) else f"stage-{len(starts) - 1}")
-    data = _data(codes[-1], trained=bool(starts))
+    results = evaluate(codes, "" if committed or not is_trainable(recipe) else f"stage-{len(starts) - 1}")
+    data = data_hashes(codes[-1], trained=bool(starts))
     if changed := [name for name, value in data.items() if record["data"].get(name) != value]:
         raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
     if len(codes) > 1:
@@ -297,150 +237,13 @@ def stage_starts(recipe: Recipe, batch_size: int, certified: list[int]) -> list[
     return [start for start in starts if start < method.total_images]
 
 
-def _replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, resume_from: str) -> None:
-    """Train a few steps by both codes, from the beginning or from where an earlier run has been put, and compare."""
-    steps = 0
-    for code in codes:
-        if resume_from:
-            shutil.copytree(code.run(resume_from).folder, code.run(name).folder)
-            steps = _seek(code.run(name).checkpoints / "last.ckpt", start)
-    commands = [
-        code.command(
-            *("fit", str(code.recipe), "--run", name, "--seed_everything", str(seed), "--data.test", "[]"),
-            *(code.option("val_every_images"), str(STEPS // 2 * batch_size)),
-            *("--trainer.max_steps", str(steps + STEPS), "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
-        )
-        for code in codes
-    ]
-    _finish(commands)
-    old, new = (_log(code, name) for code in codes)
-    if old != new:
-        raise Mismatch(f"the log, from {start} images on: {_first_difference(old, new)}")
-    left, right = (_weights(code, name) for code in codes)
-    if left.keys() != right.keys():
-        raise Mismatch(f"the weights' names: {', '.join(sorted(left.keys() ^ right.keys())[:5])}")
-    unequal = {name: _distance(left[name], right[name]) for name in left if not torch.equal(left[name], right[name])}
-    if unequal:
-        worst = max(unequal, key=lambda name: unequal[name])
-        raise Mismatch(f"{len(unequal)} of {len(left)} weights, from {start} images on: {worst} by {unequal[worst]:.3g}")
-
-
-def _seek(path: Path, start: int) -> int:
-    """Put a checkpoint to where so many images have been seen; the optimizer's steps so far."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    content["images_seen"] = start
-    for state in content.values():
-        if isinstance(state, dict) and {"batch_size", "seed"} < state.keys():  # the datamodule's
-            state.update(dict.fromkeys(state.keys() - {"batch_size", "seed"}, start))
-    torch.save(content, path)
-    return int(content["global_step"])
-
-
-def _finish(commands: list[subprocess.Popen[str]]) -> None:
-    """Wait for a command of each code.
-
-    Raises:
-        Uncheckable: the certified code's has failed.
-        Mismatch: today's has.
-    """
-    try:
-        outputs = [command.communicate()[0] for command in commands]
-    finally:
-        for command in commands:
-            command.kill()
-            command.wait()
-    for i, (command, output) in enumerate(zip(commands, outputs, strict=True)):
-        if command.returncode:
-            last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
-            if i < len(commands) - 1:
-                raise Uncheckable(f"the certified code ends with status {command.returncode}: {last}")
-            raise Mismatch(f"today's code ends with status {command.returncode}: {last}")
-
-
-def _log(code: Code, name: str) -> list[tuple[str, str, str, str]]:
-    rows = read_metrics_csv(code.run(name).log)
-    return sorted((row["step"], row["images"], code.renames.name(row["name"]), row["value"]) for row in rows)
-
-
-def _weights(code: Code, name: str) -> dict[str, torch.Tensor]:
-    content = torch.load(code.run(name).checkpoints / "last.ckpt", map_location="cpu", weights_only=True)
-    return {code.renames.weight(key): value for key, value in content["state_dict"].items()}
-
-
-def _first_difference(old: list[tuple[str, str, str, str]], new: list[tuple[str, str, str, str]]) -> str:
-    before, after = ({row[:3]: row[3] for row in rows} for rows in (old, new))
-    keys = [
-        row[:3]
-        for row in sorted({*old, *new}, key=lambda row: (int(row[1]), row[2]))
-        if before.get(row[:3]) != after.get(row[:3])
-    ]
-    _, images, name = keys[0]
-    return f"{name} after {images} images was {before.get(keys[0], 'absent')}, is {after.get(keys[0], 'absent')}"
-
-
-def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
-    return math.inf if left.shape != right.shape else (left.double() - right.double()).abs().max().item()
-
-
-def _evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
-    """The metrics of the committed weights, or of a replay's, by each code: {dataset: {protocol: result}} in today's names."""
-    commands = []
-    for code in codes:
-        weights = code.run(replay).checkpoints / "best.ckpt" if replay else _committed_weights(code, codes[-1])
-        words = ["test", str(code.recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]
-        words += ["--ckpt", str(weights)] if weights.exists() else []
-        words += ["--trainer.limit_test_batches", str(TEST_BATCHES)] if replay else []
-        code.runs.mkdir(parents=True, exist_ok=True)
-        commands.append(code.command(*words))
-    _finish(commands)
-    results = []
-    for code in codes:
-        metrics = json.loads((code.runs / "record.json").read_text())["metrics"]
-        results.append(
-            {
-                code.renames.name(dataset): {
-                    code.renames.name(protocol): _values(result) for protocol, result in protocols.items()
-                }
-                for dataset, protocols in metrics.items()
-            }
-        )
-    return results
-
-
-def _committed_weights(code: Code, today: Code) -> Path:
-    """Today's committed weights, as the certified code names them.
-
-    Raises:
-        Uncheckable: parameters have been renamed, and the certified commit has other weights.
-    """
-    if code is today or not code.renames.weights or not today.weights.exists():
-        return today.weights
-    if code.weights.exists():
-        old = {code.renames.weight(name): tensor for name, tensor in load_file(code.weights).items()}
-        if weights_hash(old) == weights_hash(load_file(today.weights)):
-            return code.weights
-    raise Uncheckable("its weights were renamed, and differ from those of the certified commit")
-
-
-def _data(code: Code, trained: bool) -> dict[str, str]:
-    """The hashes of the datasets that the replay and the evaluation have read; of a set of both, the evaluation's."""
-    records = [code.run("stage-0").record] if trained else []
-    return {name: value for path in [*records, code.runs / "record.json"] for name, value in read_record(path)["data"].items()}
-
-
-def _values(result: dict[str, Any]) -> dict[str, float]:
-    """The mean and the value of each image."""
-    images = result.get("images", result.get("pictures", {}))  # as records were written before they had a checksum
-    return {"mean": float(result["mean"]), **{f"image {name}": float(value) for name, value in images.items()}}
-
-
 def _compare_metrics(
     old: dict[str, Any], new: dict[str, Any], mean_tolerance: float, image_tolerance: float, one: str, other: str
 ) -> None:
     for dataset in old.keys() | new.keys():
         for protocol in old.get(dataset, {}).keys() | new.get(dataset, {}).keys():
             pair = [side.get(dataset, {}).get(protocol) for side in (old, new)]
-            left, right = (value if value is None or "images" not in value else _values(value) for value in pair)
+            left, right = (value if value is None or "images" not in value else result_values(value) for value in pair)
             if left is None or right is None:
                 raise Mismatch(f"{dataset}/{protocol}: only by {one if right is None else other}")
             for name in left.keys() | right.keys():
@@ -457,7 +260,3 @@ def _certify(record: Record, renamed: Record, recipe: Recipe, certified: dict[st
     write_record({**renamed, "certified": {**certified, "code": code_fingerprint(recipe)}}, path)
     if old != path:
         old.unlink()
-
-
-def _recipe_name(path: Path) -> str:
-    return f"{path.parent.parent.name}/{path.stem}"

@@ -95,7 +95,7 @@ def test_what_is_no_record_is_named(tmp_path, text):
         ({"metrics": {"set5": []}}, r"metrics\.set5"),
         ({"commit": ""}, "commit"),
         ({"commit": "HEAD"}, "commit"),
-        ({"commit": "--output=/tmp/x"}, "commit"),
+        ({"commit": "--output=record"}, "commit"),
         ({"config": None}, "config"),
         ({"config": {"model": {"class_path": "a.B"}, "data": []}}, r"config\.data"),
         ({"content": None}, "content"),

@@ -1,0 +1,223 @@
+"""Replays for `experiments/results/check.py`: the first steps of a training, and an evaluation, by each of two codes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from callbacks.run.checkpoints import weights_hash
+from callbacks.run.csv_logger import read_metrics_csv
+from callbacks.run.record_file import read_record
+from datamodules.catalog.catalog import data_root
+from experiments.results.renames import Renames
+from experiments.run.run_dir import Run
+
+STEPS = 20  # of a replay, from each start, with a validation half way
+TEST_BATCHES = 5  # that the replay's own weights are evaluated on
+
+
+@dataclass(frozen=True)
+class Code:
+    """One of the two codes that are compared.
+
+    Args:
+        root: its folder.
+        recipe: the recipe's file in it.
+        runs: where its runs go.
+        renames: from its names to today's.
+    """
+
+    root: Path
+    recipe: Path
+    runs: Path
+    renames: Renames
+
+    def command(self, *words: str) -> subprocess.Popen[str]:
+        """Start a `darkroom` command of this code, on one thread."""
+        environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("DARKROOM_RUN")},
+            "PYTHONPATH": os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": "1",
+            "DARKROOM_DATA": str(data_root().absolute()),
+            "DARKROOM_RUNS": str(self.runs),
+            "DARKROOM_CACHE": str(self.runs / "cache"),
+        }
+        program = [sys.executable, "-m", "experiments", *words]
+        return subprocess.Popen(
+            program, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def option(self, name: str) -> str:
+        """What an option of today's is called in this code."""
+        return f"--{self.renames.old_option(name)}"
+
+    @property
+    def weights(self) -> Path:
+        """Where the committed weights of the recipe are."""
+        return self.recipe.parent.parent / "weights" / f"{self.recipe.stem}.safetensors"
+
+    def run(self, name: str) -> Run:
+        """A run of the recipe."""
+        return Run(self.runs / self.renames.old_recipe(_recipe_name(self.recipe)) / name)
+
+
+class Mismatch(Exception):
+    """The two codes differ; the message says in what and by how much."""
+
+
+class Uncheckable(Exception):
+    """There can be no check; the message says why."""
+
+
+def replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, resume_from: str) -> None:
+    """Train a few steps by both codes, from the start or from an earlier run, and compare logs and weights.
+
+    Raises:
+        Mismatch: the logs or the weights differ, or today's code fails.
+        Uncheckable: the certified code fails.
+    """
+    steps = 0
+    for code in codes:
+        if resume_from:
+            shutil.copytree(code.run(resume_from).folder, code.run(name).folder)
+            steps = _seek(code.run(name).checkpoints / "last.ckpt", start)
+    commands = [
+        code.command(
+            *("fit", str(code.recipe), "--run", name, "--seed_everything", str(seed), "--data.test", "[]"),
+            *(code.option("val_every_images"), str(STEPS // 2 * batch_size)),
+            *("--trainer.max_steps", str(steps + STEPS), "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
+        )
+        for code in codes
+    ]
+    _finish(commands)
+    old, new = (_log(code, name) for code in codes)
+    if old != new:
+        raise Mismatch(f"the log, from {start} images on: {_first_difference(old, new)}")
+    left, right = (_weights(code, name) for code in codes)
+    if left.keys() != right.keys():
+        raise Mismatch(f"the weights' names: {', '.join(sorted(left.keys() ^ right.keys())[:5])}")
+    unequal = {name: _distance(left[name], right[name]) for name in left if not torch.equal(left[name], right[name])}
+    if unequal:
+        worst = max(unequal, key=lambda name: unequal[name])
+        raise Mismatch(f"{len(unequal)} of {len(left)} weights, from {start} images on: {worst} by {unequal[worst]:.3g}")
+
+
+def _seek(path: Path, start: int) -> int:
+    """Put a checkpoint to where so many images have been seen; the optimizer's steps so far."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    content["images_seen"] = start
+    for state in content.values():
+        if isinstance(state, dict) and {"batch_size", "seed"} < state.keys():  # the datamodule's
+            state.update(dict.fromkeys(state.keys() - {"batch_size", "seed"}, start))
+    torch.save(content, path)
+    return int(content["global_step"])
+
+
+def _finish(commands: list[subprocess.Popen[str]]) -> None:
+    """Wait for a command of each code.
+
+    Raises:
+        Uncheckable: the certified code's has failed.
+        Mismatch: today's has.
+    """
+    try:
+        outputs = [command.communicate()[0] for command in commands]
+    finally:
+        for command in commands:
+            command.kill()
+            command.wait()
+    for i, (command, output) in enumerate(zip(commands, outputs, strict=True)):
+        if command.returncode:
+            last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
+            if i < len(commands) - 1:
+                raise Uncheckable(f"the certified code ends with status {command.returncode}: {last}")
+            raise Mismatch(f"today's code ends with status {command.returncode}: {last}")
+
+
+def _log(code: Code, name: str) -> list[tuple[str, str, str, str]]:
+    rows = read_metrics_csv(code.run(name).log)
+    return sorted((row["step"], row["images"], code.renames.name(row["name"]), row["value"]) for row in rows)
+
+
+def _weights(code: Code, name: str) -> dict[str, torch.Tensor]:
+    content = torch.load(code.run(name).checkpoints / "last.ckpt", map_location="cpu", weights_only=True)
+    return {code.renames.weight(key): value for key, value in content["state_dict"].items()}
+
+
+def _first_difference(old: list[tuple[str, str, str, str]], new: list[tuple[str, str, str, str]]) -> str:
+    before, after = ({row[:3]: row[3] for row in rows} for rows in (old, new))
+    keys = [
+        row[:3]
+        for row in sorted({*old, *new}, key=lambda row: (int(row[1]), row[2]))
+        if before.get(row[:3]) != after.get(row[:3])
+    ]
+    _, images, name = keys[0]
+    return f"{name} after {images} images was {before.get(keys[0], 'absent')}, is {after.get(keys[0], 'absent')}"
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    return math.inf if left.shape != right.shape else (left.double() - right.double()).abs().max().item()
+
+
+def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
+    """The metrics of the committed weights, or of a replay's, by each code: {dataset: {protocol: result}} in today's names."""
+    commands = []
+    for code in codes:
+        weights = code.run(replay).checkpoints / "best.ckpt" if replay else _committed_weights(code, codes[-1])
+        words = ["test", str(code.recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]
+        words += ["--ckpt", str(weights)] if weights.exists() else []
+        words += ["--trainer.limit_test_batches", str(TEST_BATCHES)] if replay else []
+        code.runs.mkdir(parents=True, exist_ok=True)
+        commands.append(code.command(*words))
+    _finish(commands)
+    results = []
+    for code in codes:
+        metrics = json.loads((code.runs / "record.json").read_text())["metrics"]
+        results.append(
+            {
+                code.renames.name(dataset): {
+                    code.renames.name(protocol): result_values(result) for protocol, result in protocols.items()
+                }
+                for dataset, protocols in metrics.items()
+            }
+        )
+    return results
+
+
+def _committed_weights(code: Code, today: Code) -> Path:
+    """Today's committed weights, as the certified code names them.
+
+    Raises:
+        Uncheckable: parameters have been renamed, and the certified commit has other weights.
+    """
+    if code is today or not code.renames.weights or not today.weights.exists():
+        return today.weights
+    if code.weights.exists():
+        old = {code.renames.weight(name): tensor for name, tensor in load_file(code.weights).items()}
+        if weights_hash(old) == weights_hash(load_file(today.weights)):
+            return code.weights
+    raise Uncheckable("its weights were renamed, and differ from those of the certified commit")
+
+
+def data_hashes(code: Code, trained: bool) -> dict[str, str]:
+    """The hashes of the datasets that the replay and the evaluation have read; of a set of both, the evaluation's."""
+    records = [code.run("stage-0").record] if trained else []
+    return {name: value for path in [*records, code.runs / "record.json"] for name, value in read_record(path)["data"].items()}
+
+
+def result_values(result: dict[str, Any]) -> dict[str, float]:
+    """The mean and the value of each image."""
+    images = result.get("images", result.get("pictures", {}))  # as records were written before they had a checksum
+    return {"mean": float(result["mean"]), **{f"image {name}": float(value) for name, value in images.items()}}
+
+
+def _recipe_name(path: Path) -> str:
+    return f"{path.parent.parent.name}/{path.stem}"

@@ -14,6 +14,8 @@ from callbacks.run.record_file import read_record, write_record
 from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.results.renames import Renames, read_renames
+from experiments.results.replay import Code, few_items
+from experiments.run.recipes import Recipe, find_recipe
 
 RECIPE = """\
 model:
@@ -182,6 +184,16 @@ def test_what_cannot_be_checked_says_why(project):
     assert "espcn/records/gone-seed0.json: the record of no recipe" in said
     (project.folder / "modules/espcn.py").write_text("# changed\n")
     assert "commit the changes first" in project.check()[1]
+
+
+def test_the_probes_of_a_replay_read_few_items(tmp_path):
+    recipe = find_recipe("dcgan/cifar10_jpeg")
+    few = Recipe("few", few_items(Code(ROOT, recipe.path, tmp_path, Renames())))
+    probes = [callback["init_args"] for callback in few.content["trainer"]["callbacks"][1:]]
+    assert [probe["per_class"] for probe in probes] == [10, 10]
+    assert probes[1]["repeats"] == 2
+    assert few.content["model"] == recipe.content["model"]
+    assert few.content["data"] == recipe.content["data"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def report_error(error: UserError) -> None:
     if (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
         print(f"darkroom: {one_line(str(error))}", file=sys.stderr)
         return
-    time.sleep(RANK_ERROR_DELAY)
+    deadline = time.monotonic() + RANK_ERROR_DELAY
+    while os.getppid() == PARENT and time.monotonic() < deadline:
+        time.sleep(0.1)
     if os.getppid() == PARENT:
         print(f"darkroom: rank {rank}: {one_line(str(error))}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Metrics of generated images against torch-fidelity's command on the same files and other independent values."""
+"""Metrics of generated images against torch-fidelity on the same files and other independent values."""
 
 import functools
 import hashlib
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
 from PIL import Image
 
 from callbacks.metrics import fid_kid_is
@@ -76,35 +77,23 @@ def evaluate(callback, sets, batch_size=7):
     return callback.results["real"]["all"]
 
 
-def test_fid_kid_and_inception_score_equal_torch_fidelitys_command(folders, inception_weights_path, tmp_path, monkeypatch):
+def test_fid_kid_and_inception_score_equal_torch_fidelitys(folders, inception_weights_path, tmp_path, monkeypatch):
     root, sets = folders
     monkeypatch.setenv("DARKROOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fid_kid_is, "KID_SUBSET_SIZE", 10)
-    arguments = [
-        "--input1",
-        root / "generated",
-        "--input2",
-        root / "real",
-        "--fid",
-        "--kid",
-        "--isc",
-        "--kid-subset-size",
-        "10",
-    ]
-    arguments += [
-        "--feature-extractor-weights-path",
-        inception_weights_path,
-        "--cpu",
-        "--json",
-        "--silent",
-        "--no-cache",
-        "--batch-size",
-        "7",
-    ]
-    program = [sys.executable, "-m", "torch_fidelity.fidelity", *map(str, arguments)]
-    completed = subprocess.run(program, capture_output=True, text=True)
-    assert completed.returncode == 0, completed.stderr
-    reference = json.loads(completed.stdout)
+    reference = torch_fidelity.calculate_metrics(
+        input1=str(root / "generated"),
+        input2=str(root / "real"),
+        fid=True,
+        kid=True,
+        isc=True,
+        kid_subset_size=10,
+        feature_extractor_weights_path=str(inception_weights_path),
+        cuda=False,
+        verbose=False,
+        cache=False,
+        batch_size=7,
+    )
     assert reference["frechet_inception_distance"] > 1
     names = ["fid", "kid", "inception-score"]
     expected = {

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from callbacks.run.record_file import read_record, write_record
 from datamodules.errors import UserError
 from experiments import ROOT
+from experiments.results import records
+from experiments.results.check import check
 from experiments.results.renames import Renames, read_renames
 from experiments.results.replay import Code, few_items
 from experiments.run.recipes import Recipe, find_recipe
@@ -32,10 +34,12 @@ trainer:
 monitor: photographs-val/psnr-y/crop3
 val_every_images: 160
 """
-KEEP = """\
+TRAIN = """\
+from experiments.cli.main import main
 from experiments.results.reproduce import commit_record
 from experiments.run.recipes import find_recipe
 from experiments.run.run_dir import Run, runs_root
+assert main(["fit", "espcn/small", "--run", "one"]) == 0
 commit_record(Run(runs_root() / "espcn/small/one"), find_recipe("espcn/small"))
 """
 
@@ -82,10 +86,8 @@ def trained(tmp_path_factory):
     (folder / "experiments/methods/espcn/recipes/small.yaml").write_text(RECIPE)
     assert project.run("git", "init", "-q").returncode == 0
     project.commit()
-    fitted = project.run(sys.executable, "-m", "experiments", "fit", "espcn/small", "--run", "one")
-    assert fitted.returncode == 0, fitted.stdout + fitted.stderr
-    kept = project.run(sys.executable, "-c", KEEP)
-    assert kept.returncode == 0, kept.stderr
+    trained = project.run(sys.executable, "-c", TRAIN)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
     project.commit()
     return project
 
@@ -147,8 +149,21 @@ def test_a_change_of_a_metric_or_of_a_later_stage_is_named(project):
     assert "photographs-val/psnr-y/crop3 after 40 images was" in said
 
 
-def test_a_figure_changed_with_its_checksum_is_found_by_the_committed_weights(project):
+def test_records_that_do_not_hold_are_named_and_do_not_end_the_check(project):
+    records, method = project.record.parent, project.folder / "experiments/methods/espcn"
     record = read_record(project.record)
+    # Of a commit that is not in the history here.
+    elsewhere = {"seed": 1, "code": {}, "certified": {"commit": "0123456789ab", "code": {"training": "0"}}}
+    write_record({**record, **elsewhere}, records / "small-seed1.json")
+    # Of no recipe.
+    shutil.copy(project.record, records / "gone-seed0.json")
+    # Of other weights.
+    shutil.copy(method / "recipes/small.yaml", method / "recipes/other.yaml")
+    write_record({**record, "recipe": "espcn/other"}, records / "other-seed0.json")
+    weights = load_file(method / "weights/small.safetensors")
+    next(iter(weights.values())).add_(1)
+    save_file(weights, method / "weights/other.safetensors")
+    # With a figure changed, and its checksum too.
     result = record["metrics"]["photographs-test"]["psnr-y/crop3"]
     for name in result["images"]:
         result["images"][name] += 0.5
@@ -157,33 +172,19 @@ def test_a_figure_changed_with_its_checksum_is_found_by_the_committed_weights(pr
     project.commit()
     status, said = project.check()
     assert status == 1
+    assert "2 differs, 2 unchecked" in said
     assert "photographs-test/psnr-y/crop3" in said
     assert "by the record" in said
-
-
-def test_other_weights_than_the_records_are_found(project):
-    path = project.folder / "experiments/methods/espcn/weights/small.safetensors"
-    weights = {name: tensor * 1.0001 for name, tensor in load_file(path).items()}
-    save_file(weights, path)
-    project.commit()
-    status, said = project.check()
-    assert status == 1
-    assert "small.safetensors are not the weights of the record" in said
-
-
-def test_what_cannot_be_checked_says_why(project):
-    shutil.copy(project.record, project.record.with_name("gone-seed0.json"))
-    project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(1 * scale)")
-    record = read_record(project.record)
-    write_record({**record, "certified": {"commit": "0123456789ab", "code": {}}}, project.record)
-    project.commit()
-    status, said = project.check()
-    assert status == 0
-    assert "2 unchecked" in said
+    assert "other.safetensors are not the weights of the record" in said
     assert "commit 0123456789ab is not in this history" in said
     assert "espcn/records/gone-seed0.json: the record of no recipe" in said
+
+
+def test_a_changed_checkout_is_refused(project, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", project.folder)
     (project.folder / "modules/espcn.py").write_text("# changed\n")
-    assert "commit the changes first" in project.check()[1]
+    with pytest.raises(UserError, match="commit the changes first"):
+        check(["espcn"], Renames())
 
 
 def test_the_probes_of_a_replay_read_few_items(tmp_path):

@@ -1,19 +1,17 @@
-"""Small hyperparameter searches, and their workers as separate programs."""
+"""Small hyperparameter searches and their workers."""
 
 import csv
 import os
-import subprocess
-import sys
 import time
 
 import yaml
 
-from experiments import ROOT
 from experiments.cli.main import main
 from experiments.search import worker
 from tests.helpers.tiny_recipes import write_recipe
 
 LEARNING_RATES = {"model.learning_rate": {"values": [1e-2, 1e-3, 1e-5]}}
+STALE_S = 5
 
 
 def write_search(folder, photos, **changes):
@@ -21,7 +19,7 @@ def write_search(folder, photos, **changes):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = write_recipe(folder / "tiny.yaml", photos, model)
     settings = yaml.safe_load(recipe.read_text())
-    del settings["trainer"]["callbacks"][1:]  # callbacks of the tests, which a separate program cannot import
+    del settings["trainer"]["callbacks"][1:]  # callbacks of the tests, which a trial cannot import
     recipe.write_text(yaml.safe_dump(settings))
     content = {
         "method": "grid",
@@ -41,17 +39,10 @@ def trials_of(workdir, name="search"):
 
 
 def fast_worker(arguments):
-    worker.HEARTBEAT_S, worker.STALE_S, worker.POLL_S = 0.3, 8, 0.2
+    """Work with a short heartbeat, as the leader of a session, as in a terminal."""
+    worker.HEARTBEAT_S, worker.STALE_S, worker.POLL_S = 0.3, STALE_S, 0.2
+    os.setsid()
     return main(arguments)
-
-
-def started(arguments):
-    """Start a worker in its own session, with a short heartbeat."""
-    code = f"from tests.helpers.search_helpers import fast_worker; import sys; sys.exit(fast_worker({arguments!r}))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
 
 
 def wait_for(condition, seconds=120):

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import re
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from zipfile import ZipFile
@@ -18,18 +19,21 @@ from datamodules.catalog.masked_images import list_masked_images
 
 
 def lay_out(name: str) -> None:
-    """Write small real images in place of the files of a dataset."""
+    """Write small real images in place of the files of a dataset, once for all its splits."""
     dataset = get_dataset(name.partition("/")[0])
-    if dataset.source == "embedded":
-        return
+    if dataset.source != "embedded":
+        _write(dataset.name, dataset.path)
+
+
+@cache
+def _write(name: str, path: Path) -> None:
+    dataset = get_dataset(name)
     if dataset.arrays:
         WRITERS[dataset.name](dataset.path)
         return
     if dataset.masks:
         _write_masked_images(dataset)
         return
-    photographs = resolve_images("photographs/train")[:4] + resolve_images("photographs/test")
-    crops = [Image.open(path).crop((60, 40, 220, 200)).convert("RGB") for path in photographs]
     examples = [re.sub(r"\[(.)[^]]*\]", r"\1", pattern) for pattern in dataset._patterns(None, None)]
     templates = [
         name.replace("**/", "some/").replace("*", "image{}").replace("??", "1{}").replace("?", "{}") for name in examples
@@ -38,7 +42,14 @@ def lay_out(name: str) -> None:
     for i, target in enumerate(targets):
         path = dataset.path / target
         path.parent.mkdir(parents=True, exist_ok=True)
-        crops[i % 7].save(path)
+        seven_crops()[i % 7].save(path)
+
+
+@cache
+def seven_crops() -> list[Image.Image]:
+    """Return crops of photographs: RGB, 112 x 112."""
+    photographs = resolve_images("photographs/train")[:4] + resolve_images("photographs/test")
+    return [Image.open(path).crop((60, 40, 172, 152)).convert("RGB") for path in photographs]
 
 
 def _write_masked_images(dataset: CatalogEntry) -> None:

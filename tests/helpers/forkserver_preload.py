@@ -11,8 +11,10 @@ from experiments.run.recipes import recipes
 
 for name in (
     "pytorch_optimizer",
+    "sklearn.cluster",
     "experiments.bench.bench",
     "experiments.run.demo",
+    "experiments.search.report",
     "modules.smp",
     "tests.helpers.method_contract",
 ):

@@ -133,6 +133,7 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
                 outcome = Outcome("certified" if due else "unchanged")
                 codes = list(_codes(record, recipe, renames, Path(folder), both=due))
                 certified = _compare(codes, renamed, recipe)
+            outcome.reasons = [f"without {name}, which is not installed" for name in certified["absent"]]
         if due:
             if commit() != head:
                 raise Uncheckable("the checkout was changed during the check")
@@ -183,7 +184,7 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
         recipe: today's.
 
     Returns:
-        What was done.
+        What was done; "absent" are the record's datasets that are not installed here, whose protocols others have.
 
     Raises:
         Mismatch: something differs.
@@ -206,13 +207,21 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
         raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
     if len(codes) > 1:
         _compare_metrics(results[0], results[1], 0.0, 0.0, "the certified code", "today's")
+    present = {dataset: result for dataset, result in results[-1].items() if dataset in record["metrics"]}
+    absent = sorted(record["metrics"].keys() - present.keys())
+    evaluated_protocols = {protocol for result in present.values() for protocol in result}
+    if not all(record["metrics"][dataset].keys() <= evaluated_protocols for dataset in absent):
+        raise Uncheckable(f"needs {', '.join(absent)}")
     if committed or not is_trainable(recipe):
-        if missing := sorted(record["metrics"].keys() - results[-1].keys()):
-            raise Uncheckable(f"needs {', '.join(missing)}")
-        again = {dataset: results[-1][dataset] for dataset in record["metrics"]}
-        _compare_metrics(record["metrics"], again, MEAN_TOLERANCE, IMAGE_TOLERANCE, "the record", "its weights")
-    evaluated = "committed weights" if committed else "replay" if is_trainable(recipe) else "no weights needed"
-    return {"steps": STEPS if starts else 0, "starts": starts, "evaluated": evaluated, "processor": cpu_name()}
+        recorded = {dataset: record["metrics"][dataset] for dataset in present}
+        _compare_metrics(recorded, present, MEAN_TOLERANCE, IMAGE_TOLERANCE, "the record", "its weights")
+    return {
+        "steps": STEPS if starts else 0,
+        "starts": starts,
+        "evaluated": "committed weights" if committed else "replay" if is_trainable(recipe) else "no weights needed",
+        "absent": absent,
+        "processor": cpu_name(),
+    }
 
 
 def stage_starts(recipe: Recipe, batch_size: int, certified: list[int]) -> list[int]:

@@ -58,6 +58,7 @@ class Certificate(Strict):
     commit: Commit
     code: dict[str, str] = {}
     starts: list[int] = []
+    absent: list[str] = []
 
 
 class Best(Strict):

@@ -26,7 +26,7 @@ model:
 data:
   class_path: datamodules.superresolution.SuperResolution
   init_args:
-    {scale: 3, train: photographs/val, val: photographs/val, test: [photographs/test], batch_size: 4, border_overhang: 4}
+    {scale: 3, train: photographs/val, val: photographs/val, test: [photographs/test, set5], batch_size: 4, border_overhang: 4}
 trainer:
   callbacks:
     - class_path: callbacks.metrics.psnr_ssim.PSNRSSIM
@@ -88,6 +88,9 @@ def trained(tmp_path_factory):
     project.commit()
     trained = project.run(sys.executable, "-c", TRAIN)
     assert trained.returncode == 0, trained.stdout + trained.stderr
+    record = read_record(project.record)
+    record["metrics"]["set5"] = record["metrics"]["photographs-test"]  # as if Set5 had been installed then
+    write_record(record, project.record)
     project.commit()
     return project
 
@@ -109,6 +112,8 @@ def test_a_rename_is_certified_and_a_changed_constant_is_named(project, tmp_path
     certified = read_record(project.record)
     assert certified["certified"]["starts"] == [0, 160]  # the warm-up's end
     assert certified["certified"]["evaluated"] == "committed weights"
+    assert certified["certified"]["absent"] == ["set5"]
+    assert "without set5, which is not installed" in said
     assert certified["metrics"] == first["metrics"]
     project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(scale), nn.Hardtanh(0.0, 0.999)")
     status, said = project.check()  # although the new record is not committed

@@ -1,7 +1,9 @@
 """Run `darkroom fit`, `validate`, `test` or `predict` on a recipe with overrides."""
 
+import atexit
 import errno
 
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.errors import UserError
@@ -23,6 +25,9 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
         SystemExit: the run was interrupted.
     """
     cli = build_cli(command, recipe, overrides)
+    # Before the interpreter ends: a thread of gloo that then frees a tensor needs the GIL, and aborts the process. Lightning
+    # does so for NCCL alone.
+    atexit.register(destroy_process_groups)
     try:
         COMMANDS[command](cli)
     except MisconfigurationException as error:
@@ -35,6 +40,12 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
             f"cannot write to {path}: {error.strerror}; once it is writable, resume with: {cli.resume_command()}"
         ) from None
     return cli
+
+
+def destroy_process_groups() -> None:
+    """Wait for the threads of all process groups and close their connections."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -17,7 +17,7 @@ COMPARISONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def key_help(full_help: str, recipe: Recipe) -> str:
-    """Return the help text, with the keys of the method and the datamodule and the recipe's values at its end.
+    """Return the help text, with the keys of the method and the datamodule and the recipe's values first.
 
     Args:
         full_help: jsonargparse's help; its sections on the method and the datamodule are replaced.
@@ -31,7 +31,10 @@ def key_help(full_help: str, recipe: Recipe) -> str:
         parser.set_defaults({f"{section}.{key}": value for key, value in init_args.items() if key != "seed"})
     text = re.sub(r"  --(model|data) CONFIG .*\n|(?<=\()required,\s+", "", parser.format_help())
     common = full_help.partition("\n" + (inspect.getdoc(Method) or "").partition(".")[0])[0]
-    return re.sub(r"Annotated\[(\w+),\s+((?:\w+\([^)]+\),?\s*)+)\]", _format_bounds, f"{common}\n{text}")
+    usage, _, options = common.partition("\n\n")
+    options = options.partition("options:\n")[2]
+    text = f"{usage}\n\n{text.strip()}\n\noptions of every recipe:\n{options}"
+    return re.sub(r"Annotated\[(\w+),\s+((?:\w+\([^)]+\),?\s*)+)\]", _format_bounds, text)
 
 
 def _format_bounds(annotated: re.Match[str]) -> str:

@@ -1,36 +1,51 @@
-"""`darkroom list` and `darkroom data`: recipes, table cells and datasets."""
+"""`darkroom list` and `darkroom data`: methods, recipes and datasets."""
 
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from datamodules.catalog.catalog import catalog, data_root, get_dataset
 from experiments.results.tables import cells
 from experiments.run.recipes import methods, recipes
 
+STATES = ("reproduced", "measured", "short", "not run")  # how the states of most table cells begin
 
-def show_all() -> None:
-    """Print the recipes, the state of the table cells, and the datasets."""
-    console = Console()
-    table = Table("recipe", "description", "weights", title="Recipes", title_justify="left")
-    for recipe in recipes():
-        table.add_row(recipe.name, recipe.header[0] if recipe.header else "", "committed" if recipe.weights.exists() else "")
-    console.print(table)
 
-    states_shown = ("reproduced", "measured", "short", "stale", "broken", "not run")
-    table = Table("method", "cells", *states_shown, "check due", title="Table cells", title_justify="left")
+def show_methods() -> None:
+    """Print a line for each method: its recipes, those with committed weights, and the states of its table cells."""
+    caption = "darkroom list METHOD describes its recipes"
+    table = Table("method", "recipes", "weights", "table cells", caption=caption, caption_justify="left")
     for method in methods():
-        of_method = cells(method)
-        states = [cell["state"].partition(" ")[0].rstrip(",:") for cell in of_method]
-        if states:
-            counts = [states.count(state.partition(" ")[0]) for state in states_shown]
-            due = sum(cell["checked"].startswith("check due") for cell in of_method)
-            table.add_row(method, *map(str, (len(states), *counts, due)))
-    console.print(table)
+        of_method = [recipe for recipe in recipes() if recipe.name.startswith(f"{method}/")]
+        states = [cell["state"] for cell in cells(method)]
+        counts = {state: sum(text.startswith(state) for text in states) for state in STATES}
+        counts["stale or broken"] = len(states) - sum(counts.values())
+        counts["check due"] = sum(cell["checked"].startswith("check due") for cell in cells(method))
+        summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        weights = sum(recipe.weights.exists() for recipe in of_method)
+        table.add_row(method, str(len(of_method)), str(weights or ""), summary)
+    Console().print(table)
 
-    table = Table("dataset", "status", "description", title=f"Datasets in {data_root()}", title_justify="left")
-    for name, dataset in catalog().items():
-        table.add_row(name, dataset.status(), dataset.title)
-    console.print(table)
+
+def show_method(method: str) -> None:
+    """Print the recipes of a method in full: what each is for, what to expect of it, its time, command and data."""
+    console = Console()
+    for recipe in recipes():
+        if not recipe.name.startswith(f"{method}/"):
+            continue
+        console.print(f"[bold]{escape(recipe.name)}[/bold]{'  (weights committed)' if recipe.weights.exists() else ''}")
+        for line in recipe.header:
+            console.print(Padding(escape(line), (0, 0, 0, 4)))
+        data = recipe.content["data"].get("init_args", {})
+        names = [data.get("train"), data.get("val"), *data.get("test", [])]
+        listed = ", ".join(f"{name} ({_status(name)})" for name in dict.fromkeys(filter(None, names)))
+        console.print(Padding(escape(f"Data: {listed or 'none'}"), (0, 0, 1, 4)))
+
+
+def _status(spec: str) -> str:
+    dataset = catalog().get(spec.partition("/")[0])
+    return dataset.status() if dataset else "a folder"
 
 
 def show_data() -> None:

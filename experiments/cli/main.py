@@ -36,7 +36,7 @@ train, evaluate and predict
   darkroom fit RECIPE --help lists every key.
 
 inspect, reproduce and scale
-  list                       recipes, table cells, and available datasets
+  list [METHOD]              the methods, or the recipes of one
   reproduce METHOD           the paper's tables, our values next to theirs (--run, --check, --seeds N, --write, --json)
   sweep FILE                 search hyperparameters as defined by a file in sweeps/; workers share a --storage
   submit RECIPE|FILE         train, or search, on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
@@ -53,7 +53,7 @@ RUN_HELP = """\
 usage: darkroom {command} RECIPE {options} [--KEY VALUE ...]
 
   RECIPE is one of: {recipes}
-  or a path to a YAML file. darkroom list describes each.
+  or a path to a YAML file. darkroom list METHOD describes each.
 
   darkroom {command} RECIPE --help lists every key that can be overridden.
 """
@@ -162,10 +162,12 @@ def _demo(argv: list[str]) -> int:
 
 
 def _list(argv: list[str]) -> int:
-    Parser(prog="darkroom list", description="List recipes, table cells and datasets.").parse_args(argv)
-    from experiments.cli.listing import show_all
+    parser = Parser(prog="darkroom list", description="List the methods, or the recipes of one method.")
+    parser.add_argument("method", nargs="?", help="a method, to describe its recipes")
+    args = parser.parse_args(argv)
+    from experiments.cli.listing import show_method, show_methods
 
-    show_all()
+    show_method(known_method(args.method)) if args.method else show_methods()
     return 0
 
 

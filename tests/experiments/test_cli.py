@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -13,14 +14,17 @@ from callbacks.run.record_file import write_record
 from experiments import ROOT
 from experiments.cli.errors import format_cli_error, one_line
 from experiments.cli.main import main
-from experiments.run.recipes import find_recipe
+from experiments.results.tables import cells
+from experiments.run.recipes import find_recipe, methods, recipes
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import write_recipe
 
 DEMO = "espcn/demo"
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["list"], ["data", "list"], ["reproduce", "espcn", "--json"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], ["list"], ["list", "espcn"], ["data", "list"], ["reproduce", "espcn", "--json"]]
+)
 def test_commands_without_a_network_do_not_import_torch(argv):
     code = (
         "import sys; from experiments.cli.main import main\n"
@@ -29,6 +33,30 @@ def test_commands_without_a_network_do_not_import_torch(argv):
         "assert status == 0 and not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_list_has_a_line_for_each_method(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["list"]) == 0
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert list(lines) == methods()
+    for method, line in lines.items():
+        states = [cell["state"].partition(" ")[0] for cell in cells(method)]
+        for count, state in re.findall(r"(\d+) (reproduced|measured|short|not)", line):
+            assert int(count) == states.count(state)
+
+
+def test_list_describes_the_recipes_of_a_method(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(["list", "espcn"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for recipe in recipes():
+        if recipe.name.startswith("espcn/"):
+            start = next(i for i, line in enumerate(lines) if line.partition("  ")[0] == recipe.name)
+            assert lines[start + 1 : start + 1 + len(recipe.header)] == recipe.header
+            assert recipe.content["data"]["init_args"]["train"] in lines[start + 1 + len(recipe.header)]
+    assert main(["list", "espn"]) == 2
+    assert "did you mean 'espcn'?" in capsys.readouterr().err
 
 
 def test_python_m_experiments_is_the_same_command(capsys):

@@ -74,6 +74,6 @@ def test_help_lists_every_key_with_the_recipes_value(workdir, monkeypatch, capfd
         assert match, key
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             assert match[1] == str(value), key
-    positions = [text.index(f"--{key} ") for key in ("run", "trainer.devices", "model.total_images", "data.batch_size")]
+    positions = [text.index(f"--{key} ") for key in ("model.total_images", "data.batch_size", "run", "trainer.devices")]
     assert positions == sorted(positions)
     assert "Annotated" not in text

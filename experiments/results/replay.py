@@ -22,8 +22,8 @@ from experiments.results.renames import Renames
 from experiments.run.run_dir import Run
 
 STEPS = 20  # of a replay, from each start, with a validation half way
-# What the replay's own weights are evaluated on: batches, and the items of metrics that read their own.
-TEST_BATCHES = 5
+# What a replay validates on, and its own weights are evaluated on: batches, and the items of metrics that read their own.
+EVAL_BATCHES = 5
 METRIC_ITEMS = {"per_class": 10, "repeats": 2}
 
 
@@ -96,7 +96,8 @@ def replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int,
         code.command(
             *("fit", str(code.recipe), "--run", name, "--seed_everything", str(seed), "--data.test", "[]"),
             *(code.option("val_every_images"), str(STEPS // 2 * batch_size)),
-            *("--trainer.max_steps", str(steps + STEPS), "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
+            *("--trainer.max_steps", str(steps + STEPS), "--trainer.limit_val_batches", str(EVAL_BATCHES)),
+            *("--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
         )
         for code in codes
     ]
@@ -179,7 +180,7 @@ def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
         recipe = few_items(code) if replay else code.recipe
         words = ["test", str(recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]
         words += ["--ckpt", str(weights)] if weights.exists() else []
-        words += ["--trainer.limit_test_batches", str(TEST_BATCHES)] if replay else []
+        words += ["--trainer.limit_test_batches", str(EVAL_BATCHES)] if replay else []
         commands.append(code.command(*words))
     _finish(commands)
     results = []

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from datamodules.catalog.catalog import catalog, data_root, get_dataset
 from experiments.results.tables import cells
-from experiments.run.recipes import methods, recipes
+from experiments.run.recipes import Recipe, methods, recipes
 
 STATES = ("reproduced", "measured", "short", "not run")  # how the states of most table cells begin
 
@@ -17,11 +17,11 @@ def show_methods() -> None:
     caption = "darkroom list METHOD describes its recipes"
     table = Table("method", "recipes", "weights", "table cells", caption=caption, caption_justify="left")
     for method in methods():
-        of_method = [recipe for recipe in recipes() if recipe.name.startswith(f"{method}/")]
-        states = [cell["state"] for cell in cells(method)]
+        of_method, of_cells = _recipes_of(method), cells(method)
+        states = [cell["state"] for cell in of_cells]
         counts = {state: sum(text.startswith(state) for text in states) for state in STATES}
         counts["stale or broken"] = len(states) - sum(counts.values())
-        counts["check due"] = sum(cell["checked"].startswith("check due") for cell in cells(method))
+        counts["check due"] = sum(cell["checked"].startswith("check due") for cell in of_cells)
         summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         weights = sum(recipe.weights.exists() for recipe in of_method)
         table.add_row(method, str(len(of_method)), str(weights or ""), summary)
@@ -31,9 +31,7 @@ def show_methods() -> None:
 def show_method(method: str) -> None:
     """Print the recipes of a method in full: what each is for, what to expect of it, its time, command and data."""
     console = Console()
-    for recipe in recipes():
-        if not recipe.name.startswith(f"{method}/"):
-            continue
+    for recipe in _recipes_of(method):
         console.print(f"[bold]{escape(recipe.name)}[/bold]{'  (weights committed)' if recipe.weights.exists() else ''}")
         for line in recipe.header:
             console.print(Padding(escape(line), (0, 0, 0, 4)))
@@ -41,6 +39,10 @@ def show_method(method: str) -> None:
         names = [data.get("train"), data.get("val"), *data.get("test", [])]
         listed = ", ".join(f"{name} ({_status(name)})" for name in dict.fromkeys(filter(None, names)))
         console.print(Padding(escape(f"Data: {listed or 'none'}"), (0, 0, 1, 4)))
+
+
+def _recipes_of(method: str) -> list[Recipe]:
+    return [recipe for recipe in recipes() if recipe.name.startswith(f"{method}/")]
 
 
 def _status(spec: str) -> str:

@@ -19,6 +19,7 @@ from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.record_file import read_record
 from datamodules.catalog.catalog import data_root
 from experiments.results.renames import Renames
+from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run
 
 STEPS = 20  # of a replay, from each start, with a validation half way
@@ -199,7 +200,7 @@ def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
 
 def few_items(code: Code) -> Path:
     """A copy of the recipe whose metrics read few items: a full linear probe takes an hour."""
-    content = yaml.safe_load(code.recipe.read_text())
+    content = Recipe("few_items", code.recipe).content
     for callback in content.get("trainer", {}).get("callbacks", []):
         options = callback.get("init_args", {})
         options.update({name: value for name, value in METRIC_ITEMS.items() if name in options})

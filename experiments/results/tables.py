@@ -70,9 +70,10 @@ def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float
         "record": [record["file"] for record, _ in used],
     }
     sources = [record for record, _ in used]
+    names = set(table.get("average", {})) if dataset == "average" else {dataset.partition("/")[0]}
     try:
         state = _state(cell, row, sources, bool(records), broken, table.get("better", "higher"))
-        return {**cell, "state": state, "checked": _checked(row, dataset, sources)}
+        return {**cell, "state": state, "checked": _checked(row, names, sources)}
     except UserError as error:  # a recipe that is gone, a file that is not Python
         return {**cell, "state": f"not run: {error}", "checked": ""}
 
@@ -121,8 +122,8 @@ def _verdict(cell: Cell, row: dict[str, Any], better: str) -> str:
     return f"short by {-sign * cell['difference']:.{cell['decimals']}f}" if missed else "reproduced"
 
 
-def _checked(row: dict[str, Any], dataset: str, records: list[Record]) -> str:
-    """By which commits the records are certified, and whether without this dataset; "check due" where the code has changed."""
+def _checked(row: dict[str, Any], datasets: set[str], records: list[Record]) -> str:
+    """By which commits the records are certified, and without which datasets; "check due" where the code has changed."""
     if not records:
         return ""
     recipe = find_recipe(row["recipe"])
@@ -130,7 +131,7 @@ def _checked(row: dict[str, Any], dataset: str, records: list[Record]) -> str:
         return f"check due: code of {' and '.join(sorted(changed))}"
     commits = ", ".join(dict.fromkeys(record.get("certified", record)["commit"][:7] for record in records))
     absent = {name for record in records for name in record.get("certified", {}).get("absent", [])}
-    return f"{commits}, without this set" if dataset.partition("/")[0] in absent else commits
+    return f"{commits}, without {', '.join(sorted(absent & datasets))}" if absent & datasets else commits
 
 
 def _why_not(cell: Cell, row: dict[str, Any], has_records: bool) -> str:

@@ -193,8 +193,8 @@ def test_changed_code_is_due_for_a_check_until_it_is_certified(one_row):
     certified = {"commit": "0123456789ab", "code": now}
     assert one_row(30.0, code={"training": "0", "metrics": "0"}, certified=certified)["checked"] == "0123456"
     certified["absent"] = ["set5"]
-    assert one_row(30.0, certified=certified)["checked"] == "0123456, without this set"
-    assert one_row(31.0, dataset="set5/bird", certified=certified)["checked"] == "0123456, without this set"
+    assert one_row(30.0, certified=certified)["checked"] == "0123456, without set5"
+    assert one_row(31.0, dataset="set5/bird", certified=certified)["checked"] == "0123456, without set5"
 
 
 def test_several_seeds_give_mean_and_spread(monkeypatch):

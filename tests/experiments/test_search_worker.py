@@ -134,9 +134,9 @@ def test_missing_ray_names_the_package_to_install(workdir, photos, monkeypatch):
 
 
 def test_search_with_only_failed_trials_reports_the_last_error(workdir, photos, capfd):
-    write_search(workdir, photos, parameters={"model.total_images": {"values": [-1]}})
+    write_search(workdir, photos, parameters={"model.total_images": {"values": [0, -1]}})
     assert forked(main, ["sweep", "search.yaml"]) == 2
-    assert "all 1 trials so far failed; the last: darkroom: model.total_images: -1" in capfd.readouterr().err
+    assert "all 2 trials so far failed; the last: darkroom: model.total_images: -1" in capfd.readouterr().err
 
 
 # Report

@@ -11,7 +11,7 @@ from experiments.search import worker
 from tests.helpers.tiny_recipes import write_recipe
 
 LEARNING_RATES = {"model.learning_rate": {"values": [1e-2, 1e-3, 1e-5]}}
-STALE_S = 5
+STALE_S = 8
 
 
 def write_search(folder, photos, **changes):

@@ -1,22 +1,29 @@
 """Base class of datamodules: an infinite, resumable stream of training batches, sharded over ranks."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.catalog.catalog import catalog, resolve_images
 from datamodules.errors import UserError
 from datamodules.io.image_refs import DataReport
 from datamodules.io.loader import make_loader
 from datamodules.sampler import InfiniteBatchSampler, RankSampler
 
 
-class ResumableDataModule(L.LightningDataModule):
+class ResumableDataModule(L.LightningDataModule, ABC):
     """Base class of datamodules whose training stream is a function of a seed and of the number of samples taken.
 
+    Attributes:
+        position: function that returns the number of samples taken so far by all ranks; a method in training sets it.
+        batch_size_at: function from a position to the global batch size there; likewise.
+
     Args:
-        batch_size: global batch size, over all devices.
+        batch_size: global batch size, over all devices; a method may have stages with other sizes.
         num_workers: loader processes for training; 0 is fastest for data in memory.
         seed: seed of the order and of all random numbers of a sample.
         skip_bad: skip unusable files and report their count instead of raising an error.
@@ -27,7 +34,8 @@ class ResumableDataModule(L.LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0, skip_bad: bool = False) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.samples_seen = 0  # over all ranks
+        self.position: Callable[[], int] = lambda: 0
+        self.batch_size_at: Callable[[int], int] = lambda position: self.batch_size
         self.data_report = DataReport(skip_bad)
         self.missing_sets: list[str] = []
 
@@ -47,19 +55,53 @@ class ResumableDataModule(L.LightningDataModule):
             raise UserError(
                 f"data.batch_size: {self.batch_size} is not divisible by {world_size} processes; use a multiple of {world_size}"
             )
-        sampler = InfiniteBatchSampler(length, self.batch_size, self.seed, lambda: self.samples_seen, rank, world_size)
+        sampler = InfiniteBatchSampler(length, self.batch_size_at, self.seed, self.position, rank, world_size)
         return make_loader(items, sampler, self.num_workers)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """Loader of this rank's evaluation items, each once."""
         return make_loader(items, RankSampler(length, *self.rank_and_world_size))
 
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Mapping[str, Any]:
+        """Prepare a batch on the device, for training or for evaluation."""
+        training = self.trainer is not None and self.trainer.training
+        return self.prepare_train_batch(batch) if training else self.prepare_eval_batch(batch)
+
+    @abstractmethod
+    def prepare_train_batch(self, batch: dict[str, Any]) -> Mapping[str, Any]:
+        """Turn what the training loader yields into a batch, on the device."""
+
+    def prepare_eval_batch(self, batch: dict[str, Any]) -> Mapping[str, Any]:
+        """Turn what an evaluation loader yields into a batch, on the device; by default it is one."""
+        return batch
+
+    @classmethod
+    def is_installed(cls, spec: str, init_args: dict[str, Any]) -> bool:
+        """Whether the dataset `spec` is installed, for a datamodule with these arguments.
+
+        Raises:
+            DatasetNotFound: it is not.
+        """
+        entry = catalog().get(spec.partition("/")[0])
+        if entry and entry.arrays:
+            return entry.status() == "here"
+        return bool(cls.list_items(spec, init_args))
+
+    @classmethod
+    def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
+        """List the items of a dataset of image files; by default its images."""
+        return resolve_images(spec, init_args.get("scale"))
+
+    def preview_images(self, count: int) -> Tensor | None:
+        """Real images to compare samples with, (count, C, H, W) in [0, 1]; None where outputs have their own."""
+        return None
+
     def state_dict(self) -> dict[str, int]:
-        """Position of the sample stream, and the settings that determine its order."""
-        return {"position": self.samples_seen, "batch_size": self.batch_size, "seed": self.seed}
+        """The settings that determine the order of the samples; the position is the images seen by the method."""
+        return {"batch_size": self.batch_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume the stream at the position of a checkpoint.
+        """Refuse a checkpoint of another order.
 
         Raises:
             UserError: the batch size or seed differs from the checkpoint's.
@@ -67,4 +109,3 @@ class ResumableDataModule(L.LightningDataModule):
         for key in ("batch_size", "seed"):
             if state[key] != getattr(self, key):
                 raise UserError(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
-        self.samples_seen = state["position"]

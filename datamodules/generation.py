@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
+from datamodules.batches import GenerationBatch
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
@@ -23,8 +24,8 @@ EVAL_BATCH = 100  # samples per evaluation batch
 class Generation(ResumableDataModule):
     """Images of one size for generative models.
 
-    Training batches are {"image": (N, channels, size, size) float32 in [0, 1], "label": int64 (N,)}. Evaluation batches
-    are sample indices, {"index": int64 (N,)}; `reference_sets` holds the real images of `val` or `test`.
+    Yields `GenerationBatch`, and `GenerationEvalBatch`, see `datamodules/batches.py`; `reference_sets` holds the real images of
+    `val` or `test`.
 
     Args:
         train: training images: a dataset of the catalog ("digits"), one of its splits ("mnist/train"), or a folder.
@@ -129,14 +130,7 @@ class Generation(ResumableDataModule):
 
     # Batch processing on the device
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Convert a training batch on the device and count its samples."""
-        if "image" not in batch:
-            return batch
-        self.samples_seen += self.batch_size
-        return self.prepare_train_batch(batch)
-
-    def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def prepare_train_batch(self, batch: dict[str, Any]) -> GenerationBatch:
         """Convert uint8 images to float32 in [0, 1] and apply random flips."""
         image = batch["image"].float() / 255
         if self.hflip:
@@ -181,16 +175,16 @@ class StreamedImages(Dataset[dict[str, Any]]):
 
 
 class SampleIndices(Dataset[dict[str, Tensor]]):
-    """The indices 0 ... count - 1 in batches, with at least one batch per rank.
+    """The indices 0 ... count - 1 in batches of at most `chunk_size`, with at least one batch per rank.
 
     Raises:
         UserError: there are more processes than indices.
     """
 
-    def __init__(self, count: int, world_size: int = 1) -> None:
+    def __init__(self, count: int, world_size: int = 1, chunk_size: int = EVAL_BATCH) -> None:
         if count < world_size:
             raise UserError(f"samples: {count} is less than the {world_size} processes; use at least {world_size}")
-        self.count, self.chunk_size = count, min(EVAL_BATCH, count // world_size)
+        self.count, self.chunk_size = count, min(chunk_size, count // world_size)
 
     def __len__(self) -> int:
         return -(-self.count // self.chunk_size)

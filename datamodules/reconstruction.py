@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.batches import GenerationBatch
 from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
@@ -151,11 +152,7 @@ class Reconstruction(Generation):
 
     # Batch processing on the device
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Process training batches on the device; evaluation batches need no processing."""
-        return super().on_after_batch_transfer(batch, dataloader_idx) if "start" in batch else batch
-
-    def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def prepare_train_batch(self, batch: dict[str, Any]) -> GenerationBatch:
         """Convert uint8 images to float32 in [0, 1], apply random flips, and binarize."""
         prepared = super().prepare_train_batch(batch)
         if self.binarization == "dynamic":

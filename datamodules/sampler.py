@@ -16,28 +16,37 @@ class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
 
     Args:
         length: number of items in a pass.
-        batch_size: global batch size, divisible by `world_size`.
+        batch_size: global batch size, divisible by `world_size`, or a function from a position to it.
         seed: seed of the order.
         position: function, called when iteration starts, that returns the number of samples taken so far by all ranks.
         rank, world_size: index of this process and number of processes.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, position: Callable[[], int], rank: int = 0, world_size: int = 1
+        self,
+        length: int,
+        batch_size: int | Callable[[int], int],
+        seed: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.length, self.batch_size, self.seed, self.position = length, batch_size, seed, position
-        self.rank, self.local_batch_size = rank, batch_size // world_size
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the global position of the slice's first sample and the items of the slice (batch_size / world_size,)."""
-        start = self.position() + self.rank * self.local_batch_size
+        position = self.position()
         passes, orders = range(0), np.empty(0, dtype=np.int64)
         while True:
-            needed_passes = range(start // self.length, (start + self.local_batch_size - 1) // self.length + 1)
+            batch_size = self.batch_size if isinstance(self.batch_size, int) else self.batch_size(position)
+            size = batch_size // self.world_size
+            start = position + self.rank * size
+            needed_passes = range(start // self.length, (start + size - 1) // self.length + 1)
             if needed_passes != passes:
                 passes, orders = needed_passes, np.concatenate([self.pass_order(pass_index) for pass_index in needed_passes])
-            yield start, orders[start - passes[0] * self.length :][: self.local_batch_size]
-            start += self.batch_size
+            yield start, orders[start - passes[0] * self.length :][:size]
+            position += batch_size
 
     def pass_order(self, pass_index: int) -> np.ndarray:
         """Order of the items in a pass: int64 (length,)."""

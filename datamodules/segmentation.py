@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
+from datamodules.batches import SegmentationBatch
 from datamodules.catalog.catalog import DatasetNotFound, catalog
 from datamodules.catalog.masked_images import MaskedImage, MaskedSample, list_masked_images
 from datamodules.errors import UserError
@@ -28,9 +29,8 @@ from datamodules.transforms.weight_map import border_weight, class_weights, sepa
 class Segmentation(ResumableDataModule):
     """Images with a class for each pixel, optionally with instance ids.
 
-    Training batches are {"image": (N, channels, crop + margin, crop + margin) float32 in [0, 1], "mask": (N, crop, crop)
-    int64, 255 for ignored pixels} and, with `border_weight`, "weight": (N, crop, crop) float32. Evaluation batches are
-    {"image", "mask", "cells", "name", "dataset"} of one full image; "cells", int32 (1, H, W), contains instance ids.
+    Yields `SegmentationBatch` with masks of side `crop`, and with weights if `border_weight` is given; and
+    `SegmentationEvalBatch`, see `datamodules/batches.py`.
 
     Args:
         train: training images: a dataset of the catalog ("camvid/train"), or a folder with subfolders `images` and `masks`.
@@ -125,6 +125,11 @@ class Segmentation(ResumableDataModule):
         if stage == "test":
             self.test_images = EvalImages(self._load_test_sets(), self.channels, self.downscale)
 
+    @classmethod
+    def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
+        """List the images with masks."""
+        return list_masked_images(spec)
+
     @property
     def class_names(self) -> list[str]:
         """Class names by class id."""
@@ -205,14 +210,11 @@ class Segmentation(ResumableDataModule):
 
     # Batch processing on the device
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Convert images to float32 in [0, 1] on the device, and process training batches."""
-        if "name" in batch:
-            return {**batch, "image": batch["image"].float() / 255, "mask": batch["mask"].long()}
-        self.samples_seen += self.batch_size
-        return self.prepare_train_batch(batch)
+    def prepare_eval_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Convert images to float32 in [0, 1] on the device."""
+        return {**batch, "image": batch["image"].float() / 255, "mask": batch["mask"].long()}
 
-    def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def prepare_train_batch(self, batch: dict[str, Any]) -> SegmentationBatch:
         """Convert a training batch to float32 in [0, 1] and apply contrast jitter."""
         inputs = batch["image"].float() / 255
         if self.contrast_jitter:
@@ -223,8 +225,10 @@ class Segmentation(ResumableDataModule):
             )
             mean = inputs.mean(dim=(1, 2, 3), keepdim=True)
             inputs = ((inputs - mean) * (1 + gain) + mean + shift).clamp(0, 1)
-        extras = {"weight": batch["weight"]} if "weight" in batch else {}
-        return {"image": inputs, "mask": batch["mask"].long(), **extras}
+        prepared: SegmentationBatch = {"image": inputs, "mask": batch["mask"].long()}
+        if "weight" in batch:
+            prepared["weight"] = batch["weight"]
+        return prepared
 
 
 def separate_touching(sample: MaskedSample) -> tuple[np.ndarray, np.ndarray]:
@@ -363,13 +367,13 @@ class EvalImages(Dataset[dict[str, Any]]):
         return len(self.eval_images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (1, C, H, W), "mask": uint8 (1, H, W), "cells": int32 (1, H, W), "name": [str], "dataset": [str]}."""
+        """`SegmentationEvalBatch` before `prepare_eval_batch`: uint8 image and mask."""
         masked_image = self.eval_images[index]
         sample = masked_image.load(self.channels, self.downscale)
         return {
             "image": sample.pixels[None],
             "mask": torch.from_numpy(sample.mask)[None],
-            "cells": torch.from_numpy(sample.instance_ids)[None],
+            "instance_ids": torch.from_numpy(sample.instance_ids)[None],
             "name": [masked_image.image.name],
             "dataset": [masked_image.image.dataset],
         }

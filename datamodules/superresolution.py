@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import ResumableDataModule
+from datamodules.batches import SuperResolutionBatch
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
@@ -19,9 +20,7 @@ from datamodules.transforms.resize import imresize
 class SuperResolution(ResumableDataModule):
     """Pairs of a bicubically downscaled image and its original, luma only.
 
-    Training batches are {"input": (N, 1, patch_size, patch_size), "target": (N, 1, patch_size * scale, ...)}. Evaluation
-    batches are {"input", "target", "name", "dataset"} of one image. All images are float32 in [0, 1], except that the
-    bicubic kernel may overshoot in "input".
+    Yields `SuperResolutionBatch` with inputs of `patch_size`, and `SuperResolutionEvalBatch`, see `datamodules/batches.py`.
 
     Args:
         scale: upscaling factor.
@@ -145,16 +144,9 @@ class SuperResolution(ResumableDataModule):
 
     # Batch processing on the device
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Create input-target pairs from training patches on the device."""
-        if "patches" not in batch:
-            return batch
-        self.samples_seen += self.batch_size
-        return self.prepare_train_batch(batch["patches"])
-
-    def prepare_train_batch(self, patches: Tensor) -> dict[str, Tensor]:
+    def prepare_train_batch(self, batch: dict[str, Any]) -> SuperResolutionBatch:
         """Create inputs and targets from uint8 patches (N, 1, P, P), and crop the margin of the bicubic kernel."""
-        hr = patches.float() / 255
+        hr = batch["patches"].float() / 255
         size = self.patch_size + 2 * KERNEL_MARGIN
         lr = imresize(hr, (size, size))[..., KERNEL_MARGIN:-KERNEL_MARGIN, KERNEL_MARGIN:-KERNEL_MARGIN]
         margin = KERNEL_MARGIN * self.scale

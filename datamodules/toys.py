@@ -19,8 +19,8 @@ POINTS_PER_PASS = 100_000
 class Ring(ResumableDataModule):
     """Gaussians evenly spaced on a circle around the origin (Metz et al., arXiv:1611.02163, Section 3.1).
 
-    Training batches are {"point": (N, 2) float32}. Evaluation batches are sample indices, {"index": int64 (N,)};
-    `reference_sets` holds the centers of the Gaussians.
+    Training batches are {"point": (N, 2) float32}. Evaluation batches are sample indices, {"index": int64 (N,)}, with real
+    points, {"point": (1000, 2)}; `reference_sets` holds the centers of the Gaussians.
 
     Args:
         modes: number of Gaussians; 1 with radius 0 is a single centered Gaussian.
@@ -51,26 +51,24 @@ class Ring(ResumableDataModule):
         self.points = centers[torch.arange(POINTS_PER_PASS) % modes] + std * noise
         self.test = ["ring"]
 
-    def preview_images(self, count: int) -> Tensor:
-        """The first points: (count, 2)."""
-        return self.points[:count]
-
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Infinite loader of points."""
         return self.train_loader(PointBatches(self.points), POINTS_PER_PASS)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Loader of the indices of samples to generate."""
-        indices = SampleIndices(self.val_samples, self.rank_and_world_size[1])
+        indices = SampleIndices(self.val_samples, self.rank_and_world_size[1], self.val_samples)
         return self.eval_loader(indices, len(indices))
 
     test_dataloader = val_dataloader
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Count the training points."""
-        if "point" in batch:
-            self.samples_seen += self.batch_size
+    def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The points are a batch as they are."""
         return batch
+
+    def prepare_eval_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add real points."""
+        return {**batch, "point": self.points[:1000]}
 
 
 class PointBatches(Dataset[dict[str, Tensor]]):
@@ -92,7 +90,3 @@ class DummyBatches(Ring):
         super().__init__(1, 0.0, 1.0, val_samples=1, batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.test = []
         self.reference_sets = {}
-
-    def preview_images(self, count: int) -> Tensor:
-        """No points: (0, 2)."""
-        return self.points[:0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
+from datamodules.batches import UnpairedBatch
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.catalog.domains import DomainImage, load_domains
 from datamodules.errors import UserError
@@ -122,6 +123,12 @@ class Unpaired(ResumableDataModule):
             return f"{domain_image.image.path}: {size} pixels, too small: at least {self.crop}x{self.crop} are needed", ""
         return pixels if side is None else domain_image.resize_square(pixels, side), pixel_hash(pixels)
 
+    @classmethod
+    def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
+        """List the images of both domains; none if a domain has none."""
+        images_a, images_b = load_domains(spec)
+        return [*images_a, *images_b] if images_a and images_b else []
+
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -147,24 +154,21 @@ class Unpaired(ResumableDataModule):
 
     # Batch processing on the device
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Convert images to float32 in [0, 1] on the device, and process training batches."""
-        if "image" in batch:
-            return {**batch, "image": batch["image"].float() / 255}
-        self.samples_seen += self.batch_size
-        return self.prepare_train_batch(batch)
+    def prepare_eval_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Convert images to float32 in [0, 1] on the device."""
+        return {**batch, "image": batch["image"].float() / 255}
 
-    def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def prepare_train_batch(self, batch: dict[str, Any]) -> UnpairedBatch:
         """Convert uint8 images to float32 in [0, 1] and apply random flips."""
-        prepared = {}
-        for domain in "AB":
-            images = batch[domain].float() / 255
-            if self.hflip:
-                words = random_words(self.seed, f"flip/{domain}", batch["start"], len(images))[:, 0]
-                flip_mask = torch.from_numpy(randint_from_words(words, 2) == 1).to(images.device)
-                images = torch.where(flip_mask[:, None, None, None], images.flip(3), images)
-            prepared[domain] = images
-        return prepared
+        return {"A": self._prepare_domain(batch, "A"), "B": self._prepare_domain(batch, "B")}
+
+    def _prepare_domain(self, batch: dict[str, Any], domain: str) -> Tensor:
+        images = batch[domain].float() / 255
+        if not self.hflip:
+            return images
+        words = random_words(self.seed, f"flip/{domain}", batch["start"], len(images))[:, 0]
+        flip_mask = torch.from_numpy(randint_from_words(words, 2) == 1).to(images.device)
+        return torch.where(flip_mask[:, None, None, None], images.flip(3), images)
 
 
 class UnpairedCrops(Dataset[dict[str, Any]]):

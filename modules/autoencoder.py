@@ -22,6 +22,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from datamodules.errors import UserError
+from datamodules.transforms.draw import SHEET, stack_rows
 from modules.losses.precision import to_float32
 from modules.networks.init import xavier_init_
 from modules.networks.mlp_conv import Activation, NetworkType, decoder, encoder, to_hw
@@ -142,3 +143,9 @@ class Autoencoder(Method):
         return {**batch, "input": corrupted, "code": code, "prediction": self.decode(code)}
 
     test_step = validation_step
+
+    preview_limit = 1
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """Images, corrupted inputs, and reconstructions."""
+        return stack_rows(*(outputs[name][: SHEET // 4] for name in ("image", "input", "prediction") if name in outputs))

@@ -31,6 +31,7 @@ from modules.tasks.translation import Direction, TranslationMethod
 from modules.training.image_pool import ImagePool
 from modules.training.method import Batch
 from modules.training.phases import Phase
+from modules.training.stages import Stage
 
 Objective = Literal["full", "cycle", "gan", "gan-cycle-A", "gan-cycle-B"]
 CYCLE_TERMS = {"full": "AB", "cycle": "AB", "gan": "", "gan-cycle-A": "A", "gan-cycle-B": "B"}  # domains with a cycle loss
@@ -103,25 +104,30 @@ class CycleGAN(TranslationMethod):
 
     def phases(self) -> list[Phase]:
         """Update both generators together, then both discriminators."""
-        phases = [Phase("generators", [self.G_AB, self.G_BA], self.adam, self.generator_losses, self.linear_decay_after_half)]
+        phases = [Phase("generators", self.generator_losses, self.linear_decay_after_half)]
         if self.adversarial:
-            discriminators = [self.D_A, self.D_B]
-            phases.append(
-                Phase("discriminators", discriminators, self.adam, self.discriminator_losses, self.linear_decay_after_half)
-            )
+            phases.append(Phase("discriminators", self.discriminator_losses, self.linear_decay_after_half))
         return phases
 
-    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One Adam for both generators, and one for both discriminators."""
+        optimizers = {"generators": self.adam(self.G_AB, self.G_BA)}
+        if self.adversarial:
+            optimizers["discriminators"] = self.adam(self.D_A, self.D_B)
+        return optimizers
+
+    def adam(self, *networks: nn.Module) -> torch.optim.Optimizer:
         """Adam (Section 7.1); a beta1 of 0.5 as in the authors' code."""
+        parameters = [parameter for network in networks for parameter in network.parameters()]
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), fused=True)
 
     def linear_decay_after_half(self, images_seen: int) -> dict[str, float]:
         """Learning rate (Section 7.1): constant in the first half, then linear decay to zero."""
         return {"lr": self.learning_rate * min(1.0, 2 - 2 * images_seen / self.total_images)}
 
-    def stage_starts(self) -> list[int]:
+    def stages(self) -> list[Stage]:
         """Stages (Section 7.1): the learning rate falls from the middle on."""
-        return [0, self.total_images // 2]
+        return [Stage(), Stage(self.total_images // 2)] if self.total_images > 1 else [Stage()]
 
     def shared_forward(self, batch: Batch) -> Batch:
         """Compute images in [-1, 1] and their translations for both phases.

@@ -91,13 +91,17 @@ class DCGAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """Update D, then G."""
         return [
-            Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, self.constant_lr),
-            Phase("generator", [self.generator], self.adam, self.generator_losses, self.constant_lr),
+            Phase("discriminator", self.discriminator_losses, self.constant_lr),
+            Phase("generator", self.generator_losses, self.constant_lr),
         ]
 
-    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One Adam for each network."""
+        return {"discriminator": self.adam(self.discriminator), "generator": self.adam(self.generator)}
+
+    def adam(self, network: nn.Module) -> torch.optim.Optimizer:
         """Adam with a beta1 of 0.5 instead of 0.9, which "helped stabilize training"."""
-        return torch.optim.Adam(parameters, betas=(self.beta1, 0.999), fused=True)
+        return torch.optim.Adam(network.parameters(), betas=(self.beta1, 0.999), fused=True)
 
     def constant_lr(self, images_seen: int) -> dict[str, float]:
         """Constant learning rate."""

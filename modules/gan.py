@@ -98,16 +98,16 @@ class GAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """Update D on every batch, and G on every k-th batch."""
         return [
-            Phase("discriminator", [self.discriminator], torch.optim.SGD, self.discriminator_losses, self.sgd_schedule),
-            Phase(
-                "generator",
-                [self.generator],
-                torch.optim.SGD,
-                self.generator_losses,
-                self.sgd_schedule,
-                interval=self.discriminator_steps,
-            ),
+            Phase("discriminator", self.discriminator_losses, self.sgd_schedule),
+            Phase("generator", self.generator_losses, self.sgd_schedule, every_n_steps=self.discriminator_steps),
         ]
+
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """SGD for both networks."""
+        return {
+            "discriminator": torch.optim.SGD(self.discriminator.parameters()),
+            "generator": torch.optim.SGD(self.generator.parameters()),
+        }
 
     def shared_forward(self, batch: Batch) -> Batch:
         """Generate the fakes for both phases; G is not updated before D."""

@@ -90,6 +90,7 @@ class SMPSegmenter(SegmentationMethod):
         Raises:
             UserError: the weights do not exist or cannot be downloaded.
         """
+        super().setup(stage)
         if stage != "fit" or not self.encoder_weights:
             return
         try:

@@ -11,6 +11,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.transforms.draw import scatter_plot
 from modules.losses.adversarial import bce_fake, bce_real, gan_generator_loss
 from modules.tasks.generation import GenerativeMethod
 from modules.training.method import Method
@@ -47,17 +48,21 @@ class BilinearGame(Method):
     def phases(self) -> list[Phase]:
         """Gradient descent on V for x and on -V for y."""
         return [
-            Phase("x", [self.x], torch.optim.SGD, lambda _: {"value": self.value()}, self.constant_lr),
-            Phase("y", [self.y], torch.optim.SGD, lambda _: {"value": -self.value()}, self.constant_lr),
+            Phase("x", lambda _: {"value": self.value()}, self.constant_lr),
+            Phase("y", lambda _: {"value": -self.value()}, self.constant_lr),
         ]
 
-    def value(self) -> Tensor:
-        """V = x y."""
-        return (self.x.weight * self.y.weight).sum()
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Plain gradient descent."""
+        return {"x": torch.optim.SGD(self.x.parameters()), "y": torch.optim.SGD(self.y.parameters())}
 
     def constant_lr(self, images_seen: int) -> dict[str, float]:
         """Constant learning rate."""
         return {"lr": self.learning_rate}
+
+    def value(self) -> Tensor:
+        """V = x y."""
+        return (self.x.weight * self.y.weight).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run the step and record (x, y) after it."""
@@ -67,6 +72,12 @@ class BilinearGame(Method):
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Return the trajectory so far, (steps + 1, 2), as "prediction"."""
         return {"prediction": self.trajectory[: self.images_seen + 1]}
+
+    preview_limit = 1
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """The trajectory in the plane."""
+        return scatter_plot(outputs["prediction"], outputs["prediction"][:0])
 
 
 class RingGAN(GenerativeMethod):
@@ -110,17 +121,16 @@ class RingGAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """Update D, then G."""
         return [
-            Phase("discriminator", [self.discriminator], self.adam, self.discriminator_losses, lambda _: self.lr(0.1)),
-            Phase("generator", [self.generator], self.adam, self.generator_losses, lambda _: self.lr(1)),
+            Phase("discriminator", self.discriminator_losses, lambda _: {"lr": 0.1 * self.learning_rate}),
+            Phase("generator", self.generator_losses, lambda _: {"lr": self.learning_rate}),
         ]
 
-    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Adam, for both networks."""
-        return torch.optim.Adam(parameters, betas=(0.5, 0.999))
-
-    def lr(self, scale: float) -> dict[str, float]:
-        """Constant learning rate."""
-        return {"lr": scale * self.learning_rate}
+        return {
+            "discriminator": torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.999)),
+            "generator": torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.999)),
+        }
 
     def shared_forward(self, batch: Batch) -> Batch:
         """Generate the fakes."""
@@ -134,3 +144,7 @@ class RingGAN(GenerativeMethod):
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Saturating or non-saturating loss of Goodfellow et al., Section 3."""
         return {"adversarial": gan_generator_loss(self.discriminator(batch["fake"] / 4), self.loss)}
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """The samples over real points."""
+        return scatter_plot(outputs["prediction"], outputs["point"])

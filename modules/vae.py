@@ -20,19 +20,22 @@ Differences from the papers and their code:
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from datamodules.batches import GenerationOutputs, ReconstructionOutputs
 from datamodules.errors import UserError
+from datamodules.transforms.draw import SHEET, stack_rows
 from modules.losses.precision import to_float32
 from modules.networks.init import xavier_init_
 from modules.networks.mlp_conv import Activation, NetworkType, decoder, encoder, mlp, to_hw
 from modules.tasks.generation import GenerativeMethod
 from modules.training.method import Batch
+from modules.training.stages import Stage
 
 Gaussian = tuple[Tensor, Tensor]  # mean and log variance
 
@@ -215,12 +218,12 @@ class VAE(GenerativeMethod):
             return torch.optim.Adagrad(self.parameters(), fused=True)
         return torch.optim.Adam(self.parameters(), eps=self.epsilon, fused=True)
 
-    def stage_starts(self) -> list[int]:
-        """Starts of the stages: stage i takes 3^i times as many images as the first (IWAE, Section 5)."""
-        starts = [0]
-        while self.first_stage_images and starts[-1] < self.total_images:
-            starts.append(3 * starts[-1] + self.first_stage_images)
-        return starts[:-1] if len(starts) > 1 else starts
+    def stages(self) -> list[Stage]:
+        """Stage i takes 3^i times as many images as the first (IWAE, Section 5)."""
+        stages = [Stage()]
+        while self.first_stage_images and (start := 3 * stages[-1].start + self.first_stage_images) < self.total_images:
+            stages.append(Stage(start))
+        return stages
 
     def schedule(self, images_seen: int) -> float:
         """Learning rate times 10^(-i/7) in stage i = 0, 1, ... (IWAE, Section 5), or constant."""
@@ -233,7 +236,7 @@ class VAE(GenerativeMethod):
 
     # Evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+    def validation_step(self, batch: Any, batch_idx: int) -> GenerationOutputs | ReconstructionOutputs:
         """Add reconstructions as "prediction" and posterior means as "code"; without images, add samples.
 
         `callbacks.metrics.likelihood` computes the bounds.
@@ -241,9 +244,15 @@ class VAE(GenerativeMethod):
         if "image" not in batch:
             return super().validation_step(batch, batch_idx)
         code, _ = self.posterior(batch["image"])
-        return {**batch, "prediction": self.decode(code), "code": code}
+        return cast(ReconstructionOutputs, {**batch, "prediction": self.decode(code), "code": code})
 
     test_step = validation_step
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """Images above their reconstructions, or samples."""
+        if "image" not in outputs:
+            return super().preview(outputs)
+        return stack_rows(*(outputs[name][: SHEET // 4] for name in ("image", "prediction")))
 
 
 def reparameterize(params: Gaussian, noise: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from experiments import ROOT
 
 # What each package may import, besides itself.
 MAY_IMPORT = {
-    "modules": {"datamodules.errors", "datamodules.transforms", "datamodules.random"},
+    "modules": {"datamodules.errors", "datamodules.batches", "datamodules.transforms", "datamodules.random"},
     "datamodules": set(),
     "callbacks": {"modules.training", "datamodules"},
     "experiments": {"modules", "datamodules", "callbacks"},

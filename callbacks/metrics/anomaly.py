@@ -6,6 +6,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.protocols import ReconstructionData
 from datamodules.errors import UserError
 
 
@@ -17,13 +18,15 @@ class ReconstructionAUROC(ImageMetric):
     Expects the outputs {"image", "prediction": (N, C, H, W), "label": (N,)}, on datamodules.reconstruction.Reconstruction.
     """
 
+    required_outputs = ("image", "prediction", "label")
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Require seen and unseen classes in every test set.
 
         Raises:
             UserError: the datamodule is not `Reconstruction`, or a test set lacks seen or unseen classes.
         """
-        if not hasattr(trainer.datamodule, "is_unseen"):
+        if not isinstance(trainer.datamodule, ReconstructionData):
             raise UserError(
                 f"ReconstructionAUROC: {type(trainer.datamodule).__name__} has no excluded classes; "
                 "use datamodules.reconstruction.Reconstruction"

@@ -2,24 +2,44 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from datamodules.errors import UserError
 
-class _Metric(Callback, ABC):
-    """Schedule of evaluation and logging of results, common to both base classes.
+
+class Metric(Callback, ABC):
+    """Schedule of evaluation and logging of results, common to all metrics.
+
+    `required_outputs` names the outputs of the method's steps that a metric needs; they are checked in the sanity check of a
+    training and at the first batch of an evaluation.
 
     `results` holds {dataset: {image: {protocol: value}}} after each evaluation. A metric of a full set has "all" as the name
     of its image. The mean over images is logged as `<dataset>/<protocol>`.
     """
 
+    required_outputs: ClassVar[tuple[str, ...]] = ()
+    evaluator_hash = ""  # of the weights of a network that computes the metric
+
     def __init__(self, on_validation: bool) -> None:
         self.on_validation = on_validation
         self.results: dict[str, dict[str, dict[str, float]]] = {}
+
+    def _require_outputs(self, outputs: dict[str, Any], pl_module: Any, batch_idx: int) -> None:
+        """Check the outputs of the first batch.
+
+        Raises:
+            UserError: an output is missing.
+        """
+        if not batch_idx and (missing := [name for name in self.required_outputs if name not in outputs]):
+            raise UserError(
+                f"{type(self).__name__}: needs the outputs {', '.join(self.required_outputs)}, but {type(pl_module).__name__} "
+                f"has no {', '.join(missing)} on these data; remove the metric from trainer.callbacks"
+            )
 
     def _log_results(self, trainer: Any, pl_module: Any) -> None:
         """Log the mean over the images of each dataset, in the order of their names."""
@@ -32,7 +52,7 @@ class _Metric(Callback, ABC):
         pl_module.log_dict({**means, **images_seen}, sync_dist=False)
 
 
-class ImageMetric(_Metric):
+class ImageMetric(Metric):
     """A metric over validation and test images.
 
     Expects outputs with "name" and "dataset", N strings each. The state of an image depends on that image alone, is stored
@@ -75,6 +95,7 @@ class ImageMetric(_Metric):
         dataloader_idx: int = 0,
     ) -> None:
         """Evaluate each image of a batch."""
+        self._require_outputs(outputs, pl_module, batch_idx)
         if self._is_inactive(trainer):
             return
         for i, (dataset, image) in enumerate(zip(outputs["dataset"], outputs["name"], strict=True)):
@@ -104,7 +125,7 @@ class ImageMetric(_Metric):
         return trainer.state.fn == "fit" and not self.on_validation
 
 
-class SampleSetMetric(_Metric):
+class SampleSetMetric(Metric):
     """A metric that compares the samples of a validation or test with the reference sets of the datamodule.
 
     Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and a datamodule with `reference_sets`, uint8
@@ -114,6 +135,8 @@ class SampleSetMetric(_Metric):
     Args:
         on_validation: evaluate at validations too, otherwise only at tests.
     """
+
+    required_outputs = ("prediction", "index")
 
     def __init__(self, on_validation: bool = False) -> None:
         super().__init__(on_validation)
@@ -149,6 +172,7 @@ class SampleSetMetric(_Metric):
         dataloader_idx: int = 0,
     ) -> None:
         """Store the state of a batch of samples."""
+        self._require_outputs(outputs, pl_module, batch_idx)
         if self._is_inactive(trainer):
             return
         self.state.append((outputs["index"].cpu(), self.update(outputs["prediction"].detach().float())))

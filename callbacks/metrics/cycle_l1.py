@@ -23,6 +23,8 @@ class CycleL1(ImageMetric):
     Expects the outputs {"image", "prediction", "reconstruction", "same": (N, 3, H, W), "direction": N strings}.
     """
 
+    required_outputs = ("image", "prediction", "reconstruction", "same", "direction")
+
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
         """Return the differences of the image by protocol."""
         image = outputs["image"][i].float()

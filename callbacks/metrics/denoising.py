@@ -26,6 +26,8 @@ class DenoisingPSNR(ImageMetric):
         on_validation: evaluate at validations too.
     """
 
+    required_outputs = ("image", "input", "prediction")
+
     def __init__(
         self, tv_weights: Sequence[PositiveFloat] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), on_validation: bool = False
     ) -> None:

@@ -42,6 +42,8 @@ class FCNScore(ImageMetric):
         on_validation: evaluate at validations too.
     """
 
+    required_outputs = ("image", "prediction", "direction")
+
     def __init__(
         self,
         segmenter: LightningModule,

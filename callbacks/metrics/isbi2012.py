@@ -29,6 +29,8 @@ class ISBI2012Errors(ImageMetric):
     {"prediction": (N, 2, H, W), class 1 is the inside of cells, "mask": (N, H, W)}. Evaluated only at tests.
     """
 
+    required_outputs = ("prediction", "mask")
+
     def __init__(self) -> None:
         super().__init__(on_validation=False)
 

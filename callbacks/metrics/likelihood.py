@@ -9,6 +9,7 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.protocols import LatentVariableModel, ReconstructionData
 from datamodules.errors import UserError
 from datamodules.random.noise import normal
 
@@ -35,6 +36,8 @@ class Likelihood(ImageMetric):
         seed: seed of the latent samples.
     """
 
+    required_outputs = ("image", "code", "index")
+
     def __init__(self, n_samples: NonNegativeInt = 0, seed: int = 0) -> None:
         super().__init__()
         self.n_samples, self.seed = n_samples, seed
@@ -46,7 +49,7 @@ class Likelihood(ImageMetric):
         Raises:
             UserError: the model has no `log_weights`, or the datamodule no `binarization`.
         """
-        if not hasattr(pl_module, "log_weights") or not hasattr(trainer.datamodule, "binarization"):
+        if not isinstance(pl_module, LatentVariableModel) or not isinstance(trainer.datamodule, ReconstructionData):
             raise UserError(
                 f"Likelihood: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no likelihood; "
                 "use modules.vae.VAE on datamodules.reconstruction.Reconstruction"
@@ -56,6 +59,7 @@ class Likelihood(ImageMetric):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Evaluate the images of a batch together."""
+        self._require_outputs(outputs, pl_module, batch_idx)
         terms = likelihood_terms(pl_module, outputs, self.seed, self.n_samples if trainer.testing else 0)
         self.batch = {name: values.cpu().numpy() for name, values in terms.items()}
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from callbacks.metrics.base import Metric
 from datamodules.errors import UserError
 from datamodules.io.image_set import ImageSet, load_image_set
 from datamodules.random.noise import derive_seed
@@ -23,7 +23,7 @@ FeatureFn = Callable[[Tensor], Tensor]
 ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 
 
-class LinearProbe(Callback):
+class LinearProbe(Metric):
     """DCGAN, Section 5: L2-SVM on features of the discriminator, each layer max-pooled to 4 x 4, flattened, concatenated.
 
     The SVM is trained on `repeats` random balanced subsets, or once on all images; C is the one of seven with the lowest error
@@ -52,9 +52,9 @@ class LinearProbe(Callback):
         repeats: PositiveInt = 10,
         metric: Literal["error", "accuracy"] = "error",
     ) -> None:
+        super().__init__(on_validation=False)
         self.datasets = (train, val, test)
         self.per_class, self.repeats, self.metric = per_class, repeats, metric
-        self.results: dict[str, dict[str, dict[str, float]]] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Require a convolutional discriminator.

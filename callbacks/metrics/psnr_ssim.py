@@ -86,6 +86,8 @@ class PSNRSSIM(ImageMetric):
         crop_border: width of the cropped border in pixels, by convention the scale.
     """
 
+    required_outputs = ("prediction", "target")
+
     def __init__(self, crop_border: int) -> None:
         super().__init__()
         self.protocols = protocols(crop_border)

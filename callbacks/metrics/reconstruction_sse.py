@@ -7,6 +7,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.protocols import HasEncoder, ReconstructionData
 from datamodules.errors import UserError
 from datamodules.io.image_set import load_image_set
 
@@ -23,6 +24,8 @@ class ReconstructionSSE(ImageMetric):
     Expects the outputs {"image", "prediction": (N, C, H, W), "code": (N, D)}.
     """
 
+    required_outputs = ("image", "prediction", "code")
+
     def __init__(self) -> None:
         super().__init__(on_validation=False)
         self.pca: PCA | None = None
@@ -33,7 +36,7 @@ class ReconstructionSSE(ImageMetric):
         Raises:
             UserError: the model has no encoder, or the data have excluded classes or are not square.
         """
-        if not hasattr(pl_module, "encoder") or not hasattr(trainer.datamodule, "image_hw"):
+        if not isinstance(pl_module, HasEncoder) or not isinstance(trainer.datamodule, ReconstructionData):
             raise UserError(
                 f"ReconstructionSSE: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; use "
                 "modules.autoencoder.Autoencoder on datamodules.reconstruction.Reconstruction"
@@ -47,6 +50,7 @@ class ReconstructionSSE(ImageMetric):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Fit the components once, then evaluate each image of a batch."""
+        self._require_outputs(outputs, pl_module, batch_idx)
         if self.pca is None:
             data = trainer.datamodule
             pixels = load_image_set(data.train, data.size, data.channels, data.crop, data.data_report).pixels

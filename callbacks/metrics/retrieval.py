@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.protocols import HasEncoder
 from datamodules.errors import UserError
 
 QUERIES_PER_BATCH = 1000  # queries per distance matrix
@@ -26,6 +27,8 @@ class PrecisionAtK(ImageMetric):
         on_validation: evaluate at validations too.
     """
 
+    required_outputs = ("image", "code", "label")
+
     def __init__(self, k: PositiveInt = 10, on_validation: bool = False) -> None:
         super().__init__(on_validation)
         self.k = k
@@ -36,7 +39,7 @@ class PrecisionAtK(ImageMetric):
         Raises:
             UserError: the model has no encoder, or a set has at most k images.
         """
-        if not hasattr(pl_module, "encoder"):
+        if not isinstance(pl_module, HasEncoder):
             raise UserError(f"PrecisionAtK: {type(pl_module).__name__} has no codes; use modules.autoencoder or modules.vae")
         if self.k < 1:
             raise UserError(f"PrecisionAtK.k: {self.k}; must be at least 1")

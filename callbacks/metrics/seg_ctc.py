@@ -15,13 +15,15 @@ class CTCSeg(ImageMetric):
     one pixel are left out, and false positives are not penalized (Maska et al., Bioinformatics 2014). Predicted objects are
     the edge-connected components of the pixels whose most likely class is 1.
 
-    Expects the outputs {"prediction": (N, K, H, W), "cells": (N, H, W), labels of the true objects, 0 for background}.
+    Expects the outputs {"prediction": (N, K, H, W), "instance_ids": (N, H, W), labels of the true objects, 0 for background}.
     """
+
+    required_outputs = ("prediction", "instance_ids")
 
     def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
         """Return the scores of the objects in the image."""
         cells = outputs["prediction"][i].argmax(0).cpu().numpy() == 1
-        return seg_scores(outputs["cells"][i].cpu().numpy(), label(cells)[0])
+        return seg_scores(outputs["instance_ids"][i].cpu().numpy(), label(cells)[0])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Return the mean over all objects of the set; NaN if there are none."""

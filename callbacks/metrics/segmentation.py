@@ -25,6 +25,8 @@ class SegmentationMetrics(ImageMetric):
     Pixels whose mask is 255 are ignored. Expects the outputs {"prediction": (N, K, H, W), "mask": (N, H, W)}.
     """
 
+    required_outputs = ("prediction", "mask")
+
     def update(self, outputs: dict[str, Any], i: int) -> Tensor:
         """Return the confusion matrix of the image."""
         prediction = outputs["prediction"][i]

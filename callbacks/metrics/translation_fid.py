@@ -23,6 +23,8 @@ class TranslationFID(ImageMetric):
         on_validation: evaluate at validations too.
     """
 
+    required_outputs = ("image", "prediction", "direction")
+
     def __init__(
         self,
         extractor: str = "callbacks.metrics.feature_extractors.Inception",

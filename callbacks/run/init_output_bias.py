@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.metrics.protocols import HasOutputBias
 from datamodules.errors import UserError
 
 N_IMAGES = 10_000  # images in the mean
@@ -24,7 +25,7 @@ class InitOutputBias(Callback):
         Raises:
             UserError: the method has no such function.
         """
-        if not hasattr(pl_module, "init_output_bias"):
+        if not isinstance(pl_module, HasOutputBias):
             raise UserError(f"InitOutputBias: {type(pl_module).__name__} has no init_output_bias; remove this callback")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

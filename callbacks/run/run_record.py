@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.run.checkpoints import inference_state_dict, read_weights, weights_hash
+from callbacks.metrics.base import Metric
+from callbacks.run.checkpoints import Checkpoints, inference_state_dict, read_weights, weights_hash
 from callbacks.run.record_file import read_record, write_record
 
 SEGMENT_KEYS = ("commit", "code", "versions")  # a resumed run that differs in these is a new segment
@@ -21,7 +22,7 @@ SEGMENT_KEYS = ("commit", "code", "versions")  # a resumed run that differs in t
 class RunRecord(Callback):
     """Writes the record when training has reached its budget, and adds the metrics of later tests.
 
-    Metrics are callbacks with `results`, {dataset: {image: {protocol: value}}}.
+    Metrics are callbacks that inherit from `callbacks.metrics.base.Metric`.
 
     Args:
         path: the file.
@@ -50,7 +51,7 @@ class RunRecord(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the record of the training."""
-        checkpoints = next(c for c in trainer.callbacks if hasattr(c, "best_images"))
+        checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         self._write(
             trainer,
             {
@@ -62,6 +63,7 @@ class RunRecord(Callback):
                 "data": trainer.datamodule.data_report.fingerprints(),
                 "skipped": trainer.datamodule.data_report.skipped,
                 "hardware": hardware(trainer),
+                "reference_weights": {name: reference.weights_hash for name, reference in pl_module.references.items()},
                 "images_seen": pl_module.images_seen,
                 "best_images": checkpoints.best_images,
                 "best": {"metric": checkpoints.monitor, "value": json_number(checkpoints.best_value)},
@@ -74,8 +76,9 @@ class RunRecord(Callback):
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Add the test metrics, image by image."""
         metrics: dict[str, Any] = {}
-        for callback in trainer.callbacks:
-            for dataset, images in getattr(callback, "results", {}).items():
+        evaluators = [callback for callback in trainer.callbacks if isinstance(callback, Metric)]
+        for callback in evaluators:
+            for dataset, images in callback.results.items():
                 for protocol in next(iter(images.values())):
                     values = [images[name][protocol] for name in sorted(images)]
                     metrics.setdefault(dataset, {})[protocol] = {
@@ -89,9 +92,7 @@ class RunRecord(Callback):
         elif not self._same_code(existing, "metrics"):  # evaluated before by other metrics
             current = {key: self.metadata[key] for key in ("commit", "code", "content", "config")}
             existing = {**{key: value for key, value in existing.items() if key != "certified"}, **current, "metrics": {}}
-        evaluator_weights = {
-            type(c).__name__: c.evaluator_hash for c in trainer.callbacks if getattr(c, "evaluator_hash", None)
-        }
+        evaluator_weights = {type(c).__name__: c.evaluator_hash for c in evaluators if c.evaluator_hash}
         if evaluator_weights:  # hashes of the networks that compute metrics
             existing["evaluator_weights"] = evaluator_weights
         existing["data"] = {**existing.get("data", {}), **trainer.datamodule.data_report.fingerprints()}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
-from callbacks.visualization.overlays import overlay
+from datamodules.transforms.overlays import overlay
 
 
 class MaskWriter(BasePredictionWriter):

@@ -5,7 +5,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
@@ -14,29 +14,19 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 from callbacks.run.run_record import cpu_name, peak_memory_mib
 from datamodules.errors import UserError
-from datamodules.generation import Generation
-from datamodules.segmentation import Segmentation
-from datamodules.superresolution import SuperResolution
-from datamodules.unpaired import Unpaired
-from experiments.bench.inference import bench_inference
-from experiments.bench.pil_baselines import pil_batches
-from experiments.bench.reference_loop import (
-    Step,
-    bare_batches,
-    count_flops,
-    make_optimizers,
-    make_reference_step,
-    quartiles,
-    synchronize,
-)
+from experiments.bench.reference_loop import Step, bare_batches, make_optimizers, make_reference_step
+from experiments.bench.timing import count_flops, quartiles, synchronize
 from experiments.cli.errors import parameters
 from experiments.run.fit import train_without_eval
 from experiments.run.lightning_cli import DarkroomCLI, build_cli
 from experiments.run.recipes import Recipe
+from experiments.tasks.registry import task_of
 from modules.training.method import Method
+from modules.training.phases import Batch
 
 PIL_EVERY = 6  # rounds; PIL stretches are this many times longer, because the workers prefetch a few batches
 SETTLE = 0.5  # seconds for the PIL loader's workers to refill their queue before the Trainer is timed again
@@ -60,19 +50,29 @@ def bench(recipe: Recipe, rounds: int, steps: int, as_json: bool, started: float
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         cli = build_cli("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
-        if not isinstance(cli.datamodule, SuperResolution | Generation | Segmentation | Unpaired):
-            raise UserError(
-                f"{recipe.name}: bench does not support toy games. Choose a recipe of generation, super-resolution, "
-                "segmentation or translation"
-            )
+        task = task_of(cli.datamodule)
+        if task.baseline is None or task.bench_inference is None:
+            raise UserError(f"{recipe.name}: there is no baseline for {type(cli.datamodule).__name__}; choose another recipe")
         timer = InterleavedTimer(cli.model, cli.datamodule, steps, started)
         train_without_eval(cli, steps * (rounds + 1), timer)
     method = cli.model.cpu().eval()
-    results = {**bench_training(timer, cli), **bench_inference(method, cli.datamodule)}
+    results = {**bench_training(timer, cli), **task.bench_inference(method, cli.datamodule)}
     if as_json:
         print(json.dumps(results, indent=1))
     else:
         print_results(recipe, results)
+
+
+def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
+    """Yield endless batches that load item by item, with one worker per CPU core."""
+    baseline = task_of(data).baseline
+    assert baseline is not None
+    loader = DataLoader(
+        baseline(data), data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+    )
+    while True:
+        for batch in loader:
+            yield {key: value.to(device) for key, value in batch.items()}
 
 
 class InterleavedTimer(Callback):
@@ -146,10 +146,10 @@ def step_breakdown(method: Method, data: Any, steps: int) -> dict[str, float]:
 
     batches = bare_batches(data, method.device)
     next_batch = timed("data_ms", lambda: next(batches))
-    optimizers = [
-        SimpleNamespace(param_groups=o.param_groups, zero_grad=o.zero_grad, step=timed("optimizer_ms", o.step))
-        for o in make_optimizers(method)
-    ]
+    optimizers = {
+        name: SimpleNamespace(param_groups=o.param_groups, zero_grad=o.zero_grad, step=timed("optimizer_ms", o.step))
+        for name, o in make_optimizers(method).items()
+    }
     step = make_reference_step(method, iter(next_batch, None), optimizers)
     for _ in range(10):
         step()

@@ -1,25 +1,23 @@
-"""Training steps without a Trainer, as a baseline for `darkroom bench` and for counting operations."""
+"""Training steps without a Trainer, as the baseline of `darkroom bench` and of the tests of all methods."""
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.optim import Optimizer
 
 from modules.training.ema import EMA
 from modules.training.image_pool import ImagePool
 from modules.training.method import Method
-from modules.training.phases import ActivePhase, Batch, batch_size_of, train_only
+from modules.training.phases import Batch, batch_size_of, bind_phases, map_tensors, train_only
 
 Step = Callable[[], None]
 
 
-def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Sequence[Any]) -> Step:
+def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Mapping[str, Any]) -> Step:
     """Return a handwritten training step: update each network in turn, with the other networks frozen."""
-    active_phases = [ActivePhase(*pair) for pair in zip(method.phases(), optimizers, strict=True)]
+    phases = bind_phases(method.phases(), optimizers)
     images_seen = step_index = 0
 
     def step() -> None:
@@ -27,25 +25,25 @@ def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Se
         batch = next(batches)
         size = batch_size_of(batch)
         step_index += 1
-        due = [active for active in active_phases if not step_index % active.phase.interval]
-        for active in due:
-            for repeat_index in range(active.phase.n_updates):
-                if active is due[0] or repeat_index:
-                    with train_only([active] if repeat_index else due, active_phases):
+        due = [bound for bound in phases if not step_index % bound.phase.every_n_steps]
+        for bound in due:
+            for repeat_index in range(bound.phase.n_updates):
+                if bound is due[0] or repeat_index:
+                    with train_only([bound] if repeat_index else due, phases):
                         inputs = {
                             **batch,
                             "sample_ids": range(images_seen, images_seen + size),
                             "repeat_index": repeat_index,
                         }
                         inputs.update(method.shared_forward(inputs))
-                with train_only([active], active_phases):
-                    for group in active.optimizer.param_groups:
-                        group.update(active.phase.schedule(images_seen))
-                    active.optimizer.zero_grad()
-                    torch.stack(list(active.phase.losses(inputs).values())).sum().backward()
-                    if active.phase.max_grad_norm is not None:
-                        torch.nn.utils.clip_grad_norm_(active.parameters, active.phase.max_grad_norm)
-                    active.optimizer.step()
+                with train_only([bound], phases):
+                    for group in bound.optimizer.param_groups:
+                        group.update(bound.phase.schedule(images_seen))
+                    bound.optimizer.zero_grad()
+                    torch.stack(list(bound.phase.losses(inputs).values())).sum().backward()
+                    if bound.phase.max_grad_norm is not None:
+                        torch.nn.utils.clip_grad_norm_(bound.parameters, bound.phase.max_grad_norm)
+                    bound.optimizer.step()
         for child in method.children():
             if isinstance(child, EMA | ImagePool):
                 child.update(size)
@@ -55,36 +53,14 @@ def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Se
     return step
 
 
-def make_optimizers(method: Method) -> list[Any]:
-    """Create new optimizers for a method, as a list even if there is only one."""
+def make_optimizers(method: Method) -> dict[str, Optimizer]:
+    """Create new optimizers for a method, by name."""
     optimizers = method.configure_optimizers()
-    return optimizers if isinstance(optimizers, list) else [optimizers]
+    return dict(zip(method.optimizer_names, optimizers if isinstance(optimizers, list) else [optimizers], strict=True))
 
 
 def bare_batches(data: Any, device: torch.device) -> Iterator[Batch]:
     """Yield training batches of a data module on a device, without a Trainer."""
     data = copy(data)  # keeps its own position in the stream
     for batch in data.train_dataloader():
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        yield data.on_after_batch_transfer(moved, 0)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Return the lower and the upper quartile; a single value is both."""
-    if len(values) < 2:
-        return values * 2
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return [lower, upper]
-
-
-def count_flops(function: Callable[[], Any]) -> int:
-    """Return the floating-point operations of a call, counted by torch's `FlopCounterMode`."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+        yield data.prepare_train_batch(map_tensors(batch, lambda tensor: tensor.to(device)))

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import Any
 
-from experiments.bench.reference_loop import quartiles
+from experiments.bench.timing import quartiles
 
 # Assumed hardware: machines of eight A100s (NVIDIA's data sheets of A100, NVLink 3 and HDR InfiniBand).
 PEAK = 156e12  # FLOP/s in TF32

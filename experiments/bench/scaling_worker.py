@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.run.run_record import hardware
 from datamodules.errors import UserError
-from experiments.bench.reference_loop import bare_batches, count_flops, make_optimizers, make_reference_step, synchronize
+from experiments.bench.reference_loop import bare_batches, make_optimizers, make_reference_step
+from experiments.bench.timing import count_flops, synchronize
 from experiments.run.fit import train_without_eval
 from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import find_recipe
 from modules.training.method import Method
-from modules.training.phases import Phase
+from modules.training.phases import BoundPhase, bind_phases
 
 WARMUP_STEPS = 5  # untimed steps, during which buffers are allocated and algorithms selected
 
@@ -51,25 +52,29 @@ class OpCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradient_bytes(phases: Sequence[Phase]) -> list[dict[str, Any]]:
+def gradient_bytes(phases: Sequence[BoundPhase]) -> list[dict[str, Any]]:
     """Return the gradient bytes that ranks exchange for each phase.
 
     Returns:
-        One entry per phase: "name", "bytes" per update, and "moves", the updates per training step (below 1 if the phase's
-        interval is above 1).
+        One entry per phase: "name", "bytes" per update, and "moves", the updates per training step (below 1 if the phase is
+        used every few steps).
     """
-    entries = []
-    for phase in phases:
-        nbytes = sum(parameter.nbytes for parameter in phase.parameters if parameter.requires_grad)
-        entries.append({"name": phase.name, "bytes": nbytes, "moves": phase.n_updates / phase.interval})
-    return entries
+    return [
+        {
+            "name": bound.phase.name,
+            "bytes": sum(parameter.nbytes for parameter in bound.parameters),
+            "moves": bound.phase.n_updates / bound.phase.every_n_steps,
+        }
+        for bound in phases
+    ]
 
 
 def step_cost(method: Method, data: Any) -> dict[str, Any]:
     """Return the floating-point operations, operators and gradient bytes of a training step."""
-    phases = method.phases()
-    period = math.lcm(*(phase.interval for phase in phases))
-    step = make_reference_step(method, bare_batches(data, method.device), make_optimizers(method))
+    optimizers = make_optimizers(method)
+    phases = bind_phases(method.phases(), optimizers)
+    period = math.lcm(*(bound.phase.every_n_steps for bound in phases))
+    step = make_reference_step(method, bare_batches(data, method.device), optimizers)
     flops = count_flops(lambda: [step() for _ in range(period)]) / period
     with OpCounter() as operators:
         for _ in range(period):

@@ -34,6 +34,7 @@ from experiments.results.renames import Renames
 from experiments.results.replay import STEPS, Code, Mismatch, Uncheckable, data_hashes, evaluate, replay, result_values
 from experiments.results.reproduce import missing_inputs
 from experiments.run.recipes import Recipe, recipes
+from modules.training.stages import StagePlan
 
 # Relative difference of the committed weights' metrics from the record's, as another processor rounds otherwise.
 MEAN_TOLERANCE, IMAGE_TOLERANCE = 1e-4, 1e-3
@@ -242,7 +243,7 @@ def stage_starts(recipe: Recipe, batch_size: int, certified: list[int]) -> list[
             method = getattr(import_module(module), name)(**content["init_args"])
     except (ImportError, AttributeError, SyntaxError, TypeError, UserError) as error:
         raise Mismatch(f"today's code does not build the model: {error}") from None
-    starts = sorted({start + -start % batch_size for start in (*method.stage_starts(), *certified)})
+    starts = sorted({*StagePlan(method.stages(), batch_size).starts, *certified})
     return [start for start in starts if start < method.total_images]
 
 

@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 
 from callbacks.run.exit_codes import INTERRUPTED, PREEMPTED
 from callbacks.run.record_file import read_record, write_record
-from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
+from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
 from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
@@ -143,20 +143,9 @@ def unevaluated_sets(recipe: Recipe, record: Record) -> list[str]:
 
 def is_available(recipe: Recipe, spec: str) -> bool:
     """Whether the dataset that a recipe's data key names is available, as its datamodule would look for it."""
-    entry = catalog().get(spec.partition("/")[0])
-    if entry and entry.arrays:
-        return entry.status() == "here"
+    module, _, name = recipe.class_path("data").rpartition(".")
     try:
-        match recipe.class_path("data"):
-            case "datamodules.unpaired.Unpaired":
-                from datamodules.catalog.domains import load_domains
-
-                return all(load_domains(spec))
-            case "datamodules.segmentation.Segmentation":
-                from datamodules.catalog.masked_images import list_masked_images
-
-                return bool(list_masked_images(spec))
-        return bool(resolve_images(spec, recipe.content["data"]["init_args"].get("scale")))
+        return getattr(import_module(module), name).is_installed(spec, recipe.content["data"].get("init_args", {}))
     except DatasetNotFound:
         return False
 

@@ -23,6 +23,7 @@ from datamodules.errors import UserError
 from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
+from modules.training.stages import StagePlan
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -98,9 +99,10 @@ def configure_batching(cli: DarkroomCLI) -> None:
         UserError: the global batch cannot be divided into equal micro-batches.
     """
     accumulate = cli.config.accumulate_grad_batches
-    if accumulate < 1 or cli.datamodule.batch_size % (accumulate * cli.trainer.world_size):
-        divisor = f"{cli.trainer.world_size} processes x --accumulate_grad_batches {accumulate}"
-        raise UserError(f"data.batch_size: {cli.datamodule.batch_size} is not divisible by {divisor}")
+    for batch_size in StagePlan(cli.model.stages(), cli.datamodule.batch_size).batch_sizes:
+        if accumulate < 1 or batch_size % (accumulate * cli.trainer.world_size):
+            divisor = f"{cli.trainer.world_size} processes x --accumulate_grad_batches {accumulate}"
+            raise UserError(f"data.batch_size: {batch_size} is not divisible by {divisor}")
     cli.model.accumulate_grad_batches = accumulate
     if cli.config.compile:
         cli.model.compile_networks()

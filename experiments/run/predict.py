@@ -1,21 +1,14 @@
 """`darkroom predict`: apply a method to a user's images."""
 
 from pathlib import Path
-from typing import Any
 
-from torch.utils.data import Dataset
-
-from callbacks.writers.image_writer import ImageWriter
-from callbacks.writers.mask_writer import MaskWriter
 from datamodules.errors import UserError
 from datamodules.io.loader import make_loader
-from datamodules.io.user_images import LumaInputs, SegmentationInputs, TranslationInputs, list_user_images
+from datamodules.io.user_images import list_user_images
 from datamodules.sampler import RankSampler
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.weights import load_resolved_weights
-from modules.tasks.segmentation import SegmentationMethod
-from modules.tasks.superresolution import SuperResolutionMethod
-from modules.tasks.translation import TranslationMethod
+from experiments.tasks.registry import task_of
 
 
 def predict(cli: DarkroomCLI) -> None:
@@ -24,10 +17,10 @@ def predict(cli: DarkroomCLI) -> None:
     Raises:
         UserError: the method takes no images, or a path cannot be read or written.
     """
-    if not isinstance(cli.model, SuperResolutionMethod | SegmentationMethod | TranslationMethod):
+    task = task_of(cli.datamodule)
+    if task.predict is None:
         raise UserError(f"{cli.recipe.name} takes no images; use darkroom sample")
-
-    if cli.config.direction and not isinstance(cli.model, TranslationMethod):
+    if cli.config.direction and not task.directions:
         raise UserError(f"--direction: {cli.recipe.name} is not a translation")
     path = load_resolved_weights(cli)
     output = Path(cli.config.output)
@@ -38,18 +31,9 @@ def predict(cli: DarkroomCLI) -> None:
         raise UserError(f"cannot write to {output}: {error.strerror}") from None
     print_rank_zero(f"weights   {path or 'none needed'}")
     paths = output_paths(files, Path(cli.config.input), output)
-    rank, world = cli.trainer.global_rank, cli.trainer.world_size
-    if isinstance(cli.model, SegmentationMethod):
-        dataset: Dataset[Any] = SegmentationInputs(files, cli.datamodule.channels, cli.datamodule.downscale)
-        cli.trainer.callbacks.append(MaskWriter(paths, output))
-    elif isinstance(cli.model, TranslationMethod):
-        short_side = None if cli.datamodule.resize is None else cli.datamodule.crop
-        dataset = TranslationInputs(files, short_side, cli.config.direction or "AtoB")
-        cli.trainer.callbacks.append(ImageWriter(paths))
-    else:
-        dataset = LumaInputs(files)
-        cli.trainer.callbacks.append(ImageWriter(paths))
-    loader = make_loader(dataset, RankSampler(len(files), rank, world))
+    inputs, writer = task.predict(cli, files, paths, output)
+    cli.trainer.callbacks.append(writer)
+    loader = make_loader(inputs, RankSampler(len(files), cli.trainer.global_rank, cli.trainer.world_size))
     cli.trainer.predict(cli.model, loader, return_predictions=False)
 
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from callbacks.metrics.retrieval import k_nearest
-from callbacks.visualization.previews import stack_rows
 from datamodules.errors import UserError
 from datamodules.reconstruction import Reconstruction
+from datamodules.transforms.draw import stack_rows
 from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import Recipe
 from experiments.run.sample import check_interpolation, grid, interpolation_path, save_png
@@ -86,7 +86,11 @@ def encode_test_set(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder
     data.setup("test")
     first = next(iter(data.reference_sets))
     with torch.no_grad():
-        outputs = [method.test_step(batch, i) for i, batch in enumerate(data.test_dataloader()) if batch["dataset"][0] == first]
+        outputs = [
+            cast(dict[str, Any], method.test_step(batch, i))
+            for i, batch in enumerate(data.test_dataloader())
+            if batch["dataset"][0] == first
+        ]
     print_rank_zero(f"images    {first}")
     return method, {
         name: torch.cat([output[name] for output in outputs]) for name, value in outputs[0].items() if isinstance(value, Tensor)

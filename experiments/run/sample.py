@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from callbacks.visualization.previews import image_grid
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
+from datamodules.transforms.draw import image_grid
 from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import Recipe
 from experiments.run.weights import load_resolved_weights

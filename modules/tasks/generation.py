@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from datamodules.batches import GenerationEvalBatch, GenerationOutputs
 from datamodules.random.noise import normal, uniform
+from datamodules.transforms.draw import SHEET, image_grid
 from modules.training.method import Batch, Method
 
 
@@ -42,8 +44,14 @@ class GenerativeMethod(Method, ABC):
     def sample(self, latents: Tensor) -> Tensor:
         """Generate images (N, C, H, W) in [0, 1] from latents (N, latent_size)."""
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+    def validation_step(self, batch: GenerationEvalBatch, batch_idx: int) -> GenerationOutputs:
         """Add the samples with the indices in "index" (N,) as "prediction"; callbacks compute the metrics."""
         return {**batch, "prediction": self.sample(self.sample_latents(batch["index"].tolist(), self.seed))}
 
     test_step = validation_step
+
+    preview_limit = 1
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """A grid of samples, of the same latents each time."""
+        return image_grid(outputs["prediction"][:SHEET])

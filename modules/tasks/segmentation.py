@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.batches import SegmentationEvalBatch, SegmentationOutputs
 from datamodules.errors import UserError
 from datamodules.transforms.downsample import IGNORE_INDEX
+from datamodules.transforms.overlays import comparison_row
 from modules.losses.precision import to_float32
 from modules.tasks.tiling import Tiling, predict_tiled
 from modules.training.method import Batch, Method
@@ -57,11 +59,17 @@ class SegmentationMethod(Method, ABC):
         """Class probabilities (N, classes, H, W) of images (N, C, H, W) of any size, averaged over the symmetries."""
         return predict_tiled(self._mean_over_symmetries, image.to(self.dtype), self.tiling)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+    def validation_step(self, batch: SegmentationEvalBatch, batch_idx: int) -> SegmentationOutputs:
         """Add the class probabilities as "prediction"; callbacks compute the metrics."""
         return {**batch, "prediction": self.probabilities(batch["image"])}
 
     test_step = validation_step
+
+    preview_limit = 3
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """Image, truth, prediction and errors."""
+        return comparison_row(outputs["image"][0], outputs["prediction"][0].argmax(0), outputs["mask"][0])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Add the most probable class of each pixel, uint8 (N, H, W), as "prediction"; saves memory for large images."""

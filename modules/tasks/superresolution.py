@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datamodules.batches import SuperResolutionEvalBatch, SuperResolutionOutputs
 from datamodules.errors import UserError
+from datamodules.transforms.draw import image_row
 from modules.networks.crop import center_crop
 from modules.training.method import Batch, Method
 
@@ -42,11 +44,18 @@ class SuperResolutionMethod(Method):
         prediction = self.forward_valid(batch["input"])
         return {"mse": F.mse_loss(prediction, center_crop(batch["target"], prediction.shape[-2:]))}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+    def validation_step(self, batch: SuperResolutionEvalBatch, batch_idx: int) -> SuperResolutionOutputs:
         """Add the upscaled image as "prediction"; callbacks compute the metrics."""
         return {**batch, "prediction": self(batch["input"])}
 
     test_step = validation_step
+
+    preview_limit = 3
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """Input, enlarged by nearest neighbor, prediction and target."""
+        enlarged = F.interpolate(outputs["input"][:1].float(), size=outputs["target"].shape[-2:], mode="nearest")
+        return image_row(enlarged, outputs["prediction"][:1], outputs["target"][:1])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Add the upscaled image as "prediction"; memory does not grow with its height."""

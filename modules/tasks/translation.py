@@ -1,11 +1,13 @@
 """Base class of methods that translate images between two domains, A and B."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.batches import TranslationOutputs, UnpairedEvalBatch
+from datamodules.transforms.draw import image_row
 from modules.training.method import Method
 
 Direction = Literal["AtoB", "BtoA"]
@@ -31,9 +33,9 @@ class TranslationMethod(Method, ABC):
         mode = "reflect" if min(height, width) > self.stride else "replicate"
         return self(F.pad(image.to(self.dtype), (0, padding[0], 0, padding[1]), mode=mode), direction)[..., :height, :width]
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: UnpairedEvalBatch, batch_idx: int) -> TranslationOutputs:
         """Add the translation, its reconstruction in the source domain, and the identity mapping ("same")."""
-        direction: Direction = batch["direction"][0]
+        direction = cast(Direction, batch["direction"][0])
         reverse: Direction = "BtoA" if direction == "AtoB" else "AtoB"
         translation = self.translate(batch["image"], direction)
         return {
@@ -44,6 +46,16 @@ class TranslationMethod(Method, ABC):
         }
 
     test_step = validation_step
+
+    preview_limit = 3
+
+    def preview_group(self, outputs: dict[str, Any]) -> str:
+        """As many previews in each direction."""
+        return outputs["direction"][0]
+
+    def preview(self, outputs: dict[str, Any]) -> Tensor:
+        """Image, translation and reconstruction."""
+        return image_row(*(outputs[name][:1] for name in ("image", "prediction", "reconstruction")))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Add the translation as "prediction"."""

@@ -52,6 +52,11 @@ def grad_scaler(trainer: Any) -> GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def datamodule(trainer: Any) -> Any:
+    """The datamodule of the trainer, which Lightning's types do not know."""
+    return trainer.datamodule
+
+
 def log_every_n_steps(trainer: Any) -> int:
     """Logging interval in batches."""
     return trainer.log_every_n_steps
@@ -77,3 +82,8 @@ def is_validation_due(trainer: Any) -> bool:
     if trainer.should_stop:
         return True
     return bool(interval) and interval != float("inf") and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
+
+
+def set_val_interval(trainer: Any, batches: int) -> None:
+    """Set the number of batches between two validations, at least 1, from the next batch on."""
+    trainer.val_check_batch = max(1, batches)

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -20,13 +20,29 @@ from modules.training.gradients import backward, broadcast_buffers, optimizer_st
 from modules.training.image_pool import ImagePool
 from modules.training.lightning_compat import (
     FastSetattrModule,
+    datamodule,
     grad_scaler,
     increment_global_step,
     log_every_n_steps,
     patch_training_loop,
+    set_val_interval,
     sync_logger_step,
 )
-from modules.training.phases import ActivePhase, Batch, Phase, batch_size_of, split_micro_batches, train_only
+from modules.training.loss_log import LossLog, non_finite
+from modules.training.phases import (
+    Batch,
+    BoundPhase,
+    Phase,
+    batch_size_of,
+    bind_phases,
+    detach_tensors,
+    has_gradients,
+    map_tensors,
+    split_micro_batches,
+    train_only,
+)
+from modules.training.references import ReferenceNetwork
+from modules.training.stages import Stage, StagePlan
 
 NOISE_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
     "normal": normal,
@@ -36,26 +52,13 @@ NOISE_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
 MIN_LOSS_SCALE = 2.0**-14  # fp16 loss scale; torch starts at 2**16 and halves it at each overflow
 
 
-class NonFiniteLoss(UserError):
-    """A loss or a gradient is infinite or NaN; the message names it and the images seen."""
-
-
-class PhaseLosses(NamedTuple):
-    """Loss terms of one optimizer update of a phase."""
-
-    images_seen: int  # after the update
-    phase: Phase
-    names: list[str]
-    values: Tensor
-
-
 class Method(FastSetattrModule):
     """Networks with their losses, trained by manual optimization.
 
-    A method with one loss defines `losses` and `configure_optimizers`. A method with alternating networks defines `phases`,
-    and `shared_forward` for tensors that several phases need. The base class runs the training step and updates the `EMA` and
-    `ImagePool` submodules. Progress is counted in images seen by all ranks together, so schedules are independent of the batch
-    size and the number of devices.
+    A method with one loss defines `losses` and `configure_optimizers`. A method with alternating networks defines `phases` and
+    `make_optimizers`, and `shared_forward` for tensors that several phases need. The base class runs the training step and
+    updates the `EMA` and `ImagePool` submodules. Progress is counted in images seen by all ranks together, so schedules are
+    independent of the batch size and the number of devices.
 
     Args:
         total_images: training budget, in images (patches) seen.
@@ -67,6 +70,7 @@ class Method(FastSetattrModule):
         UserError: `total_images` is less than 1.
     """
 
+    training_only_modules: ClassVar[Sequence[str]] = ()  # names of submodules that committed weights leave out
     double_backward_networks: ClassVar[Sequence[str]] = ()  # names of networks under a gradient penalty
 
     def __init__(self, total_images: int, learning_rate: float, warmup: int = 0, seed: int = 0) -> None:
@@ -80,10 +84,12 @@ class Method(FastSetattrModule):
         self.seed = seed
         self.accumulate_grad_batches = 1  # micro-batches per local batch
         self.images_seen = 0
-        self.active_phases: list[ActivePhase] = []
+        self.optimizer_names = [""]
+        self.bound_phases: list[BoundPhase] = []
+        self.stage_plan = StagePlan([Stage()], 1)
+        self.references: dict[str, ReferenceNetwork] = {}
         self.fsdp_modules: list[FSDPModule] = []  # sharded networks, see modules/training/fsdp.py
-        self.pending_losses: list[PhaseLosses] = []
-        self.restored_losses: list[list[Any]] = []
+        self.loss_log = LossLog()
 
     # To be overridden by methods
 
@@ -93,11 +99,17 @@ class Method(FastSetattrModule):
 
     def phases(self) -> Sequence[Phase]:
         """Phases of a training step, in order."""
-        return [Phase("", [self], lambda _: self.configure_optimizers(), self.losses, lambda n: {"lr": self.schedule(n)})]
+        return [Phase("", self.losses, lambda images_seen: {"lr": self.schedule(images_seen)})]
+
+    def make_optimizers(self) -> dict[str, Optimizer]:
+        """Create the optimizers, by name; `phases` refer to the names."""
+        raise TypeError(f"{type(self).__name__} has nothing to train")
 
     def configure_optimizers(self) -> Any:
-        """Create one optimizer per phase."""
-        return [phase.optimizer(phase.parameters) for phase in self.phases()]
+        """Create the optimizers, in the order of `make_optimizers`; a method with one loss returns its optimizer."""
+        optimizers = self.make_optimizers()
+        self.optimizer_names = list(optimizers)
+        return list(optimizers.values())
 
     def shared_forward(self, batch: Batch) -> Batch:
         """Compute tensors that several phases need, such as the fakes of a step; they are added to the batch.
@@ -108,6 +120,19 @@ class Method(FastSetattrModule):
         """
         return {}
 
+    def add_reference(self, name: str, network: nn.Module, find_weights: Callable[[], Path]) -> None:
+        """Register a frozen network that losses use as `self.references[name].network`, such as VGG.
+
+        It is moved with the method, but never trained and not in checkpoints; the run record has the hash of its weights. The
+        weights are loaded before the first step.
+
+        Args:
+            name: name in the record.
+            network: network with any weights.
+            find_weights: function that returns the file of the weights, or raises a UserError.
+        """
+        self.references[name] = ReferenceNetwork(network, find_weights)
+
     def schedule(self, images_seen: int) -> float:
         """Learning rate after `images_seen` images."""
         if images_seen < self.warmup:
@@ -115,9 +140,19 @@ class Method(FastSetattrModule):
         progress = min(1.0, (images_seen - self.warmup) / max(1, self.total_images - self.warmup))
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def stage_starts(self) -> list[int]:
-        """Images seen at the start of each training stage; `darkroom reproduce --check` replays the first steps of each."""
-        return [0, self.warmup] if self.warmup else [0]
+    def stages(self) -> list[Stage]:
+        """Stages of the training; `darkroom reproduce --check` replays the first steps of each."""
+        return [Stage(), Stage(self.warmup)] if self.warmup else [Stage()]
+
+    preview_limit: ClassVar[int] = 0  # previews of each group after a validation
+
+    def preview_group(self, outputs: Batch) -> str:
+        """Group of the outputs of a validation batch; each group has its own previews, such as each direction."""
+        return ""
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """Draw the outputs of a validation batch: one image (1, 3, H, W) in [0, 1] on the CPU."""
+        raise TypeError(f"{type(self).__name__} has no preview")
 
     def batch_noise(self, batch: Batch, stream: str, size: int, kind: str = "normal") -> Tensor:
         """Sample noise (N, size) for a batch; each row depends only on the sample's id, not on the rank.
@@ -139,19 +174,19 @@ class Method(FastSetattrModule):
         """Run the phases that are due, each with one or more optimizer updates, on one batch."""
         local_batch_size = batch_size_of(batch)
         batch_size = local_batch_size * self.trainer.world_size
-        step_index = self.images_seen // batch_size + 1
-        due = [active for active in self.active_phases if not step_index % active.phase.interval]
+        step_index = self.stage_plan.steps(self.images_seen) + 1
+        due = [bound for bound in self.bound_phases if not step_index % bound.phase.every_n_steps]
         batch = {key: self._cast(value) for key, value in batch.items()}
         micro_batches = split_micro_batches(
             batch, self.accumulate_grad_batches, self.images_seen + self.trainer.global_rank * local_batch_size
         )
         batches_with_shared: list[Batch] = []
         if len(micro_batches) == 1:
-            with train_only(due, self.active_phases):
+            with train_only(due, self.bound_phases):
                 batches_with_shared = [self._with_shared(micro_batches[0], 0)]
-        for active in due:
-            for repeat_index in range(active.phase.n_updates):
-                chunks = self._update_phase(active, micro_batches, [] if repeat_index else batches_with_shared, repeat_index)
+        for bound in due:
+            for repeat_index in range(bound.phase.n_updates):
+                chunks = self._update_phase(bound, micro_batches, [] if repeat_index else batches_with_shared, repeat_index)
                 if not repeat_index:
                     batches_with_shared = batches_with_shared or chunks
         for item in self.children():
@@ -162,18 +197,17 @@ class Method(FastSetattrModule):
         self.images_seen += batch_size
         if self.images_seen >= self.total_images:
             self.trainer.should_stop = True
-        # Losses are read only when they are logged, because reading one makes the host wait for the device.
         log_interval = log_every_n_steps(self.trainer)
         if self.trainer.should_stop or (log_interval and (batch_idx + 1) % log_interval == 0):
             self._log()
 
     def _update_phase(
-        self, active: ActivePhase, micro_batches: list[Batch], batches_with_shared: list[Batch], repeat_index: int
+        self, bound: BoundPhase, micro_batches: list[Batch], batches_with_shared: list[Batch], repeat_index: int
     ) -> list[Batch]:
         """Run one optimizer update of a phase.
 
         Args:
-            active: phase to update.
+            bound: phase to update.
             micro_batches: micro-batches of the step.
             batches_with_shared: micro-batches with valid shared tensors; empty to compute them here.
             repeat_index: number of earlier updates of this phase in the training step.
@@ -181,13 +215,13 @@ class Method(FastSetattrModule):
         Returns:
             The micro-batches with detached shared tensors if they were computed here with gradients, otherwise an empty list.
         """
-        phase, optimizer = active.phase, active.optimizer
+        phase, optimizer = bound.phase, bound.optimizer
         for group in optimizer.param_groups:
             group.update(phase.schedule(self.images_seen))
-        for parameter in active.parameters:  # faster than zero_grad, which calls a profiler (0.1 ms)
+        for parameter in bound.parameters:  # faster than zero_grad, which calls a profiler (0.1 ms)
             parameter.grad = None
         detached_batches: list[Batch] = []
-        with train_only([active], self.active_phases):
+        with train_only([bound], self.bound_phases):
             detached_losses = []
             for i, micro_batch in enumerate(micro_batches):
                 batch = batches_with_shared[i] if batches_with_shared else self._with_shared(micro_batch, repeat_index)
@@ -195,17 +229,15 @@ class Method(FastSetattrModule):
                 values = torch.stack(list(terms.values()))
                 backward(self.trainer, values.sum() if len(micro_batches) == 1 else values.sum() / len(micro_batches))
                 detached_losses.append(values.detach())
-                if not batches_with_shared and any(
-                    isinstance(value, Tensor) and value.requires_grad for value in batch.values()
-                ):
-                    detached_batches.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in batch.items()})
-            optimizer_step(self.trainer, optimizer, active.parameters, phase.max_grad_norm)
+                if not batches_with_shared and has_gradients(batch):
+                    detached_batches.append(detach_tensors(batch))
+            optimizer_step(self.trainer, optimizer, bound.parameters, phase.max_grad_norm)
             update_grad_scaler(self.trainer)
         for unit in self.fsdp_modules:
             unit.reshard()
         images_seen = self.images_seen + len(micro_batches) * batch_size_of(micro_batches[0]) * self.trainer.world_size
         mean = detached_losses[0] if len(detached_losses) == 1 else torch.stack(detached_losses).mean(0)
-        self.pending_losses.append(PhaseLosses(images_seen, phase, list(terms), mean))
+        self.loss_log.append(images_seen, phase.prefix, list(terms), mean)
         return detached_batches
 
     def _with_shared(self, micro_batch: Batch, repeat_index: int) -> Batch:
@@ -214,83 +246,89 @@ class Method(FastSetattrModule):
 
     def _cast(self, value: Any) -> Any:
         """Cast data to the dtype of the weights; Lightning does not convert data created on the device."""
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return map_tensors(value, lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
 
     def _log(self) -> None:
         """Check all losses since the last log, and log the newest values."""
-        metrics = self._check_finite_losses()
-        self.pending_losses = []
-        for active in self.active_phases:
-            name = f"learning_rate/{active.phase.name}" if active.phase.name else "learning_rate"
-            metrics[name] = active.optimizer.param_groups[0]["lr"]
-            self._check_finite_grad(active)
+        metrics = self._newest_losses()
+        self.loss_log.pending = []
+        for bound in self.bound_phases:
+            name = f"learning_rate/{bound.phase.name}" if bound.phase.name else "learning_rate"
+            metrics[name] = bound.optimizer.param_groups[0]["lr"]
+            self._check_finite_grad(bound)
         for logger in self.trainer.loggers:  # not self.log, which repeats a value until there is a newer one
             logger.log_metrics({**metrics, "images": self.images_seen}, step=self.trainer.fit_loop.total_batch_idx)
 
-    def _check_finite_losses(self) -> dict[str, float]:
-        """Return the newest value of each loss term since the last log, by log name.
+    def _newest_losses(self) -> dict[str, float]:
+        return self.loss_log.newest(self.trainer.world_size, self.device, self.learning_rate)
 
-        Raises:
-            NonFiniteLoss: a value since the last log is not finite.
-        """
-        self._all_reduce_losses()
-        metrics: dict[str, float] = {}
-        for terms in self.pending_losses:
-            for name, value in zip(terms.names, terms.values.tolist(), strict=True):
-                metrics[f"train/{terms.phase.prefix}{name}"] = value
-                if not math.isfinite(value):  # the value is the same on all ranks, so all of them stop
-                    raise self._non_finite_error(f"loss '{terms.phase.prefix}{name}' is {value}", terms.images_seen)
-        return metrics
-
-    def _all_reduce_losses(self) -> None:
-        """Average the loss terms since the last log over all ranks and copy them to the host, in one reduction."""
-        if not self.pending_losses:
-            return
-        values = torch.cat([terms.values.to(self.device) for terms in self.pending_losses])
-        if self.trainer.world_size > 1:  # local batches have equal sizes
-            dist.all_reduce(values)
-            values /= self.trainer.world_size
-        chunks = values.cpu().split([len(terms.names) for terms in self.pending_losses])
-        self.pending_losses = [terms._replace(values=item) for terms, item in zip(self.pending_losses, chunks, strict=True)]
-
-    def _check_finite_grad(self, active: ActivePhase) -> None:
+    def _check_finite_grad(self, bound: BoundPhase) -> None:
         """Raise if a gradient is not finite; under fp16, where the scaler skips such steps, if it overflows at any scale."""
-        suffix = f" of '{active.phase.name}'" if active.phase.name else ""
+        suffix = f" of '{bound.phase.name}'" if bound.phase.name else ""
         if (scaler := grad_scaler(self.trainer)) is not None:
             if scaler.get_scale() < MIN_LOSS_SCALE:
-                raise self._non_finite_error(f"the gradient{suffix} overflows in fp16 at any scale", self.images_seen)
+                problem = f"the gradient{suffix} overflows in fp16 at any scale"
+                raise non_finite(problem, self.images_seen, self.learning_rate)
             return
-        gradients = [parameter.grad for parameter in active.parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in bound.parameters if parameter.grad is not None]
         if not (norm := gather_full_tensors(nn.utils.get_total_norm(gradients))).isfinite():
-            raise self._non_finite_error(f"the gradient's norm{suffix} is {norm.item()}", self.images_seen)
-
-    def _non_finite_error(self, problem: str, images_seen: int) -> NonFiniteLoss:
-        return NonFiniteLoss(f"{problem} after {images_seen} images; lower model.learning_rate (now {self.learning_rate})")
+            raise non_finite(f"the gradient's norm{suffix} is {norm.item()}", self.images_seen, self.learning_rate)
 
     # Lightning hooks
 
+    def setup(self, stage: str) -> None:
+        """Load the weights of the reference networks for a training; a method that overrides this calls it.
+
+        Raises:
+            UserError: the weights are missing, damaged, or of another network.
+        """
+        if stage == "fit":
+            for reference in self.references.values():
+                reference.load()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the reference networks with the method."""
+        for reference in self.__dict__.get("references", {}).values():
+            reference.network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def on_fit_start(self) -> None:
+        """Plan the stages, and tell the datamodule the position in its stream and the batch size there."""
+        data: Any = datamodule(self.trainer)
+        self.stage_plan = StagePlan(self.stages(), data.batch_size)
+        data.position, data.batch_size_at = lambda: self.images_seen, self.stage_plan.batch_size
+
     def on_train_start(self) -> None:
-        """Set up the phases, freeze untrained parameters, and stop at once if the budget is used up."""
+        """Bind the phases to the optimizers, freeze untrained parameters, and stop at once if the budget is used up."""
         patch_training_loop(self.trainer)
-        optimizers: list[Optimizer] = self.trainer.optimizers
-        self.active_phases = [ActivePhase(*pair) for pair in zip(self.phases(), optimizers, strict=True)]
+        self.bound_phases = bind_phases(self.phases(), dict(zip(self.optimizer_names, self.trainer.optimizers, strict=True)))
         self.fsdp_modules = fsdp_modules(self)
-        phases = {active.phase.name: active.phase for active in self.active_phases}
-        if len(phases) < len(self.active_phases):
-            raise TypeError(
-                f"{type(self).__name__} has two phases with one name: {', '.join(p.phase.name for p in self.active_phases)}"
-            )
-        trained_parameters = {parameter for active in self.active_phases for parameter in active.parameters}
+        trained_parameters = {parameter for bound in self.bound_phases for parameter in bound.parameters}
         for parameter in self.parameters():  # others belong to fixed networks, such as feature extractors
             parameter.requires_grad = parameter in trained_parameters
-        self.pending_losses = [
-            PhaseLosses(images_seen, phases[name], *rest) for images_seen, name, *rest in self.restored_losses
-        ]
+        self._set_val_interval()
         self.trainer.should_stop = self.images_seen >= self.total_images
 
+    def _set_val_interval(self) -> None:
+        """Keep the images between two validations when the batch size changes."""
+        if len(set(self.stage_plan.batch_sizes)) > 1:
+            images = self.trainer.val_check_interval * datamodule(self.trainer).batch_size
+            set_val_interval(self.trainer, images // self.stage_plan.batch_size(self.images_seen))
+
+    def _enter_stage(self) -> None:
+        """Reset the optimizers if the step is the first of a stage that asks for it."""
+        index = self.stage_plan.index(self.images_seen)
+        if not self.images_seen or self.images_seen != self.stage_plan.starts[index]:
+            return
+        self._set_val_interval()
+        if self.stage_plan.stages[index].reset_optimizers:
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.clear()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the loggers' step, and seed torch by the images seen, so that a resumed run repeats dropout exactly."""
+        """Set the loggers' step, enter a stage, and seed torch by the images seen, so that a resumed run repeats dropout."""
         sync_logger_step(self.trainer)
+        self._enter_stage()
         seed = derive_seed(self.seed, f"step/{self.images_seen}/{self.trainer.global_rank}")
         torch.default_generator.manual_seed(seed)  # torch.manual_seed is slower without a GPU
         if self.device.type == "cuda":
@@ -301,19 +339,20 @@ class Method(FastSetattrModule):
         if self.trainer.world_size > 1:
             broadcast_buffers(self)
         if self.trainer.state.fn == "fit":
-            self._check_finite_losses()
+            self._newest_losses()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the images seen, the pending losses, and the settings that a bit-identical resumed run must share."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["world_size"] = self.trainer.world_size
         checkpoint["precision"] = str(self.trainer.precision)
-        self._all_reduce_losses()  # this hook runs on every rank
-        checkpoint["pending_losses"] = [[terms.images_seen, terms.phase.name, *terms[2:]] for terms in self.pending_losses]
+        self.loss_log.all_reduce(self.trainer.world_size, self.device)  # this hook runs on every rank
+        checkpoint["pending_losses"] = self.loss_log.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the images seen and the pending losses."""
-        self.images_seen, self.restored_losses = checkpoint["images_seen"], checkpoint["pending_losses"]
+        self.images_seen = checkpoint["images_seen"]
+        self.loss_log.load_state(checkpoint["pending_losses"])
 
     def compile_networks(self) -> None:
         """Compile the networks in place; checkpoint names do not change.

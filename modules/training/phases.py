@@ -1,6 +1,6 @@
 """Phases of a training step: the optimizer updates of alternating networks, as data."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,39 +15,35 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a training step: optimizer updates of `networks` on `losses`; all other networks are frozen.
+    """One part of a training step: updates of one optimizer on `losses`; the parameters of other optimizers are frozen.
 
     Args:
         name: name in logs and messages; empty for a method with a single phase.
-        networks: networks to train.
-        optimizer: function from their parameters to an optimizer.
         losses: function from a batch to the loss terms by name; their sum is minimised.
         schedule: function from the images seen to the optimizer's "lr" (and "momentum", ...).
-        interval: number of training steps from one use of the phase to the next.
+        optimizer: name of the optimizer, see `Method.make_optimizers`; None for the name of the phase. Two phases may share
+            one, such as a loss and its lazy regularisation.
+        every_n_steps: number of training steps from one use of the phase to the next.
         n_updates: optimizer updates in such a step, each with new noise.
         max_grad_norm: maximum norm of the unscaled gradients; None for no clipping.
 
     Raises:
-        UserError: `interval` or `n_updates` is less than 1.
+        UserError: `every_n_steps` or `n_updates` is less than 1.
     """
 
     name: str
-    networks: Sequence[nn.Module]
-    optimizer: Callable[[list[nn.Parameter]], Optimizer]
     losses: Callable[[Batch], dict[str, Tensor]]
     schedule: Callable[[int], dict[str, float]]
-    interval: int = 1
+    optimizer: str | None = None
+    every_n_steps: int = 1
     n_updates: int = 1
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.interval, self.n_updates) < 1:
-            raise UserError(f"phase '{self.name}': n_updates {self.n_updates} and interval {self.interval} must be at least 1")
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Parameters of the networks, without duplicates."""
-        return list(dict.fromkeys(parameter for network in self.networks for parameter in network.parameters()))
+        if min(self.every_n_steps, self.n_updates) < 1:
+            raise UserError(
+                f"phase '{self.name}': n_updates {self.n_updates} and every_n_steps {self.every_n_steps} must be at least 1"
+            )
 
     @property
     def prefix(self) -> str:
@@ -56,33 +52,54 @@ class Phase:
 
 
 @dataclass
-class ActivePhase:
-    """A phase with its optimizer and trainable parameters during training."""
+class BoundPhase:
+    """A phase with its optimizer, and that optimizer's trainable parameters."""
 
     phase: Phase
     optimizer: Optimizer
 
     def __post_init__(self) -> None:
-        self.parameters = [parameter for parameter in self.phase.parameters if parameter.requires_grad]
+        self.parameters: list[nn.Parameter] = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"] if parameter.requires_grad
+        ]
+
+
+def bind_phases(phases: Sequence[Phase], optimizers: Mapping[str, Optimizer]) -> list[BoundPhase]:
+    """Give each phase its optimizer.
+
+    Args:
+        phases: phases in order.
+        optimizers: optimizers by name.
+
+    Raises:
+        TypeError: two phases have one name, a phase names no optimizer, or no phase uses an optimizer.
+    """
+    names = [phase.name for phase in phases]
+    if len(set(names)) < len(names):
+        raise TypeError(f"two phases have one name: {', '.join(names)}")
+    used = [phase.name if phase.optimizer is None else phase.optimizer for phase in phases]
+    if set(used) != set(optimizers):
+        raise TypeError(f"the phases use the optimizers {sorted(set(used))}, but there are {sorted(optimizers)}")
+    return [BoundPhase(phase, optimizers[name]) for phase, name in zip(phases, used, strict=True)]
 
 
 @contextmanager
-def train_only(trained: Sequence[ActivePhase], active_phases: Sequence[ActivePhase]) -> Iterator[None]:
+def train_only(trained: Sequence[BoundPhase], phases: Sequence[BoundPhase]) -> Iterator[None]:
     """Freeze the parameters of all phases except `trained`; gradients still flow through frozen networks."""
-    if len(active_phases) == len(trained):
+    if len(phases) == len(trained):
         yield
         return
     try:
-        _set_requires_grad(active_phases, False)
+        _set_requires_grad(phases, False)
         _set_requires_grad(trained, True)
         yield
     finally:
-        _set_requires_grad(active_phases, True)
+        _set_requires_grad(phases, True)
 
 
-def _set_requires_grad(active_phases: Sequence[ActivePhase], enabled: bool) -> None:
-    for active in active_phases:
-        for parameter in active.parameters:
+def _set_requires_grad(phases: Sequence[BoundPhase], enabled: bool) -> None:
+    for phase in phases:
+        for parameter in phase.parameters:
             parameter.requires_grad = enabled
 
 
@@ -90,7 +107,7 @@ def split_micro_batches(batch: Batch, count: int, first_id: int) -> list[Batch]:
     """Split the local batch of a rank into equal micro-batches for gradient accumulation.
 
     Args:
-        batch: tensors of N samples.
+        batch: tensors or lists of N samples.
         count: number of micro-batches; must divide N.
         first_id: id of the first sample, the number of samples before it in the run.
 
@@ -108,3 +125,26 @@ def split_micro_batches(batch: Batch, count: int, first_id: int) -> list[Batch]:
 def batch_size_of(batch: Batch) -> int:
     """Number of samples in a batch."""
     return len(next(iter(batch.values())))
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to the tensors in nested lists and dicts; other values stay."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return [map_tensors(item, function) for item in value] if isinstance(value, list) else value
+
+
+def detach_tensors(batch: Batch) -> Batch:
+    """Detach the tensors of a batch."""
+    return {key: map_tensors(value, Tensor.detach) for key, value in batch.items()}
+
+
+def has_gradients(value: Any) -> bool:
+    """Whether a tensor in nested lists and dicts requires gradients."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(map(has_gradients, value.values()))
+    return any(map(has_gradients, value)) if isinstance(value, list) else False

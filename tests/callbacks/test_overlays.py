@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from callbacks.visualization.overlays import BLUE, COLORS, RED, VIOLET, comparison_row, error_overlay, overlay
+from datamodules.transforms.overlays import BLUE, COLORS, RED, VIOLET, comparison_row, error_overlay, overlay
 from experiments.cli.main import main
 from modules.unet import UNet
 from tests.helpers.subprocess_helpers import forked

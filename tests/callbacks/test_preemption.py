@@ -23,7 +23,7 @@ from experiments.cli.main import main
 from tests.helpers.method_contract import assert_equal, checkpoint, fit
 from tests.helpers.search_helpers import wait_for
 from tests.helpers.subprocess_helpers import forked, launched, started, two_forked
-from tests.helpers.tiny_recipes import write_generative_recipe
+from tests.tasks.generation import write_generative_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]

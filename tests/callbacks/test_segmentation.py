@@ -43,7 +43,7 @@ def random_batches(count=5, classes=3, seed=0):
         mask[torch.rand(1, 9, 7, generator=generator) < 0.1] = 255
         prediction = torch.nn.functional.one_hot(predicted_mask, classes).movedim(-1, 1).float()
         batches.append(
-            {"prediction": prediction, "mask": mask, "cells": (mask == 1).int(), "name": [f"p{i}"], "dataset": ["set"]}
+            {"prediction": prediction, "mask": mask, "instance_ids": (mask == 1).int(), "name": [f"p{i}"], "dataset": ["set"]}
         )
     return batches
 

@@ -18,6 +18,7 @@ from datamodules.catalog.palettes import PALETTES, colorize, nearest_class, pale
 from datamodules.errors import UserError
 from experiments.cli.main import main
 from experiments.run.recipes import find_recipe
+from modules.cyclegan import CycleGAN
 from modules.smp import SMPSegmenter
 from modules.unet import UNet
 from tests.helpers.subprocess_helpers import forked
@@ -122,18 +123,19 @@ def test_colorized_camvid_labels_decode_to_the_labels(with_real_data):
 
 
 def test_preview_shows_translations_and_reconstructions_in_both_directions(tmp_path):
-    previews = PreviewImages(tmp_path, rows=2)
+    previews = PreviewImages(tmp_path)
     state = SimpleNamespace(fn="fit")
     trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], state=state)
-    method = SimpleNamespace(images_seen=30)
+    method = CycleGAN(crop=32, base_channels=2, n_residual_blocks=0)
+    method.images_seen = 30
     previews.on_validation_epoch_start(trainer, method)
-    batches = [outputs(direction, count) for direction, count in (("AtoB", 1), ("AtoB", 2), ("AtoB", 3), ("BtoA", 4))]
+    batches = [outputs("AtoB", 1), outputs("AtoB", 2), outputs("AtoB", 3), outputs("AtoB", 4), outputs("BtoA", 5)]
     for i, batch in enumerate(batches):
         previews.on_validation_batch_end(trainer, method, batch, None, i)
     previews.on_validation_epoch_end(trainer, method)
     preview = np.asarray(Image.open(tmp_path / "000000030.png"))
-    assert preview.shape == (3 * (12 + 4), 3 * 16, 3)  # two rows of A, one of B
-    for row, batch in enumerate((batches[0], batches[1], batches[3])):
+    assert preview.shape == (4 * (12 + 4), 3 * 16, 3)  # three rows of A, one of B
+    for row, batch in enumerate((*batches[:3], batches[4])):
         for column, name in enumerate(("image", "prediction", "reconstruction")):
             cell = preview[row * 16 : row * 16 + 12, column * 16 : column * 16 + 16]
             assert np.abs(cell - batch[name][0].permute(1, 2, 0).numpy() * 255).max() <= 0.501

@@ -107,7 +107,7 @@ def test_patch_input_equals_crop_of_downscaled_image(scale):
     size = (7 + 2 * KERNEL_MARGIN) * scale
     corner = np.array([3 * scale])
     patches = RaggedImageBuffer([image]).crop_patches(np.array([0]), corner, corner, size, np.array([0]))
-    pair = data.prepare_train_batch(patches)
+    pair = data.prepare_train_batch({"patches": patches})
     start = 3 + KERNEL_MARGIN
     assert torch.allclose(pair["input"][0], lr[:, start : start + 7, start : start + 7], atol=1e-6)
     window = slice(start * scale, (start + 7) * scale)

@@ -63,7 +63,7 @@ def test_stream_resumes_at_position_and_is_split_over_ranks(folder):
     full = unpaired(batch_size=4)
     batches = [batch for _, batch in zip(range(6), full.train_dataloader(), strict=False)]
     resumed = unpaired(batch_size=4)
-    resumed.load_state_dict({"position": 12, "batch_size": 4, "seed": 0})
+    resumed.position = lambda: 12
     for domain in "AB":
         assert torch.equal(next(iter(resumed.train_dataloader()))[domain], batches[3][domain])
 

@@ -17,7 +17,7 @@ from experiments.cli.main import main
 from experiments.results.tables import cells
 from experiments.run.recipes import find_recipe, methods, recipes
 from tests.helpers.subprocess_helpers import forked
-from tests.helpers.tiny_recipes import write_recipe
+from tests.tasks.superresolution import write_recipe
 
 DEMO = "espcn/demo"
 

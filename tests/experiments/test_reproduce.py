@@ -17,7 +17,7 @@ from experiments.results.records import committed_records, differences, metadata
 from experiments.run.recipes import find_recipe, methods, recipes
 from experiments.run.run_dir import Run
 from tests.helpers.subprocess_helpers import forked
-from tests.helpers.tiny_recipes import write_recipe
+from tests.tasks.superresolution import write_recipe
 
 FILES = sorted(METHODS.glob("*/records/*.json"))
 

@@ -12,9 +12,10 @@ from experiments.bench import scaling, scaling_report
 from experiments.bench.scaling_worker import OpCounter, gradient_bytes
 from experiments.cli.main import main
 from modules.gan import GAN
+from modules.training.phases import bind_phases
 from tests.helpers.method_contract import fit
 from tests.helpers.subprocess_helpers import two_forked
-from tests.helpers.tiny_recipes import write_generative_recipe
+from tests.tasks.generation import write_generative_recipe
 
 
 def fit_and_log_all_reduce(recipe):
@@ -39,7 +40,8 @@ def test_gradient_bytes_equal_all_reduced_bytes(workdir, monkeypatch, settings):
     statuses, output = two_forked(fit_and_log_all_reduce, recipe)
     assert statuses == [0, 0], output
     sent = sum(size for size, is_float in json.loads(recipe.with_suffix(".json").read_text()) if is_float)
-    phases = gradient_bytes(GAN(**settings).phases())
+    method = GAN(**settings)
+    phases = gradient_bytes(bind_phases(method.phases(), method.make_optimizers()))
     assert [phase["name"] for phase in phases] == ["discriminator", "generator"]
     assert phases[0]["moves"] == settings["discriminator_steps"] * phases[1]["moves"]
     steps = 60 // 4

@@ -69,10 +69,11 @@ class DeterministicDCGAN(DCGAN):
                 if isinstance(layer, nn.BatchNorm2d):
                     network[i] = nn.GroupNorm(4, layer.num_features)
 
-    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, betas=(0.5, 0.999), eps=1e-3)
+    def adam(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(network.parameters(), betas=(0.5, 0.999), eps=1e-3)
 
 
 class DeterministicCycleGAN(CycleGAN):
-    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def adam(self, *networks: nn.Module) -> torch.optim.Optimizer:
+        parameters = [parameter for network in networks for parameter in network.parameters()]
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), eps=1e-3)

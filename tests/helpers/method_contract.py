@@ -13,18 +13,12 @@ import torch
 
 from callbacks.run.csv_logger import read_metrics_csv
 from datamodules.random.noise import derive_seed
+from experiments.bench.reference_loop import bare_batches, make_optimizers, make_reference_step
 from experiments.run.execute import execute
 from experiments.run.recipes import find_recipe
-from modules.training.ema import EMA
-from modules.training.image_pool import ImagePool
+from modules.training.phases import Batch, batch_size_of
+from modules.training.stages import StagePlan
 from tests.helpers.subprocess_helpers import forked, two_forked
-from tests.helpers.tiny_recipes import (
-    write_generative_recipe,
-    write_recipe,
-    write_reconstruction_recipe,
-    write_segmentation_recipe,
-    write_translation_recipe,
-)
 
 
 def fit(recipe: Path, *overrides: str) -> None:
@@ -58,6 +52,18 @@ def instantiate(entry: dict[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)(**entry["init_args"])
 
 
+def staged(batches: Iterator[Batch], plan: StagePlan, optimizers: dict[str, Any]) -> Iterator[Batch]:
+    """Seed torch for each step, and reset the optimizers where a stage asks for it, as `Method` does."""
+    position = 0
+    for batch in batches:
+        torch.manual_seed(derive_seed(0, f"step/{position}/0"))
+        if position in plan.starts[1:] and plan.stages[plan.index(position)].reset_optimizers:
+            for optimizer in optimizers.values():
+                optimizer.state.clear()
+        yield batch
+        position += batch_size_of(batch)
+
+
 class Contract(ABC):
     """Tests of a method. Subclasses set `model` and a fixture `recipe`: 15 steps of 4 samples, validation every 5 steps."""
 
@@ -66,10 +72,6 @@ class Contract(ABC):
     training_overrides: ClassVar[list[str]]  # of the run in `test_training_improves_the_metric`
     bf16_rtol: ClassVar[float] = 0.02  # relative difference of losses between bf16 and fp32
     bf16_overrides: ClassVar[tuple[str, ...]] = ()  # of the runs that compare bf16 with fp32
-
-    def batches(self, data: Any) -> Iterator[dict[str, Any]]:
-        """Iterate over the training batches that the method receives."""
-        return (data.prepare_train_batch(batch) for batch in data.train_dataloader())
 
     @abstractmethod
     def has_learned(self, log: list[dict[str, str]]) -> bool:
@@ -115,39 +117,19 @@ class Contract(ABC):
         self.assert_same_run(workdir, recipe, "full", "resumed")
 
     def test_training_equals_a_plain_loop(self, workdir, recipe):
-        """The loop has no Trainer and freezes nothing: the phases step in turn, on the full batch."""
+        """The loop has no Trainer: the phases step in turn, on the full batch."""
         assert forked(fit, recipe, "--run", "trainer") == 0
         config = find_recipe(str(recipe)).content
         torch.manual_seed(0)
         method, data = instantiate(config["model"]), instantiate(config["data"])
+        method.setup("fit")
         data.setup("fit")
-        optimizers = method.configure_optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        for step, batch in zip(range(15), self.batches(data), strict=False):
-            torch.manual_seed(derive_seed(0, f"step/{4 * step}/0"))
-            sample = {"sample_ids": range(4 * step, 4 * step + 4), "repeat_index": 0}
-            shared_forward = method.shared_forward({**batch, **sample})
-            for phase, optimizer in zip(method.phases(), optimizers, strict=True):
-                if (step + 1) % phase.interval:
-                    continue
-                for repetition in range(phase.n_updates):
-                    sample["repeat_index"] = repetition
-                    if repetition:
-                        shared_forward = method.shared_forward({**batch, **sample})
-                    for group in optimizer.param_groups:
-                        group.update(phase.schedule(4 * step))
-                    method.zero_grad()
-                    sum(phase.losses({**batch, **sample, **shared_forward}).values()).backward()
-                    if phase.max_grad_norm:
-                        torch.nn.utils.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
-                    optimizer.step()
-            for pool in (child for child in method.children() if isinstance(child, ImagePool)):
-                pool.update(4)
-            method.images_seen += 4
-            for average in (child for child in method.children() if isinstance(child, EMA)):
-                decay = 0.5 ** (4 / average.half_life)
-                for averaged, online in zip(average.parameters(), average.online.parameters(), strict=True):
-                    averaged.data = averaged.lerp(online.detach(), 1 - decay)
+        plan, optimizers = StagePlan(method.stages(), data.batch_size), make_optimizers(method)
+        data.batch_size_at = plan.batch_size
+        batches = staged(bare_batches(data, torch.device("cpu")), plan, optimizers)
+        step = make_reference_step(method, batches, optimizers)
+        while method.images_seen < 60:
+            step()
         assert_equal(checkpoint(workdir, recipe, "trainer")["state_dict"], method.state_dict())
 
     def test_two_ranks_equal_one_also_with_gradient_accumulation(self, workdir, recipe):
@@ -199,82 +181,3 @@ class Contract(ABC):
         session = onnxruntime.InferenceSession(path)
         (exported,) = session.run(None, {session.get_inputs()[0].name: example.numpy()})
         assert torch.allclose(torch.from_numpy(exported), expected, atol=1e-5)
-
-
-class SuperResolutionContract(Contract):
-    min_psnr_gain_db: ClassVar[float]  # gain over the first validation
-
-    @pytest.fixture
-    def recipe(self, workdir: Path, photos: Path, three_photos: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60, "warmup": 8}}
-        return write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)])
-
-    def batches(self, data: Any) -> Iterator[dict[str, Any]]:
-        return (data.prepare_train_batch(batch["patches"]) for batch in data.train_dataloader())
-
-    def has_learned(self, log: list[dict[str, str]]) -> bool:
-        psnr_values = [float(row["value"]) for row in log if "-holdout/psnr" in row["name"]]
-        return psnr_values[-1] > psnr_values[0] + self.min_psnr_gain_db
-
-    def example(self) -> torch.Tensor:
-        return torch.rand(1, 1, 19, 23)
-
-
-class GenerativeContract(Contract):
-    max_fid = 1.2  # untrained: 5.2 or more; 500 black images: 2.5; 500 times the mean digit: 1.7
-
-    @pytest.fixture
-    def recipe(self, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
-        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
-        return write_generative_recipe(workdir / "tiny.yaml", model)
-
-    def has_learned(self, log: list[dict[str, str]]) -> bool:
-        return [float(row["value"]) for row in log if "/fid/" in row["name"]][-1] < self.max_fid
-
-    def example(self) -> torch.Tensor:
-        return instantiate(self.model).sample_latents(range(3))
-
-
-class SegmentationContract(Contract):
-    """Subclasses also set `samples`, the arguments of the datamodule for the network's crops."""
-
-    samples: ClassVar[dict[str, int]]
-    min_score: ClassVar[float]  # mean IoU on the coins
-
-    @pytest.fixture
-    def recipe(self, workdir: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
-        return write_segmentation_recipe(workdir / "tiny.yaml", model, **self.samples)
-
-    def has_learned(self, log: list[dict[str, str]]) -> bool:
-        return max(float(row["value"]) for row in log if row["name"] == "coins-val/miou/pooled") > self.min_score
-
-    def example(self) -> torch.Tensor:
-        side = self.samples["crop"] + self.samples["margin"]
-        return torch.rand(1, 1, side, side)
-
-
-class TranslationContract(Contract):
-    @pytest.fixture
-    def recipe(self, workdir: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
-        return write_translation_recipe(workdir / "tiny.yaml", model)
-
-    def example(self) -> torch.Tensor:
-        return torch.rand(1, 3, 24, 32)
-
-
-class ReconstructionContract(Contract):
-    min_score: ClassVar[float]  # ELBO in nats per digit
-
-    @pytest.fixture
-    def recipe(self, workdir: Path) -> Path:
-        model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
-        return write_reconstruction_recipe(workdir / "tiny.yaml", model)
-
-    def has_learned(self, log: list[dict[str, str]]) -> bool:
-        return [float(row["value"]) for row in log if "/elbo/" in row["name"]][-1] > self.min_score
-
-    def example(self) -> torch.Tensor:
-        return torch.rand(2, 1, 28, 28)

@@ -8,7 +8,7 @@ import yaml
 
 from experiments.cli.main import main
 from experiments.search import worker
-from tests.helpers.tiny_recipes import write_recipe
+from tests.tasks.superresolution import write_recipe
 
 LEARNING_RATES = {"model.learning_rate": {"values": [1e-2, 1e-3, 1e-5]}}
 STALE_S = 8

@@ -31,13 +31,16 @@ class WGANGP(GenerativeMethod):
         def rate(images_seen: int) -> dict[str, float]:
             return {"lr": self.schedule(images_seen)}
 
-        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(parameters, betas=(0.0, 0.9), eps=1e-3)
-
         return [
-            Phase("critic", [self.critic], adam, self.critic_losses, rate, max_grad_norm=0.7),
-            Phase("generator", [self.generator], adam, self.generator_losses, rate, interval=2, n_updates=2),
+            Phase("critic", self.critic_losses, rate, max_grad_norm=0.7),
+            Phase("generator", self.generator_losses, rate, every_n_steps=2, n_updates=2),
         ]
+
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            name: torch.optim.Adam(getattr(self, name).parameters(), betas=(0.0, 0.9), eps=1e-3)
+            for name in ("critic", "generator")
+        }
 
     def shared_forward(self, batch: Batch) -> Batch:
         return {"fake": self.generator(self.batch_latents(batch)).view(-1, 1, 28, 28)}

@@ -19,16 +19,14 @@ from callbacks.metrics.anomaly import ReconstructionAUROC
 from callbacks.metrics.denoising import DenoisingPSNR
 from callbacks.metrics.reconstruction_sse import ReconstructionSSE
 from callbacks.metrics.retrieval import PrecisionAtK
-from callbacks.visualization.previews import PreviewImages
 from datamodules.catalog.array_readers import read_split
 from datamodules.errors import UserError
 from datamodules.io.image_set import ImageSet
 from experiments import METHODS
 from experiments.cli.main import main
 from modules.autoencoder import Autoencoder
-from tests.helpers.method_contract import ReconstructionContract
 from tests.helpers.subprocess_helpers import forked
-from tests.helpers.tiny_recipes import of_digits, write_reconstruction_recipe
+from tests.tasks.reconstruction import ReconstructionContract, of_digits, write_reconstruction_recipe
 
 QUALITY = [
     {"class_path": "callbacks.metrics.denoising.DenoisingPSNR", "init_args": {"tv_weights": [], "on_validation": True}},
@@ -252,24 +250,16 @@ def test_denoising_psnr_matches_skimage():
     assert metrics["psnr/tv-chambolle"] == pytest.approx(max(tv_psnr), abs=1e-6)
 
 
-def test_preview_grid_stacks_images_inputs_and_reconstructions(tmp_path):
+def test_preview_stacks_images_inputs_and_reconstructions():
     generator = torch.Generator().manual_seed(0)
     image, corrupted, reconstruction = torch.rand(3, 20, 1, 6, 8, generator=generator).unbind(0)
-    previews = PreviewImages(tmp_path, sheet=12)
-    trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], state=SimpleNamespace(fn="fit"))
-    method = SimpleNamespace(images_seen=30)
-    previews.on_validation_epoch_start(trainer, method)
-    for i, outputs in enumerate(
-        ({"image": image, "input": corrupted, "prediction": reconstruction}, {"image": reconstruction, "prediction": image})
-    ):
-        previews.on_validation_batch_end(trainer, method, {**outputs, "code": None}, None, i)
-    previews.on_validation_epoch_end(trainer, method)
-    grid = np.asarray(Image.open(tmp_path / "000000030.png"))[:, :, 0]
-    assert grid.shape == (3 * 8 + 2 + 4, 3 * 10 + 2)  # a quarter of the images, the first of the first batch
-    for row, row_images in enumerate((image, corrupted, reconstruction)):
-        for column in range(3):
+    outputs = {"image": image, "input": corrupted, "prediction": reconstruction}
+    grid = Autoencoder().preview(outputs)[0, 0].numpy()
+    assert grid.shape == (3 * 8 + 2, 16 * 10 + 2)
+    for row, row_images in enumerate(outputs.values()):
+        for column in range(16):
             cell = grid[2 + 8 * row : 8 + 8 * row, 2 + 10 * column : 10 + 10 * column]
-            assert np.abs(cell - row_images[column, 0].numpy() * 255).max() <= 0.501
+            assert np.array_equal(cell, row_images[column, 0].numpy())
 
 
 def test_defect_detection_command_of_the_page_runs(workdir, photos):

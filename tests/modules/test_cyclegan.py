@@ -11,15 +11,14 @@ from callbacks.run.checkpoints import inference_state_dict, load_weights
 from datamodules.catalog.domains import load_domains
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
-from experiments.bench.inference import reference_cyclegan_step
+from experiments.bench.cyclegan_baseline import reference_cyclegan_step
 from experiments.bench.reference_loop import make_optimizers, make_reference_step
 from experiments.cli.main import main
 from modules.cyclegan import CycleGAN
 from modules.training.image_pool import ImagePool
-from modules.training.phases import ActivePhase, train_only
-from tests.helpers.method_contract import TranslationContract
+from modules.training.phases import bind_phases, train_only
 from tests.helpers.subprocess_helpers import forked
-from tests.helpers.tiny_recipes import write_translation_recipe
+from tests.tasks.translation import TranslationContract, write_translation_recipe
 
 
 def write_tinted_textures(folder):
@@ -180,13 +179,13 @@ def test_bench_of_unpaired_images_reports_metrics(workdir, capfd):
 
 def test_frozen_networks_get_no_gradients():
     method = CycleGAN(**SMALL)
-    active_phases = [ActivePhase(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
+    phases = bind_phases(method.phases(), method.make_optimizers())
     batch = {"A": torch.rand(1, 3, 32, 32), "B": torch.rand(1, 3, 32, 32), "sample_ids": range(1)}
-    with train_only(active_phases, active_phases):
+    with train_only(phases, phases):
         batch_with_shared = {**batch, **method.shared_forward(batch)}
-    for trained, frozen in (active_phases, active_phases[::-1]):
+    for trained, frozen in (phases, phases[::-1]):
         method.zero_grad()
-        with train_only([trained], active_phases):
+        with train_only([trained], phases):
             sum(trained.phase.losses(batch_with_shared).values()).backward()
         assert all(p.grad is not None for p in trained.parameters)
         assert all(p.grad is None for p in frozen.parameters)

@@ -3,9 +3,10 @@ import torch
 
 from datamodules.errors import UserError
 from modules.dcgan import DCGAN
-from modules.training.phases import ActivePhase, train_only
-from tests.helpers.method_contract import GenerativeContract, fit
+from modules.training.phases import bind_phases, train_only
+from tests.helpers.method_contract import fit
 from tests.helpers.subprocess_helpers import two_forked
+from tests.tasks.generation import GenerativeContract
 
 
 class TestDCGAN(GenerativeContract):
@@ -76,9 +77,9 @@ def test_initial_weights_match_the_paper():
 
 def test_generator_phase_computes_no_discriminator_gradients():
     method = DCGAN(1, 28, 4, 4)
-    active_phases = [ActivePhase(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
+    phases = bind_phases(method.phases(), method.make_optimizers())
     fake = method.shared_forward({"sample_ids": range(2), "repeat_index": 0})
-    with train_only(active_phases[1:], active_phases):
-        sum(active_phases[1].phase.losses(fake).values()).backward()
+    with train_only(phases[1:], phases):
+        sum(phases[1].phase.losses(fake).values()).backward()
     assert all(p.grad is None for p in method.discriminator.parameters())
     assert all(p.grad is not None for p in method.generator.parameters())

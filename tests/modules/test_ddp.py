@@ -13,7 +13,8 @@ from experiments.run.recipes import find_recipe
 from modules.training.gradients import make_buckets
 from tests.helpers.method_contract import assert_equal, checkpoint, fit
 from tests.helpers.subprocess_helpers import forked, launched, two_forked
-from tests.helpers.tiny_recipes import write_recipe, write_reconstruction_recipe
+from tests.tasks.reconstruction import write_reconstruction_recipe
+from tests.tasks.superresolution import write_recipe
 
 TWO = ["--trainer.devices", "2"]
 

@@ -6,7 +6,7 @@ import torch
 from datamodules.errors import UserError
 from modules.espcn import ESPCN
 from modules.tasks.superresolution import predict_in_strips
-from tests.helpers.method_contract import SuperResolutionContract
+from tests.tasks.superresolution import SuperResolutionContract
 
 
 class TestESPCN(SuperResolutionContract):

@@ -11,7 +11,8 @@ from modules.training.optimizers import soap
 from modules.vae import VAE
 from tests.helpers.method_contract import assert_equal, checkpoint
 from tests.helpers.subprocess_helpers import forked, two_forked
-from tests.helpers.tiny_recipes import write_generative_recipe, write_reconstruction_recipe
+from tests.tasks.generation import write_generative_recipe
+from tests.tasks.reconstruction import write_reconstruction_recipe
 
 DCGAN = {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8, "total_images": 60}
 MODELS = {

@@ -3,7 +3,7 @@ import torch
 
 from datamodules.errors import UserError
 from modules.gan import GAN, Maxout
-from tests.helpers.method_contract import GenerativeContract
+from tests.tasks.generation import GenerativeContract
 
 
 class TestGAN(GenerativeContract):

@@ -12,11 +12,11 @@ from experiments.cli.main import main
 from modules.losses.adversarial import bce_fake, bce_real, gradient_penalty
 from modules.training import gradients
 from modules.training.ema import EMA
-from modules.training.phases import ActivePhase, split_micro_batches, train_only
-from tests.helpers.method_contract import GenerativeContract, checkpoint, fit
+from modules.training.phases import bind_phases, split_micro_batches, train_only
+from tests.helpers.method_contract import checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
-from tests.helpers.tiny_recipes import write_generative_recipe
 from tests.helpers.wgan_gp import WGANGP
+from tests.tasks.generation import GenerativeContract, write_generative_recipe
 
 
 class TestWGANGP(GenerativeContract):
@@ -35,12 +35,12 @@ class TestWGANGP(GenerativeContract):
     ]
 
 
-def active_phases_of(method):
-    return [ActivePhase(phase, phase.optimizer(phase.parameters)) for phase in method.phases()]
+def bound_phases(method):
+    return bind_phases(method.phases(), method.make_optimizers())
 
 
 def test_train_only_restores_requires_grad_on_error():
-    critic, generator = active_phases_of(WGANGP())
+    critic, generator = bound_phases(WGANGP())
     with pytest.raises(RuntimeError, match="in the middle"), train_only([generator], [critic, generator]):
         assert not any(p.requires_grad for p in critic.parameters)
         assert all(p.requires_grad for p in generator.parameters)
@@ -50,7 +50,7 @@ def test_train_only_restores_requires_grad_on_error():
 
 def test_ema_weights_belong_to_no_phase():
     method = WGANGP()
-    trained = {id(p) for active in active_phases_of(method) for p in active.parameters}
+    trained = {id(p) for bound in bound_phases(method) for p in bound.parameters}
     assert not any(id(p) in trained or p.requires_grad for p in method.average.parameters())
 
 
@@ -114,15 +114,15 @@ def test_overflow_skips_only_the_update_of_its_phase():
 
 
 def test_all_reduce_sends_only_the_gradients_of_the_phase_once(monkeypatch):
-    critic, generator = active_phases_of(WGANGP())
+    critic, generator = bound_phases(WGANGP())
     sent = []
     monkeypatch.setattr(gradients.dist, "all_reduce", lambda flat: sent.append(flat.nbytes))
-    for active in (critic, generator):
-        with train_only([active], [critic, generator]):
-            loss = sum(p.square().sum() for p in active.parameters)
+    for bound in (critic, generator):
+        with train_only([bound], [critic, generator]):
+            loss = sum(p.square().sum() for p in bound.parameters)
             gradients.backward(trainer(world_size=2), loss)
-            gradients.optimizer_step(trainer(world_size=2), active.optimizer, active.parameters)
-        assert sum(sent) == sum(p.nbytes for p in active.parameters)
+            gradients.optimizer_step(trainer(world_size=2), bound.optimizer, bound.parameters)
+        assert sum(sent) == sum(p.nbytes for p in bound.parameters)
         sent.clear()
 
 

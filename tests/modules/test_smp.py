@@ -4,7 +4,7 @@ import torch
 
 from datamodules.errors import UserError
 from modules.smp import SMPSegmenter
-from tests.helpers.method_contract import SegmentationContract
+from tests.tasks.segmentation import SegmentationContract
 
 SMALL = {"architecture": "deeplabv3plus", "encoder_name": "tu-mobilenetv3_small_050", "encoder_weights": None}
 

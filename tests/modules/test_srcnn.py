@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from modules.srcnn import SRCNN
-from tests.helpers.method_contract import SuperResolutionContract
+from tests.tasks.superresolution import SuperResolutionContract
 
 
 class TestSRCNN(SuperResolutionContract):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from callbacks.metrics.modes import ModeCoverage
-from callbacks.visualization.previews import image_grid, scatter_plot
 from datamodules.toys import Ring
+from datamodules.transforms.draw import image_grid, scatter_plot
 from experiments.run.recipes import find_recipe
 from tests.helpers.method_contract import fit
 from tests.helpers.subprocess_helpers import forked

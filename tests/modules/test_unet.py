@@ -10,8 +10,8 @@ from experiments.cli.main import main
 from modules.tasks.segmentation import INVERSE, TTA_VIEWS, apply_dihedral
 from modules.tasks.tiling import Tiling, crop_reflect, predict_tiled
 from modules.unet import UNet
-from tests.helpers.method_contract import SegmentationContract
 from tests.helpers.subprocess_helpers import forked
+from tests.tasks.segmentation import SegmentationContract
 
 
 class TestUNet(SegmentationContract):

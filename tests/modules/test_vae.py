@@ -19,8 +19,7 @@ from datamodules.reconstruction import Reconstruction, binarize
 from modules.autoencoder import Autoencoder
 from modules.vae import VAE, iwae_bound, kl_standard_normal
 from tests.helpers.fake_datasets import lay_out
-from tests.helpers.method_contract import ReconstructionContract
-from tests.helpers.tiny_recipes import of_digits
+from tests.tasks.reconstruction import ReconstructionContract, of_digits
 
 
 class TestVAE(ReconstructionContract):

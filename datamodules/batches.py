@@ -1,0 +1,119 @@
+"""Batches and outputs of each task: what a datamodule yields on the device, and what a method's evaluation steps return.
+
+Images are float32, NCHW, RGB or luma, in [0, 1]; masks are int64 class ids, 255 where a pixel is ignored. The training step
+adds "sample_ids", a range, and "repeat_index", see `modules.training.method`. Outputs are the batch and what the method adds.
+"""
+
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+
+
+class Named(TypedDict):
+    """Evaluation images by name; each is evaluated once."""
+
+    name: list[str]  # N names within the dataset
+    dataset: list[str]  # N names of datasets
+
+
+class SuperResolutionBatch(TypedDict):
+    """Pairs of a luma image and its original."""
+
+    input: Tensor  # (N, 1, h, w); the bicubic kernel may overshoot [0, 1]
+    target: Tensor  # (N, 1, h * scale, w * scale)
+
+
+class SuperResolutionEvalBatch(SuperResolutionBatch, Named):
+    """A pair of full images; N is 1."""
+
+
+class SuperResolutionOutputs(SuperResolutionEvalBatch):
+    """With the upscaled image."""
+
+    prediction: Tensor  # like `target`; may exceed [0, 1]
+
+
+class GenerationBatch(TypedDict):
+    """Images of one size, with labels."""
+
+    image: Tensor  # (N, C, H, W)
+    label: Tensor  # int64 (N,)
+
+
+class GenerationEvalBatch(TypedDict):
+    """Indices of samples to generate."""
+
+    index: Tensor  # int64 (N,)
+
+
+class GenerationOutputs(GenerationEvalBatch):
+    """With the samples."""
+
+    prediction: Tensor  # (N, C, H, W)
+
+
+class ReconstructionEvalBatch(GenerationBatch, Named):
+    """Images, with their positions in their dataset."""
+
+    index: Tensor  # int64 (N,)
+
+
+class ReconstructionOutputs(ReconstructionEvalBatch):
+    """With codes and reconstructions."""
+
+    code: Tensor  # (N, D)
+    prediction: Tensor  # like `image`
+    input: NotRequired[Tensor]  # like `image`, where the method corrupts it
+
+
+class SegmentationBatch(TypedDict):
+    """Images with a class for each pixel."""
+
+    image: Tensor  # (N, C, H, W), or (N, C, H + margin, W + margin) in training
+    mask: Tensor  # int64 (N, H, W)
+    weight: NotRequired[Tensor]  # (N, H, W), in training
+
+
+class SegmentationEvalBatch(SegmentationBatch, Named):
+    """A full image; N is 1."""
+
+    instance_ids: Tensor  # int32 (N, H, W), 0 for background
+
+
+class SegmentationOutputs(SegmentationEvalBatch):
+    """With class probabilities."""
+
+    prediction: Tensor  # (N, K, H, W)
+
+
+class UnpairedBatch(TypedDict):
+    """Images of two domains; those at one position have nothing in common."""
+
+    A: Tensor  # (N, 3, H, W)
+    B: Tensor  # (N, 3, H, W)
+
+
+class UnpairedEvalBatch(Named):
+    """A full image of one domain; N is 1."""
+
+    image: Tensor  # (N, 3, H, W)
+    direction: list[str]  # N times "AtoB" or "BtoA", from the domain of the image to the other
+    mask: NotRequired[Tensor]  # uint8 (N, H', W'), where the dataset has labels
+
+
+class TranslationOutputs(UnpairedEvalBatch):
+    """With translations, each like `image`."""
+
+    prediction: Tensor  # in the other domain
+    reconstruction: Tensor  # back from there
+    same: Tensor  # the identity mapping: the translation to the domain that the image is in
+
+
+class RingBatch(TypedDict):
+    """Points of the plane."""
+
+    point: Tensor  # (N, 2)
+
+
+class RingEvalBatch(GenerationEvalBatch, RingBatch):
+    """Indices of samples to generate, with real points."""

@@ -1,0 +1,37 @@
+"""Drawings of images, samples and points for previews: images (1, 3, H, W) in [0, 1] on the CPU."""
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+SHEET = 64  # images in a preview
+
+
+def image_row(*panels: Tensor) -> Tensor:
+    """Join panels (1, C, H, W), such as input, prediction and target, from left to right."""
+    return torch.cat([panel.float().expand(-1, 3, -1, -1) for panel in panels], dim=3).clamp(0, 1).cpu()
+
+
+def image_grid(images: Tensor) -> Tensor:
+    """Arrange images (N, C, H, W) in a nearly square grid."""
+    columns = max(1, round(len(images) ** 0.5))
+    return make_grid(images.float().clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)[None]
+
+
+def stack_rows(*rows: Tensor) -> Tensor:
+    """Stack rows of images (N, C, H, W), such as images and reconstructions."""
+    images = torch.stack([row.float().clamp(0, 1).cpu() for row in rows])
+    return make_grid(images.flatten(0, 1), nrow=images.shape[1], padding=2, pad_value=1.0)[None]
+
+
+def scatter_plot(points: Tensor, real: Tensor, side: int = 360) -> Tensor:
+    """Plot points (N, 2) in red over real points in gray, with the origin in the center."""
+    points, real = points.float().cpu(), real.float().cpu()
+    extent = 1.2 * torch.cat([points, real]).abs().max().clamp(min=1e-6)
+    image = torch.ones(3, side, side)
+    for group, color in ((real, (0.7, 0.7, 0.7)), (points, (0.8, 0.1, 0.1))):
+        columns, rows = ((group * torch.tensor([1, -1]) / extent + 1) / 2 * (side - 2)).long().T
+        for dy in (0, 1):
+            for dx in (0, 1):
+                image[:, rows + dy, columns + dx] = torch.tensor(color)[:, None]
+    return image[None]

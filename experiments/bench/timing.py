@@ -1,0 +1,41 @@
+"""Timing and counting for `darkroom bench`."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return the lower and the upper quartile; a single value is both."""
+    if len(values) < 2:
+        return values * 2
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """Return the floating-point operations of a call, counted by torch's `FlopCounterMode`."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def median_seconds(function: Callable[[], Any]) -> float:
+    """Return the median duration of five calls without gradients, after one warm-up call."""
+    times = []
+    with torch.no_grad():
+        for _ in range(6):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])

@@ -1,0 +1,1 @@
+"""What each task brings to the commands: predict, bench."""

@@ -1,0 +1,33 @@
+"""Reconstruction, by autoencoders and latent variable models."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.reconstruction import Reconstruction
+from experiments.bench.timing import median_seconds
+from experiments.tasks import generation
+from experiments.tasks.task import Task
+from modules.networks.mlp_conv import to_hw
+from modules.tasks.generation import GenerativeMethod
+
+
+class PilImages(generation.PilImages):
+    """Images with labels, resized by PIL one at a time, and binarized."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        data: Any = self.data
+        return {**item, "image": torch.bernoulli(item["image"])} if data.binarization == "dynamic" else item
+
+
+def bench_inference(method: Any, data: Reconstruction) -> dict[str, Any]:
+    """Return the images sampled per second, or else encoded and decoded in batches of 100."""
+    if isinstance(method, GenerativeMethod):
+        return generation.bench_inference(method, data)
+    images = torch.rand(100, method.hparams["channels"], *to_hw(method.hparams["size"]))
+    return {"reconstructions_per_second": len(images) / median_seconds(lambda: method(images))}
+
+
+TASK = Task(Reconstruction, PilImages, bench_inference)

@@ -1,0 +1,74 @@
+"""Segmentation."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import map_coordinates, zoom
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from callbacks.writers.mask_writer import MaskWriter
+from datamodules.catalog.masked_images import list_masked_images
+from datamodules.io.user_images import SegmentationInputs
+from datamodules.segmentation import Segmentation
+from experiments.tasks.task import Task
+from modules.tasks.segmentation import SegmentationMethod
+
+
+def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[SegmentationInputs, MaskWriter]:
+    """Images as the datamodule reduces them, and masks with overlays."""
+    return SegmentationInputs(files, cli.datamodule.channels, cli.datamodule.downscale), MaskWriter(paths, output)
+
+
+class PilTiles(Dataset[dict[str, Tensor]]):
+    """Tiles with masks: PIL opens both files, scipy rotates and deforms them."""
+
+    def __init__(self, data: Segmentation) -> None:
+        self.data, self.images = data, list_masked_images(data.train, data.instances)
+
+    def __len__(self) -> int:
+        return 100 * len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        data, generator = self.data, np.random.default_rng(int(torch.randint(2**31, ())))
+        pixels, mask = self.images[index % len(self.images)].read(data.channels, data.downscale)
+        side = data.crop + data.margin
+        offsets = np.stack(np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
+        angle = generator.uniform(0, 2 * np.pi) * data.augment.rotate
+        grid = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], offsets, 1)
+        grid += np.array([generator.uniform(0, length) for length in mask.shape])[:, None, None]
+        if data.augment.elastic_std:
+            coarse = generator.normal(0, data.augment.elastic_std, (2, 3, 3))
+            grid += np.stack([zoom(field, side / 3, order=3)[:side, :side] for field in coarse])
+        image = np.stack([map_coordinates(channel, grid, order=1, mode="mirror") for channel in pixels.numpy()])
+        half = data.margin // 2
+        inner = grid[:, half : half + data.crop, half : half + data.crop]
+        sample = {
+            "image": torch.from_numpy(image).float() / 255,
+            "mask": torch.from_numpy(map_coordinates(np.minimum(mask, data.classes - 1), inner, order=0, mode="mirror")).long(),
+        }
+        return sample if data.border_weight is None else {**sample, "weight": torch.ones(data.crop, data.crop)}
+
+
+def bench_inference(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:
+    """Return the megapixels segmented per second on up to five validation images, without test-time augmentation."""
+    method.tta_views = 1
+    data.setup("validate")
+    images = [data.val_images[i]["image"].float() / 255 for i in range(min(5, len(data.val_images)))]
+    pixels = sum(image.shape[-1] * image.shape[-2] for image in images)
+    times = []
+    with torch.no_grad():
+        for _ in range(4):  # the first pass is a warm-up
+            started = time.perf_counter()
+            for image in images:
+                method.predict_step({"image": image}, 0)
+            times.append(time.perf_counter() - started)
+    return {"megapixels_per_second": pixels / statistics.median(times[1:]) / 1e6}
+
+
+TASK = Task(Segmentation, PilTiles, bench_inference, predict)

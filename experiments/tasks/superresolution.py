@@ -1,0 +1,86 @@
+"""Super-resolution."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from callbacks.writers.image_writer import ImageWriter
+from datamodules.catalog.catalog import DatasetNotFound, resolve_images
+from datamodules.io.image_refs import list_image_refs
+from datamodules.io.user_images import LumaInputs
+from datamodules.superresolution import SuperResolution
+from datamodules.superresolution_datasets import SREvalImages
+from experiments.bench.timing import count_flops
+from experiments.tasks.pil import to_tensor
+from experiments.tasks.task import Task
+from modules.srcnn import SRCNN
+
+
+def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[LumaInputs, ImageWriter]:
+    """Luma inputs, and upscaled images."""
+    return LumaInputs(files), ImageWriter(paths)
+
+
+class PilPatches(Dataset[dict[str, Tensor]]):
+    """Pairs of low- and high-resolution patches; each item opens an image file."""
+
+    def __init__(self, data: SuperResolution) -> None:
+        self.files, self.scale = resolve_images(data.train, data.scale), data.scale
+        self.size = data.scale * data.patch_size
+
+    def __len__(self) -> int:
+        return 100 * len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = Image.open(self.files[index % len(self.files)]).convert("YCbCr").getchannel(0)
+        left, top = (int(torch.randint(max(1, length - self.size + 1), ())) for length in image.size)
+        high = image.crop((left, top, left + self.size, top + self.size))
+        low = high.resize((self.size // self.scale,) * 2, Image.Resampling.BICUBIC)
+        return {"input": to_tensor(low), "target": to_tensor(high)}
+
+
+def bench_inference(method: Any, data: SuperResolution) -> dict[str, Any]:
+    """Return the mean milliseconds to upscale an image of Set14 (else photographs/test), also for SRCNN 9-5-5."""
+    name = "set14"
+    try:
+        image_refs = list_image_refs(name)
+    except DatasetNotFound:
+        name = "photographs/test"
+        image_refs = list_image_refs(name)
+    images = SREvalImages(image_refs, method.scale)
+    inputs = [images[i]["input"] for i in range(len(images))]
+    networks = (method, SRCNN(method.scale, "9-5-5").eval())
+    ours, srcnn = (_milliseconds(network, inputs) for network in networks)
+    flops, flops_srcnn = (count_flops(partial(network, inputs[0])) for network in networks)
+    return {
+        "inference_set": name,
+        "inference_ms": ours,
+        "inference_ms_srcnn": srcnn,
+        "srcnn_to_ours": srcnn / ours,
+        "srcnn_to_ours_flops": flops_srcnn / flops,
+        "srcnn_to_ours_theory": 2.5 * method.scale**2,  # ESPCN paper, Section 1
+    }
+
+
+def _milliseconds(network: Any, inputs: list[Tensor]) -> float:
+    per_image = []
+    with torch.no_grad():
+        for image in inputs:
+            times = []
+            for _ in range(4):  # the first call is a warm-up
+                started = time.perf_counter()
+                network(image)
+                times.append(time.perf_counter() - started)
+            per_image.append(1000 * statistics.median(times[1:]))
+    return statistics.fmean(per_image)
+
+
+TASK = Task(SuperResolution, PilPatches, bench_inference, predict)

@@ -1,0 +1,74 @@
+"""Loss terms between two logs: they stay on the device, are read together, and must be finite."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from datamodules.errors import UserError
+
+
+class NonFiniteLoss(UserError):
+    """A loss or a gradient is infinite or NaN; the message names it and the images seen."""
+
+
+class PhaseLosses(NamedTuple):
+    """Loss terms of one optimizer update of a phase."""
+
+    images_seen: int  # after the update
+    prefix: str  # of the phase's terms in the log
+    names: list[str]
+    values: Tensor
+
+
+class LossLog:
+    """Losses since the last log. They are read only when they are logged, because reading one makes the host wait."""
+
+    def __init__(self) -> None:
+        self.pending: list[PhaseLosses] = []
+
+    def append(self, images_seen: int, prefix: str, names: Sequence[str], values: Tensor) -> None:
+        """Add the terms of an update."""
+        self.pending.append(PhaseLosses(images_seen, prefix, list(names), values))
+
+    def newest(self, world_size: int, device: torch.device, learning_rate: float) -> dict[str, float]:
+        """Return the newest value of each term, by log name.
+
+        Raises:
+            NonFiniteLoss: a value is not finite.
+        """
+        self.all_reduce(world_size, device)
+        metrics: dict[str, float] = {}
+        for terms in self.pending:
+            for name, value in zip(terms.names, terms.values.tolist(), strict=True):
+                metrics[f"train/{terms.prefix}{name}"] = value
+                if not math.isfinite(value):  # the value is the same on all ranks, so all of them stop
+                    raise non_finite(f"loss '{terms.prefix}{name}' is {value}", terms.images_seen, learning_rate)
+        return metrics
+
+    def all_reduce(self, world_size: int, device: torch.device) -> None:
+        """Average the terms over all ranks and copy them to the host, in one reduction."""
+        if not self.pending:
+            return
+        values = torch.cat([terms.values.to(device) for terms in self.pending])
+        if world_size > 1:  # local batches have equal sizes
+            dist.all_reduce(values)
+            values /= world_size
+        chunks = values.cpu().split([len(terms.names) for terms in self.pending])
+        self.pending = [terms._replace(values=item) for terms, item in zip(self.pending, chunks, strict=True)]
+
+    def state(self) -> list[list[Any]]:
+        """The losses, for a checkpoint."""
+        return [list(terms) for terms in self.pending]
+
+    def load_state(self, state: list[list[Any]]) -> None:
+        """Restore the losses of a checkpoint."""
+        self.pending = [PhaseLosses(*terms) for terms in state]
+
+
+def non_finite(problem: str, images_seen: int, learning_rate: float) -> NonFiniteLoss:
+    """The error of a loss or a gradient that is not finite."""
+    return NonFiniteLoss(f"{problem} after {images_seen} images; lower model.learning_rate (now {learning_rate})")

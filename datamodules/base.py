@@ -59,7 +59,7 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         return make_loader(items, sampler, self.num_workers)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """Loader of this rank's evaluation items, each once."""
+        """Loader of this rank's evaluation items, see `RankSampler`."""
         return make_loader(items, RankSampler(length, *self.rank_and_world_size))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Mapping[str, Any]:

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ResumableDataModule
 from datamodules.batches import GenerationBatch
 from datamodules.catalog.catalog import DatasetNotFound
-from datamodules.errors import UserError
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.io.image_set import ImageSet, center_crop_resize, folder_labels, load_image_set
 from datamodules.random.philox import randint_from_words, random_words
@@ -125,7 +124,7 @@ class Generation(ResumableDataModule):
         return self._index_loader(self.test_samples)
 
     def _index_loader(self, count: int) -> DataLoader[dict[str, Tensor]]:
-        indices = SampleIndices(count, self.rank_and_world_size[1])
+        indices = SampleIndices(count, eval_batch_size(count, self.rank_and_world_size[1]))
         return self.eval_loader(indices, len(indices))
 
     # Batch processing on the device
@@ -174,23 +173,22 @@ class StreamedImages(Dataset[dict[str, Any]]):
         return {"image": torch.stack(crops), "label": self.labels[torch.from_numpy(items)], "start": start}
 
 
+def eval_batch_size(count: int, world_size: int) -> int:
+    """Size of evaluation batches of `count` items: at most `EVAL_BATCH`, and small enough for every rank to get some."""
+    return min(EVAL_BATCH, -(-count // world_size))
+
+
 class SampleIndices(Dataset[dict[str, Tensor]]):
-    """The indices 0 ... count - 1 in batches of at most `chunk_size`, with at least one batch per rank.
+    """The indices 0 ... count - 1 in batches of at most `batch_size`."""
 
-    Raises:
-        UserError: there are more processes than indices.
-    """
-
-    def __init__(self, count: int, world_size: int = 1, chunk_size: int = EVAL_BATCH) -> None:
-        if count < world_size:
-            raise UserError(f"samples: {count} is less than the {world_size} processes; use at least {world_size}")
-        self.count, self.chunk_size = count, min(chunk_size, count // world_size)
+    def __init__(self, count: int, batch_size: int) -> None:
+        self.count, self.batch_size = count, batch_size
 
     def __len__(self) -> int:
-        return -(-self.count // self.chunk_size)
+        return -(-self.count // self.batch_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """{"index": int64 (B,)}."""
         if index >= len(self):
             raise IndexError(index)
-        return {"index": torch.arange(index * self.chunk_size, min(self.count, (index + 1) * self.chunk_size))}
+        return {"index": torch.arange(index * self.batch_size, min(self.count, (index + 1) * self.batch_size))}

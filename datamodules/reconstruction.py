@@ -13,7 +13,7 @@ from datamodules.batches import GenerationBatch
 from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
-from datamodules.generation import Generation, InMemoryImages
+from datamodules.generation import Generation, InMemoryImages, eval_batch_size
 from datamodules.io.image_io import InvalidImage, pixel_hash
 from datamodules.io.image_refs import dataset_label, list_image_refs
 from datamodules.io.image_set import ImageSet
@@ -74,7 +74,7 @@ class Reconstruction(Generation):
         self.binarization: Binarization = binarization
         self.exclude_classes = [str(name) for name in exclude_classes]
         self.image_hw = None if isinstance(size, int) else tuple(size)
-        self.classes: list[str] = []  # class names by label
+        self.class_names: list[str] = []  # class names by label
 
     def setup(self, stage: str) -> None:
         """Locate, read and validate the images of a stage.
@@ -87,12 +87,12 @@ class Reconstruction(Generation):
         super().setup(stage)
         if stage == "fit" and self.exclude_classes:
             pixels, labels = cast(InMemoryImages, self.items).images
-            names = [self.classes[label] for label in labels.unique()]
+            names = [self.class_names[label] for label in labels.unique()]
             if unknown := [name for name in self.exclude_classes if name not in names]:
                 raise UserError(
                     f"data.exclude_classes: {', '.join(unknown)}: unknown classes; {self.train} has {', '.join(names)}"
                 )
-            keep = torch.tensor([name not in self.exclude_classes for name in self.classes])[labels]
+            keep = torch.tensor([name not in self.exclude_classes for name in self.class_names])[labels]
             if not keep.any():
                 raise UserError(f"data.exclude_classes: {', '.join(self.exclude_classes)} removes all images of {self.train}")
             self.items = InMemoryImages(ImageSet(pixels[keep], labels[keep]))
@@ -107,8 +107,8 @@ class Reconstruction(Generation):
         if self.binarization != "static" and binary:
             raise InvalidImage(f"data.binarization: {self.binarization}, but {spec} is binary already; use static")
         names = [str(label) for label in labels.tolist()] if is_array_dataset(spec) else self._folder_names(spec)
-        self.classes += sorted(set(names) - set(self.classes))
-        indices = {name: i for i, name in enumerate(self.classes)}
+        self.class_names += sorted(set(names) - set(self.class_names))
+        indices = {name: i for i, name in enumerate(self.class_names)}
         return ImageSet(pixels, torch.tensor([indices[name] for name in names]))
 
     def _read_rectangular(self, spec: str) -> ImageSet:
@@ -134,7 +134,7 @@ class Reconstruction(Generation):
             training_classes = {str(label) for label in read_split(self.train)[1].unique().tolist()}
         else:
             training_classes = {ref.path.parent.name for ref in list_image_refs(self.train)}
-        return torch.tensor([name not in training_classes or name in self.exclude_classes for name in self.classes])[labels]
+        return torch.tensor([name not in training_classes or name in self.exclude_classes for name in self.class_names])[labels]
 
     # Loaders
 
@@ -147,7 +147,7 @@ class Reconstruction(Generation):
         return self._reference_loader()
 
     def _reference_loader(self) -> DataLoader[dict[str, Any]]:
-        items = EvalImages(self.reference_sets, self.binarization, self.rank_and_world_size[1])
+        items = ReconstructionEvalImages(self.reference_sets, self.binarization, self.rank_and_world_size[1])
         return self.eval_loader(items, len(items))
 
     # Batch processing on the device
@@ -160,28 +160,21 @@ class Reconstruction(Generation):
         return prepared
 
 
-class EvalImages(Dataset[dict[str, Any]]):
+class ReconstructionEvalImages(Dataset[dict[str, Any]]):
     """Evaluation batches of the images of several datasets.
 
     Args:
         sets: dataset name -> images.
         binarization: see `Reconstruction`.
-        world_size: number of processes; each gets at least one batch.
-
-    Raises:
-        UserError: there are more processes than images.
+        world_size: number of processes.
     """
 
     def __init__(self, sets: dict[str, ImageSet], binarization: Binarization, world_size: int = 1) -> None:
         self.sets, self.binarization = sets, binarization
         images = sum(len(image_set.labels) for image_set in sets.values())
-        if images < world_size:
-            raise UserError(
-                f"{', '.join(sets)}: {images} images are fewer than the {world_size} processes. Use fewer processes"
-            )
-        self.chunk_size = min(EVAL_BATCH, images // world_size)
+        self.batch_size = eval_batch_size(images, world_size)
         self.parts = [
-            (name, first) for name, image_set in sets.items() for first in range(0, len(image_set.labels), self.chunk_size)
+            (name, first) for name, image_set in sets.items() for first in range(0, len(image_set.labels), self.batch_size)
         ]
 
     def __len__(self) -> int:
@@ -190,7 +183,7 @@ class EvalImages(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """See `Reconstruction`."""
         dataset_name, first = self.parts[index]
-        image, label = (tensor[first : first + self.chunk_size] for tensor in self.sets[dataset_name])
+        image, label = (tensor[first : first + self.batch_size] for tensor in self.sets[dataset_name])
         image = image.float() / 255
         if self.binarization == "dynamic":
             image = binarize(image, 0, f"binarise/{dataset_name}", first)

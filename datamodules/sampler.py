@@ -1,6 +1,6 @@
-"""Stateless samplers: the order depends only on the seed and the position, and no item is repeated."""
+"""Stateless samplers: the order depends only on the seed and the position, and no item is skipped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -54,10 +54,15 @@ class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
 
 
 class RankSampler(Sampler[int]):
-    """Items rank, rank + world_size, ...: every item once over all ranks, without padding."""
+    """Items rank, rank + world_size, ...: every item once over all ranks, without padding.
+
+    A rank without an item gets a duplicate, because Lightning skips a loop without batches, including its hooks, and the other
+    ranks would wait forever. Metrics count an item once.
+    """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
-        self.items = range(rank, length, world_size)
+        duplicate = [rank % length] if length else []
+        self.items: Sequence[int] = range(rank, length, world_size) or duplicate
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.items)

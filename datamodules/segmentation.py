@@ -17,9 +17,7 @@ from datamodules.catalog.masked_images import MaskedImage, MaskedSample, list_ma
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage, pixel_hash
 from datamodules.io.image_refs import dataset_label
-from datamodules.io.loader import make_loader
 from datamodules.random.noise import uniform
-from datamodules.sampler import RankSampler
 from datamodules.transforms.augment import SpatialAugment
 from datamodules.transforms.downsample import IGNORE_INDEX
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
@@ -36,7 +34,7 @@ class Segmentation(ResumableDataModule):
         train: training images: a dataset of the catalog ("camvid/train"), or a folder with subfolders `images` and `masks`.
         val: validation images.
         test: datasets to evaluate; absent ones are reported and skipped.
-        classes: number of classes; masks with other ids raise an error.
+        num_classes: number of classes; masks with other ids raise an error.
         channels: image channels, 1 or 3; grayscale images are repeated to 3.
         instances: whether the masks of folders are instance ids; their classes are background (0) and object (1).
         crop: side of the mask of a training tile in pixels.
@@ -56,7 +54,7 @@ class Segmentation(ResumableDataModule):
         self,
         train: str,
         val: str,
-        classes: int,
+        num_classes: int,
         test: Sequence[str] = (),
         channels: int = 3,
         instances: bool = False,
@@ -76,15 +74,17 @@ class Segmentation(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.train, self.val, self.test = train, val, test
-        self.classes, self.channels, self.instances = classes, channels, instances
+        self.num_classes, self.channels, self.instances = num_classes, channels, instances
         self.crop, self.margin, self.downscale = crop, margin, downscale
         self.augment = SpatialAugment(rotate, hflip, zoom, elastic_std)
         self.contrast_jitter, self.border_weight, self.streaming = contrast_jitter, border_weight, streaming
         self.classes_present: dict[str, set[int]] = {}  # dataset name -> class ids in its masks
         if border_weight is not None and streaming:
             raise UserError("data.border_weight: weights need images in memory; use --data.streaming false")
-        if not 2 <= classes <= IGNORE_INDEX or channels not in (1, 3):
-            raise UserError(f"data.classes: {classes} must be 2 to {IGNORE_INDEX}; data.channels: {channels} must be 1 or 3")
+        if not 2 <= num_classes <= IGNORE_INDEX or channels not in (1, 3):
+            raise UserError(
+                f"data.num_classes: {num_classes} must be 2 to {IGNORE_INDEX}; data.channels: {channels} must be 1 or 3"
+            )
         if min(crop, downscale) < 1 or margin < 0 or margin % 2:
             raise UserError(
                 f"data.crop: {crop} and data.downscale: {downscale} must be at least 1; "
@@ -121,9 +121,9 @@ class Segmentation(ResumableDataModule):
                     self._read(masked_images), self.crop, self.margin, self.augment, self.seed, self.border_weight
                 )
         if stage in ("fit", "validate"):
-            self.val_images = EvalImages(self._validate_set(self.val), self.channels, self.downscale)
+            self.val_images = SegmentationEvalImages(self._validate_set(self.val), self.channels, self.downscale)
         if stage == "test":
-            self.test_images = EvalImages(self._load_test_sets(), self.channels, self.downscale)
+            self.test_images = SegmentationEvalImages(self._load_test_sets(), self.channels, self.downscale)
 
     @classmethod
     def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
@@ -136,7 +136,7 @@ class Segmentation(ResumableDataModule):
         declared = next(
             (names for names in (self._catalog_class_names(spec) for spec in (self.train, self.val, *self.test)) if names), ()
         )
-        return [declared[i] if i < len(declared) else f"class {i}" for i in range(self.classes)]
+        return [declared[i] if i < len(declared) else f"class {i}" for i in range(self.num_classes)]
 
     def _catalog_class_names(self, spec: str) -> tuple[str, ...]:
         entry = catalog().get(spec.partition("/")[0])
@@ -177,8 +177,9 @@ class Segmentation(ResumableDataModule):
         except InvalidImage as error:
             return str(error), "", []
         class_ids = np.unique(values > 0 if masked_image.mask_spec.instances else values).astype(int).tolist()
-        if unknown := [class_id for class_id in class_ids if class_id != IGNORE_INDEX and class_id >= self.classes]:
-            return f"{masked_image.mask}: the class {unknown[0]} is none of 0 ... {self.classes - 1} (data.classes)", "", []
+        if unknown := [class_id for class_id in class_ids if class_id != IGNORE_INDEX and class_id >= self.num_classes]:
+            known = f"0 ... {self.num_classes - 1} (data.num_classes)"
+            return f"{masked_image.mask}: the class {unknown[0]} is none of {known}", "", []
         return "", f"{pixel_hash(pixels)} {pixel_hash(torch.from_numpy(values))}", class_ids
 
     def _read(self, masked_images: Sequence[MaskedImage]) -> list[MaskedSample]:
@@ -195,18 +196,11 @@ class Segmentation(ResumableDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single validation images."""
-        return self._eval_loader(self.val_images)
+        return self.eval_loader(self.val_images, len(self.val_images))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single images of all test sets."""
-        return self._eval_loader(self.test_images)
-
-    def _eval_loader(self, eval_images: "EvalImages") -> DataLoader[dict[str, Any]]:
-        """Loader of this rank's images; ranks without an image get a duplicate, which metrics count once."""
-        rank, world_size = self.rank_and_world_size
-        if rank < len(eval_images):
-            return self.eval_loader(eval_images, len(eval_images))
-        return make_loader(eval_images, RankSampler(len(eval_images), rank % len(eval_images), world_size))
+        return self.eval_loader(self.test_images, len(self.test_images))
 
     # Batch processing on the device
 
@@ -357,7 +351,7 @@ class StreamedTiles(RandomTiles):
         return self.sample(images, masks, None, np.arange(len(items)), start)
 
 
-class EvalImages(Dataset[dict[str, Any]]):
+class SegmentationEvalImages(Dataset[dict[str, Any]]):
     """Single evaluation images with masks."""
 
     def __init__(self, eval_images: Sequence[MaskedImage], channels: int, downscale: int) -> None:

@@ -57,7 +57,7 @@ class Ring(ResumableDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Loader of the indices of samples to generate."""
-        indices = SampleIndices(self.val_samples, self.rank_and_world_size[1], self.val_samples)
+        indices = SampleIndices(self.val_samples, self.val_samples)
         return self.eval_loader(indices, len(indices))
 
     test_dataloader = val_dataloader

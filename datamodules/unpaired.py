@@ -15,10 +15,9 @@ from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.catalog.domains import DomainImage, load_domains
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage, pixel_hash
-from datamodules.io.loader import make_loader
 from datamodules.random.noise import derive_seed
 from datamodules.random.philox import randint_from_words, random_words
-from datamodules.sampler import InfiniteBatchSampler, RankSampler
+from datamodules.sampler import InfiniteBatchSampler
 
 
 class Unpaired(ResumableDataModule):
@@ -83,7 +82,7 @@ class Unpaired(ResumableDataModule):
         if stage == "test":
             self.test_images = self._load_test_sets()
 
-    def _load_test_sets(self) -> "EvalImages":
+    def _load_test_sets(self) -> "UnpairedEvalImages":
         domains: tuple[list[DomainImage], list[DomainImage]] = ([], [])
         for spec in self.test:
             try:
@@ -95,9 +94,10 @@ class Unpaired(ResumableDataModule):
             raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given")
         return self._make_eval_images(*domains)
 
-    def _make_eval_images(self, images_a: Sequence[DomainImage], images_b: Sequence[DomainImage]) -> "EvalImages":
+    def _make_eval_images(self, images_a: Sequence[DomainImage], images_b: Sequence[DomainImage]) -> "UnpairedEvalImages":
         side = None if self.resize is None else self.crop
-        return EvalImages([*images_a, *images_b], self._read(images_a, side) + self._read(images_b, side), len(images_a))
+        pixels = self._read(images_a, side) + self._read(images_b, side)
+        return UnpairedEvalImages([*images_a, *images_b], pixels, len(images_a))
 
     def _read(self, domain_images: Sequence[DomainImage], side: int | None) -> list[Tensor]:
         """Read the images of a domain and record their content hashes."""
@@ -142,15 +142,6 @@ class Unpaired(ResumableDataModule):
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of single images of all test sets."""
         return self.eval_loader(self.test_images, len(self.test_images))
-
-    def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """As in `ResumableDataModule`; ranks without an image get a duplicate, which metrics count once."""
-        rank, world_size = self.rank_and_world_size
-        return (
-            super().eval_loader(items, length)
-            if rank < length
-            else make_loader(items, RankSampler(length, rank % length, world_size))
-        )
 
     # Batch processing on the device
 
@@ -213,7 +204,7 @@ class UnpairedCrops(Dataset[dict[str, Any]]):
         )
 
 
-class EvalImages(Dataset[dict[str, Any]]):
+class UnpairedEvalImages(Dataset[dict[str, Any]]):
     """Single evaluation images: those of A, then those of B.
 
     Args:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from datamodules.batches import ReconstructionEvalBatch, ReconstructionOutputs
 from datamodules.errors import UserError
 from datamodules.transforms.draw import SHEET, stack_rows
 from modules.losses.precision import to_float32
@@ -130,7 +131,7 @@ class Autoencoder(Method):
         rows, columns = covered
         return image * ~(rows[:, :, None] & columns[:, None, :])[:, None]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+    def validation_step(self, batch: ReconstructionEvalBatch, batch_idx: int) -> ReconstructionOutputs:
         """Add "code", "prediction" and, if corrupted, "input"; the corruption depends only on the dataset and the index."""
         image = batch["image"].to(self.dtype)
         if self.corruption == "none":

@@ -37,7 +37,7 @@ class SMPSegmenter(SegmentationMethod):
         encoder_weights: "imagenet" for pretrained encoder weights (downloaded once), None for random weights.
         output_stride: downsampling factor of DeepLab's encoder, 8 or 16; None for the architecture's default.
         channels: image channels, 1 or 3.
-        classes: number of classes.
+        num_classes: number of classes.
         tile_size: side of an output tile in pixels.
         margin: input side of a tile minus its output side, a multiple of 32.
         tta_views: see `SegmentationMethod`.
@@ -60,7 +60,7 @@ class SMPSegmenter(SegmentationMethod):
         encoder_weights: str | None = "imagenet",
         output_stride: int | None = None,
         channels: int = 3,
-        classes: int = 21,
+        num_classes: int = 21,
         tile_size: int = 512,
         margin: int = 0,
         tta_views: int = 1,
@@ -69,7 +69,7 @@ class SMPSegmenter(SegmentationMethod):
         weight_decay: NonNegativeFloat = 1e-4,
         seed: int = 0,
     ) -> None:
-        super().__init__(classes, Tiling(tile_size, margin, MAX_STRIDE), tta_views, total_images, learning_rate, seed)
+        super().__init__(num_classes, Tiling(tile_size, margin, MAX_STRIDE), tta_views, total_images, learning_rate, seed)
         self.save_hyperparameters()
         self.encoder_name, self.encoder_weights = encoder_name, encoder_weights
         self.channels, self.weight_decay = channels, weight_decay
@@ -77,7 +77,7 @@ class SMPSegmenter(SegmentationMethod):
             raise UserError(f"model.margin: {margin} is not a multiple of {MAX_STRIDE}")
         stride_option = {} if output_stride is None else {"encoder_output_stride": output_stride}
         try:
-            self.network = smp.create_model(architecture, encoder_name, None, channels, classes, **stride_option)
+            self.network = smp.create_model(architecture, encoder_name, None, channels, num_classes, **stride_option)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise UserError(f"model.architecture {architecture}, model.encoder_name {encoder_name}: {reason}") from None
@@ -107,7 +107,7 @@ class SMPSegmenter(SegmentationMethod):
             self.get_buffer(name).copy_(channel_stats(preprocessing[name] or IMAGENET[name], self.channels))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits of the pixels within the margin: (N, channels, H, W) in [0, 1] to (N, classes, H - margin, W - margin).
+        """Logits of the pixels within the margin: (N, channels, H, W) in [0, 1] to (N, num_classes, H - margin, W - margin).
 
         Raises:
             UserError: a side is not a multiple of 32, or a training batch has a single image (for batch normalisation).

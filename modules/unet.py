@@ -36,7 +36,7 @@ class UNet(SegmentationMethod):
 
     Args:
         channels: image channels, 1 or 3.
-        classes: number of classes.
+        num_classes: number of classes.
         base_channels: channels at full resolution; they double at every downsampling.
         depth: number of downsampling steps.
         dropout: dropout probability at the end of the contracting path.
@@ -50,7 +50,7 @@ class UNet(SegmentationMethod):
     def __init__(
         self,
         channels: int = 1,
-        classes: int = 2,
+        num_classes: int = 2,
         base_channels: PositiveInt = 64,
         depth: PositiveInt = 4,
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.5,
@@ -61,7 +61,7 @@ class UNet(SegmentationMethod):
         seed: int = 0,
     ) -> None:
         tiling = Tiling(tile_size, margin=12 * 2**depth - 8, stride=2**depth, offset=4)
-        super().__init__(classes, tiling, tta_views, total_images, learning_rate, seed)
+        super().__init__(num_classes, tiling, tta_views, total_images, learning_rate, seed)
         self.save_hyperparameters()
         level_channels = [base_channels * 2**level for level in range(depth + 1)]
         self.enc = nn.ModuleList(double_conv(*pair) for pair in pairwise([channels, *level_channels]))
@@ -69,7 +69,7 @@ class UNet(SegmentationMethod):
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(c_in, c_out, 2, 2) for c_in, c_out in up_channels)
         self.dec = nn.ModuleList(double_conv(*pair) for pair in up_channels)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Conv2d(base_channels, classes, 1)
+        self.head = nn.Conv2d(base_channels, num_classes, 1)
         he_init_(self)
         self.to(memory_format=torch.channels_last)
 
@@ -80,7 +80,7 @@ class UNet(SegmentationMethod):
             image: (N, channels, H, W) in [0, 1]; `tiling` defines the valid sides.
 
         Returns:
-            Logits (N, classes, H - margin, W - margin).
+            Logits (N, num_classes, H - margin, W - margin).
 
         Raises:
             UserError: a side would be odd before a pooling.

@@ -20,14 +20,14 @@ Differences from the papers and their code:
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from datamodules.batches import GenerationOutputs, ReconstructionOutputs
+from datamodules.batches import GenerationEvalBatch, GenerationOutputs, ReconstructionEvalBatch, ReconstructionOutputs
 from datamodules.errors import UserError
 from datamodules.transforms.draw import SHEET, stack_rows
 from modules.losses.precision import to_float32
@@ -57,7 +57,7 @@ class VAE(GenerativeMethod):
         n_samples: samples of the latents per image; the ELBO is averaged over them.
         beta: weight of the KL divergence in the ELBO; 1 in AEVB.
         optimizer: "adam" (IWAE), or "adagrad" (AEVB).
-        epsilon: Adam epsilon; 1e-4 in IWAE.
+        eps: epsilon of Adam; 1e-4 in IWAE.
         first_stage_images: images of the first learning-rate stage (IWAE, Section 5): each stage is three times as long as the
             previous one, at 10^(-1/7) of its rate. The paper has eight stages, the first of one epoch. 0 for a constant rate.
         total_images: training budget.
@@ -82,7 +82,7 @@ class VAE(GenerativeMethod):
         n_samples: int = 1,
         beta: NonNegativeFloat = 1.0,
         optimizer: Literal["adam", "adagrad"] = "adam",
-        epsilon: PositiveFloat = 1e-8,
+        eps: PositiveFloat = 1e-8,
         first_stage_images: NonNegativeInt = 0,
         total_images: int = 1_200_000,
         learning_rate: PositiveFloat = 1e-3,
@@ -99,7 +99,7 @@ class VAE(GenerativeMethod):
         if len(top_dims) == 1:
             raise UserError(f"model.top_dims: {list(top_dims)}; needs hidden sizes, then the latent size, as in [100, 100, 50]")
         self.likelihood, self.objective, self.n_samples, self.beta = likelihood, objective, n_samples, beta
-        self.optimizer, self.epsilon, self.first_stage_images = optimizer, epsilon, first_stage_images
+        self.optimizer, self.eps, self.first_stage_images = optimizer, eps, first_stage_images
         self.latent_sizes = [latent_size, *top_dims[-1:]]  # per latent layer, from the image upwards
         shape = (channels, *to_hw(size))
         output_shape = (channels * (1 if likelihood == "bernoulli" else 2), *to_hw(size))
@@ -188,7 +188,7 @@ class VAE(GenerativeMethod):
         latents, log_p_minus_log_q = self.sample_posterior(self.posterior(image), noise)
         return self.log_likelihood(image, latents) + log_p_minus_log_q
 
-    def elbo(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def elbo_terms(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Both terms of the negative ELBO (AEVB, eq. 3): -E log p(x|z) and the KL divergence, (N,) each, in nats per image.
 
         The KL divergence of one latent layer is in closed form (App. B); that of two is estimated from the same samples. For
@@ -204,11 +204,11 @@ class VAE(GenerativeMethod):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Negative bound in nats per image: one term for IWAE; reconstruction and divergence for the ELBO."""
-        image, noise_dim = batch["image"], self.n_samples * self.latent_size
+        image, noise_dim = batch["image"], self.n_samples * self.latent_dim
         noise = self.batch_noise(batch, "latent", noise_dim, "fast-normal").view(len(image), self.n_samples, -1).transpose(0, 1)
         if self.objective == "iwae":
             return {"bound": -iwae_bound(self.log_weights(image, noise)).mean()}
-        reconstruction, kl = self.elbo(image, noise)
+        reconstruction, kl = self.elbo_terms(image, noise)
         name = "divergence" if self.beta == 1 else "weighted_divergence"
         return {"reconstruction": reconstruction.mean(), name: self.beta * kl.mean()}
 
@@ -216,7 +216,7 @@ class VAE(GenerativeMethod):
         """Adagrad (AEVB, Section 5) or Adam (IWAE, Section 5)."""
         if self.optimizer == "adagrad":
             return torch.optim.Adagrad(self.parameters(), fused=True)
-        return torch.optim.Adam(self.parameters(), eps=self.epsilon, fused=True)
+        return torch.optim.Adam(self.parameters(), eps=self.eps, fused=True)
 
     def stages(self) -> list[Stage]:
         """Stage i takes 3^i times as many images as the first (IWAE, Section 5)."""
@@ -236,15 +236,18 @@ class VAE(GenerativeMethod):
 
     # Evaluation
 
-    def validation_step(self, batch: Any, batch_idx: int) -> GenerationOutputs | ReconstructionOutputs:
+    def validation_step(
+        self, batch: GenerationEvalBatch | ReconstructionEvalBatch, batch_idx: int
+    ) -> GenerationOutputs | ReconstructionOutputs:
         """Add reconstructions as "prediction" and posterior means as "code"; without images, add samples.
 
         `callbacks.metrics.likelihood` computes the bounds.
         """
         if "image" not in batch:
             return super().validation_step(batch, batch_idx)
-        code, _ = self.posterior(batch["image"])
-        return cast(ReconstructionOutputs, {**batch, "prediction": self.decode(code), "code": code})
+        images = cast(ReconstructionEvalBatch, batch)
+        code, _ = self.posterior(images["image"])
+        return {**images, "prediction": self.decode(code), "code": code}
 
     test_step = validation_step
 

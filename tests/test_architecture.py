@@ -10,9 +10,15 @@ from experiments import ROOT
 
 # What each package may import, besides itself.
 MAY_IMPORT = {
-    "modules": {"datamodules.errors", "datamodules.batches", "datamodules.transforms", "datamodules.random"},
+    "modules": {
+        "datamodules.errors",
+        "datamodules.batches",
+        "datamodules.transforms",
+        "datamodules.random",
+        "datamodules.io.paths",
+    },
     "datamodules": set(),
-    "callbacks": {"modules.training", "datamodules"},
+    "callbacks": {"modules.training", "modules.networks", "datamodules"},
     "experiments": {"modules", "datamodules", "callbacks"},
 }
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]

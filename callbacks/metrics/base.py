@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
@@ -198,14 +199,14 @@ class SampleSetMetric(Metric):
 
 
 def gather_sorted(parts: Sequence[tuple[Tensor, Tensor]], world_size: int) -> Tensor:
-    """Gather (indices, values) from all ranks and return the values in the order of the indices."""
+    """Gather (indices, values) from all ranks and return the values in the order of the indices, each index once."""
     merged = list(parts)
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, merged)
         merged = [part for rank in gathered for part in rank]
-    indices = torch.cat([part[0] for part in merged])
-    return torch.cat([part[1] for part in merged])[indices.argsort()]
+    _, first = np.unique(torch.cat([part[0] for part in merged]).numpy(), return_index=True)
+    return torch.cat([part[1] for part in merged])[torch.from_numpy(first)]
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """FCN score: agreement of a segmentation of generated photographs with the labels they were generated from."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.segmentation import confusion, metrics_from_confusion
 from callbacks.run.checkpoints import load_weights, weights_hash
-from datamodules.catalog.catalog import data_root
 from datamodules.catalog.palettes import nearest_class, palette
 from datamodules.errors import UserError
+from datamodules.io.paths import find_file
 
-ROOT = Path(__file__).parents[2]
 METRIC_NAMES = {"pixel-accuracy": "pixel-accuracy", "class-accuracy": "class-accuracy", "class-iou": "miou/pooled"}
 
 
@@ -61,13 +59,13 @@ class FCNScore(ImageMetric):
         Raises:
             UserError: the weights are missing or of another network, or the segmenter has other classes.
         """
-        if self.segmenter.classes != len(self.palette):
+        if self.segmenter.num_classes != len(self.palette):
             raise UserError(
-                f"FCNScore.segmenter: has {self.segmenter.classes} classes, but palette_name has {len(self.palette)}"
+                f"FCNScore.segmenter: has {self.segmenter.num_classes} classes, but palette_name has {len(self.palette)}"
             )
         if stage == "fit" and not self.on_validation and not trainer.datamodule.test:
             return
-        path = find_segmenter_weights(self.weights)
+        path = find_file(self.weights, "FCNScore.weights")
         load_weights(self.segmenter, path)
         self.evaluator_hash = weights_hash(self.segmenter.state_dict())
         self.segmenter.eval().requires_grad_(False).to(trainer.strategy.root_device)
@@ -110,15 +108,3 @@ class FCNScore(ImageMetric):
     def classes(self) -> list[str]:
         """Placeholder class names; only their number is used."""
         return [f"class {i}" for i in range(len(self.palette))]
-
-
-def find_segmenter_weights(weights: str) -> Path:
-    """Return the file of the segmenter's weights.
-
-    Raises:
-        UserError: the file does not exist.
-    """
-    for path in (Path(weights), data_root() / weights, ROOT / weights):
-        if path.is_file():
-            return path
-    raise UserError(f"FCNScore.weights: no file {weights} here, in {data_root()} or in the project; train the segmenter first")

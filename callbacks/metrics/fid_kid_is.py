@@ -19,8 +19,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from callbacks.metrics.base import SampleSetMetric, gather_sorted, to_uint8
-from callbacks.metrics.feature_extractors import Extractor, file_hash, find_weights
 from datamodules.errors import UserError
+from modules.networks.feature_extractors import Extractor, file_hash, find_weights
 
 MetricName = Literal["fid", "fid-split-half", "kid", "inception-score", "precision-recall", "confidence", "effective-classes"]
 Features = dict[str, Tensor]  # "features" (N, F), perhaps "logits" (N, K)
@@ -46,7 +46,7 @@ class FeatureMetrics(SampleSetMetric):
 
     Args:
         metrics: names of the metrics.
-        extractor: class of the network, see `callbacks.metrics.feature_extractors`.
+        extractor: class of the network, see `modules.networks.feature_extractors`.
         weights: weights file, a path as it is or below the data root; by default from torch's cache, or downloaded into it.
         on_missing_weights: "skip" to leave these metrics out if the weights are missing.
         on_validation: evaluate at validations too.
@@ -55,7 +55,7 @@ class FeatureMetrics(SampleSetMetric):
     def __init__(
         self,
         metrics: Sequence[MetricName],
-        extractor: str = "callbacks.metrics.feature_extractors.Inception",
+        extractor: str = "modules.networks.feature_extractors.Inception",
         weights: str | None = None,
         on_missing_weights: Literal["refuse", "skip"] = "refuse",
         on_validation: bool = False,
@@ -129,7 +129,7 @@ class FeatureMetrics(SampleSetMetric):
                     parts_by_name.setdefault(name, []).append((indices, part))
             result = gather_named(parts_by_name, trainer.world_size)
             if trainer.is_global_zero:
-                save_atomic(result, path)
+                save_features(result, path)
         else:
             result = load_file(path)
         return {name: result[name] for name in sorted(result)}
@@ -211,7 +211,7 @@ def require_writable_cache() -> None:
         raise UserError(f"cannot write to {cache_dir()}: {error.strerror}; set DARKROOM_CACHE to another folder") from None
 
 
-def save_atomic(tensors: Features, path: Path) -> None:
+def save_features(tensors: Features, path: Path) -> None:
     """Write tensors to a temporary file and move it to `path`; safe if two runs write at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

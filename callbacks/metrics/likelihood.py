@@ -84,10 +84,10 @@ def likelihood_terms(method: Any, outputs: dict[str, Any], seed: int, n_samples:
     image, indices = outputs["image"], outputs["index"].tolist()
 
     def noise(stream: str, count: int) -> Tensor:
-        values = normal(seed, f"likelihood/{stream}", indices, count * method.latent_size, np.float32)
+        values = normal(seed, f"likelihood/{stream}", indices, count * method.latent_dim, np.float32)
         return torch.from_numpy(values).to(image).view(len(image), count, -1).transpose(0, 1)
 
-    reconstruction, divergence = method.elbo(image, noise("elbo", 1))
+    reconstruction, divergence = method.elbo_terms(image, noise("elbo", 1))
     terms = {"elbo": -reconstruction - divergence, "reconstruction": reconstruction, "divergence": divergence}
     if n_samples:
         total = torch.full((len(image),), -math.inf, dtype=torch.float64, device=image.device)

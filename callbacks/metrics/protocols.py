@@ -13,9 +13,9 @@ class LatentVariableModel(Protocol):
     """A method with a likelihood, see `modules.vae.VAE`."""
 
     likelihood: str
-    latent_size: int
+    latent_dim: int
 
-    def elbo(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def elbo_terms(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The two terms of the negative bound, (N,) each."""
 
     def log_weights(self, image: Tensor, noise: Tensor) -> Tensor:

@@ -37,11 +37,11 @@ class SegmentationMetrics(ImageMetric):
         return metrics_from_confusion(torch.stack(states), trainer.datamodule.class_names)
 
 
-def confusion(prediction: Tensor, mask: Tensor, classes: int) -> Tensor:
-    """Count the pixels of each true class (row) and predicted class (column): int64 (classes, classes)."""
+def confusion(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of each true class (row) and predicted class (column): int64 (num_classes, num_classes)."""
     valid = mask != IGNORE_INDEX
-    pairs = classes * mask[valid].long() + prediction[valid].long()
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    pairs = num_classes * mask[valid].long() + prediction[valid].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def metrics_from_confusion(confusions: Tensor, names: list[str]) -> dict[str, float]:

@@ -27,7 +27,7 @@ class TranslationFID(ImageMetric):
 
     def __init__(
         self,
-        extractor: str = "callbacks.metrics.feature_extractors.Inception",
+        extractor: str = "modules.networks.feature_extractors.Inception",
         weights: str | None = None,
         on_missing_weights: Literal["refuse", "skip"] = "refuse",
         on_validation: bool = False,

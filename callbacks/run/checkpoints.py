@@ -56,8 +56,8 @@ class Checkpoints(Callback):
             self.best_value = value if improved else self.best_value
         if improved:
             self.best_images = pl_module.images_seen
-            save_atomic(trainer, self.best)
-        save_atomic(trainer, self.last)
+            save_checkpoint(trainer, self.best)
+        save_checkpoint(trainer, self.last)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value of the metric so far."""
@@ -68,7 +68,7 @@ class Checkpoints(Callback):
         self.best_value, self.best_images = state_dict["best_value"], state_dict["best_images"]
 
 
-def save_atomic(trainer: Any, path: Path) -> None:
+def save_checkpoint(trainer: Any, path: Path) -> None:
     """Write a checkpoint to a temporary file and move it to `path`, which always holds a complete checkpoint.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.run.checkpoints import save_atomic
+from callbacks.run.checkpoints import save_checkpoint
 from callbacks.run.exit_codes import INTERRUPTED, PREEMPTED
 from modules.training.lightning_compat import is_validation_due
 
@@ -100,7 +100,7 @@ class Preemption(Callback):
         return status
 
     def _stop(self, trainer: Any, signal_status: int) -> NoReturn:
-        save_atomic(trainer, self.path)
+        save_checkpoint(trainer, self.path)
         if trainer.is_global_zero:
             print(f"\nStopped and saved. {self.resume_hint}", flush=True)
         # Rank 0 determines the exit status of the run; Lightning kills it if another rank exits with a status other than 0.

@@ -4,7 +4,6 @@ Only the standard library and YAML are imported at the top, so that `darkroom li
 """
 
 import importlib.util
-import os
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -15,6 +14,7 @@ import yaml
 
 from datamodules.errors import UserError
 from datamodules.io.folders import list_images
+from datamodules.io.paths import data_root
 
 HERE = Path(__file__).parent
 MANIFESTS = HERE / "manifests"
@@ -22,11 +22,6 @@ MANIFESTS = HERE / "manifests"
 
 class DatasetNotFound(UserError):
     """A dataset is not installed; the message explains how to obtain it."""
-
-
-def data_root() -> Path:
-    """Folder of all datasets: the environment variable DARKROOM_DATA, else `data` in the current folder."""
-    return Path(os.environ.get("DARKROOM_DATA", "data"))
 
 
 @dataclass(frozen=True)

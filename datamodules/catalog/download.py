@@ -5,7 +5,8 @@ from rich.console import Console
 from rich.progress import track
 from torchvision import datasets
 
-from datamodules.catalog.catalog import CatalogEntry, DatasetNotFound, data_root, get_dataset
+from datamodules.catalog.catalog import CatalogEntry, DatasetNotFound, get_dataset
+from datamodules.io.paths import data_root
 
 
 def download(dataset: CatalogEntry) -> int:

@@ -120,7 +120,7 @@ def exit_with_parent() -> None:
 def dispatch(argv: list[str]) -> int:
     """Run the command that the first argument names."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        from datamodules.catalog.catalog import data_root
+        from datamodules.io.paths import data_root
         from experiments.run.run_dir import runs_root
 
         print(HELP.format(data=data_root(), runs=runs_root()))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from callbacks.run.checkpoints import weights_hash
 from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.record_file import read_record
-from datamodules.catalog.catalog import data_root
+from datamodules.io.paths import data_root
 from experiments.results.renames import Renames
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run

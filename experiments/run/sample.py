@@ -88,8 +88,8 @@ def manifold(recipe: Recipe, ckpt: str | None, grid_size: int, output: str) -> N
     if grid_size < 2:
         raise UserError(f"manifold: --grid-size {grid_size}: must be at least 2")
     method = load_generator(recipe, ckpt)
-    if method.latent_size != 2:
-        raise UserError(f"manifold: {recipe.name} has {method.latent_size} latents; a recipe with 2 is required")
+    if method.latent_dim != 2:
+        raise UserError(f"manifold: {recipe.name} has {method.latent_dim} latents; a recipe with 2 is required")
     quantiles = (torch.arange(grid_size, dtype=torch.float64) + 0.5) / grid_size
     values = torch.special.ndtri(quantiles) if method.latent_distribution == "normal" else 2 * quantiles - 1
     y, x = torch.meshgrid(values.flip(0), values, indexing="ij")

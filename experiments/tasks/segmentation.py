@@ -48,9 +48,10 @@ class PilTiles(Dataset[dict[str, Tensor]]):
         image = np.stack([map_coordinates(channel, grid, order=1, mode="mirror") for channel in pixels.numpy()])
         half = data.margin // 2
         inner = grid[:, half : half + data.crop, half : half + data.crop]
+        last = data.num_classes - 1
         sample = {
             "image": torch.from_numpy(image).float() / 255,
-            "mask": torch.from_numpy(map_coordinates(np.minimum(mask, data.classes - 1), inner, order=0, mode="mirror")).long(),
+            "mask": torch.from_numpy(map_coordinates(np.minimum(mask, last), inner, order=0, mode="mirror")).long(),
         }
         return sample if data.border_weight is None else {**sample, "weight": torch.ones(data.crop, data.crop)}
 

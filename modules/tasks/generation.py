@@ -16,33 +16,33 @@ class GenerativeMethod(Method, ABC):
     """Method whose samples have indices: a sample depends only on its index and the seed, not on batches or ranks.
 
     Args:
-        latent_size: dimension of the latents.
+        latent_dim: dimension of the latents.
         latent_distribution: "normal", with standard deviation 1, or "uniform", in (-1, 1).
         total_images, learning_rate, seed: see `Method`.
     """
 
     def __init__(
-        self, latent_size: int, latent_distribution: str, total_images: int, learning_rate: float, seed: int = 0
+        self, latent_dim: int, latent_distribution: str, total_images: int, learning_rate: float, seed: int = 0
     ) -> None:
         super().__init__(total_images, learning_rate, seed=seed)
-        self.latent_size, self.latent_distribution = latent_size, latent_distribution
+        self.latent_dim, self.latent_distribution = latent_dim, latent_distribution
 
     def sample_latents(self, indices: Sequence[int], seed: int = 0) -> Tensor:
-        """Latents of the samples with these indices, (N, latent_size)."""
+        """Latents of the samples with these indices, (N, latent_dim)."""
         if self.latent_distribution == "normal":
-            z = normal(seed, "sample", indices, self.latent_size)
+            z = normal(seed, "sample", indices, self.latent_dim)
         else:
-            z = 2 * uniform(seed, "sample", indices, self.latent_size) - 1
+            z = 2 * uniform(seed, "sample", indices, self.latent_dim) - 1
         return torch.from_numpy(z).to(self.dtype).to(self.device)
 
     def batch_latents(self, batch: Batch) -> Tensor:
-        """Latents of a training batch, (N, latent_size), with the distribution of `sample_latents`."""
-        z = self.batch_noise(batch, "latent", self.latent_size, self.latent_distribution)
+        """Latents of a training batch, (N, latent_dim), with the distribution of `sample_latents`."""
+        z = self.batch_noise(batch, "latent", self.latent_dim, self.latent_distribution)
         return z if self.latent_distribution == "normal" else 2 * z - 1
 
     @abstractmethod
     def sample(self, latents: Tensor) -> Tensor:
-        """Generate images (N, C, H, W) in [0, 1] from latents (N, latent_size)."""
+        """Generate images (N, C, H, W) in [0, 1] from latents (N, latent_dim)."""
 
     def validation_step(self, batch: GenerationEvalBatch, batch_idx: int) -> GenerationOutputs:
         """Add the samples with the indices in "index" (N,) as "prediction"; callbacks compute the metrics."""

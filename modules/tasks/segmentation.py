@@ -19,7 +19,7 @@ class SegmentationMethod(Method, ABC):
     """Method that predicts the probability of each class at every pixel.
 
     Args:
-        classes: number of classes.
+        num_classes: number of classes.
         tiling: tiling of large images.
         tta_views: number of symmetries of the square over which predictions are averaged: 1, 4 (rotations) or 8.
         total_images, learning_rate, seed: see `Method`.
@@ -29,19 +29,19 @@ class SegmentationMethod(Method, ABC):
     """
 
     def __init__(
-        self, classes: int, tiling: Tiling, tta_views: int, total_images: int, learning_rate: float, seed: int = 0
+        self, num_classes: int, tiling: Tiling, tta_views: int, total_images: int, learning_rate: float, seed: int = 0
     ) -> None:
         super().__init__(total_images, learning_rate, seed=seed)
         if tta_views not in TTA_VIEWS:
             raise UserError(f"model.tta_views: {tta_views}; use one of {', '.join(map(str, TTA_VIEWS))}")
-        self.classes, self.tiling, self.tta_views = classes, tiling, tta_views
+        self.num_classes, self.tiling, self.tta_views = num_classes, tiling, tta_views
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (N, classes, H - margin, W - margin) of images (N, C, H, W) in [0, 1]."""
+        """Logits (N, num_classes, H - margin, W - margin) of images (N, C, H, W) in [0, 1]."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy with the mask (N, H, W), as "entropy"; pixels are weighted by "weight" (N, H, W) if present.
+        """Cross-entropy with the mask (N, H, W), as "cross_entropy"; pixels are weighted by "weight" (N, H, W) if present.
 
         U-Net, eq. 1. The mean is over all pixels, including ignored ones, so that micro-batches have equal weights.
 
@@ -53,10 +53,10 @@ class SegmentationMethod(Method, ABC):
             raise UserError(f"data.margin: {margin}; this network needs {self.tiling.margin}")
         logits, mask = self(batch["image"]), batch["mask"]
         cross_entropy = F.cross_entropy(to_float32(logits), mask, ignore_index=IGNORE_INDEX, reduction="none")
-        return {"entropy": (cross_entropy * batch["weight"] if "weight" in batch else cross_entropy).mean()}
+        return {"cross_entropy": (cross_entropy * batch["weight"] if "weight" in batch else cross_entropy).mean()}
 
     def probabilities(self, image: Tensor) -> Tensor:
-        """Class probabilities (N, classes, H, W) of images (N, C, H, W) of any size, averaged over the symmetries."""
+        """Class probabilities (N, num_classes, H, W) of images (N, C, H, W) of any size, averaged over the symmetries."""
         return predict_tiled(self._mean_over_symmetries, image.to(self.dtype), self.tiling)
 
     def validation_step(self, batch: SegmentationEvalBatch, batch_idx: int) -> SegmentationOutputs:

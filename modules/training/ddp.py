@@ -1,11 +1,7 @@
 """Data-parallel strategy for manual optimization."""
 
-from collections.abc import Sized
-from typing import Any
-
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from torch.utils.data import DataLoader
 
 
 class ManualDDPStrategy(DDPStrategy):
@@ -20,16 +16,6 @@ class ManualDDPStrategy(DDPStrategy):
         assert self.model is not None
         for tensor in self.model.state_dict().values():
             dist.broadcast(tensor, src=0)
-
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Give idle ranks a duplicate item so that every rank runs the loop.
-
-        Lightning skips a loop without batches, including its hooks, and the other ranks would wait forever. Metrics count
-        images by name, so a duplicate counts once.
-        """
-        if not isinstance(dataloader.sampler, Sized) or len(dataloader) or not len(dataloader.dataset):
-            return dataloader
-        return DataLoader(dataloader.dataset, sampler=[self.global_rank % len(dataloader.dataset)], batch_size=None)
 
 
 StrategyRegistry.register("ddp", ManualDDPStrategy, override=True)

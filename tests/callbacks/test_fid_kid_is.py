@@ -18,13 +18,13 @@ from PIL import Image
 
 from callbacks.metrics import fid_kid_is
 from callbacks.metrics.base import to_uint8
-from callbacks.metrics.feature_extractors import VGG16, Inception, MnistLeNet, find_weights
 from callbacks.metrics.fid_kid_is import FeatureMetrics, compute_metric, frechet_distance
 from callbacks.metrics.parzen import best_sigma, log_likelihood
 from datamodules.catalog.array_readers import read_split
 from datamodules.errors import UserError
 from datamodules.io.image_refs import DataReport
 from datamodules.io.image_set import load_image_set
+from modules.networks.feature_extractors import VGG16, Inception, MnistLeNet, find_weights
 from tests.helpers.tiny_recipes import Projection, inception_weights, random_weights
 
 
@@ -134,7 +134,7 @@ def test_precision_and_recall_equal_torch_fidelitys_command(folders, tmp_path, m
     completed = subprocess.run(program, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
     reference = json.loads(completed.stdout)
-    metrics = FeatureMetrics(["precision-recall"], "callbacks.metrics.feature_extractors.VGG16", str(weights))
+    metrics = FeatureMetrics(["precision-recall"], "modules.networks.feature_extractors.VGG16", str(weights))
     assert evaluate(metrics, sets) == {"precision/vgg16-12": reference["precision"], "recall/vgg16-12": reference["recall"]}
     assert 0 < reference["precision"] < 1
 
@@ -146,10 +146,10 @@ def test_missing_weights_raise_or_are_skipped(tmp_path, monkeypatch, capsys):
         FeatureMetrics(["fid"]).setup(SimpleNamespace(is_global_zero=True), None, "test")
     FeatureMetrics(["fid"], on_missing_weights="skip").setup(SimpleNamespace(is_global_zero=True), None, "test")
     assert "without   fid: weights of inception-tf: download from " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no file nowhere\.pth here or in "):
+    with pytest.raises(UserError, match=r"no file nowhere\.pth here, in "):
         FeatureMetrics(["fid"], weights="nowhere.pth").setup(None, None, "test")
     with pytest.raises(UserError, match=r"no class callbacks\.metrics\.feature_extractors\.Incepton"):
-        FeatureMetrics(["fid"], extractor="callbacks.metrics.feature_extractors.Incepton").setup(None, None, "test")
+        FeatureMetrics(["fid"], extractor="modules.networks.feature_extractors.Incepton").setup(None, None, "test")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     with pytest.raises(UserError, match=r"bad.pth cannot be read as weights"):
         FeatureMetrics(["fid"], weights=str(tmp_path / "bad.pth")).setup(None, None, "test")

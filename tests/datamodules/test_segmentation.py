@@ -61,7 +61,7 @@ def test_unusable_masks_raise(folder):
     pattern = r"b\.png: 50x39 .*50x40"
     with raises_for(np.zeros((39, 50), np.uint8)):
         data_of(folder)
-    pattern = r"1 of 3 .*b\.png: .* 7 .*data\.classes"
+    pattern = r"1 of 3 .*b\.png: .* 7 .*data\.num_classes"
     with raises_for(np.full((40, 50), 7, np.uint8)):
         data_of(folder)
     Image.fromarray(np.full((40, 50), 0.5, np.float32)).save(folder / "masks/b.tif")
@@ -162,9 +162,9 @@ def test_real_datasets_have_expected_sizes_and_classes(with_real_data, spec, cou
 
 
 def test_invalid_options_and_duplicate_names_raise(folder):
-    for options in ({"classes": 300}, {"channels": 4}, {"downscale": 0}, {"crop": 0}, {"margin": 3}, {"zoom": 0.5}):
+    for options in ({"num_classes": 300}, {"channels": 4}, {"downscale": 0}, {"crop": 0}, {"margin": 3}, {"zoom": 0.5}):
         with pytest.raises(UserError, match=rf"data\.{next(iter(options))}: "):
-            Segmentation(str(folder), str(folder), **{"classes": 3, **options})
+            Segmentation(str(folder), str(folder), **{"num_classes": 3, **options})
     with pytest.raises(UserError, match=r"coins .*'test': train, val"):
         list_masked_images("coins/test")
     Image.new("RGB", (50, 40)).save(folder / "images/a.bmp")

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 
-from callbacks.metrics.feature_extractors import Inception
 from experiments.cli.main import main
 from experiments.results.tables import load_table
 from experiments.run.lightning_cli import DarkroomCLI
 from experiments.run.recipes import methods, recipes
+from modules.networks.feature_extractors import Inception
 from tests.helpers.fake_datasets import accept_what_is_laid_out, lay_out
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import inception_weights

@@ -12,7 +12,7 @@ SMALL = {"architecture": "deeplabv3plus", "encoder_name": "tu-mobilenetv3_small_
 class TestDeepLab(SegmentationContract):
     model = {
         "class_path": "modules.smp.SMPSegmenter",
-        "init_args": {**SMALL, "channels": 1, "classes": 2, "tile_size": 64},
+        "init_args": {**SMALL, "channels": 1, "num_classes": 2, "tile_size": 64},
     }
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicSMPSegmenter"
     samples = {"crop": 32, "margin": 0, "downscale": 4}

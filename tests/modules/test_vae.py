@@ -335,12 +335,12 @@ def test_folder_names_are_classes(workdir):
                 Image.new("L", (16, 16), 100 + 10 * i + index).save(path / f"{index}.png")
     data = Reconstruction("./bottle/train", 16, "./bottle/test", ["./bottle/test"])
     data.setup("fit")
-    assert data.classes == ["good", "broken", "scratched"]
+    assert data.class_names == ["good", "broken", "scratched"]
     assert data.val_images.labels.tolist() == [1, 1, 0, 0, 2, 2]
     assert data.is_unseen(data.val_images.labels).tolist() == [True, True, False, False, True, True]
     data = Reconstruction("./bottle/test", 16, "./bottle/test", exclude_classes=["scratched", "broken"])
     data.setup("fit")
-    assert [data.classes[label] for label in data.items.images.labels] == ["good", "good"]
+    assert [data.class_names[label] for label in data.items.images.labels] == ["good", "good"]
     assert data.is_unseen(data.val_images.labels).tolist() == [True, True, False, False, True, True]
 
 

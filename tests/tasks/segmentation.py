@@ -16,7 +16,7 @@ def write_segmentation_recipe(path: Path, model: Model, **data: Any) -> Path:
         "train": "coins/train",
         "val": "coins/val",
         "test": ["coins/train", "coins/val"],
-        "classes": 2,
+        "num_classes": 2,
         "channels": 1,
         "rotate": True,
         "elastic_std": 3.0,

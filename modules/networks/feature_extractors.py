@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.catalog.catalog import data_root
 from datamodules.errors import UserError
+from datamodules.io.paths import find_file
 
 
 class Extractor(Protocol):
@@ -101,15 +101,13 @@ def find_weights(extractor: type[Extractor], weights_path: str | None) -> Path:
 
     Args:
         extractor: extractor class.
-        weights_path: a path as it is or below the data root.
+        weights_path: see `find_file`; None to download the weights.
 
     Raises:
         UserError: the file is missing and cannot be downloaded, or it holds more than tensors.
     """
     if weights_path is not None:
-        path = next((path for path in (Path(weights_path), data_root() / weights_path) if path.is_file()), None)
-        if path is None:
-            raise UserError(f"weights of {extractor.name}: no file {weights_path} here or in {data_root()}")
+        path = find_file(weights_path, f"weights of {extractor.name}")
     elif extractor.url is None:
         raise UserError(f"weights of {extractor.name}: no download exists; name a file by `weights`")
     else:

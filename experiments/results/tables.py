@@ -15,6 +15,7 @@ from experiments.results.records import Record, changed_code, committed_records,
 from experiments.run.recipes import find_recipe
 
 Cell = dict[str, Any]
+NOT_RUN = "not run: "
 PROVENANCE = {
     "V": "read in a source",
     "C": "[C] recomputed",
@@ -75,7 +76,7 @@ def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float
         state = _state(cell, row, sources, bool(records), broken, table.get("better", "higher"))
         return {**cell, "state": state, "checked": _checked(row, names, sources)}
     except UserError as error:  # a recipe that is gone, a file that is not Python
-        return {**cell, "state": f"not run: {error}", "checked": ""}
+        return {**cell, "state": f"{NOT_RUN}{error}", "checked": ""}
 
 
 def record_value(record: Record, dataset: str, metric: str, average: dict[str, int]) -> float | None:
@@ -99,7 +100,7 @@ def _state(cell: Cell, row: dict[str, Any], records: list[Record], has_records: 
     if broken:
         return f"broken record: {'; '.join(broken)}"
     if not records:
-        return f"not run: {_why_not(cell, row, has_records)}"
+        return f"{NOT_RUN}{_why_not(cell, row, has_records)}"
     recipe = find_recipe(row["recipe"])
     if changed := list(dict.fromkeys(line for record in records for line in differences(record, recipe))):
         return f"stale: the recipe has changed: {'; '.join(changed)}"
@@ -165,19 +166,49 @@ def format_ours(cell: Cell) -> str:
 
 
 def render(method: str) -> str:
-    """A method's tables in Markdown."""
+    """A method's tables in Markdown: a line for each cell that was run, then a line for each reason why others were not."""
     lines: list[str] = []
     of_method = cells(method)
     for table in load_table(method)["tables"]:
+        of_table = [cell for cell in of_method if cell["table"] == table["table"]]
         lines += [f"**{table['table']}.** {table['caption']} Protocol: `{table['metric']}`.", ""]
-        lines += ["| row | dataset | paper | ours | difference | state | checked |", "|---|---|---:|---:|---:|---|---|"]
-        for cell in (cell for cell in of_method if cell["table"] == table["table"]):
-            difference = "" if cell["difference"] is None else f"{cell['difference']:+.{cell['decimals']}f}"
-            values = f"{format_paper(cell)}{format_provenance(cell)} | {format_ours(cell)} | {difference}"
-            lines.append(f"| {cell['row']} | {cell['dataset']} | {values} | {cell['state']} | {cell['checked']} |")
-        lines += ["", *([table["note"].strip(), ""] if "note" in table else [])]
+        if run := [cell for cell in of_table if not cell["state"].startswith(NOT_RUN)]:
+            lines += ["| row | dataset | paper | ours | difference | state | checked |", "|---|---|---:|---:|---:|---|---|"]
+            lines += [*map(_table_line, run), ""]
+        lines += [f"{line}\n" for line in _not_run_lines(of_table)]
+        lines += [table["note"].strip(), ""] if "note" in table else []
     used = {cell["provenance"] for cell in of_method if cell["paper"] is not None}
     if used:
         marks = "; ".join(PROVENANCE[mark] for mark in PROVENANCE if mark in used)
         lines.append(f"How sure the paper's values are: {marks}.")
     return "\n".join(lines)
+
+
+def _table_line(cell: Cell) -> str:
+    difference = "" if cell["difference"] is None else f"{cell['difference']:+.{cell['decimals']}f}"
+    paper = f"{format_paper(cell)}{format_provenance(cell)}"
+    columns = [cell["row"], cell["dataset"], paper, format_ours(cell), difference, cell["state"], cell["checked"]]
+    return f"| {' | '.join(columns)} |"
+
+
+def _not_run_lines(of_table: list[Cell]) -> list[str]:
+    """One line for each reason, with the rows and the paper's values."""
+    by_reason: dict[str, list[Cell]] = {}
+    for cell in of_table:
+        if cell["state"].startswith(NOT_RUN):
+            by_reason.setdefault(cell["state"].removeprefix(NOT_RUN), []).append(cell)
+    return [f"Not run ({reason}). {_paper_values(group)}." for reason, group in by_reason.items()]
+
+
+def _paper_values(group: list[Cell]) -> str:
+    """Rows of a table with the paper's values; a dataset that all cells share is named once."""
+    datasets = {cell["dataset"] for cell in group}
+    by_row: dict[str, list[str]] = {}
+    for cell in group:
+        value = f"{format_paper(cell)}{format_provenance(cell)}"
+        by_row.setdefault(cell["row"], []).append(value if len(datasets) == 1 else f"{cell['dataset']} {value}".strip())
+    beginning = "In the paper" if any(cell["paper"] is not None for cell in group) else "Rows"
+    if len(datasets) == 1:
+        rows = "; ".join(" ".join([row, *values]).strip() for row, values in by_row.items())
+        return f"{beginning} on {datasets.pop()}: {rows}"
+    return f"{beginning}: " + "; ".join(f"{row}, {', '.join(values)}" for row, values in by_row.items())

@@ -169,6 +169,17 @@ def test_states(one_row):
     assert one_row(31.0, dataset="set14")["state"] == "not run: its images were not available"
 
 
+@pytest.mark.parametrize("method", ["espcn", "cyclegan"])
+def test_cells_that_were_not_run_fold_into_one_line_a_reason(method):
+    lines = tables.render(method).splitlines()
+    assert not [line for line in lines if line.startswith("| ") and "not run" in line]
+    for cell in tables.cells(method):
+        if cell["state"].startswith("not run: "):
+            reason = f"Not run ({cell['state'].removeprefix('not run: ')})."
+            value = tables.format_paper(cell)
+            assert any(line.startswith(reason) and cell["row"] in line and value in line for line in lines), cell
+
+
 def test_a_value_that_is_not_finite_is_no_success(one_row):
     for value in ("nan", "inf"):
         cell = one_row(30.0, metrics={"set5": {"m": {"mean": value, "images": {"bird": value}}}})

@@ -92,7 +92,8 @@ class FeatureMetrics(SampleSetMetric):
         except (RuntimeError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path} does not hold the weights of {kind.name}: {str(error).splitlines()[0]}") from None
         require_writable_cache()
-        self.extractor_id = f"{self.extractor} {file_hash(path)} {version('torch-fidelity')}"
+        self.evaluator_hash = file_hash(path)
+        self.extractor_id = f"{self.extractor} {self.evaluator_hash} {version('torch-fidelity')}"
 
     def update(self, images: Tensor) -> Tensor:
         """Return features and logits, concatenated: (N, F + K)."""

@@ -38,6 +38,7 @@ class TranslationFID(ImageMetric):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Load the weights of the network before the first step."""
         self.features.setup(trainer, pl_module, stage)
+        self.evaluator_hash = self.features.evaluator_hash
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, Tensor]:
         """Return the features of the image and of its translation, by their domains."""

@@ -102,7 +102,9 @@ def test_fid_kid_and_inception_score_equal_torch_fidelitys(folders, inception_we
         "inception-score/inception-tf-12": reference["inception_score_mean"],
         "inception-score-std/inception-tf-12": reference["inception_score_std"],
     }
-    results = evaluate(FeatureMetrics(names, weights=str(inception_weights_path)), sets)
+    metric = FeatureMetrics(names, weights=str(inception_weights_path))
+    results = evaluate(metric, sets)
+    assert metric.evaluator_hash == hashlib.sha256(inception_weights_path.read_bytes()).hexdigest()
     assert results == pytest.approx(expected, rel=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     results_from_cache = evaluate(FeatureMetrics(["kid"], weights=str(inception_weights_path)), sets, batch_size=12)

@@ -159,7 +159,9 @@ def test_auroc_matches_sklearn():
 
     def trainer_with(**reference_sets):
         data = SimpleNamespace(
+            binarization="real-valued",
             exclude_classes=["3", "7"],
+            image_hw=None,
             is_unseen=partial(torch.isin, test_elements=torch.tensor([3, 7])),
             reference_sets=reference_sets,
         )

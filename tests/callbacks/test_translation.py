@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
 from callbacks.metrics.cycle_l1 import CycleL1
-from callbacks.metrics.fcn_score import ROOT, FCNScore
+from callbacks.metrics.fcn_score import FCNScore
 from callbacks.metrics.translation_fid import TranslationFID
 from callbacks.visualization.previews import PreviewImages
 from datamodules.catalog.masked_images import list_masked_images
 from datamodules.catalog.palettes import PALETTES, colorize, nearest_class, palette
 from datamodules.errors import UserError
+from experiments import ROOT
 from experiments.cli.main import main
 from experiments.run.recipes import find_recipe
 from modules.cyclegan import CycleGAN

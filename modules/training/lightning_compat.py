@@ -1,4 +1,8 @@
-"""Code that relies on Lightning's private or untyped API; tests/modules/test_lightning_compat.py checks each assumption."""
+"""Code that relies on Lightning's private or untyped API; tests/modules/test_lightning_compat.py checks each assumption.
+
+`NoProfiler`, `FastSetattrModule` and `patch_training_loop` only save time: together 0.2 to 0.3 ms of the 0.9 to 1.2 ms by which
+a step of autoencoder/demo would be longer than that of a bare loop (`darkroom bench`, two rounds, one thread of a CPU).
+"""
 
 from collections import OrderedDict
 from contextlib import nullcontext

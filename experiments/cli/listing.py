@@ -15,7 +15,7 @@ STATES = ("reproduced", "measured", "short", "not run")  # how the states of mos
 
 def show_methods() -> None:
     """Print a line for each method: its recipes, those with committed weights, and the states of its table cells."""
-    caption = "darkroom list METHOD describes its recipes"
+    caption = "darkroom list METHOD describes the recipes of a method. The README defines the states of table cells."
     table = Table("method", "recipes", "weights", "table cells", caption=caption, caption_justify="left")
     for method in methods():
         of_method, of_cells = _recipes_of(method), cells(method)

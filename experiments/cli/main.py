@@ -22,38 +22,42 @@ train, evaluate and predict
   fit RECIPE [--KEY VALUE]   train, then evaluate on the available test sets
   validate RECIPE            evaluate on the validation set
   test RECIPE                evaluate on the available test sets
-  predict RECIPE --input IMAGE_OR_FOLDER --output FOLDER (--direction BtoA for the reverse translation)
+  predict RECIPE --input IMAGE_OR_FOLDER     enlarge, segment or translate images (--output FOLDER, --direction BtoA)
   sample RECIPE --output FOLDER              generate images from noise (--count N)
   interpolate RECIPE --indices 3 17 42       interpolate in latent space between samples (--images: between test images)
   arithmetic RECIPE --plus 1 2 --minus 3 4   add and subtract the latents of samples
   manifold RECIPE                            plot decoder outputs over a 2-D latent grid (--grid-size N)
   reconstruct RECIPE                         show test images and their reconstructions (--indices 0 1 2)
-  retrieve RECIPE                            find the test images with the nearest codes (--indices 0 1 2, --k N)
+  retrieve RECIPE                            find the test images with codes similar to a query image's (--indices 0 1 2, --k N)
 
-  RECIPE is a name (espcn/t91_x3; espcn for its demo) or a path to a YAML file.
+  RECIPE is a name, such as espcn/t91_x3, or the path of a YAML file. The name espcn alone means espcn/demo.
   Any key can be overridden: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
-  --run NAME names a run and resumes an existing one; --wandb offline logs to Weights & Biases; --ckpt FILE selects weights.
+  With fit, --run NAME names a run, or resumes it if it exists; --wandb offline also logs to Weights & Biases.
+  To evaluate or apply a network, --ckpt FILE selects its weights.
   darkroom fit RECIPE --help lists every key.
 
 inspect, reproduce and scale
-  list [METHOD]              the methods, or the recipes of one
-  reproduce METHOD           the paper's tables, our values next to theirs (--run, --check, --seeds N, --write, --json)
-  sweep FILE                 search hyperparameters as defined by a file in sweeps/; workers share a --storage
+  list [METHOD]              list the methods, or describe the recipes of METHOD
+  reproduce METHOD           print the paper's tables with published values and ours (--run, --check, --write, --json)
+  sweep FILE                 search hyperparameters as defined by FILE, such as sweeps/espcn.yaml (--storage S)
   submit RECIPE|FILE         train, or search, on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
-  bench RECIPE               training speed relative to a bare loop and to a PIL-fed loader (--json)
-  scaling RECIPE ...         measured speedup of a second process, and an estimate for 8 and 64 GPUs (--write)
-  data list | get NAME | verify NAME
+  bench RECIPE               compare the training speed with a plain PyTorch loop and with PIL loading (--json)
+  scaling RECIPE ...         measure the speedup of several processes, and estimate that of 8 and 64 GPUs (--write)
+  data list                  list the datasets and whether they are installed
+  data get NAME              download a dataset
+  data verify NAME           compare a dataset with its manifest, a list of hashes
 
 environment
   DARKROOM_DATA              folder of the datasets (now: {data})
   DARKROOM_RUNS              folder of the runs (now: {runs})
+  DARKROOM_CACHE             folder of cached features of real images (default: the user's cache folder)
 """
 
 RUN_HELP = """\
 usage: darkroom {command} RECIPE {options} [--KEY VALUE ...]
 
   RECIPE is one of: {recipes}
-  or a path to a YAML file. darkroom list METHOD describes each.
+  or the path of a YAML file. darkroom list METHOD describes the recipes of a method.
 
   darkroom {command} RECIPE --help lists every key that can be overridden.
 """
@@ -191,10 +195,12 @@ def _data(argv: list[str]) -> int:
 
 def _reproduce(argv: list[str]) -> int:
     parser = Parser(
-        prog="darkroom reproduce", description="Render a paper's tables from run records, our values next to theirs."
+        prog="darkroom reproduce", description="Print a paper's tables, with the published values and ours, from run records."
     )
     parser.add_argument("method", nargs="?", help="a method; darkroom list shows all")
-    parser.add_argument("--run", action="store_true", help="run what is missing or stale, as far as its data are available")
+    parser.add_argument(
+        "--run", action="store_true", help="run the recipes whose records are missing or stale, if their data are installed"
+    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with --run: train with seeds 0 ... N-1 (default 1)")
     parser.add_argument("--only", metavar="RECIPE", help="with --run: run only this recipe")
     parser.add_argument(
@@ -202,11 +208,11 @@ def _reproduce(argv: list[str]) -> int:
         nargs="?",
         const="",
         metavar="all",
-        help="replay records whose code has changed with the old and the current code; certify them if the results are equal",
+        help="for records whose code has changed: run the first steps with the old and the new code, and compare them",
     )
-    parser.add_argument("--renames", metavar="FILE", type=Path, help="with --check: YAML of renamed keys and names")
-    parser.add_argument("--write", action="store_true", help="write the tables to the method's page and the results page")
-    parser.add_argument("--json", action="store_true", help="print the cells as JSON")
+    parser.add_argument("--renames", metavar="FILE", type=Path, help="with --check: YAML file of old and new names")
+    parser.add_argument("--write", action="store_true", help="write the tables to the method's page, RESULTS.md and the README")
+    parser.add_argument("--json", action="store_true", help="print the cells of the tables as JSON")
     args = parser.parse_args(argv)
     if args.renames and args.check is None:
         raise UserError("reproduce: --renames requires --check")
@@ -229,7 +235,9 @@ def _reproduce(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    parser = Parser(prog="darkroom bench", description="Compare training speed with a bare loop and with a PIL-fed loader.")
+    parser = Parser(
+        prog="darkroom bench", description="Compare the training speed with a plain PyTorch loop and with PIL loading."
+    )
     parser.add_argument("recipe", help="recipe to time")
     parser.add_argument(
         "--pairs",
@@ -274,15 +282,21 @@ def _scaling(argv: list[str]) -> int:
 def _sweep(argv: list[str]) -> int:
     parser = Parser(
         prog="darkroom sweep",
-        description="Search hyperparameters; each trial is a `darkroom fit`. Any key of the recipe can be overridden.",
+        description="Search hyperparameters; each trial is one `darkroom fit` run. --KEY VALUE overrides a key of the recipe.",
     )
-    parser.add_argument("search", metavar="FILE", help="a search in W&B's sweep format, such as sweeps/espcn.yaml")
+    parser.add_argument(
+        "search", metavar="FILE", help="YAML file in the sweep format of Weights & Biases, such as sweeps/espcn.yaml"
+    )
     parser.add_argument(
         "--storage", metavar="S", help="storage shared by the workers: a journal file, or an SQL database's URL"
     )
     parser.add_argument("--n-trials", type=int, metavar="N", help="maximum number of trials; overrides the file's run_cap")
     parser.add_argument("--report", action="store_true", help="only report the results so far")
-    parser.add_argument("--ray", metavar="ADDRESS", help="run the trials on a Ray cluster: its address, auto, or local")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run the trials with Ray: the cluster's address, auto (this machine's cluster), or local (this machine only)",
+    )
     parser.add_argument("--gpus", type=float, metavar="N", help="with --ray: GPUs per trial (default 0)")
     parser.add_argument("--cores", type=float, metavar="N", help="with --ray: CPU cores per trial (default 1)")
     args, keys = parser.parse_known_args(argv)

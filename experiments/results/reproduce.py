@@ -41,9 +41,9 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
     if method not in tabled:
         raise UserError(f"no tables for '{method}'; there are some for: {', '.join(tabled)}")
     if not run and (only or seeds != 1):
-        raise UserError("--seeds and --only say what --run runs; give --run too")
+        raise UserError("reproduce: --seeds and --only require --run; add --run")
     if seeds < 1:
-        raise UserError(f"reproduce: --seeds {seeds}: at least 1")
+        raise UserError(f"reproduce: --seeds {seeds}: must be at least 1")
     if run:
         for recipe in recipes_in_tables(method, only):
             run_recipe(recipe, seeds)

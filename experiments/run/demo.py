@@ -44,7 +44,7 @@ def demo() -> None:
     command = program_name()
     console.print(f"next      {command} predict espcn --input YOUR_PHOTO.jpg --output out/", soft_wrap=True)
     console.print(f"          {command} reproduce espcn      the paper's tables, our values next to theirs", soft_wrap=True)
-    console.print(f"          {command} list                 all recipes and datasets", soft_wrap=True)
+    console.print(f"          {command} list                 all methods", soft_wrap=True)
 
 
 def evaluate(method: SuperResolutionMethod, scale: int) -> dict[str, float]:

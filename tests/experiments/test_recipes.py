@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 
+from callbacks.run.csv_logger import read_metrics_csv
+from experiments import METHODS
 from experiments.cli.main import main
 from experiments.results.tables import load_table
 from experiments.run.lightning_cli import DarkroomCLI
@@ -42,6 +44,15 @@ def build(recipe):
     assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
 
 
+def assert_losses_are_documented(recipe, folder):
+    """The page of a method explains every loss and learning rate in the log of a run."""
+    page = (METHODS / recipe.name.partition("/")[0] / "README.md").read_text()
+    logged = {row["name"] for row in read_metrics_csv(folder / "metrics.csv")}
+    training = {name for name in logged if name.startswith(("train/", "learning_rate"))}
+    assert training
+    assert not [name for name in training if f"`{name}`" not in page]
+
+
 # The tests below train the networks of these at their full size.
 TRAINED_IN_FULL = [recipe for recipe in TRAINED if datamodule_of(recipe) in ("SuperResolution", "Reconstruction")]
 
@@ -75,7 +86,9 @@ def test_super_resolution_recipe_trains_a_few_steps(recipe, workdir):
     monitor = "photographs-test" if data["train"] == "photographs/train" else f"{data['train']}-holdout"
     overrides += ["--monitor", f"{monitor}/psnr-y/crop{data['scale']}"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *overrides]) == 0
-    assert (workdir / "runs" / recipe.name / "short/record.json").exists()
+    folder = workdir / "runs" / recipe.name / "short"
+    assert (folder / "record.json").exists()
+    assert_losses_are_documented(recipe, folder)
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +128,7 @@ def test_generation_recipe_trains_a_few_steps(recipe, workdir, torch_home, monke
     folder = workdir / "runs" / recipe.name / "short"
     assert (folder / "record.json").exists()
     assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000008.png", "000000012.png"}
+    assert_losses_are_documented(recipe, folder)
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Reconstruction"], ids=name_of)
@@ -129,6 +143,7 @@ def test_reconstruction_recipe_trains_a_few_steps(recipe, workdir):
     folder = workdir / "runs" / recipe.name / "short"
     assert json.loads((folder / "record.json").read_text())["metrics"]
     assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000004.png", "000000008.png"}
+    assert_losses_are_documented(recipe, folder)
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Segmentation"], ids=name_of)
@@ -162,6 +177,7 @@ def test_segmentation_recipe_trains_a_few_steps(recipe, workdir):
     folder = workdir / "runs" / recipe.name / "short"
     assert json.loads((folder / "record.json").read_text())["metrics"]
     assert len(list((folder / "samples").iterdir())) == 2
+    assert_losses_are_documented(recipe, folder)
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Unpaired"], ids=name_of)
@@ -189,6 +205,7 @@ def test_translation_recipe_trains_a_few_steps(recipe, workdir):
     folder = workdir / "runs" / recipe.name / "short"
     assert (folder / "record.json").exists()
     assert len(list((folder / "samples").iterdir())) == 2
+    assert_losses_are_documented(recipe, folder)
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=name_of)

@@ -1,6 +1,7 @@
 """Records, the tables rendered from them, and the runs that are missing."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,15 @@ def test_a_record_under_another_recipes_name_is_refused(method_folder):
     found, broken = committed_records("bicubic/x4")
     assert not found
     assert "x4-seed0.json: is a record of bicubic/x3, seed 0" in broken[0]
+
+
+@pytest.mark.parametrize("method", methods())
+def test_pages_follow_one_plan(method):
+    page = (METHODS / method / "README.md").read_text()
+    plan = ["Recipes", "Protocols", "Logged values", "Search", "Tables"]
+    sections = re.findall(r"^## (.*)", page, re.MULTILINE)
+    assert sections == [section for section in plan if section in sections]
+    assert {"Recipes", "Protocols", "Logged values", "Tables"} <= set(sections)
 
 
 # The states of a cell

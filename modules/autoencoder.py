@@ -7,10 +7,11 @@ D. Pathak et al. Context Encoders: Feature Learning by Inpainting. CVPR 2016. ar
 
 Differences from the papers, with reasons:
 
-1. All layers are trained jointly by Adam from Glorot initialisation. The first two papers train layer by layer, which ReLU
-   and Adam have made unnecessary. Encoder and decoder share no weights.
+1. All layers are trained jointly by Adam from Glorot initialization. In the first two papers, layers are trained one by one,
+   which is unnecessary with ReLU and Adam. Encoder and decoder share no weights.
 2. The loss is the mean squared error for all variants, so that their metrics are comparable; Vincent et al. use cross-entropy.
-3. A missing block is black and at a random position, and the loss covers the full image. Pathak et al. add an adversarial loss.
+3. A missing block is black and at a random position, and the loss is over the full image. Pathak et al. add an adversarial
+   loss.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ Corruption = Literal["none", "noise", "masking", "block"]
 
 
 class Autoencoder(Method):
-    """Encoder to a low-dimensional code, and decoder.
+    """Autoencoder: an encoder to a low-dimensional code, and a decoder.
 
     Args:
         channels: image channels, 1 or 3.
@@ -51,7 +52,8 @@ class Autoencoder(Method):
         seed: seed of the corruption in training.
 
     Raises:
-        UserError: `corruption_level` is not valid for `corruption`.
+        UserError: `corruption_level` is not valid for `corruption`, or the block is empty; also see
+            `modules.networks.mlp_conv.encoder`.
     """
 
     def __init__(
@@ -75,9 +77,15 @@ class Autoencoder(Method):
             or corruption_level < 0
             or (corruption != "noise" and corruption_level >= 1)
         ):
-            raise UserError(f"model.corruption_level: {corruption_level} is not valid for model.corruption {corruption}")
+            raise UserError(
+                f"model.corruption_level: {corruption_level} is not valid for model.corruption {corruption}. "
+                "Use 0 for none, above 0 for noise, between 0 and 1 for masking and block"
+            )
         if corruption == "block" and round(corruption_level * min(to_hw(size))) < 1:
-            raise UserError(f"model.corruption_level: a block of {corruption_level} * {min(to_hw(size))} pixels is empty")
+            raise UserError(
+                f"model.corruption_level: a block of {corruption_level} * {min(to_hw(size))} pixels is empty. "
+                "Increase the level"
+            )
         self.corruption, self.corruption_level = corruption, corruption_level
         shape = (channels, *to_hw(size))
         self.encoder = encoder(network, shape, hidden_dims, latent_size, activation)
@@ -90,12 +98,12 @@ class Autoencoder(Method):
         return self.decode(self.encoder(image))
 
     def decode(self, code: Tensor) -> Tensor:
-        """Decode codes (N, latent_size) to images (N, C, H, W)."""
+        """Decode codes (N, latent_size) to images (N, C, H, W) in (0, 1), or unbounded for a linear model."""
         logits = to_float32(self.decoder(code))
         return logits.sigmoid() if self.sigmoid_output else logits
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error between the clean images and the reconstructions of corrupted ones, as "mse"."""
+        """Compute the mean squared error between clean images and reconstructions of corrupted ones, as "mse"."""
         image = batch["image"]
         corrupted = image
         if self.corruption != "none":
@@ -103,7 +111,7 @@ class Autoencoder(Method):
         return {"mse": F.mse_loss(self(corrupted), image)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Create the Adam optimizer."""
         return torch.optim.Adam(self.parameters(), fused=True)
 
     @property
@@ -112,11 +120,11 @@ class Autoencoder(Method):
         return "fast-normal" if self.corruption == "noise" else "uniform"
 
     def noise_dim(self, image: Tensor) -> int:
-        """Number of noise values per image."""
+        """Return the number of noise values per image (C, H, W) of a batch."""
         return 2 if self.corruption == "block" else image[0].numel()
 
     def corrupt(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Corrupt images (N, C, H, W) by noise (N, noise_dim)."""
+        """Corrupt images (N, C, H, W) in [0, 1] with noise (N, noise_dim)."""
         if self.corruption == "noise":
             return (image + self.corruption_level * noise.view(image.shape)).clamp(0, 1)
         if self.corruption == "masking":
@@ -148,5 +156,5 @@ class Autoencoder(Method):
     preview_limit = 1
 
     def preview(self, outputs: Batch) -> Tensor:
-        """Images, corrupted inputs, and reconstructions."""
+        """Draw images, corrupted inputs, and reconstructions."""
         return stack_rows(*(outputs[name][: SHEET // 4] for name in ("image", "input", "prediction") if name in outputs))

@@ -18,6 +18,6 @@ class Bicubic(SuperResolutionMethod):
         self.save_hyperparameters()
 
     def forward(self, lr_image: Tensor) -> Tensor:
-        """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
+        """Upscale luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale), without clipping."""
         height, width = lr_image.shape[-2:]
         return imresize(lr_image, (height * self.scale, width * self.scale))

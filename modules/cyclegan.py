@@ -5,14 +5,15 @@ ICCV 2017. arXiv:1703.10593.
 
 Differences from the paper and the authors' code:
 
-1. The paper's G is called `G_AB`, and its F, from B to A, `G_BA`.
-2. In the second half of the training the learning rate falls with every image, not every epoch: sets of different sizes have
-   no common epoch.
-3. The identity loss (Section 5.2, for paintings to photographs, and the flowers) is off by default. The authors' PyTorch code
+1. The paper's generators G (A to B) and F (B to A) are called `G_AB` and `G_BA`.
+2. In the second half of training, the learning rate decreases with every image instead of every epoch. Sets of different
+   sizes have no common epoch.
+3. The identity loss (Section 5.2, for paintings to photographs and for flowers) is off by default. The authors' PyTorch code
    enables it for every task.
-4. All ranks share one image pool, see `modules.training.image_pool`; for a batch of one it equals the authors'.
-5. Label maps are resized by nearest neighbour, without interpolation; unlabelled pixels are black.
-6. Losses that are removed in the ablations of Section 5.1.4 are not computed; without adversarial losses there are no
+4. Each discriminator has one image pool for all ranks, see `modules.training.image_pool`. For a batch size of one, it is
+   equivalent to the authors' pool.
+5. Label maps are resized by nearest-neighbor interpolation, and unlabeled pixels are black.
+6. Losses that are removed in the ablations of Section 5.1.4 are not computed. Without adversarial losses, the method has no
    discriminators.
 """
 
@@ -35,7 +36,7 @@ from modules.training.stages import Stage
 
 Objective = Literal["full", "cycle", "gan", "gan-cycle-A", "gan-cycle-B"]
 CYCLE_TERMS = {"full": "AB", "cycle": "AB", "gan": "", "gan-cycle-A": "A", "gan-cycle-B": "B"}  # domains with a cycle loss
-MIN_CROP = 24  # pixels; the discriminator output is empty below
+MIN_CROP = 24  # pixels; the discriminator output for a smaller crop is empty
 
 
 class CycleGAN(TranslationMethod):
@@ -45,17 +46,17 @@ class CycleGAN(TranslationMethod):
         crop: side of the training crops in pixels.
         n_residual_blocks: residual blocks per generator; 6 in the paper for 128 pixels, 9 from 256 pixels.
         base_channels: channels of the first layer of every network.
-        objective: "full", or an ablation: "cycle", "gan", "gan-cycle-A" (A to B to A) or "gan-cycle-B". The paper's forward
-            cycle starts at its x, in its ablation the label maps.
+        objective: "full", or an ablation: "cycle", "gan", "gan-cycle-A" (A to B to A) or "gan-cycle-B". In the paper's
+            ablation, the forward cycle starts at the label maps.
         cycle_weight: lambda of eq. 3.
-        identity_weight: weight of the identity loss as a fraction of `cycle_weight`: 0 for none, 0.5 in the paper.
+        identity_weight: weight of the identity loss as a fraction of `cycle_weight`: 0 for no identity loss; 0.5 in the paper.
         pool_size: capacity of each pool of earlier fakes for the discriminators.
         total_images: training budget, in pairs of one image of A and one of B.
         learning_rate: Adam learning rate; constant in the first half, then falling linearly to zero.
         seed: seed of the image pools.
 
     Raises:
-        UserError: an argument is not valid.
+        UserError: `objective` or `crop` is not valid, or another size is too small.
     """
 
     training_only_modules = ("pool_a", "pool_b")
@@ -76,13 +77,13 @@ class CycleGAN(TranslationMethod):
         super().__init__(total_images, learning_rate, seed=seed)
         self.save_hyperparameters()
         if objective not in CYCLE_TERMS:
-            raise UserError(f"model.objective: {objective}; use one of {', '.join(CYCLE_TERMS)}")
+            raise UserError(f"model.objective: {objective} is not valid. Use one of {', '.join(CYCLE_TERMS)}")
         if crop % self.stride or crop < MIN_CROP:
-            raise UserError(f"model.crop: {crop} must be a multiple of {self.stride} and at least {MIN_CROP}")
+            raise UserError(f"model.crop: {crop} is not valid. Use a multiple of {self.stride} that is at least {MIN_CROP}")
         sizes = (("base_channels", base_channels, 1), ("n_residual_blocks", n_residual_blocks, 0), ("pool_size", pool_size, 0))
         for name, value, minimum in sizes:
             if value < minimum:
-                raise UserError(f"model.{name}: {value} must be at least {minimum}")
+                raise UserError(f"model.{name}: {value} is too small. Use at least {minimum}")
         self.cycles = CYCLE_TERMS[objective]
         self.cycle_weight, self.identity_weight = cycle_weight, identity_weight
         self.G_AB, self.G_BA = (generator(base_channels, n_residual_blocks) for _ in "AB")
@@ -103,36 +104,37 @@ class CycleGAN(TranslationMethod):
     # Section 4, "Training details"
 
     def phases(self) -> list[Phase]:
-        """Update both generators together, then both discriminators."""
+        """Return the phases: both generators together, then both discriminators."""
         phases = [Phase("generators", self.generator_losses, self.linear_decay_after_half)]
         if self.adversarial:
             phases.append(Phase("discriminators", self.discriminator_losses, self.linear_decay_after_half))
         return phases
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """One Adam for both generators, and one for both discriminators."""
+        """Create one Adam optimizer for both generators, and one for both discriminators."""
         optimizers = {"generators": self.adam(self.G_AB, self.G_BA)}
         if self.adversarial:
             optimizers["discriminators"] = self.adam(self.D_A, self.D_B)
         return optimizers
 
     def adam(self, *networks: nn.Module) -> torch.optim.Optimizer:
-        """Adam (Section 7.1); a beta1 of 0.5 as in the authors' code."""
+        """Create Adam (Section 7.1), with a beta1 of 0.5 as in the authors' code."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), fused=True)
 
     def linear_decay_after_half(self, images_seen: int) -> dict[str, float]:
-        """Learning rate (Section 7.1): constant in the first half, then linear decay to zero."""
+        """Return the learning rate (Section 7.1): constant in the first half, then linear decay to zero."""
         return {"lr": self.learning_rate * min(1.0, 2 - 2 * images_seen / self.total_images)}
 
     def stages(self) -> list[Stage]:
-        """Stages (Section 7.1): the learning rate falls from the middle on."""
+        """Return the two halves of training as stages; the learning rate decreases in the second (Section 7.1)."""
         return [Stage(), Stage(self.total_images // 2)] if self.total_images > 1 else [Stage()]
 
     def shared_forward(self, batch: Batch) -> Batch:
         """Compute images in [-1, 1] and their translations for both phases.
 
-        For the identity loss, each generator gets both domains in one pass: instance normalisation treats images separately.
+        For the identity loss, each generator processes both domains in one pass, because instance normalization treats images
+        separately.
         """
         a, b = batch["A"] * 2 - 1, batch["B"] * 2 - 1
         if not self.identity_weight:
@@ -144,7 +146,7 @@ class CycleGAN(TranslationMethod):
     # Section 3
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 3, with least-squares adversarial losses instead of eq. 1 (Section 4)."""
+        """Compute eq. 3, with least-squares adversarial losses instead of eq. 1 (Section 4)."""
         terms = {}
         if self.adversarial:
             terms["adversarial/B"] = lsgan_loss(self.D_B(batch["fake_b"]), 1)
@@ -160,7 +162,7 @@ class CycleGAN(TranslationMethod):
         return terms
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Least-squares losses on reals and pooled fakes, halved so that D learns more slowly (Section 7.1)."""
+        """Compute the least-squares losses on reals and pooled fakes, halved so that D learns more slowly (Section 7.1)."""
         terms = {}
         for name, network, pool in (("A", self.D_A, self.pool_a), ("B", self.D_B, self.pool_b)):
             fakes = pool.query(batch[f"fake_{name.lower()}"], batch["sample_ids"], self.images_seen)
@@ -171,7 +173,7 @@ class CycleGAN(TranslationMethod):
 
 
 def lsgan_loss(values: Tensor, target: float) -> Tensor:
-    """Mean squared distance of a discriminator's output from the target."""
+    """Compute the mean squared distance between a discriminator's output and the target (Section 4)."""
     return (to_float32(values) - target).square().mean()
 
 
@@ -179,7 +181,7 @@ def lsgan_loss(values: Tensor, target: float) -> Tensor:
 
 
 def generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
-    """c7s1-64, d128, d256, R256 ..., u128, u64, c7s1-3: images in [-1, 1] to images in [-1, 1]."""
+    """Create the generator c7s1-64, d128, d256, R256, ..., u128, u64, c7s1-3: (N, 3, H, W) in [-1, 1] to the same."""
     layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, base_channels, 7), *norm_relu(base_channels)]
     for in_channels, out_channels in pairwise((base_channels, 2 * base_channels, 4 * base_channels)):
         layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), *norm_relu(out_channels)]
@@ -193,7 +195,7 @@ def generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
 
 
 class ResidualBlock(nn.Module):
-    """Rk: two 3 x 3 convolutions with a skip connection; no ReLU after the sum."""
+    """Residual block Rk: two 3 x 3 convolutions with a skip connection, without ReLU after the sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -201,19 +203,20 @@ class ResidualBlock(nn.Module):
         self.block = nn.Sequential(*convs[0], *norm_relu(channels), *convs[1], nn.InstanceNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to the same."""
+        """Apply the block: (N, channels, H, W) to the same shape."""
         return x + self.block(x)
 
 
 def norm_relu(channels: int) -> list[nn.Module]:
-    """Instance normalisation without affine parameters, then ReLU."""
+    """Create instance normalization without affine parameters, and ReLU."""
     return [nn.InstanceNorm2d(channels), nn.ReLU()]
 
 
 def discriminator(base_channels: int) -> nn.Sequential:
-    """C64-C128-C256-C512 and a final convolution: one value per patch of 70 x 70 pixels.
+    """Create the discriminator C64-C128-C256-C512 with a final convolution: one value per patch of 70 x 70 pixels.
 
-    The last two convolutions have stride 1, as in the authors' code; with stride 2, as in the text, patches would be larger.
+    The input is (N, 3, H, W) in [-1, 1]. The last two convolutions have stride 1, as in the authors' code. With stride 2, as in
+    the text, patches would be larger.
     """
     layers: list[nn.Module] = [nn.Conv2d(3, base_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
     for in_channels, out_channels, stride in (

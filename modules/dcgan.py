@@ -6,14 +6,14 @@ ICLR 2016. arXiv:1511.06434.
 Differences from the paper and the authors' code:
 
 1. Kernels are 5 x 5 as in the paper, or 4 x 4 as in the authors' Torch version (dcgan.torch) and in most later code. With
-   stride 2, 4 x 4 covers all interior pixels equally often; 5 x 5 causes checkerboard artifacts.
-2. Sampling uses the running statistics of batch normalisation, so that a sample does not depend on its batch. The authors'
+   stride 2, a 4 x 4 kernel covers all interior pixels equally often, and a 5 x 5 kernel causes checkerboard artifacts.
+2. Sampling uses the running statistics of batch normalization, so that a sample does not depend on its batch. The authors'
    code uses batch statistics.
-3. There is no weight decay, as in the paper; the authors' code for faces has 1e-5.
+3. Weight decay is not used, as in the paper; the authors' code for faces uses 1e-5.
 4. Sizes from 28 to 128 pixels are supported. The number of blocks and the largest width change with the size.
 5. Both networks are updated on every batch, the generator after the discriminator and on the same fakes, as in dcgan.torch.
    The authors' code for faces alternates between them from batch to batch.
-6. Batch normalisation after the projection is per channel; the authors' code normalises each unit before reshaping.
+6. Batch normalization after the projection is per channel; the authors' code normalizes each unit before reshaping.
 """
 
 import math
@@ -34,7 +34,7 @@ BASE_RESOLUTION = {28: 7, 32: 4, 64: 4, 128: 4}  # image side -> side of the sma
 
 
 class DCGAN(GenerativeMethod):
-    """Section 3: strided convolutions up and down, batch normalisation, no pooling, no fully connected hidden layer.
+    """DCGAN of Section 3: strided convolutions and batch normalization, without pooling and fully connected hidden layers.
 
     Args:
         channels: image channels, 1 or 3.
@@ -68,9 +68,9 @@ class DCGAN(GenerativeMethod):
         super().__init__(latent_size, latent_distribution, total_images, learning_rate, seed)
         self.save_hyperparameters()
         if size not in BASE_RESOLUTION:
-            raise UserError(f"model.size: {size}; use one of {', '.join(map(str, BASE_RESOLUTION))}")
+            raise UserError(f"model.size: {size} is not valid. Use one of {', '.join(map(str, BASE_RESOLUTION))}")
         if not 0 <= beta1 < 1:
-            raise UserError(f"model.beta1: {beta1} is not in [0, 1)")
+            raise UserError(f"model.beta1: {beta1} is not valid. Use a value in [0, 1)")
         self.beta1 = beta1
         self.generator = generator(latent_size, channels, size, kernel, base_channels)
         self.discriminator = discriminator(channels, size, kernel, base_channels)
@@ -83,53 +83,56 @@ class DCGAN(GenerativeMethod):
         return self.generator(latents)
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Generate images in [0, 1]."""
+        """Generate images (N, channels, size, size) in [0, 1] from latents (N, latent_size)."""
         return (self.generator(latents) + 1) / 2
 
     # Section 4: the same Adam settings for both networks
 
     def phases(self) -> list[Phase]:
-        """Update D, then G."""
+        """Return the phases: D, then G."""
         return [
             Phase("discriminator", self.discriminator_losses, self.constant_lr),
             Phase("generator", self.generator_losses, self.constant_lr),
         ]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """One Adam for each network."""
+        """Create one Adam optimizer for each network."""
         return {"discriminator": self.adam(self.discriminator), "generator": self.adam(self.generator)}
 
     def adam(self, network: nn.Module) -> torch.optim.Optimizer:
-        """Adam with a beta1 of 0.5 instead of 0.9, which "helped stabilize training"."""
+        """Create Adam with `beta1`; 0.5 instead of 0.9 "helped stabilize training" (Section 4)."""
         return torch.optim.Adam(network.parameters(), betas=(self.beta1, 0.999), fused=True)
 
     def constant_lr(self, images_seen: int) -> dict[str, float]:
-        """Constant learning rate."""
+        """Return the constant learning rate."""
         return {"lr": self.learning_rate}
 
     def shared_forward(self, batch: Batch) -> Batch:
-        """Generate the fakes for both phases; G is not updated before D."""
+        """Generate the fakes, which both phases use, because G is updated after D."""
         return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses on reals and fakes, in separate passes because of batch normalisation."""
+        """Compute the losses on reals and fakes, in separate passes because of batch normalization."""
         real = self.discriminator(batch["image"] * 2 - 1)
         fake = self.discriminator(batch["fake"].detach())
         return {"real": bce_real(real), "fake": bce_fake(fake)}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Non-saturating loss."""
+        """Compute the non-saturating loss (Goodfellow et al., arXiv:1406.2661, Section 3)."""
         return {"adversarial": bce_real(self.discriminator(batch["fake"]))}
 
 
 def channels_per_level(size: int, base_channels: int) -> list[int]:
-    """Channels at each level, from the smallest feature maps to half of the image size."""
+    """Return the channels at each level, from the smallest feature maps to half of the image size."""
     levels = int(math.log2(size // BASE_RESOLUTION[size]))
     return [base_channels * 2**level for level in reversed(range(levels))]
 
 
 def generator(latent_size: int, channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
-    """Figure 1: project and reshape, then fractionally strided convolutions."""
+    """Create the generator of Figure 1: a projection, then fractionally strided convolutions.
+
+    It maps latents (N, latent_size) to images (N, channels, size, size) in [-1, 1].
+    """
     base_side, level_channels, padding = BASE_RESOLUTION[size], channels_per_level(size, base_channels), (kernel - 1) // 2
     layers: list[nn.Module] = [
         nn.Linear(latent_size, level_channels[0] * base_side**2, bias=False),
@@ -145,7 +148,10 @@ def generator(latent_size: int, channels: int, size: int, kernel: int, base_chan
 
 
 def discriminator(channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
-    """Mirror of the generator, with LeakyReLU and without batch normalisation in the first layer."""
+    """Create the discriminator, a mirrored generator with LeakyReLU, without batch normalization in the first layer.
+
+    It maps images (N, channels, size, size) in [-1, 1] to logits (N, 1).
+    """
     base_side, level_channels, padding = BASE_RESOLUTION[size], channels_per_level(size, base_channels)[::-1], (kernel - 1) // 2
     layers: list[nn.Module] = [nn.Conv2d(channels, level_channels[0], kernel, 2, padding, bias=False), nn.LeakyReLU(0.2)]
     for in_channels, out_channels in pairwise(level_channels):

@@ -5,18 +5,18 @@ Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural Network. CVPR
 
 Differences from the paper, with reasons:
 
-1. Degradation. Section 3.1 blurs with a Gaussian of unspecified width. The paper's own bicubic results match MATLAB's
-   antialiased bicubic `imresize`, so training uses it too.
-2. Optimizer. The paper does not name it. Its learning rate falls from 0.01 to 0.0001 as the cost levels off, and is ten times
-   smaller in the last layer (Section 3.2). Neighbouring pixels are nearly equal, so the problem is badly conditioned and Adam
-   needs hours. SOAP (Vyas et al., arXiv:2409.11321: Adam in the eigenbasis of Shampoo's preconditioner) needs minutes. The
-   learning rate falls along a half cosine and is the same for all layers.
-3. Patches. The 17 x 17 LR pixels of a patch are targets, with 4 pixels of context for the three convolutions (25 x 25 in
-   all). The paper does not specify its padding. Patches are sampled at random positions instead of on a grid, so that every
-   pixel is a target, and are flipped and rotated.
-4. Model selection. Six of the 91 images are held out for it, and the number of patches is fixed. The paper stops after 100
-   epochs without improvement.
-5. Initialisation is PyTorch's; the paper does not give one.
+1. Degradation. In Section 3.1, images are blurred with a Gaussian filter of unspecified width. The paper's own bicubic results
+   match MATLAB's antialiased bicubic `imresize`, so training uses this function.
+2. Optimizer. The paper does not specify the optimizer. The paper's learning rate decreases from 0.01 to 0.0001 as the cost
+   levels off, and is ten times smaller in the last layer (Section 3.2). Neighboring pixels are nearly equal. The problem is
+   therefore ill-conditioned, and Adam needs hours. SOAP (Vyas et al., arXiv:2409.11321: Adam in the eigenbasis of Shampoo's
+   preconditioner) needs minutes. The learning rate decreases along a half cosine and is the same for all layers.
+3. Patches. A patch has 17 x 17 LR pixels, and 4 pixels of context on each side for the three convolutions (25 x 25 in total).
+   The paper does not specify the padding. Patches are sampled at random positions instead of on a grid, so that every pixel
+   is used as a target. They are flipped and rotated.
+4. Model selection. Six of the 91 images are held out for model selection, and the number of patches is fixed. In the paper,
+   training stops after 100 epochs without improvement.
+5. Initialization is PyTorch's default; the paper does not specify it.
 """
 
 from typing import Literal
@@ -36,7 +36,7 @@ class ESPCN(SuperResolutionMethod):
     """Section 2.2: feature maps in LR space, one sub-pixel convolution at the end.
 
     Args:
-        scale: scale factor, r in the paper, which reports 3 and 4.
+        scale: scale factor; r in the paper, with results for 3 and 4.
         activation: "tanh" as in the final models, or "relu" as in the ablation of Table 1.
         total_images: training budget in patches.
         learning_rate: maximum learning rate.
@@ -65,7 +65,7 @@ class ESPCN(SuperResolutionMethod):
         self.min_patch_size = 2 * valid_conv_margin(self.network) + 1
 
     def forward(self, lr_image: Tensor) -> Tensor:
-        """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
+        """Upscale luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale), without clipping."""
         return self.forward_valid(pad_replicate(lr_image, valid_conv_margin(self.network)))
 
     def forward_valid(self, lr_image: Tensor) -> Tensor:
@@ -73,5 +73,5 @@ class ESPCN(SuperResolutionMethod):
         return self.network(lr_image)
 
     def configure_optimizers(self) -> Optimizer:
-        """SOAP; see difference 2 above."""
+        """Create the SOAP optimizer; see difference 2 above."""
         return soap(self.network.parameters(), self.learning_rate)

@@ -1,15 +1,15 @@
 """Generative adversarial nets.
 
 I. Goodfellow, J. Pouget-Abadie, M. Mirza, B. Xu, D. Warde-Farley, S. Ozair, A. Courville, Y. Bengio. Generative Adversarial
-Nets. NIPS 2014. arXiv:1406.2661. The paper does not give the networks and the training on MNIST. They are taken from its
-code, goodfeli/adversarial (mnist.yaml).
+Nets. NIPS 2014. arXiv:1406.2661. The paper does not specify the networks and the training for MNIST. They are those of the
+paper's code, goodfeli/adversarial (mnist.yaml).
 
 Differences from the paper and its code:
 
-1. The networks are updated in turn, as in Algorithm 1, but on the same fakes; Algorithm 1 samples new ones. The code
-   differentiates both losses at the same weights.
-2. The generator's last bias starts at zero, not at the training mean: a method has no access to the data.
-3. The learning rate and the momentum are functions of the images seen, not of batches and epochs. The curves are the same.
+1. The networks are updated in turn, as in Algorithm 1, but on the same fakes; Algorithm 1 samples new ones. The paper's code
+   computes both gradients before it updates a network.
+2. The generator's last bias is initialized to zero instead of the training mean, because a method has no access to the data.
+3. The learning rate and the momentum are functions of the images seen instead of batches and epochs. The curves are the same.
 4. Each rank has its own dropout masks, so runs with several ranks differ from a run with one.
 """
 
@@ -26,14 +26,15 @@ from modules.training.phases import Batch, Phase
 
 
 class GAN(GenerativeMethod):
-    """Section 3 on flattened images; the paper's code uses batches of 100.
+    """GAN of Section 3, on flattened images; the paper's code uses batches of 100.
 
     Args:
         channels: image channels, 1 or 3.
         size: image side in pixels.
         loss: generator loss: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
         latent_size: dimension of the latents.
-        hidden_dim: units of the generator's hidden layers; the discriminator has a fifth as many maxout units of five pieces.
+        hidden_dim: units of each hidden layer of the generator; the discriminator has a fifth as many maxout units, each with
+            five pieces.
         discriminator_steps: discriminator updates per generator update (k in Algorithm 1).
         total_images: training budget.
         learning_rate: initial learning rate.
@@ -58,7 +59,7 @@ class GAN(GenerativeMethod):
         super().__init__(latent_size, "normal", total_images, learning_rate, seed)
         self.save_hyperparameters()
         if discriminator_steps < 1:
-            raise UserError(f"model.discriminator_steps: {discriminator_steps} must be at least 1")
+            raise UserError(f"model.discriminator_steps: {discriminator_steps} is too small. Use at least 1")
         self.loss, self.discriminator_steps = loss, discriminator_steps
         pixels = channels * size**2
         self.generator = nn.Sequential(
@@ -96,34 +97,38 @@ class GAN(GenerativeMethod):
     # Algorithm 1
 
     def phases(self) -> list[Phase]:
-        """Update D on every batch, and G on every k-th batch."""
+        """Return the phases: D on every batch, and G on every k-th batch."""
         return [
             Phase("discriminator", self.discriminator_losses, self.sgd_schedule),
             Phase("generator", self.generator_losses, self.sgd_schedule, every_n_steps=self.discriminator_steps),
         ]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """SGD for both networks."""
+        """Create one SGD optimizer for each network."""
         return {
             "discriminator": torch.optim.SGD(self.discriminator.parameters()),
             "generator": torch.optim.SGD(self.generator.parameters()),
         }
 
     def shared_forward(self, batch: Batch) -> Batch:
-        """Generate the fakes for both phases; G is not updated before D."""
+        """Generate the fakes, which both phases use, because G is updated after D."""
         return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 1, halved as in the code."""
+        """Compute eq. 1, halved as in the paper's code."""
         real, fake = self.discriminator(batch["image"]), self.discriminator(batch["fake"].detach())
         return {"real": bce_real(real) / 2, "fake": bce_fake(fake) / 2}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Saturating or non-saturating loss of Section 3."""
+        """Compute the saturating or non-saturating loss of Section 3."""
         return {"adversarial": gan_generator_loss(self.discriminator(batch["fake"]), self.loss)}
 
     def sgd_schedule(self, images_seen: int) -> dict[str, float]:
-        """As in the code: lr divided by 1.000004 per batch of 100; momentum from 0.5 to 0.7 in 250 epochs of 50,000."""
+        """Return the learning rate and the momentum of the paper's code.
+
+        The learning rate is divided by 1.000004 per batch of 100 images, down to 1e-6. The momentum increases from 0.5 to 0.7
+        in 250 epochs of 50,000 images.
+        """
         lr = max(1e-6, self.learning_rate * 1.000004 ** (-images_seen / 100))
         return {"lr": lr, "momentum": 0.5 + 0.2 * min(1.0, images_seen / 12_500_000)}
 

@@ -6,10 +6,12 @@ Separable Convolution for Semantic Image Segmentation. ECCV 2018. arXiv:1802.026
 
 Differences from DeepLab, with reasons:
 
-1. AdamW replaces SGD: it needs no search for a learning rate when the encoder or the data change. The schedule is DeepLab's
+1. AdamW replaces SGD, because its learning rate needs no new search for another encoder or dataset. The schedule is DeepLab's
    "poly".
-2. The loss is at full resolution, on the bilinearly upsampled output of the decoder, as in V3 and V3+.
-3. Images larger than a tile are predicted in tiles, with `margin` pixels of context; the papers predict full images.
+2. Images larger than a tile are predicted in tiles, with `margin / 2` pixels of context on each side. The papers predict full
+   images.
+
+As in V3 and V3+, the loss is computed at full resolution, on the bilinearly upsampled output of the decoder.
 """
 
 from collections.abc import Sequence
@@ -23,13 +25,13 @@ from datamodules.errors import UserError
 from modules.tasks.segmentation import SegmentationMethod
 from modules.tasks.tiling import Tiling
 
-MAX_STRIDE = 32  # divisor of the input sides, for all encoders
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of RGB in [0, 1]
+MAX_STRIDE = 32  # input sides must be multiples of it, for all encoders
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # statistics of RGB values in [0, 1]
 STAT_BUFFERS = ("mean", "std")
 
 
 class SMPSegmenter(SegmentationMethod):
-    """Segmentation network with padded convolutions; output pixels at the border have only half of their context.
+    """Segmentation network with padded convolutions. With a margin of 0, border pixels of a tile have context on one side only.
 
     Args:
         architecture: architecture in segmentation-models-pytorch: "unet", "deeplabv3", "deeplabv3plus", "fpn", ...
@@ -44,10 +46,10 @@ class SMPSegmenter(SegmentationMethod):
         total_images: training budget.
         learning_rate: initial learning rate.
         weight_decay: AdamW weight decay.
-        seed: seed of the noise in training; unused by the network.
+        seed: seed of dropout in training, for networks with dropout.
 
     Raises:
-        UserError: the architecture or the encoder does not exist, or `margin` or `tile_size` is not a valid size.
+        UserError: the architecture or the encoder does not exist, or `margin`, `tile_size` or `tta_views` is not valid.
     """
 
     mean: Tensor
@@ -74,7 +76,7 @@ class SMPSegmenter(SegmentationMethod):
         self.encoder_name, self.encoder_weights = encoder_name, encoder_weights
         self.channels, self.weight_decay = channels, weight_decay
         if margin % MAX_STRIDE:
-            raise UserError(f"model.margin: {margin} is not a multiple of {MAX_STRIDE}")
+            raise UserError(f"model.margin: {margin} is not valid. Use a multiple of {MAX_STRIDE}")
         stride_option = {} if output_stride is None else {"encoder_output_stride": output_stride}
         try:
             self.network = smp.create_model(architecture, encoder_name, None, channels, num_classes, **stride_option)
@@ -107,32 +109,37 @@ class SMPSegmenter(SegmentationMethod):
             self.get_buffer(name).copy_(channel_stats(preprocessing[name] or IMAGENET[name], self.channels))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits of the pixels within the margin: (N, channels, H, W) in [0, 1] to (N, num_classes, H - margin, W - margin).
+        """Compute the logits inside the margin: (N, channels, H, W) in [0, 1] to (N, num_classes, H - margin, W - margin).
 
         Raises:
-            UserError: a side is not a multiple of 32, or a training batch has a single image (for batch normalisation).
+            UserError: a side is not a multiple of 32, or a training batch has one image, too few for batch normalization.
         """
         if any(side % MAX_STRIDE for side in image.shape[-2:]):
-            raise UserError(f"data.crop and data.margin: their sum {image.shape[-1]} is not a multiple of {MAX_STRIDE}")
+            raise UserError(
+                f"data.crop and data.margin: their sum {image.shape[-1]} is not a multiple of {MAX_STRIDE}. Change data.crop"
+            )
         if self.training and len(image) == 1:
-            raise UserError("data.batch_size: batch normalisation needs at least two images per rank and micro-batch")
+            raise UserError(
+                "data.batch_size: batch normalization needs at least two images per rank and micro-batch. "
+                "Increase the batch size"
+            )
         logits = self.network((image - self.mean) / self.std)
         half_margin = self.tiling.margin // 2
         return logits[..., half_margin : logits.shape[-2] - half_margin, half_margin : logits.shape[-1] - half_margin]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW without weight decay for biases and normalisation parameters."""
+        """Create AdamW, without weight decay for biases and normalization parameters."""
         decayed = [parameter for parameter in self.parameters() if parameter.ndim > 1]
         undecayed = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.learning_rate)
 
     def schedule(self, images_seen: int) -> float:
-        """DeepLab's "poly" schedule: the learning rate times (1 - progress)**0.9."""
+        """Return the learning rate of DeepLab's "poly" schedule: `learning_rate` times (1 - progress)**0.9."""
         return self.learning_rate * (1 - min(1.0, images_seen / self.total_images)) ** 0.9
 
 
 def channel_stats(values: Sequence[float], channels: int) -> Tensor:
-    """Shape RGB statistics as (1, channels, 1, 1); for one channel, use their mean."""
+    """Reshape RGB statistics to (1, channels, 1, 1); for one channel, use their mean."""
     stats = torch.tensor(values)
     return (stats if channels == 3 else stats.mean(0, keepdim=True)).view(1, -1, 1, 1)

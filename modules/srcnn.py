@@ -1,15 +1,17 @@
-"""SRCNN: super-resolution of bicubically upscaled images, the baseline in ESPCN's tables.
+"""SRCNN, the baseline in ESPCN's tables: super-resolution of bicubically upscaled images.
 
 C. Dong, C. C. Loy, K. He, X. Tang. Image Super-Resolution Using Deep Convolutional Networks. TPAMI 2016.
 arXiv:1501.00092.
 
 Differences from the paper, with reasons:
 
-1. Optimizer. The paper uses SGD with momentum 0.9 at 1e-4 (1e-5 in the last layer) for up to 8e8 back-propagations
-   (Section 3.3), which takes days. We use SOAP with a half-cosine schedule, as in `modules/espcn.py`.
-2. Patches. Crops of 51 x 51 target pixels (the paper's: 21 x 21, from 33 x 33) are sampled at random positions, flipped and
-   rotated; the paper uses a grid of stride 14. Six of the 91 images are held out for model selection.
-3. Initialisation is PyTorch's instead of N(0, 0.001), from which training would start slowly.
+1. Optimizer. The paper uses SGD with a momentum of 0.9 and a learning rate of 1e-4 (1e-5 in the last layer). Training
+   requires up to 8e8 back-propagations (Section 3.3), which take days. This code uses SOAP with a half-cosine schedule, as in
+   `modules/espcn.py`.
+2. Patches. With scale 3 and kernels 9-1-5, a patch has 51 x 51 target pixels. In the paper, it has 21 x 21 target pixels,
+   from 33 x 33 input pixels. Patches are sampled at random positions, flipped and rotated, instead of on a grid of stride 14.
+   Six of the 91 images are held out for model selection.
+3. Initialization is PyTorch's default. With the paper's N(0, 0.001), the loss decreases slowly at the start of training.
 """
 
 from typing import Literal
@@ -31,7 +33,7 @@ class SRCNN(SuperResolutionMethod):
 
     Args:
         scale: scale factor of the bicubic upscaling.
-        kernels: the three kernel sizes of Section 4.3.2; "9-1-5" has 8,032 weights, "9-5-5" has 57,184.
+        kernels: sizes of the three kernels (Section 4.3.2); "9-1-5" has 8,032 weights and "9-5-5" has 57,184, without biases.
         total_images: training budget in patches.
         learning_rate: maximum learning rate.
         warmup: patches over which the learning rate rises.
@@ -58,22 +60,23 @@ class SRCNN(SuperResolutionMethod):
         self.min_patch_size = 4 + -(-(2 * valid_conv_margin(self.network) + 1) // scale)
 
     def forward(self, lr_image: Tensor) -> Tensor:
-        """Luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale); not clipped."""
+        """Upscale luma (N, 1, h, w) in [0, 1] to (N, 1, h * scale, w * scale), without clipping."""
         return self.network(pad_replicate(self.bicubic_upscale(lr_image), valid_conv_margin(self.network)))
 
     def forward_valid(self, lr_image: Tensor) -> Tensor:
-        """Apply the network without padding: (N, 1, h, w) to (N, 1, h * scale - margin, ...); 24 less at x3 with 9-1-5.
+        """Apply the network without padding: (N, 1, h, w) to (N, 1, h * scale - m, w * scale - m).
 
-        The two LR pixels at each border of a patch are cropped, since their bicubic values use a replicated border.
+        m is 4 * scale plus the pixels lost in the convolutions: 24 for scale 3 and kernels 9-1-5. Two LR pixels at each border
+        of a patch are cropped after upscaling, because their bicubic values depend on a replicated border.
         """
         margin = 2 * self.scale
         return self.network(self.bicubic_upscale(lr_image)[..., margin:-margin, margin:-margin])
 
     def bicubic_upscale(self, lr_image: Tensor) -> Tensor:
-        """Bicubic upscaling: (N, 1, h, w) to (N, 1, h * scale, w * scale)."""
+        """Upscale images by bicubic interpolation: (N, 1, h, w) to (N, 1, h * scale, w * scale)."""
         height, width = lr_image.shape[-2:]
         return imresize(lr_image, (height * self.scale, width * self.scale))
 
     def configure_optimizers(self) -> Optimizer:
-        """SOAP; see difference 1 above."""
+        """Create the SOAP optimizer; see difference 1 above."""
         return soap(self.network.parameters(), self.learning_rate)

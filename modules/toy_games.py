@@ -1,7 +1,7 @@
 """Two toy examples of alternating training: a bilinear game without convergence, and a GAN with mode collapse.
 
-V(x, y) = x y is from Section 7 of Goodfellow's tutorial (arXiv:1701.00160, 2016), the ring of Gaussians from Metz et al.,
-Unrolled Generative Adversarial Networks (arXiv:1611.02163, 2017), Section 3.1.
+The game V(x, y) = x y is from Section 7 of Goodfellow's tutorial (arXiv:1701.00160, 2016). The ring of Gaussians is from
+Metz et al., Unrolled Generative Adversarial Networks (arXiv:1611.02163, 2017), Section 3.1.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ from modules.training.phases import Batch, Phase, batch_size_of
 
 
 class BilinearGame(Method):
-    """min over x, max over y of V = x y, by alternating gradient steps: (x, y) circles the solution (0, 0) forever.
+    """Bilinear game: x minimizes and y maximizes V = x y by alternating gradient steps; (x, y) circles the solution (0, 0).
 
     Each batch has one dummy sample and updates both players; its content is not used.
 
@@ -40,32 +40,36 @@ class BilinearGame(Method):
         self.register_buffer("trajectory", torch.ones(total_images + 1, 2))  # (x, y) after each step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Require a global batch size of one."""
+        """Require a global batch size of one.
+
+        Raises:
+            UserError: the global batch size is not 1.
+        """
         super().on_train_batch_start(batch, batch_idx)
         if batch_size_of(batch) * self.trainer.world_size != 1:
             raise UserError("data.batch_size: the game needs a global batch size of 1. Set it to 1 and use one device.")
 
     def phases(self) -> list[Phase]:
-        """Gradient descent on V for x and on -V for y."""
+        """Return the phases: gradient descent on V for x, then on -V for y."""
         return [
             Phase("x", lambda _: {"value": self.value()}, self.constant_lr),
             Phase("y", lambda _: {"value": -self.value()}, self.constant_lr),
         ]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Plain gradient descent."""
+        """Create plain gradient descent for each player."""
         return {"x": torch.optim.SGD(self.x.parameters()), "y": torch.optim.SGD(self.y.parameters())}
 
     def constant_lr(self, images_seen: int) -> dict[str, float]:
-        """Constant learning rate."""
+        """Return the constant learning rate."""
         return {"lr": self.learning_rate}
 
     def value(self) -> Tensor:
-        """V = x y."""
+        """Compute V = x y, a scalar."""
         return (self.x.weight * self.y.weight).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run the step and record (x, y) after it."""
+        """Run a training step and record (x, y) after it."""
         super().training_step(batch, batch_idx)
         self.trajectory[self.images_seen] = torch.stack([self.x.weight, self.y.weight]).detach().view(2)
 
@@ -76,20 +80,20 @@ class BilinearGame(Method):
     preview_limit = 1
 
     def preview(self, outputs: Batch) -> Tensor:
-        """The trajectory in the plane."""
+        """Plot the trajectory in the plane: (1, 3, H, W) in [0, 1]."""
         return scatter_plot(outputs["prediction"], outputs["prediction"][:0])
 
 
 class RingGAN(GenerativeMethod):
-    """GAN on points of the plane whose generator jumps from mode to mode, as in Metz et al., Figure 2.
+    """GAN on points of the plane. Its generator jumps from mode to mode, as in Metz et al., Figure 2.
 
-    The networks follow their Appendix A. The learning rates, 1e-3 and 1e-4, are those of the authors' notebook; with them the
-    collapse appears within a minute.
+    The networks are those of the paper's Appendix A. The learning rates, 1e-3 and 1e-4, are those of the authors' notebook.
+    With them, the collapse appears within one minute of training.
 
     Args:
         loss: generator loss: "saturating", as in the paper, or "non-saturating".
         total_images: training budget, in points.
-        learning_rate: learning rate of the generator; the discriminator's is a tenth of it.
+        learning_rate: learning rate of the generator; the discriminator has a tenth of this value.
         seed: seed of the noise in training.
     """
 
@@ -111,7 +115,7 @@ class RingGAN(GenerativeMethod):
                 nn.init.zeros_(layer.bias)
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Generate points (N, 2)."""
+        """Generate points (N, 2) from latents (N, 256)."""
         return self.generator(latents)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -119,14 +123,14 @@ class RingGAN(GenerativeMethod):
         return self.sample(latents)
 
     def phases(self) -> list[Phase]:
-        """Update D, then G."""
+        """Return the phases: D, then G."""
         return [
             Phase("discriminator", self.discriminator_losses, lambda _: {"lr": 0.1 * self.learning_rate}),
             Phase("generator", self.generator_losses, lambda _: {"lr": self.learning_rate}),
         ]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Adam, for both networks."""
+        """Create an Adam optimizer for each network."""
         return {
             "discriminator": torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.999)),
             "generator": torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.999)),
@@ -137,14 +141,14 @@ class RingGAN(GenerativeMethod):
         return {"fake": self.generator(self.batch_latents(batch))}
 
     def discriminator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 1 of Goodfellow et al."""
+        """Compute eq. 1 of Goodfellow et al., arXiv:1406.2661, on points divided by 4."""
         real, fake = self.discriminator(batch["point"] / 4), self.discriminator(batch["fake"].detach() / 4)
         return {"real": bce_real(real), "fake": bce_fake(fake)}
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Saturating or non-saturating loss of Goodfellow et al., Section 3."""
+        """Compute the saturating or non-saturating loss of Goodfellow et al., Section 3."""
         return {"adversarial": gan_generator_loss(self.discriminator(batch["fake"] / 4), self.loss)}
 
     def preview(self, outputs: Batch) -> Tensor:
-        """The samples over real points."""
+        """Plot the samples over real points: (1, 3, H, W) in [0, 1]."""
         return scatter_plot(outputs["prediction"], outputs["point"])

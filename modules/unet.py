@@ -7,12 +7,13 @@ Differences from the paper, with reasons:
 
 1. The loss is the mean over the pixels, not their sum, so that the learning rate does not depend on the tile size.
 2. The paper gives no learning rate. Recipes set it, and it falls to zero along a half cosine.
-3. The paper averages predictions over seven rotations. `tta_views` averages over symmetries of the square, which need no
-   interpolation.
-4. Width and depth are parameters; the paper has 64 and 4.
+3. The paper averages predictions over seven rotations. With `tta_views`, predictions are averaged over symmetries of the
+   square, which need no interpolation.
+4. Width and depth are parameters; the paper uses 64 and 4.
 5. The border weight of eq. 2 applies to background pixels only, as in the authors' later code; in the paper it applies to all
    pixels. The class weights have a mean of 1 (`datamodules/transforms/weight_map.py`). Recipes can enable flips of tiles.
-6. The network input is in [-1, 1]; the paper does not specify it. Without normalisation layers, centred inputs train faster.
+6. The network input is in [-1, 1]; the paper does not specify its range. Without normalization layers, training is faster with
+   centered inputs.
 """
 
 from itertools import pairwise
@@ -44,7 +45,10 @@ class UNet(SegmentationMethod):
         tta_views: see `SegmentationMethod`.
         total_images: training budget, in tiles.
         learning_rate: initial learning rate.
-        seed: seed of the noise in training; unused by the network.
+        seed: seed of dropout in training.
+
+    Raises:
+        UserError: `tile_size` or `tta_views` is not valid.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class UNet(SegmentationMethod):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Figure 1; comments give the sides of the paper's maps, with a depth of 4.
+        """Compute the logits (Figure 1). Comments give the sides of the paper's feature maps, for a depth of 4.
 
         Args:
             image: (N, channels, H, W) in [0, 1]; `tiling` defines the valid sides.
@@ -87,7 +91,7 @@ class UNet(SegmentationMethod):
         """
         if any((side - self.tiling.margin - 4) % self.tiling.stride or side <= self.tiling.margin for side in image.shape[-2:]):
             valid_side = self.tiling.round_up(max(image.shape[-2:]) - self.tiling.margin) + self.tiling.margin
-            raise UserError(f"U-Net: {image.shape[-1]}x{image.shape[-2]} pixels is not a valid input size; use {valid_side}")
+            raise UserError(f"U-Net: {image.shape[-1]}x{image.shape[-2]} pixels is not a valid input size. Use {valid_side}")
         x, skips = image * 2 - 1, []  # (572)
         for level, convolve in enumerate(self.enc):
             x = convolve(F.max_pool2d(x, 2) if level else x)  # (568, 280, 136, 64, 28)
@@ -101,12 +105,12 @@ class UNet(SegmentationMethod):
         return self.head(x)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with a momentum of 0.99, since a batch is one tile (Section 3)."""
+        """Create SGD with a momentum of 0.99, because a batch is one tile (Section 3)."""
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.99)
 
 
 def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions with ReLU; sides shrink by four pixels."""
+    """Create two 3 x 3 convolutions with ReLU: (N, in_channels, H, W) to (N, out_channels, H - 4, W - 4)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 3), nn.ReLU()
     )

@@ -6,16 +6,17 @@ I. Higgins et al. beta-VAE. ICLR 2017.
 
 Differences from the papers and their code:
 
-1. Weights have Glorot initialisation, as in IWAE's code; AEVB's N(0, 0.01) was not tried.
-2. The last bias starts at zero, or with `InitOutputBias` at the mean training image, as in IWAE's code. AEVB does not
-   specify it.
+1. Weights have Glorot initialization, as in IWAE's code; AEVB's N(0, 0.01) was not tried.
+2. The last bias is initialized to zero. With `InitOutputBias`, the decoder initially outputs the mean training image, as in
+   IWAE's code. AEVB does not specify it.
 3. There is no prior on the weights; AEVB's N(0, I) was not tried.
-4. The log variance of Gaussian pixels (AEVB, App. C.2) has a soft lower bound of -8. Without it the density of 8-bit pixels
-   that are predicted exactly would be unbounded.
-5. Adam follows IWAE's text. In its code beta1 is 0.99, second moments start at one (a warm-up), and gradients are summed over
-   a batch. Five passes with that beta1 and sum showed no gain.
-6. The KL divergence of one layer is in closed form. IWAE's code samples it, so its VAE corresponds to objective "iwae" with
-   `n_samples` 1. Its encoder outputs log sigma; ours outputs log sigma^2 (AEVB, App. C.2).
+4. The log variance of Gaussian pixels (AEVB, App. C.2) has a soft lower bound of -8. Without the bound, the density of 8-bit
+   pixels that are predicted exactly would be unbounded.
+5. Adam has the settings of IWAE's text. In IWAE's code, beta1 is 0.99, second moments start at one (a warm-up), and gradients
+   are summed over a batch. Five epochs with this beta1 and with summed gradients gave no improvement.
+6. The KL divergence of a single latent layer is computed in closed form. IWAE's code estimates it from samples, so its VAE
+   corresponds to objective "iwae" with `n_samples` 1. IWAE's encoder outputs log sigma; this one outputs log sigma^2 (AEVB,
+   App. C.2).
 """
 
 import math
@@ -41,31 +42,33 @@ Gaussian = tuple[Tensor, Tensor]  # mean and log variance
 
 
 class VAE(GenerativeMethod):
-    """AEVB, Section 3, with one layer of latents or two (IWAE, Section 5).
+    """VAE (AEVB, Section 3) with one or two layers of latents (IWAE, Section 5).
 
     Args:
         channels: image channels, 1 or 3.
         size: image side in pixels, or height and width.
         network: "fully-connected", as in both papers, or "convolutional".
         hidden_dims: units of the encoder's hidden layers; see `modules.networks.mlp_conv`.
-        latent_size: latents of the first layer, next to the image.
-        top_dims: hidden sizes of the second latent layer, then its latent size ([100, 100, 50] in IWAE, Section 5); empty for
-            one layer.
+        latent_size: dimension of the first latent layer, which is adjacent to the image.
+        top_dims: hidden sizes of the second latent layer, followed by its dimension ([100, 100, 50] in IWAE, Section 5); empty
+            for a single latent layer.
         activation: activation of the hidden layers.
         likelihood: p(x|z): "bernoulli" or "gaussian".
         objective: "elbo" (AEVB, eq. 3), or "iwae" (IWAE, eq. 8).
-        n_samples: samples of the latents per image; the ELBO is averaged over them.
+        n_samples: latent samples per image, k in IWAE; the ELBO is averaged over them.
         beta: weight of the KL divergence in the ELBO; 1 in AEVB.
         optimizer: "adam" (IWAE), or "adagrad" (AEVB).
         eps: epsilon of Adam; 1e-4 in IWAE.
-        first_stage_images: images of the first learning-rate stage (IWAE, Section 5): each stage is three times as long as the
-            previous one, at 10^(-1/7) of its rate. The paper has eight stages, the first of one epoch. 0 for a constant rate.
+        first_stage_images: length of the first learning-rate stage in images (IWAE, Section 5); 0 for a constant rate. Each
+            stage is three times as long as the previous one and has 10^(-1/7) times its rate. The paper has eight stages; the
+            first has one epoch.
         total_images: training budget.
         learning_rate: initial learning rate.
         seed: seed of the noise in training.
 
     Raises:
-        UserError: the arguments contradict each other.
+        UserError: `n_samples` is less than 1, `top_dims` has no hidden sizes, or `beta` is not 1 for objective "iwae" or two
+            latent layers; also see `modules.networks.mlp_conv.encoder`.
     """
 
     def __init__(
@@ -91,16 +94,18 @@ class VAE(GenerativeMethod):
         super().__init__(latent_size + sum(top_dims[-1:]), "normal", total_images, learning_rate, seed)
         self.save_hyperparameters()
         if n_samples < 1:
-            raise UserError(f"model.n_samples: {n_samples} must be at least 1")
+            raise UserError(f"model.n_samples: {n_samples} is too small. Use at least 1")
         if beta != 1 and objective == "iwae":
-            raise UserError(f"model.beta: {beta} is only valid with model.objective elbo")
+            raise UserError(f"model.beta: {beta} requires model.objective elbo. Use 1, or change the objective")
         if beta != 1 and top_dims:
-            raise UserError(f"model.beta: {beta} is only valid without model.top_dims")
+            raise UserError(f"model.beta: {beta} requires one latent layer. Use 1, or remove model.top_dims")
         if len(top_dims) == 1:
-            raise UserError(f"model.top_dims: {list(top_dims)}; needs hidden sizes, then the latent size, as in [100, 100, 50]")
+            raise UserError(
+                f"model.top_dims: {list(top_dims)} has no hidden sizes. List them before the dimension, as in [100, 100, 50]"
+            )
         self.likelihood, self.objective, self.n_samples, self.beta = likelihood, objective, n_samples, beta
         self.optimizer, self.eps, self.first_stage_images = optimizer, eps, first_stage_images
-        self.latent_sizes = [latent_size, *top_dims[-1:]]  # per latent layer, from the image upwards
+        self.latent_sizes = [latent_size, *top_dims[-1:]]  # one per latent layer; the first is adjacent to the image
         shape = (channels, *to_hw(size))
         output_shape = (channels * (1 if likelihood == "bernoulli" else 2), *to_hw(size))
         self.encoder = encoder(network, shape, hidden_dims, 2 * latent_size, activation)
@@ -116,19 +121,25 @@ class VAE(GenerativeMethod):
         return self.decode(self.posterior(image)[0])
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Generate images (N, C, H, W) in [0, 1] from standard normal latents, by ancestral sampling."""
+        """Generate images (N, C, H, W) in [0, 1] from standard normal latents (N, latent_dim), by ancestral sampling."""
         if len(self.latent_sizes) == 1:
             return self.decode(latents)
         lower, top = latents.split(self.latent_sizes, dim=1)
         return self.decode(reparameterize(self.gaussian_params(self.top_decoder, top), lower))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Mean of p(x|z) for latents of the first layer; Gaussian means are in (0, 1) too (AEVB, Frey Faces)."""
+        """Compute the mean of p(x|z), (N, C, H, W) in (0, 1), from first-layer latents (N, latent_size).
+
+        Means of Gaussian pixels are in (0, 1) too (AEVB, Frey Faces).
+        """
         logits = self.decoder(latents.to(self.dtype))
         return to_float32(logits[:, : self.hparams["channels"]]).sigmoid()
 
     def init_output_bias(self, mean: Tensor) -> None:
-        """Set the last bias so that the decoder starts at an image (C, H, W) in [0, 1], as in IWAE's code."""
+        """Set the last bias so that the decoder initially outputs an image (C, H, W) in [0, 1], as in IWAE's code.
+
+        A convolutional decoder has one bias per channel, which is set from the mean of the channel.
+        """
         last_layer = [layer for layer in self.decoder.modules() if isinstance(layer, nn.Linear | nn.ConvTranspose2d)][-1]
         mean = mean.clamp(0.001, 0.999)
         if isinstance(last_layer, nn.ConvTranspose2d):  # one bias per channel
@@ -140,18 +151,18 @@ class VAE(GenerativeMethod):
     # AEVB, Sections 2.2 and 2.3; for two layers IWAE, eq. 5 to 8
 
     def gaussian_params(self, network: nn.Module, inputs: Tensor) -> Gaussian:
-        """Means and log variances (App. C.2), (N, latents) each, in float32."""
+        """Compute means and log variances (AEVB, App. C.2), (N, latents) each, in float32."""
         mean, log_variance = to_float32(network(inputs.to(self.dtype))).chunk(2, dim=1)
         return mean, log_variance
 
     def posterior(self, image: Tensor) -> Gaussian:
-        """Parameters of q(z|x) for the latents of the first layer."""
+        """Compute the parameters of q(z|x), (N, latent_size) each, for the first-layer latents of images (N, C, H, W)."""
         return self.gaussian_params(self.encoder, image)
 
     def log_likelihood(self, image: Tensor, latents: Tensor) -> Tensor:
-        """Log-likelihood log p(x|z), summed over pixels: images (N, C, H, W) and latents (k, N, latents) to (k, N), in nats.
+        """Compute log p(x|z) in nats, summed over pixels: images (N, C, H, W) and latents (k, N, latent_size) to (k, N).
 
-        The Gaussian one is a log density of pixel values in [0, 1], which can be positive.
+        For Gaussian pixels, it is a log density of values in [0, 1], which can be positive.
         """
         logits = to_float32(self.decoder(latents.flatten(0, 1).to(self.dtype))).unflatten(
             0, latents.shape[:2]
@@ -163,7 +174,7 @@ class VAE(GenerativeMethod):
         return gaussian_log_prob(image, (mean.sigmoid(), F.softplus(log_variance + 8) - 8)).flatten(2).sum(2)
 
     def sample_posterior(self, posterior: Gaussian, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample first-layer latents (k, N, latents), with log p(z) - log q(z|x) of all latents, (k, N)."""
+        """Sample first-layer latents (k, N, latent_size), and compute log p(z) - log q(z|x) of all latents, (k, N)."""
         lower, *upper = noise.split(self.latent_sizes, dim=2)
         latents = reparameterize(posterior, lower)
         log_q = gaussian_log_prob(lower).sum(2) - posterior[1].sum(1) / 2  # log q(z|x) in terms of the noise
@@ -177,22 +188,22 @@ class VAE(GenerativeMethod):
         return latents, (prior - log_q_top).view(latents.shape[:2]) - log_q
 
     def log_weights(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Log importance weights log p(x, z) - log q(z|x) of IWAE, eq. 7: (k, N), in nats.
+        """Compute the log importance weights log p(x, z) - log q(z|x) (IWAE, eq. 7): (k, N), in nats.
 
-        Rounding to bf16 causes errors of the order of nats: train and evaluate in fp32.
+        Rounding to bf16 causes errors on the order of one nat. Train and evaluate in fp32.
 
         Args:
             image: (N, C, H, W) in [0, 1].
-            noise: standard normal noise (k, N, all latents).
+            noise: standard normal noise (k, N, latent_dim).
         """
         latents, log_p_minus_log_q = self.sample_posterior(self.posterior(image), noise)
         return self.log_likelihood(image, latents) + log_p_minus_log_q
 
     def elbo_terms(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Both terms of the negative ELBO (AEVB, eq. 3): -E log p(x|z) and the KL divergence, (N,) each, in nats per image.
+        """Compute both terms of the negative ELBO (AEVB, eq. 3): -E log p(x|z) and the KL divergence, (N,) each, in nats.
 
-        The KL divergence of one latent layer is in closed form (App. B); that of two is estimated from the same samples. For
-        the arguments see `log_weights`.
+        With one latent layer, the KL divergence is in closed form (AEVB, App. B). With two layers, it is estimated from the
+        same samples. See `log_weights` for the arguments.
         """
         posterior = self.posterior(image)
         if len(self.latent_sizes) == 1:
@@ -203,7 +214,11 @@ class VAE(GenerativeMethod):
     # Training
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Negative bound in nats per image: one term for IWAE; reconstruction and divergence for the ELBO."""
+        """Compute the negative bound in nats per image, with one term for IWAE and two for the ELBO.
+
+        The terms are "bound" for IWAE, and "reconstruction" and "divergence" for the ELBO. With `beta` other than 1, the second
+        is "weighted_divergence".
+        """
         image, noise_dim = batch["image"], self.n_samples * self.latent_dim
         noise = self.batch_noise(batch, "latent", noise_dim, "fast-normal").view(len(image), self.n_samples, -1).transpose(0, 1)
         if self.objective == "iwae":
@@ -213,20 +228,20 @@ class VAE(GenerativeMethod):
         return {"reconstruction": reconstruction.mean(), name: self.beta * kl.mean()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adagrad (AEVB, Section 5) or Adam (IWAE, Section 5)."""
+        """Create Adagrad (AEVB, Section 5) or Adam (IWAE, Section 5)."""
         if self.optimizer == "adagrad":
             return torch.optim.Adagrad(self.parameters(), fused=True)
         return torch.optim.Adam(self.parameters(), eps=self.eps, fused=True)
 
     def stages(self) -> list[Stage]:
-        """Stage i takes 3^i times as many images as the first (IWAE, Section 5)."""
+        """Return the stages; stage i = 0, 1, ... has 3^i times as many images as the first (IWAE, Section 5)."""
         stages = [Stage()]
         while self.first_stage_images and (start := 3 * stages[-1].start + self.first_stage_images) < self.total_images:
             stages.append(Stage(start))
         return stages
 
     def schedule(self, images_seen: int) -> float:
-        """Learning rate times 10^(-i/7) in stage i = 0, 1, ... (IWAE, Section 5), or constant."""
+        """Return the learning rate: times 10^(-i/7) in stage i = 0, 1, ... (IWAE, Section 5), or constant."""
         if not self.first_stage_images:
             return self.learning_rate
         stage, stage_end = 0, self.first_stage_images
@@ -239,7 +254,7 @@ class VAE(GenerativeMethod):
     def validation_step(
         self, batch: GenerationEvalBatch | ReconstructionEvalBatch, batch_idx: int
     ) -> GenerationOutputs | ReconstructionOutputs:
-        """Add reconstructions as "prediction" and posterior means as "code"; without images, add samples.
+        """Add reconstructions as "prediction" and posterior means as "code"; for a batch without images, add samples.
 
         `callbacks.metrics.likelihood` computes the bounds.
         """
@@ -252,20 +267,20 @@ class VAE(GenerativeMethod):
     test_step = validation_step
 
     def preview(self, outputs: Batch) -> Tensor:
-        """Images above their reconstructions, or samples."""
+        """Draw images above their reconstructions, or samples."""
         if "image" not in outputs:
             return super().preview(outputs)
         return stack_rows(*(outputs[name][: SHEET // 4] for name in ("image", "prediction")))
 
 
 def reparameterize(params: Gaussian, noise: Tensor) -> Tensor:
-    """Latents from standard normal noise (AEVB, Section 2.4)."""
+    """Transform standard normal noise (..., latents) to latents of the same shape (AEVB, Section 2.4)."""
     mean, log_variance = params
     return mean + (log_variance / 2).exp() * noise
 
 
 def gaussian_log_prob(values: Tensor, params: Gaussian | None = None) -> Tensor:
-    """Elementwise log density under a Gaussian, by default the standard normal."""
+    """Compute the elementwise log density under a Gaussian, by default the standard normal."""
     if params is None:
         return -0.5 * (values.square() + math.log(2 * math.pi))
     mean, log_variance = params
@@ -273,11 +288,11 @@ def gaussian_log_prob(values: Tensor, params: Gaussian | None = None) -> Tensor:
 
 
 def kl_standard_normal(params: Gaussian) -> Tensor:
-    """KL(q || N(0, I)) in nats (AEVB, App. B): (N, latents) to (N,)."""
+    """Compute KL(q || N(0, I)) in nats (AEVB, App. B): (N, latents) to (N,)."""
     mean, log_variance = params
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1)
 
 
 def iwae_bound(log_weights: Tensor) -> Tensor:
-    """Log of the mean importance weight (IWAE, eq. 8): (k, N) to (N,)."""
+    """Compute the log of the mean importance weight (IWAE, eq. 8): (k, N) to (N,), in nats."""
     return log_weights.logsumexp(0) - math.log(len(log_weights))

@@ -11,11 +11,11 @@ from datamodules.errors import UserError
 
 
 class ReconstructionAUROC(ImageMetric):
-    """Area under the ROC curve of the reconstruction error; images of classes left out of training are the anomalies.
+    """Area under the ROC curve of the reconstruction error; images of classes excluded from training are the anomalies.
 
-    - `auroc/image-l2`: one score per image, its mean squared error over pixels. 0.5 is chance.
+    - `auroc/image-l2`: the score of an image is its mean squared error over pixels. Random scores have an AUROC of 0.5.
 
-    Expects the outputs {"image", "prediction": (N, C, H, W), "label": (N,)}, on datamodules.reconstruction.Reconstruction.
+    Required outputs: {"image", "prediction": (N, C, H, W), "label": (N,)}, on datamodules.reconstruction.Reconstruction.
     """
 
     required_outputs = ("image", "prediction", "label")
@@ -28,24 +28,28 @@ class ReconstructionAUROC(ImageMetric):
         """
         if not isinstance(trainer.datamodule, ReconstructionData):
             raise UserError(
-                f"ReconstructionAUROC: {type(trainer.datamodule).__name__} has no excluded classes; "
-                "use datamodules.reconstruction.Reconstruction"
+                f"ReconstructionAUROC: {type(trainer.datamodule).__name__} has no excluded classes. "
+                "Use datamodules.reconstruction.Reconstruction"
             )
         for name, images in trainer.datamodule.reference_sets.items():
             anomalous = trainer.datamodule.is_unseen(images.labels)
             if anomalous.all() or not anomalous.any():
                 raise UserError(
-                    f"ReconstructionAUROC: {name} needs images of both kinds, of excluded classes and of others; "
-                    f"change data.exclude_classes: {list(trainer.datamodule.exclude_classes)}"
+                    f"ReconstructionAUROC: {name} needs images of excluded classes and of other classes. "
+                    f"Change data.exclude_classes: {list(trainer.datamodule.exclude_classes)}"
                 )
 
     def update(self, outputs: dict[str, Any], i: int) -> tuple[float, int]:
-        """Return the error and the label of the image."""
+        """Return the reconstruction error and the label of the image."""
         error = (outputs["prediction"][i].float() - outputs["image"][i]).square().mean()
         return error.item(), int(outputs["label"][i])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metric described at the class."""
+        """Return the metric in the docstring of the class.
+
+        Raises:
+            UserError: a reconstruction error is not finite.
+        """
         errors, labels = (torch.tensor(values) for values in zip(*states, strict=True))
         if not errors.isfinite().all():
             raise UserError("ReconstructionAUROC: the reconstruction errors are not finite")

@@ -14,17 +14,17 @@ from datamodules.errors import UserError
 
 
 class Metric(Callback, ABC):
-    """Schedule of evaluation and logging of results, common to all metrics.
+    """Base class of all metrics, with the evaluation schedule and the logging of results.
 
-    `required_outputs` names the outputs of the method's steps that a metric needs; they are checked in the sanity check of a
-    training and at the first batch of an evaluation.
+    `required_outputs` lists the outputs of the method's steps that a metric needs. They are checked in the sanity check before
+    training and at the first batch of each evaluation.
 
-    `results` holds {dataset: {image: {protocol: value}}} after each evaluation. A metric of a full set has "all" as the name
-    of its image. The mean over images is logged as `<dataset>/<protocol>`.
+    `results` is {dataset: {image: {protocol: value}}} after each evaluation. A metric of a full set has the image name "all".
+    The mean over images is logged as `<dataset>/<protocol>`.
     """
 
     required_outputs: ClassVar[tuple[str, ...]] = ()
-    evaluator_hash = ""  # of the weights of a network that computes the metric
+    evaluator_hash = ""  # hash of the weights, if a network computes the metric
 
     def __init__(self, on_validation: bool) -> None:
         self.on_validation = on_validation
@@ -39,7 +39,7 @@ class Metric(Callback, ABC):
         if not batch_idx and (missing := [name for name in self.required_outputs if name not in outputs]):
             raise UserError(
                 f"{type(self).__name__}: needs the outputs {', '.join(self.required_outputs)}, but {type(pl_module).__name__} "
-                f"has no {', '.join(missing)} on these data; remove the metric from trainer.callbacks"
+                f"has no {', '.join(missing)} on these data. Remove the metric from trainer.callbacks"
             )
 
     def _log_results(self, trainer: Any, pl_module: Any) -> None:
@@ -56,9 +56,10 @@ class Metric(Callback, ABC):
 class ImageMetric(Metric):
     """A metric over validation and test images.
 
-    Expects outputs with "name" and "dataset", N strings each. The state of an image depends on that image alone, is stored
-    under its name and gathered from all ranks. Results are therefore the same for any batch size and any number of ranks.
-    (torchmetrics gathers one state at a time, which every rank must have; a small dataset reaches only some ranks.)
+    Required outputs: "name" and "dataset", N strings each. The state of an image depends on that image alone. It is stored
+    under the name of the image and gathered from all ranks. The results are therefore the same for any batch size and any
+    number of ranks. (torchmetrics gathers one state at a time, and each rank must have it; with a small dataset, some ranks
+    have none.)
 
     Args:
         on_validation: evaluate at validations too, otherwise only at tests.
@@ -81,7 +82,7 @@ class ImageMetric(Metric):
         return {"all": self.compute([states[name] for name in sorted(states)], trainer)}
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Drop earlier images, including those of the sanity check."""
+        """Discard earlier states, including those of the sanity check."""
         self.state = {}
 
     on_test_epoch_start = on_validation_epoch_start
@@ -105,7 +106,7 @@ class ImageMetric(Metric):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Gather the states of all ranks, compute, and log."""
+        """Gather the states of all ranks, compute the metrics, and log them."""
         if self._is_inactive(trainer):
             return
         states = [self.state]
@@ -129,7 +130,7 @@ class ImageMetric(Metric):
 class SampleSetMetric(Metric):
     """A metric that compares the samples of a validation or test with the reference sets of the datamodule.
 
-    Expects the outputs {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}, and a datamodule with `reference_sets`, uint8
+    Required outputs: {"prediction": (N, C, H, W) in [0, 1], "index": (N,)}. The datamodule must have `reference_sets`, uint8
     images by the name of their set. Samples are sorted by index first, so that results do not depend on the batch size and
     the number of ranks.
 
@@ -154,11 +155,11 @@ class SampleSetMetric(Metric):
         Args:
             samples: states of all samples, (N, ...).
             real: uint8 images (N, C, H, W).
-            trainer: the trainer, with the datamodule and the ranks.
+            trainer: Lightning trainer, for the datamodule and the number of ranks.
         """
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Drop earlier samples, including those of the sanity check."""
+        """Discard earlier samples, including those of the sanity check."""
         self.state = []
 
     on_test_epoch_start = on_validation_epoch_start
@@ -181,7 +182,7 @@ class SampleSetMetric(Metric):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Compute and log."""
+        """Gather the samples of all ranks, compute the metrics, and log them."""
         if self._is_inactive(trainer):
             return
         samples = gather_sorted(self.state, trainer.world_size)
@@ -210,5 +211,5 @@ def gather_sorted(parts: Sequence[tuple[Tensor, Tensor]], world_size: int) -> Te
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to the 8 bits of a file: uint8."""
+    """Round images in [0, 1] to 8 bits, as in an image file: uint8 of the same shape."""
     return (images * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)

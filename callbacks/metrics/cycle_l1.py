@@ -10,17 +10,17 @@ DIRECTIONS = ("AtoB", "BtoA")
 
 
 class CycleL1(ImageMetric):
-    """Mean absolute differences of values in [0, 1] for each direction: the mean over pixels, then over images.
+    """Mean absolute difference of values in [0, 1] for each direction, averaged over pixels and then over images.
 
     - `cycle-l1/<direction>`: between an image and its cycle reconstruction; "AtoB" is A to B to A (CycleGAN, eq. 2, without
       its weight).
-    - `identity-l1/<direction>`: between an image of the target domain and the output of this direction's generator for it
+    - `identity-l1/<direction>`: between an image of the target domain and its translation by the generator of this direction
       (Section 5.2).
     - `change-l1/<direction>`: between an image and its translation.
 
-    None of them measures whether a translation looks right: the identity function has 0 in all.
+    None of them measures whether a translation is realistic: all are 0 for the identity function.
 
-    Expects the outputs {"image", "prediction", "reconstruction", "same": (N, 3, H, W), "direction": N strings}.
+    Required outputs: {"image", "prediction", "reconstruction", "same": (N, 3, H, W), "direction": N strings}.
     """
 
     required_outputs = ("image", "prediction", "reconstruction", "same", "direction")

@@ -12,17 +12,17 @@ from datamodules.errors import UserError
 
 
 class DenoisingPSNR(ImageMetric):
-    """PSNR in dB of pixels in [0, 1], over all pixels of an image, then the mean over a set.
+    """PSNR in dB of images in [0, 1], averaged over the images of a set.
 
     - `psnr/output`: the output of the network.
     - `psnr/input`: the corrupted input.
     - `psnr/tv-chambolle`: total-variation denoising (Chambolle, 2004; by scikit-image) with the best weight of `tv_weights`,
       chosen on the evaluated set itself, which favors this baseline.
 
-    Expects the outputs {"image", "input", "prediction": (N, C, H, W)}.
+    Required outputs: {"image", "input", "prediction": (N, C, H, W)}.
 
     Args:
-        tv_weights: weights of the total-variation filter; empty to leave the filter out, as for missing pixels.
+        tv_weights: weights of the total-variation filter; empty to omit the filter, for example for inpainting.
         on_validation: evaluate at validations too.
     """
 
@@ -41,10 +41,10 @@ class DenoisingPSNR(ImageMetric):
             UserError: the model does not corrupt its input.
         """
         if getattr(pl_module, "corruption", "none") == "none":
-            raise UserError("DenoisingPSNR: model.corruption is none; choose a corruption or remove this metric")
+            raise UserError("DenoisingPSNR: model.corruption is none. Choose a corruption, or remove this metric")
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
-        """Return the PSNR of the output, the input and the filter by weight."""
+        """Return the PSNR of the output, of the input, and of the filter with each weight."""
         clean, noisy, restored = (
             outputs[name][i].float().cpu().double().permute(1, 2, 0).numpy() for name in ("image", "input", "prediction")
         )
@@ -55,7 +55,7 @@ class DenoisingPSNR(ImageMetric):
         return {"output": psnr(clean, restored), "input": psnr(clean, noisy), **filtered}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         means = {name: float(np.mean([state[name] for state in states])) for name in states[0]}
         metrics = {f"psnr/{name}": means[name] for name in ("output", "input")}
         if self.tv_weights:
@@ -64,5 +64,5 @@ class DenoisingPSNR(ImageMetric):
 
 
 def psnr(clean: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, for values in [0, 1]."""
+    """Return the peak signal-to-noise ratio in dB, at most 100, for values in [0, 1]."""
     return float(-10 * np.log10(max(np.square(clean - other).mean(), 1e-10)))

@@ -1,4 +1,4 @@
-"""FCN score: agreement of a segmentation of generated photographs with the labels they were generated from."""
+"""FCN score: agreement between a segmentation of generated photographs and the labels from which they were generated."""
 
 from typing import Any
 
@@ -20,21 +20,21 @@ METRIC_NAMES = {"pixel-accuracy": "pixel-accuracy", "class-accuracy": "class-acc
 class FCNScore(ImageMetric):
     """Accuracy and IoU of translation from labels to photographs and back, pooled over the images of a set.
 
-    CycleGAN, Section 5.1.1, after pix2pix (Isola et al., CVPR 2017) and FCN (Long et al., CVPR 2015). Per-pixel accuracy,
-    per-class accuracy (mean over the classes in the labels), class IoU (mean):
+    CycleGAN, Section 5.1.1, after pix2pix (Isola et al., CVPR 2017) and FCN (Long et al., CVPR 2015). `<metric>` is
+    `pixel-accuracy`, `class-accuracy` (mean over the classes in the labels) or `class-iou` (mean IoU):
 
     - `fcn-score/<metric>`: labels to photograph. A segmenter trained on real photographs segments the generated one; its
       classes are compared with the input labels.
     - `fcn-score-real/<metric>`: the same segmenter on real photographs of the same size, an upper bound.
     - `nearest-color/<metric>`: photograph to labels. Each pixel of the generated label map gets the class of the nearest color.
 
-    All metrics are at the size of the true labels: the segmenter's probabilities are resized bilinearly, decoded label maps by
-    nearest neighbor. Expects the outputs {"image", "prediction": (N, 3, H, W), "mask": (N, H', W'), "direction"}, where "AtoB"
-    is from photographs to labels.
+    All metrics are at the size of the true labels. The segmenter's probabilities are resized by bilinear interpolation, and
+    decoded label maps by nearest-neighbor interpolation. Required outputs: {"image", "prediction": (N, 3, H, W), "mask":
+    (N, H', W'), "direction": N strings}, where "AtoB" is from photographs to labels.
 
     Args:
         segmenter: segmentation method; its `test_step` returns the probabilities, see `modules.tasks.segmentation`.
-        weights: weights file of the segmenter: a path as it is, below the data root, or below this project.
+        weights: weights file of the segmenter, see `find_file`.
         downscale: factor by which the segmenter's training images are smaller than the labels.
         palette_name: dataset that defines the colors of the label maps.
         on_validation: evaluate at validations too.
@@ -57,11 +57,12 @@ class FCNScore(ImageMetric):
         """Load the weights of the segmenter before the first step.
 
         Raises:
-            UserError: the weights are missing or of another network, or the segmenter has other classes.
+            UserError: the weights are missing or belong to another network, or the segmenter has another number of classes.
         """
         if self.segmenter.num_classes != len(self.palette):
             raise UserError(
-                f"FCNScore.segmenter: has {self.segmenter.num_classes} classes, but palette_name has {len(self.palette)}"
+                f"FCNScore.segmenter: has {self.segmenter.num_classes} classes, but palette_name has {len(self.palette)}. "
+                "Use a segmenter for these classes"
             )
         if stage == "fit" and not self.on_validation and not trainer.datamodule.test:
             return
@@ -71,9 +72,13 @@ class FCNScore(ImageMetric):
         self.segmenter.eval().requires_grad_(False).to(trainer.strategy.root_device)
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, Tensor]:
-        """Return the confusion matrices of the image by metric name."""
+        """Return the confusion matrices of the image, int64 (K, K), by metric name.
+
+        Raises:
+            UserError: the dataset has no labels.
+        """
         if "mask" not in outputs:
-            raise UserError(f"FCNScore: {outputs['dataset'][i]} has no labels; remove it from data.test")
+            raise UserError(f"FCNScore: {outputs['dataset'][i]} has no labels. Remove it from data.test")
         mask, generated = outputs["mask"][i].cpu(), outputs["prediction"][i]
         if outputs["direction"][i] == "AtoB":
             decoded = F.interpolate(
@@ -86,7 +91,7 @@ class FCNScore(ImageMetric):
         return {"fcn-score": self.segment_confusion(generated, mask)}
 
     def segment_confusion(self, photograph: Tensor, mask: Tensor) -> Tensor:
-        """Return the confusion matrix of segmented classes and labels; always in full precision."""
+        """Return the confusion matrix of a photograph (3, H, W), segmented in full precision, and a mask (H', W')."""
         size = [side // self.downscale for side in mask.shape]
         with torch.autocast(photograph.device.type, enabled=False):
             resized = F.interpolate(photograph[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
@@ -95,7 +100,7 @@ class FCNScore(ImageMetric):
         return confusion(result[0].argmax(0).cpu(), mask, len(self.palette))
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         result: dict[str, float] = {}
         for name in sorted({name for matrices in states for name in matrices}):
             pooled = metrics_from_confusion(

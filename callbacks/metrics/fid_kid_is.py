@@ -23,22 +23,24 @@ from datamodules.errors import UserError
 from modules.networks.feature_extractors import Extractor, file_hash, find_weights
 
 MetricName = Literal["fid", "fid-split-half", "kid", "inception-score", "precision-recall", "confidence", "effective-classes"]
-Features = dict[str, Tensor]  # "features" (N, F), perhaps "logits" (N, K)
+Features = dict[str, Tensor]  # "features" (N, F), and for a classifier "logits" (N, K)
 BATCH_SIZE = 100  # images per forward pass
 KID_SUBSET_SIZE = 1000  # images in each KID subset
 
 
 class FeatureMetrics(SampleSetMetric):
-    """Compares generated images, rounded to 8 bits, with real images by the features of a network.
+    """Metrics that compare generated images, rounded to 8 bits, with real images by the features of a network.
 
-    Logged as `<metric>/<network>-<samples>`, for example `fid/inception-tf-10000`:
+    They are logged as `<metric>/<network>-<samples>`, for example `fid/inception-tf-10000`:
 
-    - `fid`: |mu1 - mu2|**2 + Tr(S1 + S2 - 2 (S1 S2)**(1/2)) of Gaussians fitted to the features (Heusel et al., 2017). Only
-      with Inception is it the FID of the papers.
+    - `fid`: |mu1 - mu2|**2 + Tr(S1 + S2 - 2 (S1 S2)**(1/2)) of Gaussians fitted to the features (Heusel et al., 2017). It
+      equals the FID of papers only with Inception.
     - `fid-split-half`: FID between every second real image and the others.
     - `kid`: the unbiased squared MMD under (x y / F + 1)**3, mean of 100 subsets of 1000 (Binkowski et al., 2018).
-    - `inception-score`: exp of the mean KL(p(y|x) || p(y)), mean of 10 splits (Salimans et al., 2016).
-    - `precision-recall`: improved precision and recall with 3 neighbors, for VGG16 (Kynkaanniemi et al., 2019).
+    - `inception-score`: exp of the mean KL(p(y|x) || p(y)), mean of 10 splits (Salimans et al., 2016), with
+      `inception-score-std`.
+    - `precision-recall`: improved precision and recall with 3 neighbors, for VGG16 (Kynkaanniemi et al., 2019), logged as
+      `precision` and `recall`.
     - `confidence`: mean probability of the most likely class.
     - `effective-classes`: exp of the entropy of the frequencies of the most likely class.
 
@@ -47,8 +49,8 @@ class FeatureMetrics(SampleSetMetric):
     Args:
         metrics: names of the metrics.
         extractor: class of the network, see `modules.networks.feature_extractors`.
-        weights: weights file, a path as it is or below the data root; by default from torch's cache, or downloaded into it.
-        on_missing_weights: "skip" to leave these metrics out if the weights are missing.
+        weights: weights file, see `find_file`; None for the file in torch's cache, which is downloaded if it is missing.
+        on_missing_weights: "skip" to skip these metrics if the weights are missing; "refuse" to raise an error.
         on_validation: evaluate at validations too.
     """
 
@@ -69,7 +71,7 @@ class FeatureMetrics(SampleSetMetric):
         """Load the weights of the network before the first step.
 
         Raises:
-            UserError: the weights are missing or do not fit the network.
+            UserError: the class does not exist, the weights are missing or do not fit it, or the cache is not writable.
         """
         never_evaluated = stage == "fit" and not self.on_validation and not trainer.datamodule.test
         if self.network is not None or never_evaluated:
@@ -78,7 +80,7 @@ class FeatureMetrics(SampleSetMetric):
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
-            raise UserError(f"extractor: no class {self.extractor} exists; check its import path") from None
+            raise UserError(f"extractor: no class {self.extractor} exists. Check its import path") from None
         try:
             path = find_weights(kind, self.weights)
         except UserError as error:
@@ -90,7 +92,9 @@ class FeatureMetrics(SampleSetMetric):
         try:
             self.network = kind(path)
         except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} does not hold the weights of {kind.name}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"{path} does not contain the weights of {kind.name}: {str(error).splitlines()[0]}. Check `weights`"
+            ) from None
         require_writable_cache()
         self.evaluator_hash = file_hash(path)
         self.extractor_id = f"{self.extractor} {self.evaluator_hash} {version('torch-fidelity')}"
@@ -103,7 +107,7 @@ class FeatureMetrics(SampleSetMetric):
         return torch.cat([parts[name] for name in sorted(parts)], dim=1)
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         if self.network is None:
             return {}
         real_parts = self.real_features(real, trainer)
@@ -137,7 +141,7 @@ class FeatureMetrics(SampleSetMetric):
 
 
 def gather_named(parts_by_name: dict[str, list[tuple[Tensor, Tensor]]], world_size: int) -> Features:
-    """Gather named features from all ranks, see `gather_sorted`; a rank without items does not know their names."""
+    """Gather named features from all ranks, see `gather_sorted`; the names are those of rank 0, which always has items."""
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, parts_by_name)
@@ -167,14 +171,14 @@ def compute_metric(metric: str, samples: Features, real: Features) -> dict[str, 
         UserError: the network has no logits, or there are too few images.
     """
     if metric in ("inception-score", "confidence", "effective-classes") and "logits" not in samples:
-        raise UserError(f"metrics: {metric} needs a classifier's logits; choose another extractor")
+        raise UserError(f"metrics: {metric} needs a classifier's logits. Choose another extractor")
     if metric == "fid":
         return {"fid": frechet_distance(samples["features"], real["features"])}
     if metric == "fid-split-half":
         return {"fid-split-half": frechet_distance(real["features"][::2], real["features"][1::2])}
     if metric == "kid":
         if min(len(samples["features"]), len(real["features"])) < KID_SUBSET_SIZE:
-            raise UserError(f"metrics: kid needs at least {KID_SUBSET_SIZE} samples and real images (data.test_samples)")
+            raise UserError(f"metrics: kid needs at least {KID_SUBSET_SIZE} samples and real images. Raise data.test_samples")
         result = kid_features_to_metric(samples["features"], real["features"], kid_subset_size=KID_SUBSET_SIZE, verbose=False)
         return {"kid": result["kernel_inception_distance_mean"]}
     if metric == "inception-score":
@@ -204,12 +208,16 @@ def cache_dir() -> Path:
 
 
 def require_writable_cache() -> None:
-    """Raise UserError if the cache folder cannot be written."""
+    """Check that the cache folder is writable.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_dir()).close()
     except OSError as error:
-        raise UserError(f"cannot write to {cache_dir()}: {error.strerror}; set DARKROOM_CACHE to another folder") from None
+        raise UserError(f"cannot write to {cache_dir()}: {error.strerror}. Set DARKROOM_CACHE to another folder") from None
 
 
 def save_features(tensors: Features, path: Path) -> None:

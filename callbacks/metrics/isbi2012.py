@@ -9,24 +9,24 @@ from scipy.ndimage import label
 from callbacks.metrics.base import ImageMetric
 
 THRESHOLDS = tuple(level / 10 for level in range(10))  # 0.0 ... 0.9
-# Offsets of a pixel's neighbors, in the order of the bits of a neighborhood code; even ones share an edge.
+# Offsets of a pixel's neighbors, in the order of the bits of a neighborhood code; those at even positions share an edge.
 NEIGHBORS = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
 
 
 class ISBI2012Errors(ImageMetric):
-    """Errors of the membrane map at ten thresholds; each error at its own best threshold, as in the challenge's script.
+    """Errors of the membrane map, each at its own best threshold out of ten, as in the challenge's script.
 
-    - `warping-error`: fraction of pixels at which a cell is split or two cells are merged, after the truth was warped towards
-      the prediction without changing its topology (Jain et al., CVPR 2010), so that shifted borders are no errors.
-      `warping-error/with-additions` counts lost and added cells and holes too.
+    - `warping-error`: fraction of pixels at which a cell is split or two cells are merged. The truth is first warped towards
+      the prediction without changing its topology (Jain et al., CVPR 2010), so that shifted borders are not errors.
+      `warping-error/with-additions` also counts lost and added cells and holes.
     - `rand-error`: 1 - F of the pairs of pixels that share a cell, over the pixels of true cells in all slices. A pixel of a
-      true cell that is predicted to be membrane is its own cell (the foreground-restricted Rand index of Arganda-Carreras et
-      al., 2015).
-    - `pixel-error`: fraction of misclassified pixels, the squared distance of the two maps; `pixel-error/f`: 1 - F of the
-      pixels of cells. The challenge names both; which of them its leaderboard showed in 2015 is unknown.
+      true cell that is predicted to be membrane is a cell of one pixel. This is the foreground-restricted Rand index
+      (Arganda-Carreras et al., 2015).
+    - `pixel-error`: fraction of misclassified pixels, the squared distance between the two maps. `pixel-error/f`: 1 - F of the
+      pixels of cells. The challenge mentions both; it is unknown which one its leaderboard showed in 2015.
 
-    A new implementation of the definitions on the challenge's pages and in Fiji (Trainable Segmentation). Expects the outputs
-    {"prediction": (N, 2, H, W), class 1 is the inside of cells, "mask": (N, H, W)}. Evaluated only at tests.
+    This is a new implementation of the definitions on the challenge's pages and in Fiji (Trainable Segmentation). It is
+    evaluated only at tests. Required outputs: {"prediction": (N, 2, H, W), class 1 is the inside of cells, "mask": (N, H, W)}.
     """
 
     required_outputs = ("prediction", "mask")
@@ -40,7 +40,7 @@ class ISBI2012Errors(ImageMetric):
         return np.array([error_counts(truth, inside > level) for level in THRESHOLDS])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         return best_errors(np.sum(states, axis=0))
 
 
@@ -61,9 +61,9 @@ def error_counts(truth: np.ndarray, prediction: np.ndarray) -> list[int]:
     """Count the errors between bool images (H, W), True inside of cells.
 
     Returns:
-        Nine counts: pixels; misclassified pixels; inside pixels in both, in the truth, in the prediction; splits and mergers
-        of the warped truth; all its differences; pairs of pixels that share a cell in both images; the pairs in the truth plus
-        those in the prediction.
+        Nine counts: pixels; misclassified pixels; inside pixels in both, in the truth, in the prediction; pixels of splits and
+        mergers of the warped truth; all pixels at which it differs from the prediction; pairs of pixels that share a cell in
+        both images; the pairs in the truth plus those in the prediction.
     """
     shape = warp_topology(truth, prediction)
     mismatch = shape != prediction
@@ -82,7 +82,7 @@ def error_counts(truth: np.ndarray, prediction: np.ndarray) -> list[int]:
 def pairs_together(true: np.ndarray, found: np.ndarray) -> tuple[int, int]:
     """Count ordered pairs of pixels of true cells that share a cell: in both images; in the truth plus in the prediction.
 
-    A pixel pairs with itself, and with no other pixel where the prediction has membrane.
+    A pixel also forms a pair with itself. A pixel of predicted membrane forms no other pair in the prediction.
 
     Args:
         true, found: labels of cells (H, W), 0 for membrane.
@@ -100,7 +100,7 @@ def pairs_together(true: np.ndarray, found: np.ndarray) -> tuple[int, int]:
 def splits_and_mergers(shape: np.ndarray, mismatch: np.ndarray) -> int:
     """Count the pixels of `mismatch` whose change in the warped truth would split a cell or merge two cells.
 
-    A change of the other ones would add or remove a cell or a hole.
+    A change of any other pixel of `mismatch` would add or remove a cell or a hole.
     """
     cells = np.pad(label(shape)[0], 1)
     found = 0
@@ -117,9 +117,9 @@ def splits_and_mergers(shape: np.ndarray, mismatch: np.ndarray) -> int:
 def warp_topology(truth: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Flip all differing simple pixels of the truth until none is left: bool (H, W).
 
-    A pixel is simple if its change merges, splits, creates and removes no component, neither of the inside (connected by
-    edges) nor of the outside (connected by edges and corners). Pixels beyond the image are outside. The rounds proceed from the
-    borders inwards.
+    A pixel is simple if its change does not merge, split, create or remove a component of the inside or of the outside. The
+    inside is connected by edges, the outside by edges and corners. Pixels beyond the image count as outside. The pixels are
+    processed in rounds, until no simple pixel is left.
     """
     image = np.pad(truth, 1).astype(np.uint8)
     width = image.shape[1]

@@ -17,22 +17,22 @@ CHUNK = 20  # latent samples decoded per forward pass
 
 
 class Likelihood(ImageMetric):
-    """Bounds on log p(x) in nats per image, summed over its pixels: the mean over a set.
+    """Bounds on log p(x) in nats per image, summed over pixels and averaged over a set.
 
     `<kind>` is the decoder's distribution and the datamodule's binarization: "bernoulli-dynamic", "bernoulli-static",
     "bernoulli-real-valued" (a cross-entropy, not a likelihood), "gaussian-real-valued" (a density of unquantized gray
     values). Values of different kinds are not comparable.
 
-    - `elbo/<kind>`: Kingma and Welling, arXiv:1312.6114, eq. 3, one latent sample per image.
+    - `elbo/<kind>`: Kingma and Welling, arXiv:1312.6114, eq. 3, with one latent sample per image.
     - `reconstruction/<kind>` and `divergence/<kind>`: its two terms, elbo = -(reconstruction + divergence).
     - `nll-<k>/<kind>`, at tests: the negative importance-weighted bound of k samples; Burda et al., arXiv:1509.00519, eq. 8.
-    - `active-units/<kind>`: number of first-layer latents whose posterior mean has a variance above 0.01 over the set; the
-      same, Section 5.2 (whose code uses 500 training images).
+    - `active-units/<kind>`: number of first-layer latents whose posterior mean has a variance above 0.01 over the set (Burda et
+      al., Section 5.2; their code uses 500 training images).
 
-    The latent samples of an image are a function of its index in its set. Expects outputs {"image", "code", "index"}.
+    The latent samples of an image are a function of its index in its set. Required outputs: {"image", "code", "index"}.
 
     Args:
-        n_samples: latent samples per image at tests; 0 to leave `nll-<k>` out.
+        n_samples: latent samples per image at tests, k of `nll-<k>`; 0 to omit this metric.
         seed: seed of the latent samples.
     """
 
@@ -47,12 +47,12 @@ class Likelihood(ImageMetric):
         """Require a model with a likelihood.
 
         Raises:
-            UserError: the model has no `log_weights`, or the datamodule no `binarization`.
+            UserError: the model is not a `LatentVariableModel`, or the datamodule is not `ReconstructionData`.
         """
         if not isinstance(pl_module, LatentVariableModel) or not isinstance(trainer.datamodule, ReconstructionData):
             raise UserError(
-                f"Likelihood: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no likelihood; "
-                "use modules.vae.VAE on datamodules.reconstruction.Reconstruction"
+                f"Likelihood: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no likelihood. "
+                "Use modules.vae.VAE on datamodules.reconstruction.Reconstruction"
             )
 
     def on_validation_batch_end(
@@ -71,7 +71,7 @@ class Likelihood(ImageMetric):
         return {name: values[i].copy() for name, values in self.batch.items()}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         kind = f"{trainer.lightning_module.likelihood}-{trainer.datamodule.binarization}"
         stacked = {name: np.stack([state[name] for state in states]).astype(np.float64) for name in states[0]}
         codes = stacked.pop("code")
@@ -80,7 +80,7 @@ class Likelihood(ImageMetric):
 
 
 def likelihood_terms(method: Any, outputs: dict[str, Any], seed: int, n_samples: int) -> dict[str, Tensor]:
-    """Return the terms of each image of a batch, (N,) each, and the posterior means of its latents."""
+    """Return the terms of each image of a batch, (N,) each, and the posterior means of the first-layer latents as "code"."""
     image, indices = outputs["image"], outputs["index"].tolist()
 
     def noise(stream: str, count: int) -> Tensor:

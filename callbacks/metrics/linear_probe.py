@@ -24,22 +24,24 @@ ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 
 
 class LinearProbe(Metric):
-    """DCGAN, Section 5: L2-SVM on features of the discriminator, each layer max-pooled to 4 x 4, flattened, concatenated.
+    """L2-SVM on features of the discriminator: each layer max-pooled to 4 x 4, flattened, concatenated (DCGAN, Section 5).
 
-    The SVM is trained on `repeats` random balanced subsets, or once on all images; C is the one of seven with the lowest error
-    on the held-out images. Logged for the set `test`, in percent: `svm-error/<labels>-labels` (as in Table 2) or
-    `svm-accuracy/<labels>-labels` (as in Table 1), with the standard deviation over the subsets as `.../std`, and the same
-    for raw pixels, `svm-error-pixels/<labels>-labels`. Evaluated only at tests.
+    The SVM is trained on `repeats` random balanced subsets, or once on all images. C is the value of seven with the lowest
+    error on the held-out images. The metric is evaluated only at tests, in percent, and logged for the set `test`:
 
-    The running statistics of batch normalization include fakes after training; they are recomputed from images of `train`.
-    The authors choose one C for all subsets, and test on a hundred other subsets.
+    - `svm-error/<labels>-labels` (as in Table 2) or `svm-accuracy/<labels>-labels` (as in Table 1): mean over the subsets.
+    - `svm-error-pixels/<labels>-labels` or `svm-accuracy-pixels/<labels>-labels`: the same for raw pixels.
+    - `.../std`: standard deviation over the subsets.
+
+    After training, the running statistics of batch normalization include fakes; they are recomputed from images of `train`.
+    In contrast to this metric, the authors choose one C for all subsets, and test on a hundred other subsets.
 
     Args:
-        train: labelled images to train on, such as "svhn/train".
-        val: labelled images to choose C on.
-        test: labelled images to evaluate on.
-        per_class: labelled images per class: 100 in Table 2, 400 in Table 1; None for all, as also in Table 1.
-        repeats: number of random subsets.
+        train: labeled images to train on, such as "svhn/train".
+        val: labeled images to choose C on.
+        test: labeled images to evaluate on.
+        per_class: labeled images per class: 100 in Table 2, 400 in Table 1; None for all images, also in Table 1.
+        repeats: number of random subsets; unused if `per_class` is None.
         metric: metric to log.
     """
 
@@ -64,7 +66,7 @@ class LinearProbe(Metric):
         """
         layers = getattr(pl_module, "discriminator", None)
         if not isinstance(layers, nn.Sequential) or not any(isinstance(layer, nn.Conv2d) for layer in layers):
-            raise UserError(f"LinearProbe: {type(pl_module).__name__} has no convolutional discriminator; remove this metric")
+            raise UserError(f"LinearProbe: {type(pl_module).__name__} has no convolutional discriminator. Remove this metric")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate on every rank, with the same result."""
@@ -122,7 +124,7 @@ def balanced_subset(labels: np.ndarray, per_class: int, repeat: int) -> np.ndarr
     for label in np.unique(labels):
         label_indices = np.flatnonzero(labels == label)
         if len(label_indices) < per_class:
-            raise UserError(f"per_class: {per_class}, but class {label} has only {len(label_indices)} images")
+            raise UserError(f"per_class: {per_class}, but class {label} has only {len(label_indices)} images. Use fewer")
         indices.append(generator.choice(label_indices, per_class, replace=False))
     return np.concatenate(indices)
 
@@ -153,7 +155,7 @@ def with_recomputed_bn_stats(discriminator: nn.Sequential, images: Tensor, devic
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """Return the pixels scaled to [-1, 1]."""
+    """Return the pixels of images (N, C, H, W) in [0, 1], scaled to [-1, 1]: (N, C * H * W)."""
     return images.flatten(1) * 2 - 1
 
 

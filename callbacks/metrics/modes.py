@@ -12,10 +12,10 @@ class ModeCoverage(SampleSetMetric):
     """Number of covered modes and fraction of high-quality samples (Srivastava et al., VEEGAN, arXiv:1705.07761, Section 4).
 
     - `modes/3-sigma`: modes with at least one high-quality sample, within three standard deviations of its nearest center.
-    - `modes/populated`: modes that are the nearest one of at least 1% of the samples, at any distance.
+    - `modes/populated`: modes that are nearest to at least 1% of the samples, at any distance.
     - `high-quality/3-sigma`: fraction of high-quality samples.
 
-    Expects points (N, 2) as predictions, and a datamodule whose reference set holds the centers.
+    The predictions must be points (N, 2), and the reference set of the datamodule must contain the centers.
 
     Args:
         std: standard deviation of each Gaussian.
@@ -26,11 +26,11 @@ class ModeCoverage(SampleSetMetric):
         self.std = std
 
     def update(self, images: Tensor) -> Tensor:
-        """Return the points."""
+        """Return the points (N, 2) on the CPU."""
         return images.cpu()
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         distance, nearest = torch.cdist(samples, real).min(dim=1)
         high_quality = distance < 3 * self.std
         populated = torch.bincount(nearest, minlength=len(real)) >= len(samples) / 100

@@ -13,10 +13,10 @@ WINDOW, SIGMA = 11, 1.5
 
 
 class MultiScaleSSIM(SampleSetMetric):
-    """Mean MS-SSIM (Wang et al., 2003) of disjoint pairs of samples, 0 and 1, 2 and 3, ...; lower is more diverse.
+    """Mean MS-SSIM (Wang et al., 2003) of disjoint pairs of samples: 0 and 1, 2 and 3, ...; lower values mean more diversity.
 
-    Odena et al., arXiv:1610.09585, in ProGAN's version (Karras et al., arXiv:1710.10196, Section 5). Logged as
-    `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. The paper uses 10,000 pairs.
+    Odena et al., arXiv:1610.09585, in ProGAN's version (Karras et al., arXiv:1710.10196, Section 5). It is
+    logged as `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. The paper uses 10,000 pairs.
     """
 
     def update(self, images: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class MultiScaleSSIM(SampleSetMetric):
         return to_uint8(images).cpu()
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         values = {}
         for name, images in (("ms-ssim", samples), ("ms-ssim-real", real[: len(samples)])):
             pairs = len(images) // 2
@@ -41,8 +41,9 @@ class MultiScaleSSIM(SampleSetMetric):
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """Return the MS-SSIM of each pair of 8-bit images (N, C, H, W): float64 (N,), on the CPU.
 
-    Contrast and structure at five scales, each half of the one before, and luminance at the last, over windows inside the image
-    (11 x 11, or smaller if the image is). The result is the product of the means, clamped at 0, to the power of their weights.
+    Contrast and structure are compared at five scales, each half the size of the previous one, and luminance at the last scale.
+    The windows are inside the image: 11 x 11, or smaller if the image is smaller. The result is the product of the means,
+    clamped at 0 and raised to the power of their weights.
     """
     x, y = x.cpu().double(), y.cpu().double()
     product = x.new_ones(len(x))
@@ -54,7 +55,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean SSIM and its contrast-and-structure term of 8-bit images (N, C, H, W): (N,) each."""
+    """Return the mean SSIM and its mean contrast-and-structure term of pairs of 8-bit images (N, C, H, W): (N,) each."""
     size = min(WINDOW, *x.shape[-2:])
     sigma = SIGMA * size / WINDOW
     offsets = torch.arange(size, dtype=x.dtype) - (size - 1) / 2

@@ -16,15 +16,16 @@ SIGMAS = torch.logspace(-1, 0, 10, dtype=torch.float64)
 class ParzenLogLikelihood(SampleSetMetric):
     """Mean log-likelihood of the real test images, in nats, under a mixture of Gaussians centered on the samples.
 
-    log p(x) = log mean_i exp(-|x - s_i|**2 / (2 sigma**2)) - D log(sigma sqrt(2 pi)), pixels in [0, 1]; sigma is the best of
-    ten between 0.1 and 1 on the first 1000 held-out images of the datamodule. As goodfeli/adversarial (parzen_ll.py); table
-    values use 10,000 samples. Evaluated only at tests.
+    log p(x) = log mean_i exp(-|x - s_i|**2 / (2 sigma**2)) - D log(sigma sqrt(2 pi)), for D pixel values in [0, 1]. sigma is
+    the best of ten values between 0.1 and 1 on the first 1000 held-out images of the datamodule. The protocol is that of
+    goodfeli/adversarial (parzen_ll.py); the values in tables use 10,000 samples. The metric is logged as
+    `parzen/<samples>-samples`, with the standard error as `.../error` and sigma as `.../sigma`. It is evaluated only at tests.
 
-    The metric prefers smooth images to real ones. Two baselines show this: the same number of real images (at most all), and
-    the same number of k-means centroids of real images.
+    The metric prefers smooth images to real ones. Two baselines demonstrate this: the same number of real images,
+    or all if there are fewer (`parzen/<count>-images`), and as many k-means centroids (`parzen/<count>-centroids`).
 
     Args:
-        reference_set: set of real images for the baselines; None to leave them out.
+        reference_set: set of real images for the baselines; None to omit the baselines.
     """
 
     def __init__(self, reference_set: str | None = None) -> None:
@@ -38,7 +39,7 @@ class ParzenLogLikelihood(SampleSetMetric):
             UserError: `data.val` is not set.
         """
         if trainer.datamodule.val is None:
-            raise UserError("data.val: missing; name the held-out images on which the sigma of the Parzen window is chosen")
+            raise UserError("data.val: missing. Set it to held-out images, on which the sigma of the Parzen window is chosen")
 
     def update(self, images: Tensor) -> Tensor:
         """Return all pixels: float64 (N, D), not rounded, as in the original protocol."""
@@ -74,7 +75,7 @@ def centroids(images: Tensor, count: int) -> Tensor:
 
 
 def best_sigma(samples: Tensor, val_images: Tensor) -> float:
-    """Return the one of ten values of sigma with the highest likelihood of the held-out images (N, D)."""
+    """Return the value of `SIGMAS` with the highest mean log-likelihood of the held-out images (N, D)."""
     squares = torch.cdist(val_images, samples).square()
     means = torch.stack([_log_density(squares, sigma.item(), samples.shape[1]).mean() for sigma in SIGMAS])
     return SIGMAS[means.argmax()].item()

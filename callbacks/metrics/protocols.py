@@ -1,4 +1,4 @@
-"""What metrics and callbacks need of methods and datamodules, beyond outputs."""
+"""Interfaces of methods and datamodules that metrics and callbacks require in addition to outputs."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -16,10 +16,10 @@ class LatentVariableModel(Protocol):
     latent_dim: int
 
     def elbo_terms(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The two terms of the negative bound, (N,) each."""
+        """Compute the two terms of the negative bound, (N,) each, in nats."""
 
     def log_weights(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Importance weights (k, N)."""
+        """Compute the log importance weights (k, N), in nats."""
 
 
 @runtime_checkable
@@ -47,4 +47,4 @@ class ReconstructionData(Protocol):
     reference_sets: dict[str, ImageSet]
 
     def is_unseen(self, labels: Tensor) -> Tensor:
-        """Whether each label (N,) is absent from training."""
+        """Return whether each label (N,) is absent from training: bool (N,)."""

@@ -13,10 +13,10 @@ from datamodules.errors import UserError
 
 
 def psnr_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
-    """Peak signal-to-noise ratio in dB: 10 log10(255**2 / MSE) over 8-bit luma, without borders.
+    """Return the peak signal-to-noise ratio in dB, 10 log10(255**2 / MSE), of 8-bit luma without borders.
 
-    The protocol of the SRCNN, ESPCN and SRGAN tables: clip, round to 8 bits, crop `crop_border` (the scale) pixels on each
-    side. The mean over a dataset is the mean of the dB values. A perfect image has infinite PSNR.
+    The protocol is that of the SRCNN, ESPCN and SRGAN tables: clip, round to 8 bits, crop `crop_border` (the scale) pixels on
+    each side. The mean over a dataset is the mean of the dB values. A perfect image has infinite PSNR.
 
     Args:
         prediction, target: (N, 1, H, W) in [0, 1].
@@ -30,9 +30,9 @@ def psnr_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
 
 
 def ssim_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
-    """Structural similarity (Wang et al., 2004) of 8-bit luma as their ``ssim_index.m`` computes it, without borders.
+    """Return the structural similarity of 8-bit luma without borders, as in ``ssim_index.m`` (Wang et al., 2004).
 
-    11 x 11 Gaussian window with sigma 1.5, K = (0.01, 0.03), L = 255, averaged over the windows inside the image
+    The Gaussian window is 11 x 11 with sigma 1.5, K = (0.01, 0.03) and L = 255. The mean is over the windows inside the image
     (torchmetrics includes windows over a mirrored border).
 
     Args:
@@ -47,7 +47,9 @@ def ssim_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
     """
     x, y = _uint8_levels(prediction, crop_border), _uint8_levels(target, crop_border)
     if min(x.shape[-2:]) < 11:
-        raise UserError(f"SSIM needs at least 11x11 pixels within crop_border, not {x.shape[-1]}x{x.shape[-2]}")
+        raise UserError(
+            f"crop_border: {x.shape[-1]}x{x.shape[-2]} pixels remain, but SSIM needs at least 11x11 pixels. Use larger images"
+        )
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_x, mean_y, xx, yy, xy = (_gaussian_filter(image) for image in (x, y, x * x, y * y, x * y))
     variance_x, variance_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
@@ -57,14 +59,14 @@ def ssim_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
 
 
 def _gaussian_filter(image: Tensor) -> Tensor:
-    """Gaussian-weighted mean over each 11 x 11 window inside the image: (N, 1, H, W) to (N, 1, H - 10, W - 10)."""
+    """Return the Gaussian-weighted mean of each 11 x 11 window in the image: (N, 1, H, W) to (N, 1, H - 10, W - 10)."""
     weights = torch.exp(-((torch.arange(11, dtype=image.dtype, device=image.device) - 5) ** 2) / (2 * 1.5**2))
     weights = weights / weights.sum()
     return F.conv2d(F.conv2d(image, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11))
 
 
 def _uint8_levels(image: Tensor, crop_border: int) -> Tensor:
-    """8-bit levels as float64, cropped; on the CPU, since not every device supports double precision."""
+    """Return cropped 8-bit levels as float64 on the CPU, because not every device supports double precision."""
     levels = (image.detach().cpu().double() * 255 + 0.5).floor().clamp(0, 255)
     return levels[..., crop_border : levels.shape[-2] - crop_border, crop_border : levels.shape[-1] - crop_border]
 
@@ -78,9 +80,9 @@ def protocols(crop_border: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]
 
 
 class PSNRSSIM(ImageMetric):
-    """PSNR and SSIM of each validation and test image; logs the mean of each dataset as `<dataset>/<protocol>`.
+    """PSNR and SSIM of each validation and test image; the mean over a dataset is logged as `<dataset>/<protocol>`.
 
-    Expects the outputs {"prediction", "target"}, (N, 1, H, W) in [0, 1], with "name" and "dataset", N strings each.
+    Required outputs: {"prediction", "target"}, (N, 1, H, W) in [0, 1], with "name" and "dataset", N strings each.
 
     Args:
         crop_border: width of the cropped border in pixels, by convention the scale.
@@ -98,5 +100,5 @@ class PSNRSSIM(ImageMetric):
         return {name: metric(*pair).item() for name, metric in self.protocols.items()}
 
     def compute_images(self, states: dict[str, Any], trainer: Any) -> dict[str, dict[str, float]]:
-        """Return the metrics of each image unchanged."""
+        """Return the metrics of each image, which are its states."""
         return states

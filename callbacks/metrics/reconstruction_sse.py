@@ -13,15 +13,15 @@ from datamodules.io.image_set import load_image_set
 
 
 class ReconstructionSSE(ImageMetric):
-    """Squared error of an image, summed over its values in [0, 1]: the mean over a set, at tests.
+    """Squared error, summed over the values in [0, 1] of an image and averaged over a set, at tests only.
 
     G. E. Hinton, R. R. Salakhutdinov. Science 313, 2006, in the text next to Figure 2.
 
     - `sse/network`: error of the reconstruction.
-    - `sse/pca`: error of the projection on the first principal components of the training images (scikit-learn), as many as
-      the code has dimensions.
+    - `sse/pca`: error of the projection on the first D principal components of the training images (scikit-learn), where D is
+      the dimension of the code.
 
-    Expects the outputs {"image", "prediction": (N, C, H, W), "code": (N, D)}.
+    Required outputs: {"image", "prediction": (N, C, H, W), "code": (N, D)}.
     """
 
     required_outputs = ("image", "prediction", "code")
@@ -38,12 +38,12 @@ class ReconstructionSSE(ImageMetric):
         """
         if not isinstance(pl_module, HasEncoder) or not isinstance(trainer.datamodule, ReconstructionData):
             raise UserError(
-                f"ReconstructionSSE: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes; use "
+                f"ReconstructionSSE: {type(pl_module).__name__} on {type(trainer.datamodule).__name__} has no codes. Use "
                 "modules.autoencoder.Autoencoder on datamodules.reconstruction.Reconstruction"
             )
         if trainer.datamodule.image_hw or trainer.datamodule.exclude_classes:
             raise UserError(
-                "ReconstructionSSE: PCA needs all classes and square images; remove data.exclude_classes, set one data.size"
+                "ReconstructionSSE: PCA needs all classes and square images. Remove data.exclude_classes, set one data.size"
             )
 
     def on_test_batch_end(
@@ -65,6 +65,6 @@ class ReconstructionSSE(ImageMetric):
         return (prediction - image).square().sum().item(), float((torch.from_numpy(projected)[0] - image).square().sum())
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         network, pca = np.mean(states, axis=0)
         return {"sse/network": float(network), "sse/pca": float(pca)}

@@ -15,12 +15,12 @@ QUERIES_PER_BATCH = 1000  # queries per distance matrix
 
 
 class PrecisionAtK(ImageMetric):
-    """Precision at k: fraction of the k nearest other images of a set that have the class of the query; mean over queries.
+    """Precision at k: fraction of the k nearest other images of a set with the class of the query, averaged over queries.
 
     - `precision-at-<k>/code`: nearest by the Euclidean distance of codes.
     - `precision-at-<k>/pixels`: nearest by the Euclidean distance of pixels, a baseline.
 
-    Expects the outputs {"image": (N, C, H, W), "code": (N, D), "label": (N,)}.
+    Required outputs: {"image": (N, C, H, W), "code": (N, D), "label": (N,)}.
 
     Args:
         k: number of retrieved images.
@@ -37,17 +37,15 @@ class PrecisionAtK(ImageMetric):
         """Require codes and more than k images per set.
 
         Raises:
-            UserError: the model has no encoder, or a set has at most k images.
+            UserError: the model has no encoder, k is less than 1, or a set has at most k images.
         """
         if not isinstance(pl_module, HasEncoder):
-            raise UserError(f"PrecisionAtK: {type(pl_module).__name__} has no codes; use modules.autoencoder or modules.vae")
+            raise UserError(f"PrecisionAtK: {type(pl_module).__name__} has no codes. Use modules.autoencoder or modules.vae")
         if self.k < 1:
-            raise UserError(f"PrecisionAtK.k: {self.k}; must be at least 1")
+            raise UserError(f"PrecisionAtK.k: {self.k} is too small. Use at least 1")
         for name, images in trainer.datamodule.reference_sets.items():
             if len(images.labels) <= self.k:
-                raise UserError(
-                    f"PrecisionAtK.k: {self.k}, but {name} has only {len(images.labels)} images; choose a smaller k"
-                )
+                raise UserError(f"PrecisionAtK.k: {self.k}, but {name} has only {len(images.labels)} images. Use a smaller k")
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, np.ndarray]:
         """Return the code, the pixels and the label of the image."""
@@ -55,7 +53,7 @@ class PrecisionAtK(ImageMetric):
         return {"code": code, "pixels": pixels, "label": np.array(int(outputs["label"][i]))}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         stacked = {name: torch.from_numpy(np.stack([state[name] for state in states])) for name in states[0]}
         precision = {}
         for name in ("code", "pixels"):
@@ -70,6 +68,6 @@ def k_nearest(vectors: Tensor, k: int) -> Tensor:
     for start in range(0, len(vectors), QUERIES_PER_BATCH):
         queries = vectors[start : start + QUERIES_PER_BATCH]
         distances = torch.cdist(queries, vectors)
-        distances[torch.arange(len(queries)), torch.arange(start, start + len(queries))] = torch.inf  # itself
+        distances[torch.arange(len(queries)), torch.arange(start, start + len(queries))] = torch.inf  # exclude the query itself
         indices.append(distances.topk(k, largest=False).indices)
     return torch.cat(indices)

@@ -9,19 +9,19 @@ from callbacks.metrics.base import ImageMetric
 
 
 class CTCSeg(ImageMetric):
-    """SEG, logged as `seg/ctc`: mean over true objects of their intersection over union with the matching prediction.
+    """SEG, logged as `seg/ctc`: mean intersection over union of the true objects and their matching predicted objects.
 
-    A true object R matches the predicted object S with |R & S| > |R| / 2, at most one; without a match it scores 0. Objects of
-    one pixel are left out, and false positives are not penalized (Maska et al., Bioinformatics 2014). Predicted objects are
-    the edge-connected components of the pixels whose most likely class is 1.
+    A true object R matches the predicted object S for which |R & S| > |R| / 2; at most one S does. A true object without a
+    match scores 0. True objects of one pixel are excluded, and false positives are not penalized (Maska et al.,
+    Bioinformatics 2014). Predicted objects are the edge-connected components of the pixels whose most likely class is 1.
 
-    Expects the outputs {"prediction": (N, K, H, W), "instance_ids": (N, H, W), labels of the true objects, 0 for background}.
+    Required outputs: {"prediction": (N, K, H, W), "instance_ids": (N, H, W), labels of the true objects, 0 for background}.
     """
 
     required_outputs = ("prediction", "instance_ids")
 
     def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
-        """Return the scores of the objects in the image."""
+        """Return the scores of the objects in the image: float64 (objects,)."""
         cells = outputs["prediction"][i].argmax(0).cpu().numpy() == 1
         return seg_scores(outputs["instance_ids"][i].cpu().numpy(), label(cells)[0])
 

@@ -10,30 +10,31 @@ from datamodules.transforms.downsample import IGNORE_INDEX
 
 
 class SegmentationMetrics(ImageMetric):
-    """Compares the most likely class of each pixel with the mask.
+    """Metrics that compare the most likely class of each pixel with the mask.
 
-    TP, FP and FN count the pixels of a class, `pooled` over all images:
+    TP, FP and FN are the numbers of pixels of a class, pooled over all images except in `per-image` metrics:
 
     - `iou/<class>`: TP / (TP + FP + FN); NaN for a class that is neither in a mask nor predicted anywhere.
-    - `miou/pooled`: mean IoU over the classes that have one. The metric of VOC, CamVid and Cityscapes.
-    - `miou/per-image`: mean IoU of each image, over the classes in its mask or its prediction, averaged over images.
-    - `iou/per-image-<class 1>`, for two classes: mean over images; 1 if the class is neither in the mask nor predicted.
-    - `dice/pooled`: mean over classes of 2 TP / (2 TP + FP + FN).
+    - `miou/pooled`: mean IoU over the classes whose IoU is not NaN. It is the metric of VOC, CamVid and Cityscapes.
+    - `miou/per-image`: mean IoU over the classes in the mask or the prediction of an image, averaged over images.
+    - `iou/per-image-<class 1>`, for two classes: IoU of class 1, averaged over images; 1 for an image in which the class is
+      neither in the mask nor predicted.
+    - `dice/pooled`: mean of 2 TP / (2 TP + FP + FN) over the classes in a mask or predicted.
     - `pixel-accuracy`: fraction of correctly classified pixels.
-    - `class-accuracy`: mean over the classes in the masks of TP / (TP + FN).
+    - `class-accuracy`: mean of TP / (TP + FN) over the classes in the masks.
 
-    Pixels whose mask is 255 are ignored. Expects the outputs {"prediction": (N, K, H, W), "mask": (N, H, W)}.
+    Pixels whose mask is 255 are ignored. Required outputs: {"prediction": (N, K, H, W), "mask": (N, H, W)}.
     """
 
     required_outputs = ("prediction", "mask")
 
     def update(self, outputs: dict[str, Any], i: int) -> Tensor:
-        """Return the confusion matrix of the image."""
+        """Return the confusion matrix of the image, int64 (K, K)."""
         prediction = outputs["prediction"][i]
         return confusion(prediction.argmax(0).cpu(), outputs["mask"][i].cpu(), len(prediction))
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         return metrics_from_confusion(torch.stack(states), trainer.datamodule.class_names)
 
 

@@ -12,16 +12,17 @@ from datamodules.errors import UserError
 PATCH = 7  # pixels
 PATCHES_PER_IMAGE = 128  # per level
 DIRECTIONS = 512
-MIN_RESOLUTION = 16  # pixels, of the last level
+MIN_RESOLUTION = 16  # side of the last level in pixels
 BINOMIAL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
 
 class SlicedWasserstein(SampleSetMetric):
-    """Karras et al., arXiv:1710.10196, Section 5: 1000 times the distance at each level of a Laplacian pyramid, and their mean.
+    """Sliced Wasserstein distance, times 1000, at each level of a Laplacian pyramid, and the mean over the levels.
 
-    At each level, 128 patches of 7 x 7 pixels per image are normalized per channel within their set, projected onto 512 random
-    directions, and sorted; the distance is the mean absolute difference of the sorted values (W1). Both sets have the same
-    number of images. Logged as `swd/<size of the level>-<images>` and `swd/mean-<images>`. The paper uses 16,384 images.
+    Karras et al., arXiv:1710.10196, Section 5. At each level, 128 patches of 7 x 7 pixels per image are normalized per channel
+    within their set. They are projected onto 512 random directions and sorted. The distance is the mean absolute difference of
+    the sorted values (W1). Both sets have the same number of images. The metric is logged as `swd/<size of the level>-<images>`
+    and `swd/mean-<images>`. The paper uses 16,384 images.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -35,7 +36,8 @@ class SlicedWasserstein(SampleSetMetric):
             side //= 2
         if side != MIN_RESOLUTION:
             raise UserError(
-                f"data.size: {trainer.datamodule.size}; the sliced Wasserstein distance needs 16, 32, 64 or a higher power of 2"
+                f"data.size: {trainer.datamodule.size} is not valid for the sliced Wasserstein distance. "
+                "Use 16, 32, 64 or a higher power of 2"
             )
 
     def update(self, images: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class SlicedWasserstein(SampleSetMetric):
         return to_uint8(images).cpu()
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         count = min(len(samples), len(real))
         device = trainer.strategy.root_device
         distances = sliced_wasserstein(samples[:count].to(device), real[:count].to(device))

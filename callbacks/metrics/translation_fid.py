@@ -12,11 +12,12 @@ from callbacks.metrics.fid_kid_is import FeatureMetrics, extract, frechet_distan
 class TranslationFID(ImageMetric):
     """FID of each direction, logged as `fid/<network>-<direction>-<images>`.
 
-    Compares all test images of one domain, translated and rounded to 8 bits, with all of the other domain at the same size, in
-    the features of Inception or another network, by torch-fidelity's functions. The name includes the number of translated
-    images: with a hundred, the distance is strongly biased upwards; distances of different numbers are not comparable.
+    All evaluated images of one domain are translated, rounded to 8 bits, and compared with all images of the other domain, at
+    the same size. The features are those of Inception or another network; torch-fidelity computes the distance. The name
+    includes the number of translated images, because distances for different numbers are not comparable. With a hundred
+    images, the distance is strongly biased upwards.
 
-    Expects the outputs {"image", "prediction": (N, 3, H, W), "direction": N strings}.
+    Required outputs: {"image", "prediction": (N, 3, H, W), "direction": N strings}.
 
     Args:
         extractor, weights, on_missing_weights: see `FeatureMetrics`.
@@ -36,12 +37,16 @@ class TranslationFID(ImageMetric):
         self.features = FeatureMetrics(["fid"], extractor, weights, on_missing_weights, on_validation)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Load the weights of the network before the first step."""
+        """Load the weights of the network before the first step.
+
+        Raises:
+            UserError: see `FeatureMetrics.setup`.
+        """
         self.features.setup(trainer, pl_module, stage)
         self.evaluator_hash = self.features.evaluator_hash
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, Tensor]:
-        """Return the features of the image and of its translation, by their domains."""
+        """Return the features (F,) of the image and of its translation, by domain: "A" and "to B", or "B" and "to A"."""
         source, translated = ("A", "to B") if outputs["direction"][i] == "AtoB" else ("B", "to A")
         if self.features.network is None:
             return {}
@@ -50,7 +55,7 @@ class TranslationFID(ImageMetric):
         return {source: image_features, translated: translation_features}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics described at the class."""
+        """Return the metrics in the docstring of the class."""
         results: dict[str, float] = {}
         network = self.features.network
         for domain, direction in (("B", "AtoB"), ("A", "BtoA")):

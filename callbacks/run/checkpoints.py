@@ -22,13 +22,14 @@ LOAD_ERRORS = (EOFError, ValueError, LookupError, TypeError, AttributeError, Run
 
 
 class Checkpoints(Callback):
-    """Writes `last.ckpt` after every validation, and `best.ckpt` when the monitored metric has improved.
+    """Callback that writes `last.ckpt` after every validation, and `best.ckpt` when the monitored metric has improved.
 
-    Both are written to a temporary file that replaces the older one, so a run killed while writing keeps the older file.
+    Both are first written to a temporary file, which then replaces the older checkpoint. A run that is killed during writing
+    keeps the older checkpoint.
 
     Args:
         folder: folder of both checkpoints.
-        monitor: logged metric that selects the best weights, higher is better; without it the latest are the best.
+        monitor: logged metric that selects the best weights, higher is better; None to use the latest weights.
     """
 
     def __init__(self, folder: Path, monitor: str | None = None) -> None:
@@ -46,7 +47,7 @@ class Checkpoints(Callback):
             return
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if "/" in name))
-            raise UserError(f"monitor: no metric '{self.monitor}' is logged; choose one of: {known}")
+            raise UserError(f"monitor: no metric '{self.monitor}' is logged. Use one of: {known}")
         if trainer.sanity_checking:
             return
         improved = True
@@ -60,19 +61,19 @@ class Checkpoints(Callback):
         save_checkpoint(trainer, self.last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value of the metric so far."""
+        """Return the best value of the metric so far, and the images seen at that validation."""
         return {"best_value": self.best_value, "best_images": self.best_images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Restore the state, see `state_dict`."""
         self.best_value, self.best_images = state_dict["best_value"], state_dict["best_images"]
 
 
 def save_checkpoint(trainer: Any, path: Path) -> None:
-    """Write a checkpoint to a temporary file and move it to `path`, which always holds a complete checkpoint.
+    """Write a checkpoint to a temporary file and move it to `path`, so that `path` is always complete.
 
     Raises:
-        UserError: a weight is infinite or NaN; the older checkpoint stays.
+        UserError: a weight is infinite or NaN; the older checkpoint remains.
     """
     module = trainer.lightning_module
     if trainer.world_size > 1:
@@ -122,7 +123,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of names and values; a checkpoint and the file committed from it have the same."""
+    """Return the first 16 hex digits of the sha256 of names and values.
+
+    The hash of a checkpoint equals that of the committed weights exported from it.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -134,7 +138,7 @@ def load_weights(module: L.LightningModule, path: Path) -> None:
     """Load the weights of a checkpoint (.ckpt) or of committed weights (.safetensors) into a module.
 
     Raises:
-        UserError: the file does not hold the weights of this module; the message names the file and the first difference.
+        UserError: the file does not contain the weights of this module; the message names the file and the first difference.
     """
     weights = inference_state_dict(module, read_weights(path))
     expected = inference_state_dict(module, module.state_dict())
@@ -143,12 +147,15 @@ def load_weights(module: L.LightningModule, path: Path) -> None:
             tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (weights, expected)
         )
         if shape != expected_shape:
-            raise UserError(f"{path} does not fit this model: '{name}' is {shape}, the model needs {expected_shape}")
+            raise UserError(
+                f"{path} does not fit this model: for '{name}', the file has {shape}, but the model needs {expected_shape}. "
+                "Use weights of the same recipe"
+            )
     module.load_state_dict(weights, strict=False)
 
 
 def inference_state_dict(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that are used after training: all but those of the method's `training_only_modules`.
+    """Return the weights that are used after training: all except those of the method's `training_only_modules`.
 
     Args:
         method: a method, or its class.

@@ -13,12 +13,12 @@ COLUMNS = ["step", "images", "name", "value"]
 
 
 class CSVLogger(Logger):
-    """Writes one row per metric: step, images seen, name, value.
+    """Logger that writes one row per metric: step, images seen, name, value.
 
     Lightning's CSVLogger deletes the file when a run resumes, and rewrites it when a new name appears.
 
     Args:
-        path: the file. Its rows up to `resumed_at` are kept; later ones, which the resumed run logs again, are removed.
+        path: CSV file. Rows up to `resumed_at` are kept. Later rows are removed, because the resumed run logs them again.
         resumed_at: images seen in the checkpoint from which the run resumes.
     """
 
@@ -50,11 +50,11 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: config.yaml holds the hyperparameters."""
+        """Do nothing: config.yaml contains the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one row per metric; `images` sets the images seen of these and all later rows."""
+        """Append one row per metric; the entry "images" sets the images seen for these and all later rows."""
         self.images = int(metrics.get("images", self.images))
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -64,6 +64,6 @@ class CSVLogger(Logger):
 
 
 def read_metrics_csv(path: Path) -> list[dict[str, str]]:
-    """Return the complete rows of a log; a last row that was truncated by a kill is left out."""
+    """Return the complete rows of a log, without a last row that was truncated when the run was killed."""
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["value"]]

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class PrintDataReport(Callback):
-    """Prints the number and the names of unusable files that were left out."""
+    """Callback that prints the number and the names of unusable files that were skipped."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Print the report, after the setup of the datamodule."""

@@ -11,22 +11,22 @@ N_IMAGES = 10_000  # images in the mean
 
 
 class InitOutputBias(Callback):
-    """Sets the last bias of a decoder before the first step, so that it outputs the mean of 10,000 training images.
+    """Callback that sets the last bias of a decoder before the first step to output the mean of 10,000 training images.
 
-    As in the code of Burda et al., arXiv:1509.00519. With a zero bias, the decoder spends the first thousand steps on learning
-    which pixels are always black, and latents that are unused in the meantime collapse.
+    The code of Burda et al., arXiv:1509.00519, does the same. With a zero bias, the decoder needs about a thousand steps to
+    learn which pixels are always black. Latents that are unused during these steps collapse.
 
-    Calls the method's `init_output_bias(mean)`.
+    The callback calls the method's `init_output_bias(mean)`.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Require a method with `init_output_bias`.
 
         Raises:
-            UserError: the method has no such function.
+            UserError: the method does not have it.
         """
         if not isinstance(pl_module, HasOutputBias):
-            raise UserError(f"InitOutputBias: {type(pl_module).__name__} has no init_output_bias; remove this callback")
+            raise UserError(f"InitOutputBias: {type(pl_module).__name__} has no init_output_bias. Remove this callback")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Set the bias in a new run, not in a resumed one; all ranks compute the same bias."""

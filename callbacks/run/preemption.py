@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: save after the current step, print how to resume, and stop."""
+"""Response to Ctrl-C, SIGTERM and SIGUSR1: save after the current step, print how to resume, and stop."""
 
 import signal
 from pathlib import Path
@@ -15,7 +15,7 @@ from modules.training.lightning_compat import is_validation_due
 
 
 class Preemption(Callback):
-    """Stops a run on a signal: the handler only sets a flag; the run saves and exits after the current step.
+    """Callback that stops a run on a signal. The handler only sets a flag; the run saves and exits after the current step.
 
     Args:
         path: checkpoint file to write.
@@ -42,24 +42,27 @@ class Preemption(Callback):
         self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """See `on_train_end`."""
+        """Restore the previous signal handlers."""
         self._restore_handlers()
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Handle signals during the test after training too."""
+        """Handle signals during the test after training, too."""
         self._install_handlers()
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Exit; training is saved and the test restarts. Ranks do not agree on this: they have different numbers of batches."""
+        """Exit if a signal was received; the training is already saved, and a resumed run repeats the test.
+
+        Ranks exit independently of each other, because they have different numbers of batches.
+        """
         if self.signal_status:
             if trainer.is_global_zero:
                 print(f"\nStopped while evaluating. {self.resume_hint}", flush=True)
             raise SystemExit(self.signal_status)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """See `on_train_end`."""
+        """Restore the previous signal handlers."""
         self._restore_handlers()
 
     def _install_handlers(self) -> None:
@@ -87,7 +90,10 @@ class Preemption(Callback):
             self._stop(trainer, signal_status)
 
     def _signal_on_any_rank(self, trainer: Any) -> int:
-        """Return the flag of any rank; with several ranks, that of the previous step, so that no rank waits for another."""
+        """Return the largest flag of all ranks; with several ranks, the flags are those of the previous step.
+
+        With the flags of the current step, ranks would wait for each other.
+        """
         if trainer.world_size == 1:
             return self.signal_status
         status = 0
@@ -103,5 +109,5 @@ class Preemption(Callback):
         save_checkpoint(trainer, self.path)
         if trainer.is_global_zero:
             print(f"\nStopped and saved. {self.resume_hint}", flush=True)
-        # Rank 0 determines the exit status of the run; Lightning kills it if another rank exits with a status other than 0.
+        # Rank 0 determines the exit status of the run. Lightning kills the run if another rank exits with a nonzero status.
         raise SystemExit(signal_status if trainer.is_global_zero else 0)

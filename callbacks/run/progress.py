@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class ProgressBar(Callback):
-    """Shows a rich progress bar over the training budget; without a terminal, prints one line per validation.
+    """Callback that shows a progress bar over the training budget; without a terminal, it prints one line per validation.
 
     Args:
         monitor: metric to show next to the bar.
@@ -76,8 +76,8 @@ class ProgressBar(Callback):
     # Evaluation: `test`, and `validate` outside of training
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Show a bar over the images of this rank."""
-        self._open(trainer, "images", sum(trainer.num_test_batches))
+        """Show a bar over the evaluation batches of this rank."""
+        self._open(trainer, "batches", sum(trainer.num_test_batches))
 
     def on_test_batch_end(self, trainer: Any, *args: Any) -> None:
         """Advance the bar."""
@@ -90,12 +90,12 @@ class ProgressBar(Callback):
         self._close()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """See `on_test_start`."""
+        """Show a bar, see `on_test_start`."""
         if trainer.state.fn == "validate":
-            self._open(trainer, "images", sum(trainer.num_val_batches))
+            self._open(trainer, "batches", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
-        """See `on_test_batch_end`."""
+        """Advance the bar, see `on_test_batch_end`."""
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer)
 

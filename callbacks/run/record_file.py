@@ -1,4 +1,4 @@
-"""Run record files: JSON with a checksum. This module imports nothing slow."""
+"""Run record files: JSON with a checksum. This module has no slow imports."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def checksum(record: Mapping[str, Any]) -> str:
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record with its checksum to a temporary file and move it to `path`, which always holds a complete record."""
+    """Write a record with its checksum to a temporary file and move it to `path`, so that `path` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {key: value for key, value in record.items() if key not in ("checksum", "file")}
     tmp_path = path.with_suffix(".part")
@@ -41,13 +41,13 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeError, ValueError, RecursionError) as error:
         raise BrokenRecord(f"{path}: cannot be read as a record: {' '.join(str(error).split())}") from None
     if not isinstance(record, dict):
-        raise BrokenRecord(f"{path}: not a record")
+        raise BrokenRecord(f"{path}: not a record. Restore or remove the file")
     if "checksum" not in record:
-        raise BrokenRecord(f"{path}: has no checksum")
+        raise BrokenRecord(f"{path}: has no checksum. Restore or remove the file")
     if record["checksum"] != expected:
-        raise BrokenRecord(f"{path}: its checksum differs; the file was changed after it was written")
+        raise BrokenRecord(f"{path}: its checksum differs, because the file was changed after writing. Restore it")
     return record
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")

@@ -20,13 +20,13 @@ SEGMENT_KEYS = ("commit", "code", "versions")  # a resumed run that differs in t
 
 
 class RunRecord(Callback):
-    """Writes the record when training has reached its budget, and adds the metrics of later tests.
+    """Callback that writes the record at the end of training, and adds the metrics of later tests.
 
     Metrics are callbacks that inherit from `callbacks.metrics.base.Metric`.
 
     Args:
-        path: the file.
-        metadata: entries known before the run starts: code, versions, configuration.
+        path: file of the record.
+        metadata: entries that do not depend on the training: code, versions, configuration.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -39,12 +39,12 @@ class RunRecord(Callback):
         self.started = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training time in seconds, and the code versions it was spent by."""
+        """Return the training time in seconds, and the code version of each segment of the training."""
         segments = [*self.previous_segments, {key: self.metadata[key] for key in SEGMENT_KEYS}]
         return {"seconds": self.seconds + time.monotonic() - self.started, "segments": segments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Restore the state, see `state_dict`."""
         self.seconds = state_dict["seconds"]
         current = {key: self.metadata[key] for key in SEGMENT_KEYS}
         self.previous_segments = [segment for segment in state_dict["segments"] if segment != current]
@@ -74,7 +74,7 @@ class RunRecord(Callback):
         )
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Add the test metrics, image by image."""
+        """Add the test metrics, with their values for each image."""
         metrics: dict[str, Any] = {}
         evaluators = [callback for callback in trainer.callbacks if isinstance(callback, Metric)]
         for callback in evaluators:
@@ -89,7 +89,7 @@ class RunRecord(Callback):
         weights = weights_hash(inference_state_dict(pl_module, pl_module.state_dict()))
         if existing.get("weights") != weights or not self._same_training(existing):
             existing = {**self.metadata, "weights": weights, "hardware": hardware(trainer)}
-        elif not self._same_code(existing, "metrics"):  # evaluated before by other metrics
+        elif not self._same_code(existing, "metrics"):  # evaluated earlier with other metric code
             current = {key: self.metadata[key] for key in ("commit", "code", "content", "config")}
             existing = {**{key: value for key, value in existing.items() if key != "certified"}, **current, "metrics": {}}
         evaluator_weights = {type(c).__name__: c.evaluator_hash for c in evaluators if c.evaluator_hash}
@@ -101,7 +101,7 @@ class RunRecord(Callback):
         self._write(trainer, {**existing, "missing_sets": missing_sets, "metrics": metrics})
 
     def _same_training(self, existing: dict[str, Any]) -> bool:
-        """Return whether a record is of the same model, data and training code as this run."""
+        """Return whether a record has the same model, data and training code as this run."""
         same_recipe = all(existing.get("content", {}).get(key) == self.metadata["content"][key] for key in ("model", "data"))
         return (
             same_recipe
@@ -120,7 +120,7 @@ class RunRecord(Callback):
 
 
 def json_number(value: float, digits: int | None = None) -> float | str:
-    """Round a value for JSON; infinity (PSNR of a perfect image) and NaN become text that float() reads."""
+    """Round a value for JSON; infinity (PSNR of a perfect image) and NaN become strings that `float` accepts."""
     if not math.isfinite(value):
         return str(value)
     return value if digits is None else round(value, digits)

@@ -13,10 +13,10 @@ from datamodules.transforms.draw import SHEET, image_grid
 
 
 class PreviewImages(Callback):
-    """Writes a preview after every validation as `<images seen>.png`, and to loggers that accept images.
+    """Callback that writes a preview after every validation as `<images seen>.png`, and to loggers that accept images.
 
-    The method makes it (`Method.preview`) from the first outputs of rank 0; `Method.preview_limit` previews of each
-    `Method.preview_group` are stacked. Where the datamodule has real images to compare with samples, the first ones are
+    `Method.preview` draws previews of the first outputs of rank 0. Up to `Method.preview_limit` previews of each
+    `Method.preview_group` are stacked. If the datamodule has real images for comparison with samples, the first ones are
     written as `reals.png` before the first step.
 
     Args:
@@ -36,7 +36,7 @@ class PreviewImages(Callback):
                 self._write(trainer, "reals", image_grid(real))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start a new preview."""
+        """Discard earlier previews."""
         self.previews, self.groups = [], []
 
     def on_validation_batch_end(

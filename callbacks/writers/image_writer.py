@@ -11,7 +11,7 @@ from datamodules.io.user_images import merge_channels
 
 
 class ImageWriter(BasePredictionWriter):
-    """Writes each prediction as PNG: a color image, or a luma channel combined with the chroma of the input.
+    """Callback that writes each prediction as a PNG: a color image, or luma combined with the chroma of the input.
 
     Args:
         targets: output file of each image, by its "path".

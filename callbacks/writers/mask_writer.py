@@ -13,7 +13,7 @@ from datamodules.transforms.overlays import overlay
 
 
 class MaskWriter(BasePredictionWriter):
-    """Writes the class ids of each image as a gray PNG, and the image with class colors to the folder `overlays`.
+    """Callback that writes the class ids of each image as a gray PNG, and a color overlay to the folder `overlays`.
 
     Args:
         targets: output file of each mask, by the "path" of its image.
@@ -36,7 +36,7 @@ class MaskWriter(BasePredictionWriter):
     ) -> None:
         """Write the two files of one image and print its name."""
         target, image = self.targets[prediction["path"]], prediction["photo"].cpu()
-        class_ids = prediction["prediction"].cpu()[None]  # (1, 1, h, w), perhaps smaller than the photo
+        class_ids = prediction["prediction"].cpu()[None]  # (1, 1, h, w), may be smaller than the photo
         mask = F.interpolate(class_ids, image.shape[-2:], mode="nearest-exact")[0, 0]
         overlaid = (overlay(image.float() / 255, mask) * 255).round().byte().permute(1, 2, 0)
         overlay_path = self.output / "overlays" / target.relative_to(self.output)

@@ -11,9 +11,9 @@ from modules.losses.precision import to_float32
 
 
 def bce_real(logits: Tensor) -> Tensor:
-    """Cross-entropy with the label "real", mean of -log D: D's loss on reals, and G's non-saturating loss on fakes.
+    """Compute the cross-entropy with the label "real", the mean of -log D (Goodfellow et al., arXiv:1406.2661, Section 3).
 
-    Goodfellow et al., arXiv:1406.2661, Section 3.
+    It is D's loss on reals, and G's non-saturating loss on fakes.
 
     Args:
         logits: discriminator logits (N, ...); D is their sigmoid.
@@ -22,29 +22,29 @@ def bce_real(logits: Tensor) -> Tensor:
 
 
 def bce_fake(logits: Tensor) -> Tensor:
-    """Cross-entropy with the label "fake", mean of -log(1 - D); its negative is G's saturating loss (eq. 1)."""
+    """Compute the cross-entropy with the label "fake", the mean of -log(1 - D); its negative is G's saturating loss (eq. 1)."""
     return F.softplus(to_float32(logits)).mean()
 
 
 def gan_generator_loss(logits: Tensor, kind: str) -> Tensor:
-    """Generator loss on fakes: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
+    """Compute the generator loss on fakes: "non-saturating", max log D(G(z)), or "saturating", min log(1 - D(G(z))) (eq. 1).
 
-    Goodfellow et al., Section 3: where D rejects a fake with confidence, log(1 - D) is flat and -log D is steep.
+    If D rejects a fake with confidence, log(1 - D) is flat and -log D is steep (Goodfellow et al., Section 3).
 
     Raises:
-        UserError: `kind` is another name.
+        UserError: `kind` has another value.
     """
     if kind == "non-saturating":
         return bce_real(logits)
     if kind == "saturating":
         return -bce_fake(logits)
-    raise UserError(f"model.loss: {kind}; use non-saturating or saturating")
+    raise UserError(f"model.loss: {kind} is not valid. Use non-saturating or saturating")
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """Gradient penalty, the mean of (|grad| - 1)**2: Gulrajani et al., arXiv:1704.00028, eq. 3, without lambda.
+    """Compute the gradient penalty, the mean of (|grad| - 1)**2 (Gulrajani et al., arXiv:1704.00028, eq. 3, without lambda).
 
-    Computed outside autocast: bf16 causes relative errors of several percent in the second derivatives.
+    The computation is outside autocast: bf16 causes relative errors of several percent in the second derivatives.
 
     Args:
         critic: function from images to values; it must not be compiled.

@@ -1,1 +1,1 @@
-"""Networks and weight initialisation shared by several methods."""
+"""Networks and weight initialization shared by several methods."""

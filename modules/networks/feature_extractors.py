@@ -1,4 +1,4 @@
-"""Networks whose features compare generated with real images, and their weights files."""
+"""Feature networks for comparing generated images with real ones, and their weights files."""
 
 import hashlib
 from pathlib import Path
@@ -16,24 +16,24 @@ from datamodules.io.paths import find_file
 class Extractor(Protocol):
     """Protocol of feature networks; a recipe can name any class that implements it.
 
-    The constructor takes the weights file.
+    The argument of the constructor is the weights file.
     """
 
-    name: str  # in protocols: fid/<name>-50000
-    url: str | None  # of the weights file, whose name ends with the first digits of its sha256
+    name: str  # part of protocol names, such as fid/<name>-50000
+    url: str | None  # URL of the weights file; its name ends with the first digits of its sha256
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Extract features of uint8 images (N, C, H, W).
 
         Returns:
-            "features" (N, F), and for a classifier "logits" (N, K); float32.
+            Float32 "features" (N, F), and for a classifier also "logits" (N, K).
         """
 
 
 class Inception:
     """torch-fidelity's port of the 2015 Inception network that defines FID, KID and the Inception Score.
 
-    The features are the inputs of the last layer (2048); the logits leave its bias out, as the reference code does.
+    The features are the 2048 inputs of the last layer. The logits exclude its bias, as in the reference code.
     """
 
     name: ClassVar[str] = "inception-tf"
@@ -54,7 +54,10 @@ class Inception:
 
 
 class VGG16:
-    """torchvision's VGG-16; its second hidden layer (4096) defines improved precision and recall."""
+    """torchvision's VGG-16; the features are its second fully connected layer (4096) after ReLU.
+
+    These features define improved precision and recall.
+    """
 
     name: ClassVar[str] = "vgg16"
     url: ClassVar[str | None] = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -73,7 +76,7 @@ class VGG16:
 class MnistLeNet:
     """LeNet-5 (LeCun et al., 1998, with ReLU and max pooling), trained on MNIST at 32 pixels.
 
-    The features are the outputs of layer F6 (84).
+    The features are the 84 outputs of layer F6, after ReLU.
     """
 
     name: ClassVar[str] = "mnist-lenet"
@@ -97,19 +100,19 @@ class MnistLeNet:
 
 
 def find_weights(extractor: type[Extractor], weights_path: str | None) -> Path:
-    """Return the weights file of an extractor: `weights_path`, otherwise from torch's cache, otherwise downloaded into it.
+    """Return the weights file of an extractor: `weights_path`, or the file in torch's cache, downloaded if it is missing.
 
     Args:
         extractor: extractor class.
-        weights_path: see `find_file`; None to download the weights.
+        weights_path: path, see `find_file`; None for the file in torch's cache.
 
     Raises:
-        UserError: the file is missing and cannot be downloaded, or it holds more than tensors.
+        UserError: the file is missing and cannot be downloaded, is damaged, or contains objects other than tensors.
     """
     if weights_path is not None:
         path = find_file(weights_path, f"weights of {extractor.name}")
     elif extractor.url is None:
-        raise UserError(f"weights of {extractor.name}: no download exists; name a file by `weights`")
+        raise UserError(f"weights of {extractor.name}: they cannot be downloaded. Set `weights` to a file")
     else:
         path = Path(torch.hub.get_dir()) / "checkpoints" / extractor.url.rpartition("/")[2]
         if not path.is_file():
@@ -126,10 +129,10 @@ def _download(extractor: type[Extractor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
+    except (OSError, RuntimeError) as error:  # RuntimeError: wrong checksum
         raise UserError(
-            f"weights of {extractor.name}: download from {url} failed ({error}); put the file at {path}, name one by "
-            "`weights`, or set `on_missing_weights: skip`"
+            f"weights of {extractor.name}: download from {url} failed ({error}). Save the file as {path}, set `weights` to a "
+            "file, or set `on_missing_weights: skip`"
         ) from None
 
 

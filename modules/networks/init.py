@@ -1,10 +1,14 @@
-"""Weight initialisation, in place."""
+"""Weight initialization, in place."""
 
 from torch import nn
 
 
 def dcgan_init_(network: nn.Module, std: float = 0.02) -> None:
-    """DCGAN (arXiv:1511.06434), Section 4: weights N(0, std); batch normalisation gains N(1, std), biases zero."""
+    """Initialize as in DCGAN (arXiv:1511.06434), Section 4.
+
+    Weights are normal with mean 0 and standard deviation `std`. Batch normalization has weights with mean 1 and the same
+    standard deviation, and zero biases. Other biases do not change.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.normal_(layer.weight, 0, std)
@@ -14,7 +18,7 @@ def dcgan_init_(network: nn.Module, std: float = 0.02) -> None:
 
 
 def xavier_init_(network: nn.Module) -> None:
-    """Glorot and Bengio, 2010: uniform weights, zero biases."""
+    """Initialize as in Glorot and Bengio, 2010: uniform weights, zero biases."""
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -23,9 +27,9 @@ def xavier_init_(network: nn.Module) -> None:
 
 
 def he_init_(network: nn.Module) -> None:
-    """U-Net (arXiv:1505.04597), Section 3: weights N(0, sqrt(2 / N)), zero biases.
+    """Initialize as in U-Net (arXiv:1505.04597), Section 3: normal weights with standard deviation sqrt(2 / N), zero biases.
 
-    N is the fan-in; in a stride-2 transposed convolution each output depends on one pixel per input channel.
+    N is the fan-in. In a 2 x 2 transposed convolution with stride 2, each output depends on one pixel per input channel.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):

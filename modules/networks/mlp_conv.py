@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 def encoder(
     network: NetworkType, shape: tuple[int, int, int], hidden_dims: Sequence[int], out_dim: int, activation: Activation
 ) -> nn.Sequential:
-    """Network from images (N, C, H, W) to (N, out_dim).
+    """Create a network from images (N, C, H, W) to (N, out_dim).
 
     Args:
         network: type of the network.
@@ -26,7 +26,7 @@ def encoder(
         activation: activation after each hidden layer.
 
     Raises:
-        UserError: a convolutional network has no layers, or an image side is not divisible by 2 for each layer.
+        UserError: a convolutional network has no layers, or an image side is not a multiple of 2**len(hidden_dims).
     """
     if network == "fully-connected":
         channels, height, width = shape
@@ -41,12 +41,15 @@ def encoder(
 def decoder(
     network: NetworkType, in_dim: int, hidden_dims: Sequence[int], shape: tuple[int, int, int], activation: Activation
 ) -> nn.Sequential:
-    """Network from (N, in_dim) to images (N, C, H, W): a mirrored `encoder` with an affine output layer.
+    """Create a network from (N, in_dim) to images (N, C, H, W): a mirrored `encoder` with an affine output layer.
 
     Args:
         network, hidden_dims, activation: see `encoder`; `hidden_dims` in the order of the encoder.
         in_dim: size of the input.
         shape: image shape (C, H, W).
+
+    Raises:
+        UserError: see `encoder`.
     """
     channels, height, width = shape
     if network == "fully-connected":
@@ -61,7 +64,7 @@ def decoder(
 
 
 def mlp(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
-    """Affine layers with activations between them."""
+    """Create affine layers with activations between them: (N, sizes[0]) to (N, sizes[-1])."""
     layers: list[nn.Module] = []
     for in_channels, out_channels in pairwise(sizes):
         layers += [nn.Linear(in_channels, out_channels), ACTIVATIONS[activation]()]
@@ -69,18 +72,22 @@ def mlp(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
 
 
 def bottleneck_area(shape: tuple[int, int, int], hidden_dims: Sequence[int]) -> int:
-    """Number of pixels of the smallest feature maps of a convolutional network."""
+    """Return the number of pixels of the smallest feature maps of a convolutional network.
+
+    Raises:
+        UserError: see `encoder`.
+    """
     if not hidden_dims:
-        raise UserError("model.hidden_dims: a convolutional network needs at least one layer; use [32, 64], for example")
+        raise UserError("model.hidden_dims: a convolutional network needs at least one layer. Use [32, 64], for example")
     if any(side % 2 ** len(hidden_dims) for side in shape[1:]):
         raise UserError(
-            f"model.hidden_dims: {len(hidden_dims)} layers; image sides must be multiples of {2 ** len(hidden_dims)}, "
-            f"not {shape[1]}x{shape[2]} pixels"
+            f"model.hidden_dims: {len(hidden_dims)} layers need image sides that are multiples of {2 ** len(hidden_dims)}, "
+            f"not {shape[1]}x{shape[2]} pixels. Use fewer layers or another image size"
         )
     return (shape[1] >> len(hidden_dims)) * (shape[2] >> len(hidden_dims))
 
 
 def to_hw(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width from a pair or from a single number for square images."""
+    """Return height and width from a pair, or from a single number for square images."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

@@ -28,7 +28,7 @@ class GenerativeMethod(Method, ABC):
         self.latent_dim, self.latent_distribution = latent_dim, latent_distribution
 
     def sample_latents(self, indices: Sequence[int], seed: int = 0) -> Tensor:
-        """Latents of the samples with these indices, (N, latent_dim)."""
+        """Return the latents of the samples with these indices, (N, latent_dim)."""
         if self.latent_distribution == "normal":
             z = normal(seed, "sample", indices, self.latent_dim)
         else:
@@ -36,7 +36,7 @@ class GenerativeMethod(Method, ABC):
         return torch.from_numpy(z).to(self.dtype).to(self.device)
 
     def batch_latents(self, batch: Batch) -> Tensor:
-        """Latents of a training batch, (N, latent_dim), with the distribution of `sample_latents`."""
+        """Return the latents of a training batch, (N, latent_dim), with the distribution of `sample_latents`."""
         z = self.batch_noise(batch, "latent", self.latent_dim, self.latent_distribution)
         return z if self.latent_distribution == "normal" else 2 * z - 1
 
@@ -53,5 +53,5 @@ class GenerativeMethod(Method, ABC):
     preview_limit = 1
 
     def preview(self, outputs: Batch) -> Tensor:
-        """A grid of samples, of the same latents each time."""
+        """Draw a grid of samples; the latents are the same at each validation."""
         return image_grid(outputs["prediction"][:SHEET])

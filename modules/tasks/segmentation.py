@@ -33,30 +33,31 @@ class SegmentationMethod(Method, ABC):
     ) -> None:
         super().__init__(total_images, learning_rate, seed=seed)
         if tta_views not in TTA_VIEWS:
-            raise UserError(f"model.tta_views: {tta_views}; use one of {', '.join(map(str, TTA_VIEWS))}")
+            raise UserError(f"model.tta_views: {tta_views} is not valid. Use one of {', '.join(map(str, TTA_VIEWS))}")
         self.num_classes, self.tiling, self.tta_views = num_classes, tiling, tta_views
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (N, num_classes, H - margin, W - margin) of images (N, C, H, W) in [0, 1]."""
+        """Compute logits (N, num_classes, H - margin, W - margin) from images (N, C, H, W) in [0, 1]."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy with the mask (N, H, W), as "cross_entropy"; pixels are weighted by "weight" (N, H, W) if present.
+        """Compute the cross-entropy with the mask (N, H, W), as "cross_entropy" (U-Net, eq. 1).
 
-        U-Net, eq. 1. The mean is over all pixels, including ignored ones, so that micro-batches have equal weights.
+        Pixels are weighted by "weight" (N, H, W) if it is present. The mean is over all pixels, including ignored ones, so that
+        micro-batches have equal weights.
 
         Raises:
             UserError: the mask does not have the size of the prediction.
         """
         margin = batch["image"].shape[-1] - batch["mask"].shape[-1]
         if margin != self.tiling.margin:
-            raise UserError(f"data.margin: {margin}; this network needs {self.tiling.margin}")
+            raise UserError(f"data.margin: {margin} does not fit this network. Use {self.tiling.margin}")
         logits, mask = self(batch["image"]), batch["mask"]
         cross_entropy = F.cross_entropy(to_float32(logits), mask, ignore_index=IGNORE_INDEX, reduction="none")
         return {"cross_entropy": (cross_entropy * batch["weight"] if "weight" in batch else cross_entropy).mean()}
 
     def probabilities(self, image: Tensor) -> Tensor:
-        """Class probabilities (N, num_classes, H, W) of images (N, C, H, W) of any size, averaged over the symmetries."""
+        """Compute class probabilities (N, num_classes, H, W) of images (N, C, H, W) of any size, averaged over symmetries."""
         return predict_tiled(self._mean_over_symmetries, image.to(self.dtype), self.tiling)
 
     def validation_step(self, batch: SegmentationEvalBatch, batch_idx: int) -> SegmentationOutputs:
@@ -68,11 +69,11 @@ class SegmentationMethod(Method, ABC):
     preview_limit = 3
 
     def preview(self, outputs: Batch) -> Tensor:
-        """Image, truth, prediction and errors."""
+        """Draw the image, the true mask, the prediction and the errors."""
         return comparison_row(outputs["image"][0], outputs["prediction"][0].argmax(0), outputs["mask"][0])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Add the most probable class of each pixel, uint8 (N, H, W), as "prediction"; saves memory for large images."""
+        """Add the most probable class of each pixel, uint8 (N, H, W), as "prediction"; probabilities would need more memory."""
 
         def argmax_tile(tile: Tensor) -> Tensor:
             return self._mean_over_symmetries(tile).argmax(1, keepdim=True).to(torch.uint8)

@@ -34,13 +34,13 @@ class SuperResolutionMethod(Method):
         raise TypeError(f"{type(self).__name__} has no network without padding")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error over the pixels that the unpadded network predicts, as "mse".
+        """Compute the mean squared error over the pixels that the unpadded network predicts, as "mse".
 
         Raises:
-            UserError: patches are smaller than the network's receptive field.
+            UserError: a patch is too small for the unpadded network.
         """
         if (side := min(batch["input"].shape[-2:])) < self.min_patch_size:
-            raise UserError(f"data.patch_size: {side}; this network needs at least {self.min_patch_size} LR pixels")
+            raise UserError(f"data.patch_size: {side} is too small for the network. Use at least {self.min_patch_size} pixels")
         prediction = self.forward_valid(batch["input"])
         return {"mse": F.mse_loss(prediction, center_crop(batch["target"], prediction.shape[-2:]))}
 
@@ -53,12 +53,12 @@ class SuperResolutionMethod(Method):
     preview_limit = 3
 
     def preview(self, outputs: Batch) -> Tensor:
-        """Input, enlarged by nearest neighbor, prediction and target."""
+        """Draw the input enlarged by nearest-neighbor interpolation, the prediction and the target."""
         enlarged = F.interpolate(outputs["input"][:1].float(), size=outputs["target"].shape[-2:], mode="nearest")
         return image_row(enlarged, outputs["prediction"][:1], outputs["target"][:1])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Add the upscaled image as "prediction"; memory does not grow with its height."""
+        """Add the upscaled image as "prediction"; the memory of the network does not grow with the image height."""
         return {**batch, "prediction": predict_in_strips(self, batch["input"], self.scale)}
 
 
@@ -68,11 +68,14 @@ def predict_in_strips(
     """Upscale an image in horizontal strips; the result equals that of a single pass.
 
     Args:
-        network: (N, 1, h, w) to (N, 1, h * scale, w * scale).
+        network: function from (N, 1, h, w) to (N, 1, h * scale, w * scale).
         lr_image: (N, 1, h, w).
         scale: integer scale factor.
         pixels: approximate number of input pixels of a strip.
-        context: input rows above and below a strip that its outermost pixels depend on.
+        context: input rows above and below a strip that are passed to the network too; at least its receptive radius.
+
+    Returns:
+        (N, 1, h * scale, w * scale).
     """
     height, width = lr_image.shape[-2:]
     rows = max(context, pixels // width)
@@ -85,10 +88,10 @@ def predict_in_strips(
 
 
 def pad_replicate(image: Tensor, margin: int) -> Tensor:
-    """Replicate the border of an image by `margin` pixels on every side."""
+    """Pad an image (N, C, H, W) with `margin` replicated border pixels on every side."""
     return F.pad(image, (margin,) * 4, mode="replicate")
 
 
 def valid_conv_margin(network: nn.Sequential) -> int:
-    """Pixels lost on every side in a chain of unpadded, odd-sized convolutions of stride 1."""
+    """Return the pixels lost on every side in a chain of unpadded convolutions with odd kernel sizes and stride 1."""
     return sum(layer.kernel_size[0] // 2 for layer in network if isinstance(layer, nn.Conv2d))

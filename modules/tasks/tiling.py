@@ -19,9 +19,9 @@ class Tiling:
 
     Args:
         tile_size: side of an output tile in pixels.
-        margin: input side minus output side; half of it lies on every side.
+        margin: input side minus output side in pixels, half of it on each side.
         stride: period of the network's translation equivariance in pixels.
-        offset: remainder of valid output sides; they are a multiple of `stride` plus `offset`.
+        offset: valid output sides are a multiple of `stride` plus `offset`.
 
     Raises:
         UserError: `tile_size` is not a valid output side.
@@ -36,11 +36,11 @@ class Tiling:
         if self.tile_size < self.stride + self.offset or (self.tile_size - self.offset) % self.stride:
             nearest = self.round_up(max(self.tile_size, self.stride + self.offset))
             raise UserError(
-                f"model.tile_size: {self.tile_size} is not {self.offset} plus a multiple of {self.stride}; use {nearest}"
+                f"model.tile_size: {self.tile_size} is not {self.offset} plus a multiple of {self.stride}. Use {nearest}"
             )
 
     def round_up(self, length: int) -> int:
-        """Smallest valid output side that covers `length`."""
+        """Return the smallest valid output side that covers `length`."""
         return max(1, -(-(length - self.offset) // self.stride)) * self.stride + self.offset
 
 
@@ -51,7 +51,7 @@ def predict_tiled(network: Callable[[Tensor], Tensor], image: Tensor, tiling: Ti
     of a single pass. Other networks have less context at tile borders.
 
     Args:
-        network: (N, C, h + margin, w + margin) to (N, K, h, w).
+        network: function from (N, C, h + margin, w + margin) to (N, K, h, w).
         image: (N, C, H, W), of any size.
         tiling: tile geometry of the network.
 

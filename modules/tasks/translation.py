@@ -17,7 +17,7 @@ class TranslationMethod(Method, ABC):
     """Method that translates images of any size.
 
     Attributes:
-        stride: divisor of the sides that the networks accept.
+        stride: the networks accept sides that are multiples of it.
     """
 
     stride = 4
@@ -27,14 +27,20 @@ class TranslationMethod(Method, ABC):
         """Translate (N, 3, H, W) in [0, 1] to the same shape; sides are multiples of `stride` and at least twice that."""
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
-        """Translate images with sides of any length: pad them by reflection at the right and the bottom, then crop."""
+        """Translate images (N, 3, H, W) in [0, 1] of any size: pad them at the right and the bottom, then crop the result.
+
+        The padding is by reflection, or by replication if a side is at most `stride`.
+        """
         height, width = image.shape[-2:]
         padding = [max(2 * self.stride, side + -side % self.stride) - side for side in (width, height)]
         mode = "reflect" if min(height, width) > self.stride else "replicate"
         return self(F.pad(image.to(self.dtype), (0, padding[0], 0, padding[1]), mode=mode), direction)[..., :height, :width]
 
     def validation_step(self, batch: UnpairedEvalBatch, batch_idx: int) -> TranslationOutputs:
-        """Add the translation, its reconstruction in the source domain, and the identity mapping ("same")."""
+        """Add the translation as "prediction", its translation back as "reconstruction", and the identity mapping as "same".
+
+        The identity mapping is the translation of the image to its own domain.
+        """
         direction = cast(Direction, batch["direction"][0])
         reverse: Direction = "BtoA" if direction == "AtoB" else "AtoB"
         translation = self.translate(batch["image"], direction)
@@ -50,11 +56,11 @@ class TranslationMethod(Method, ABC):
     preview_limit = 3
 
     def preview_group(self, outputs: dict[str, Any]) -> str:
-        """As many previews in each direction."""
+        """Return the direction, so that both directions have the same number of previews."""
         return outputs["direction"][0]
 
     def preview(self, outputs: dict[str, Any]) -> Tensor:
-        """Image, translation and reconstruction."""
+        """Draw the image, the translation and the reconstruction."""
         return image_row(*(outputs[name][:1] for name in ("image", "prediction", "reconstruction")))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

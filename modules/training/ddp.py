@@ -8,7 +8,7 @@ class ManualDDPStrategy(DDPStrategy):
     """DDP without gradient hooks: ranks start from the same weights, and `Method` averages the gradients of each update.
 
     Lightning's DDP wraps the module and expects every backward pass to reach every parameter. With alternating networks it
-    would reduce each gradient twice. Registered as "ddp", Lightning's default for more than one device.
+    would reduce each gradient twice. This strategy is registered as "ddp", Lightning's default for more than one device.
     """
 
     def configure_ddp(self) -> None:

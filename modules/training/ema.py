@@ -26,7 +26,7 @@ class EMA(nn.Module):
         self.half_life = half_life
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Output of the averaged network."""
+        """Apply the averaged network."""
         return self.network(*inputs)
 
     @torch.no_grad()

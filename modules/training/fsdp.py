@@ -17,10 +17,11 @@ from modules.training.ema import EMA
 
 
 class FSDP2Strategy(ManualDDPStrategy):
-    """Shard each network as one FSDP unit: full while it computes, sharded otherwise. Registered as "fsdp2".
+    """FSDP2 with each network as one unit: its weights are full during computation and sharded otherwise.
 
-    Checkpoints hold full weights and states, as with "ddp", so a run can resume with either strategy. Lightning's own FSDP2
-    strategy does not shard unless the mesh sizes are given. Its "fsdp" cannot train alternating networks.
+    This strategy is registered as "fsdp2". Checkpoints contain full weights and states, as with "ddp", so a run can resume with
+    either strategy. Lightning's own FSDP2 strategy does not shard unless the mesh sizes are given. Lightning's "fsdp" strategy
+    cannot train alternating networks.
     """
 
     def configure_ddp(self) -> None:
@@ -37,15 +38,15 @@ class FSDP2Strategy(ManualDDPStrategy):
             fully_shard(network, mesh=mesh, reshard_after_forward=False)
 
     def setup_optimizers(self, trainer: Any) -> None:
-        """Accept only torch's elementwise optimizers: each rank has only a shard of a matrix.
+        """Set up the optimizers, and accept only those of torch; others may need full matrices, but each rank has a shard.
 
         Raises:
-            UserError: the optimizer is not one of torch.
+            UserError: an optimizer is not from torch.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if type(optimizer).__module__.partition(".")[0] != "torch":
-                raise UserError(f"trainer.strategy: fsdp2 cannot shard {type(optimizer).__name__}; use 'ddp'")
+                raise UserError(f"trainer.strategy: fsdp2 cannot shard {type(optimizer).__name__}. Use 'ddp'")
 
     def on_validation_start(self) -> None:
         """Gather the full weights: ranks evaluate different numbers of items, so validation must not use collectives."""
@@ -60,11 +61,11 @@ class FSDP2Strategy(ManualDDPStrategy):
             unit.reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """State dict of full tensors, on every rank."""
+        """Return the state dict with full tensors, on every rank."""
         return gather_full_tensors(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Optimizer state of full tensors, on every rank."""
+        """Return the optimizer state with full tensors, on every rank."""
         return gather_full_tensors(super().optimizer_state(optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -82,7 +83,7 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy)
 
 
 def shardable_modules(parent: nn.Module, exclude: Sequence[str] = ()) -> Iterator[nn.Module]:
-    """Networks to shard: the children that have parameters, and those inside containers and EMA modules."""
+    """Yield the networks to shard: the children that have parameters, and those inside containers and EMA modules."""
     for name, child in parent.named_children():
         if name in exclude:
             continue
@@ -98,7 +99,7 @@ def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
 
 
 def gather_full_tensors(value: Any) -> Any:
-    """Replace sharded tensors in nested containers by full ones; every rank must call it."""
+    """Replace sharded tensors in nested containers with full ones; every rank must call this function."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -107,7 +108,7 @@ def gather_full_tensors(value: Any) -> Any:
 
 
 def local_shard(value: Any, like: Tensor) -> Any:
-    """Shard an optimizer state as its parameter is sharded; step counts stay as they are."""
+    """Shard an optimizer state in the same way as its parameter; step counts do not change."""
     if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return value

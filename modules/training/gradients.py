@@ -16,7 +16,10 @@ BUCKET_BYTES = 25 * 2**20  # bytes per all-reduce, the default of torch's DDP
 
 
 def backward(trainer: Any, loss: Tensor) -> None:
-    """Backpropagate a loss, scaled under fp16, outside autocast, which would round the second derivatives of a penalty."""
+    """Backpropagate a loss, scaled under fp16.
+
+    The backward pass is outside autocast, which would round the second derivatives of a gradient penalty.
+    """
     scaler = grad_scaler(trainer)
     with torch.autocast(loss.device.type, enabled=False):
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -25,16 +28,16 @@ def backward(trainer: Any, loss: Tensor) -> None:
 def optimizer_step(
     trainer: Any, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float | None = None
 ) -> None:
-    """Average the gradients over all ranks, once each, and update the parameters.
+    """Average each gradient over all ranks, and update the parameters.
 
-    Runs outside autocast, which would round the matrix products of an optimizer. Under fp16, all ranks skip a step whose
+    The step is outside autocast, which would round the matrix products of an optimizer. Under fp16, all ranks skip a step whose
     gradients overflow.
 
     Args:
         trainer: Lightning trainer, for the precision and the number of ranks.
         optimizer: torch optimizer.
         parameters: parameters of the optimizer.
-        max_grad_norm: maximum norm of all gradients together, unscaled; None for no clipping.
+        max_grad_norm: maximum norm of all gradients together, without the loss scale; None for no clipping.
     """
     scaler = grad_scaler(trainer)
     with torch.autocast(parameters[0].device.type, enabled=False):
@@ -57,7 +60,7 @@ def update_grad_scaler(trainer: Any) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
-    """Replace each gradient by its mean over all ranks; FSDP has averaged those of sharded weights already."""
+    """Replace each gradient by its mean over all ranks; FSDP has already averaged those of sharded weights."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     for bucket in make_buckets(gradients):
         flat = _flatten_dense_tensors(bucket)
@@ -68,7 +71,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> No
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Broadcast the buffers of rank 0: batch normalisation statistics differ between ranks."""
+    """Broadcast the buffers of rank 0: the statistics of batch normalization differ between ranks."""
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
 

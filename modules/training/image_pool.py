@@ -11,13 +11,13 @@ from datamodules.random.noise import uniform
 
 
 class ImagePool(nn.Module):
-    """Replace half of the new fakes by stored ones, and store the new ones in their slots: CycleGAN, Section 4.
+    """Pool that replaces half of the new fakes with stored ones, and stores the new ones in their slots (CycleGAN, Section 4).
 
     A. Shrivastava et al. Learning from Simulated and Unsupervised Images through Adversarial Training. arXiv:1612.07828.
 
     All ranks share one pool. A sample's effect on it depends only on the sample's id, so the pool is the same for any number
-    of ranks and micro-batches. It is a submodule of the method, so checkpoints contain it. The samples of a step read the
-    pool as it was before that step; `Method` calls `update` after it.
+    of ranks and micro-batches. It is a submodule of the method, so checkpoints contain it. Stored fakes are always from earlier
+    steps, because `Method` calls `update` after each step.
 
     Args:
         capacity: number of stored fakes; 0 disables the pool.
@@ -35,11 +35,11 @@ class ImagePool(nn.Module):
         self.pending: list[tuple[range, Tensor]] = []  # sample ids and fakes of this step
 
     def query(self, images: Tensor, sample_ids: range, n_seen: int) -> Tensor:
-        """Replace some new fakes by stored ones.
+        """Replace some new fakes with stored ones.
 
         Args:
             images: new fakes (N, C, H, W).
-            sample_ids: ids of their samples.
+            sample_ids: ids of the samples, one for each fake.
             n_seen: number of samples before this step.
 
         Returns:
@@ -60,7 +60,7 @@ class ImagePool(nn.Module):
         return torch.where(to_device_async(use_stored, images.device)[:, None, None, None], stored, images)
 
     def slot_indices(self, sample_ids: range) -> list[int]:
-        """Slot in which each sample's fake is stored; -1 for half of the fakes once the pool is full."""
+        """Return the slot of each sample's fake; -1 for fakes that are not stored, which are half of them in a full pool."""
         keep_draws, slot_draws = uniform(self.seed, self.stream, sample_ids, 2).T
         return [
             sample_id if sample_id < self.capacity else int(slot_draw * self.capacity) if keep_draw < 0.5 else -1

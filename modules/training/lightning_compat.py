@@ -1,7 +1,8 @@
 """Code that relies on Lightning's private or untyped API; tests/modules/test_lightning_compat.py checks each assumption.
 
-`NoProfiler`, `FastSetattrModule` and `patch_training_loop` only save time: together 0.2 to 0.3 ms of the 0.9 to 1.2 ms by which
-a step of autoencoder/demo would be longer than that of a bare loop (`darkroom bench`, two rounds, one thread of a CPU).
+`NoProfiler`, `FastSetattrModule` and `patch_training_loop` only save time. Without them, a step of autoencoder/demo takes 0.9
+to 1.2 ms longer than a step of a bare loop. They reduce this difference by 0.2 to 0.3 ms (`darkroom bench`, two rounds, one
+CPU thread).
 """
 
 from collections import OrderedDict
@@ -16,7 +17,7 @@ NULL_CONTEXT = nullcontext()
 
 
 class NoProfiler(PassThroughProfiler):
-    """Profiler without overhead; Lightning's default one opens some fifty generator contexts per step (0.25 ms)."""
+    """Profiler without overhead; Lightning's default profiler opens about fifty generator contexts per step (0.25 ms)."""
 
     def profile(self, action_name: str) -> Any:
         """Return a null context."""
@@ -24,10 +25,10 @@ class NoProfiler(PassThroughProfiler):
 
 
 class FastSetattrModule(L.LightningModule):
-    """LightningModule with fast assignment of the name of the running hook; `nn.Module` searches its parameters first."""
+    """LightningModule with fast assignment of the current hook's name; `nn.Module` would search its parameters first."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":  # some thirty assignments per step
+        if name == "_current_fx_name":  # about thirty assignments per step
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -36,8 +37,8 @@ class FastSetattrModule(L.LightningModule):
 def patch_training_loop(trainer: Any) -> None:
     """Remove two unneeded operations from the training loop; call it in `on_train_start`.
 
-    At every step Lightning inspects the signature of `training_step`. With several ranks it also broadcasts at every step
-    whether one has received SIGTERM, which `callbacks/run/preemption.py` handles.
+    At every step, Lightning inspects the signature of `training_step`. With several ranks, it also broadcasts at every step
+    whether a rank has received SIGTERM. `callbacks/run/preemption.py` handles this signal instead.
     """
     loop = trainer.fit_loop.epoch_loop
     loop._build_kwargs = lambda kwargs, batch, batch_idx: OrderedDict(batch=batch, batch_idx=batch_idx)
@@ -52,17 +53,17 @@ def increment_global_step(trainer: Any) -> None:
 
 
 def grad_scaler(trainer: Any) -> GradScaler | None:
-    """Loss scaler of fp16; None in other precisions."""
+    """Return the loss scaler of fp16; None in other precisions."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def datamodule(trainer: Any) -> Any:
-    """The datamodule of the trainer, which Lightning's types do not know."""
+    """Return the datamodule of the trainer; Lightning does not declare this attribute."""
     return trainer.datamodule
 
 
 def log_every_n_steps(trainer: Any) -> int:
-    """Logging interval in batches."""
+    """Return the logging interval in batches."""
     return trainer.log_every_n_steps
 
 
@@ -71,16 +72,16 @@ def sync_logger_step(trainer: Any) -> None:
 
     Lightning counts a batch for its loggers only after the validation that follows it. A checkpoint written between the two
     restores a count that is one too low. A batch with a checkpoint in its validation is counted again after resuming. In both
-    cases a resumed run would log at other steps than an uninterrupted one.
+    cases, the logged steps of a resumed run would differ from those of an uninterrupted run.
     """
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
 
 def is_validation_due(trainer: Any) -> bool:
-    """Whether a validation follows the batch that has just ended; call it in `on_train_batch_end`.
+    """Return whether a validation follows the batch that has just ended; call it in `on_train_batch_end`.
 
-    A run resumed from a checkpoint between the batch and its validation would skip that validation.
+    A checkpoint must not be saved between the batch and its validation, because a resumed run would skip that validation.
     """
     interval = trainer.val_check_batch
     if trainer.should_stop:

@@ -1,4 +1,4 @@
-"""Loss terms between two logs: they stay on the device, are read together, and must be finite."""
+"""Buffer of loss terms between two log entries: they remain on the device, are read together, and must be finite."""
 
 import math
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ class NonFiniteLoss(UserError):
 class PhaseLosses(NamedTuple):
     """Loss terms of one optimizer update of a phase."""
 
-    images_seen: int  # after the update
-    prefix: str  # of the phase's terms in the log
+    images_seen: int  # images seen after the update
+    prefix: str  # prefix of the names in the log
     names: list[str]
-    values: Tensor
+    values: Tensor  # (number of names,)
 
 
 class LossLog:
-    """Losses since the last log. They are read only when they are logged, because reading one makes the host wait."""
+    """Losses since the last log entry. They are read together, because each read synchronizes the host with the device."""
 
     def __init__(self) -> None:
         self.pending: list[PhaseLosses] = []
 
     def append(self, images_seen: int, prefix: str, names: Sequence[str], values: Tensor) -> None:
-        """Add the terms of an update."""
+        """Append the terms of an optimizer update."""
         self.pending.append(PhaseLosses(images_seen, prefix, list(names), values))
 
     def newest(self, world_size: int, device: torch.device, learning_rate: float) -> dict[str, float]:
@@ -61,14 +61,14 @@ class LossLog:
         self.pending = [terms._replace(values=item) for terms, item in zip(self.pending, chunks, strict=True)]
 
     def state(self) -> list[list[Any]]:
-        """The losses, for a checkpoint."""
+        """Return the losses for a checkpoint."""
         return [list(terms) for terms in self.pending]
 
     def load_state(self, state: list[list[Any]]) -> None:
-        """Restore the losses of a checkpoint."""
+        """Restore the losses from a checkpoint."""
         self.pending = [PhaseLosses(*terms) for terms in state]
 
 
 def non_finite(problem: str, images_seen: int, learning_rate: float) -> NonFiniteLoss:
-    """The error of a loss or a gradient that is not finite."""
+    """Return the error for a loss or a gradient that is not finite."""
     return NonFiniteLoss(f"{problem} after {images_seen} images; lower model.learning_rate (now {learning_rate})")

@@ -49,7 +49,7 @@ NOISE_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
     "fast-normal": partial(normal, dtype=np.float32),
     "uniform": uniform,
 }
-MIN_LOSS_SCALE = 2.0**-14  # fp16 loss scale; torch starts at 2**16 and halves it at each overflow
+MIN_LOSS_SCALE = 2.0**-14  # smallest fp16 loss scale; torch starts at 2**16 and halves it at each overflow
 
 
 class Method(FastSetattrModule):
@@ -70,13 +70,13 @@ class Method(FastSetattrModule):
         UserError: `total_images` is less than 1.
     """
 
-    training_only_modules: ClassVar[Sequence[str]] = ()  # names of submodules that committed weights leave out
+    training_only_modules: ClassVar[Sequence[str]] = ()  # names of submodules that committed weights exclude
     double_backward_networks: ClassVar[Sequence[str]] = ()  # names of networks under a gradient penalty
 
     def __init__(self, total_images: int, learning_rate: float, warmup: int = 0, seed: int = 0) -> None:
         super().__init__()
         if total_images < 1:
-            raise UserError(f"model.total_images: {total_images} must be at least 1")
+            raise UserError(f"model.total_images: {total_images} is too small. Use at least 1")
         self.automatic_optimization = False
         self.total_images = total_images
         self.learning_rate = learning_rate
@@ -94,19 +94,19 @@ class Method(FastSetattrModule):
     # To be overridden by methods
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss terms on one batch, by name; their sum is minimised."""
+        """Compute the loss terms on one batch, by name; their sum is minimized."""
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
     def phases(self) -> Sequence[Phase]:
-        """Phases of a training step, in order."""
+        """Return the phases of a training step, in order."""
         return [Phase("", self.losses, lambda images_seen: {"lr": self.schedule(images_seen)})]
 
     def make_optimizers(self) -> dict[str, Optimizer]:
-        """Create the optimizers, by name; `phases` refer to the names."""
+        """Create the optimizers, by name; `Phase.optimizer` refers to a name."""
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
     def configure_optimizers(self) -> Any:
-        """Create the optimizers, in the order of `make_optimizers`; a method with one loss returns its optimizer."""
+        """Create the optimizers, in the order of `make_optimizers`; a method with one loss returns its own optimizer."""
         optimizers = self.make_optimizers()
         self.optimizer_names = list(optimizers)
         return list(optimizers.values())
@@ -114,40 +114,41 @@ class Method(FastSetattrModule):
     def shared_forward(self, batch: Batch) -> Batch:
         """Compute tensors that several phases need, such as the fakes of a step; they are added to the batch.
 
-        Valid until a network that produced them is updated; later phases use them without gradients. Only one phase may
-        backpropagate through them. They are recomputed for each micro-batch and each repeated update of a phase. Once their
-        networks have been updated, later phases get the detached tensors of that update instead.
+        The tensors are valid until a network that produced them is updated. Only one phase may backpropagate through them; the
+        other phases must detach them. They are recomputed for each repeated update of a phase. With gradient accumulation, they
+        are recomputed for each micro-batch and phase. After the update of a network that produced them, later phases receive
+        the detached tensors of that update.
         """
         return {}
 
     def add_reference(self, name: str, network: nn.Module, find_weights: Callable[[], Path]) -> None:
         """Register a frozen network that losses use as `self.references[name].network`, such as VGG.
 
-        It is moved with the method, but never trained and not in checkpoints; the run record has the hash of its weights. The
-        weights are loaded before the first step.
+        The network is moved to the method's device. It is not trained and not part of checkpoints; the run record contains the
+        hash of its weights. The weights are loaded before the first step.
 
         Args:
             name: name in the record.
-            network: network with any weights.
-            find_weights: function that returns the file of the weights, or raises a UserError.
+            network: network; its weights are replaced by those of the file.
+            find_weights: function that returns the weights file, or raises a UserError.
         """
         self.references[name] = ReferenceNetwork(network, find_weights)
 
     def schedule(self, images_seen: int) -> float:
-        """Learning rate after `images_seen` images."""
+        """Return the learning rate after `images_seen` images: a linear warmup, then a half cosine to zero."""
         if images_seen < self.warmup:
             return self.learning_rate * (images_seen + 1) / self.warmup
         progress = min(1.0, (images_seen - self.warmup) / max(1, self.total_images - self.warmup))
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def stages(self) -> list[Stage]:
-        """Stages of the training; `darkroom reproduce --check` replays the first steps of each."""
+        """Return the stages of training; `darkroom reproduce --check` replays the first steps of each."""
         return [Stage(), Stage(self.warmup)] if self.warmup else [Stage()]
 
-    preview_limit: ClassVar[int] = 0  # previews of each group after a validation
+    preview_limit: ClassVar[int] = 0  # maximum number of previews of each group after a validation
 
     def preview_group(self, outputs: Batch) -> str:
-        """Group of the outputs of a validation batch; each group has its own previews, such as each direction."""
+        """Return the preview group of a validation batch, such as its direction; each group has its own previews."""
         return ""
 
     def preview(self, outputs: Batch) -> Tensor:
@@ -155,14 +156,17 @@ class Method(FastSetattrModule):
         raise TypeError(f"{type(self).__name__} has no preview")
 
     def batch_noise(self, batch: Batch, stream: str, size: int, kind: str = "normal") -> Tensor:
-        """Sample noise (N, size) for a batch; each row depends only on the sample's id, not on the rank.
+        """Sample noise (N, size) for a batch; a row depends on the sample's id, but not on the rank.
 
         Args:
             batch: batch passed to `losses` or `shared_forward`.
             stream: name of the random stream; different streams are independent.
             size: number of values per sample.
-            kind: "normal", with mean 0 and standard deviation 1; "fast-normal", the same in single precision, with other
-                values; or "uniform", in (0, 1).
+            kind: "normal", with mean 0 and standard deviation 1; "fast-normal", the same distribution in single precision, with
+                different values; or "uniform", in (0, 1).
+
+        Returns:
+            (N, size), with the dtype and the device of the method.
         """
         values = NOISE_SAMPLERS[kind](self.seed, f"train/{stream}/{batch['repeat_index']}", batch["sample_ids"], size)
         noise = torch.from_numpy(values).to(self.dtype)
@@ -249,7 +253,11 @@ class Method(FastSetattrModule):
         return map_tensors(value, lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
 
     def _log(self) -> None:
-        """Check all losses since the last log, and log the newest values."""
+        """Check all losses since the last log entry, and log the newest values.
+
+        Raises:
+            NonFiniteLoss: a loss or a gradient is not finite.
+        """
         metrics = self._newest_losses()
         self.loss_log.pending = []
         for bound in self.bound_phases:
@@ -263,7 +271,11 @@ class Method(FastSetattrModule):
         return self.loss_log.newest(self.trainer.world_size, self.device, self.learning_rate)
 
     def _check_finite_grad(self, bound: BoundPhase) -> None:
-        """Raise if a gradient is not finite; under fp16, where the scaler skips such steps, if it overflows at any scale."""
+        """Check that the gradients are finite; under fp16, check the loss scale, because the scaler skips steps that overflow.
+
+        Raises:
+            NonFiniteLoss: a gradient is not finite, or the fp16 loss scale is below `MIN_LOSS_SCALE`.
+        """
         suffix = f" of '{bound.phase.name}'" if bound.phase.name else ""
         if (scaler := grad_scaler(self.trainer)) is not None:
             if scaler.get_scale() < MIN_LOSS_SCALE:
@@ -277,29 +289,29 @@ class Method(FastSetattrModule):
     # Lightning hooks
 
     def setup(self, stage: str) -> None:
-        """Load the weights of the reference networks for a training; a method that overrides this calls it.
+        """Load the weights of the reference networks before training; an override must call this method.
 
         Raises:
-            UserError: the weights are missing, damaged, or of another network.
+            UserError: the weights are missing, damaged, or belong to another network.
         """
         if stage == "fit":
             for reference in self.references.values():
                 reference.load()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the reference networks with the method."""
+        """Apply a device or dtype conversion to the method and to its reference networks."""
         for reference in self.__dict__.get("references", {}).values():
             reference.network._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def on_fit_start(self) -> None:
-        """Plan the stages, and tell the datamodule the position in its stream and the batch size there."""
+        """Plan the stages, and pass the position in the stream and the batch size to the datamodule."""
         data: Any = datamodule(self.trainer)
         self.stage_plan = StagePlan(self.stages(), data.batch_size)
         data.position, data.batch_size_at = lambda: self.images_seen, self.stage_plan.batch_size
 
     def on_train_start(self) -> None:
-        """Bind the phases to the optimizers, freeze untrained parameters, and stop at once if the budget is used up."""
+        """Bind the phases to the optimizers, freeze untrained parameters, and stop if the training budget is used up."""
         patch_training_loop(self.trainer)
         self.bound_phases = bind_phases(self.phases(), dict(zip(self.optimizer_names, self.trainer.optimizers, strict=True)))
         self.fsdp_modules = fsdp_modules(self)
@@ -310,13 +322,13 @@ class Method(FastSetattrModule):
         self.trainer.should_stop = self.images_seen >= self.total_images
 
     def _set_val_interval(self) -> None:
-        """Keep the images between two validations when the batch size changes."""
+        """Keep the number of images between two validations constant when the batch size changes."""
         if len(set(self.stage_plan.batch_sizes)) > 1:
             images = self.trainer.val_check_interval * datamodule(self.trainer).batch_size
             set_val_interval(self.trainer, images // self.stage_plan.batch_size(self.images_seen))
 
     def _enter_stage(self) -> None:
-        """Reset the optimizers if the step is the first of a stage that asks for it."""
+        """Set the validation interval at the first step of a stage, and reset the optimizers if the stage requires it."""
         index = self.stage_plan.index(self.images_seen)
         if not self.images_seen or self.images_seen != self.stage_plan.starts[index]:
             return
@@ -326,7 +338,7 @@ class Method(FastSetattrModule):
                 optimizer.state.clear()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the loggers' step, enter a stage, and seed torch by the images seen, so that a resumed run repeats dropout."""
+        """Set the loggers' step, enter a stage, and seed torch from the images seen, so that a resumed run repeats dropout."""
         sync_logger_step(self.trainer)
         self._enter_stage()
         seed = derive_seed(self.seed, f"step/{self.images_seen}/{self.trainer.global_rank}")
@@ -335,14 +347,18 @@ class Method(FastSetattrModule):
             torch.cuda.manual_seed(seed)
 
     def on_validation_start(self) -> None:
-        """Synchronize the buffers of all ranks and check the losses since the last log."""
+        """Synchronize the buffers of all ranks and check the losses since the last log entry.
+
+        Raises:
+            NonFiniteLoss: a loss is not finite.
+        """
         if self.trainer.world_size > 1:
             broadcast_buffers(self)
         if self.trainer.state.fn == "fit":
             self._newest_losses()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the images seen, the pending losses, and the settings that a bit-identical resumed run must share."""
+        """Add the images seen, the pending losses, and the settings that must be equal for a bit-identical resumed run."""
         checkpoint["images_seen"] = self.images_seen
         checkpoint["world_size"] = self.trainer.world_size
         checkpoint["precision"] = str(self.trainer.precision)
@@ -355,7 +371,7 @@ class Method(FastSetattrModule):
         self.loss_log.load_state(checkpoint["pending_losses"])
 
     def compile_networks(self) -> None:
-        """Compile the networks in place; checkpoint names do not change.
+        """Compile the networks in place; the names in checkpoints do not change.
 
         Networks in `double_backward_networks` are skipped: compiled code does not support double backward passes.
         """

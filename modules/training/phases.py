@@ -1,4 +1,4 @@
-"""Phases of a training step: the optimizer updates of alternating networks, as data."""
+"""Phases of a training step: declarations of the optimizer updates of alternating networks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ class Phase:
 
     Args:
         name: name in logs and messages; empty for a method with a single phase.
-        losses: function from a batch to the loss terms by name; their sum is minimised.
+        losses: function from a batch to the loss terms by name; their sum is minimized.
         schedule: function from the images seen to the optimizer's "lr" (and "momentum", ...).
-        optimizer: name of the optimizer, see `Method.make_optimizers`; None for the name of the phase. Two phases may share
-            one, such as a loss and its lazy regularisation.
-        every_n_steps: number of training steps from one use of the phase to the next.
+        optimizer: name of the optimizer, see `Method.make_optimizers`; None for the name of the phase. Two phases may share an
+            optimizer, such as a loss and its lazy regularization.
+        every_n_steps: the phase runs in every n-th training step.
         n_updates: optimizer updates in such a step, each with new noise.
         max_grad_norm: maximum norm of the unscaled gradients; None for no clipping.
 
@@ -42,7 +42,7 @@ class Phase:
     def __post_init__(self) -> None:
         if min(self.every_n_steps, self.n_updates) < 1:
             raise UserError(
-                f"phase '{self.name}': n_updates {self.n_updates} and every_n_steps {self.every_n_steps} must be at least 1"
+                f"phase '{self.name}': n_updates {self.n_updates}, every_n_steps {self.every_n_steps}. Use at least 1 for both"
             )
 
     @property
@@ -65,21 +65,21 @@ class BoundPhase:
 
 
 def bind_phases(phases: Sequence[Phase], optimizers: Mapping[str, Optimizer]) -> list[BoundPhase]:
-    """Give each phase its optimizer.
+    """Pair each phase with its optimizer.
 
     Args:
         phases: phases in order.
         optimizers: optimizers by name.
 
     Raises:
-        TypeError: two phases have one name, a phase names no optimizer, or no phase uses an optimizer.
+        TypeError: two phases have the same name, or the phases do not use exactly the given optimizers.
     """
     names = [phase.name for phase in phases]
     if len(set(names)) < len(names):
-        raise TypeError(f"two phases have one name: {', '.join(names)}")
+        raise TypeError(f"two phases have the same name: {', '.join(names)}")
     used = [phase.name if phase.optimizer is None else phase.optimizer for phase in phases]
     if set(used) != set(optimizers):
-        raise TypeError(f"the phases use the optimizers {sorted(set(used))}, but there are {sorted(optimizers)}")
+        raise TypeError(f"the phases use the optimizers {sorted(set(used))}, but the method has {sorted(optimizers)}")
     return [BoundPhase(phase, optimizers[name]) for phase, name in zip(phases, used, strict=True)]
 
 
@@ -123,12 +123,12 @@ def split_micro_batches(batch: Batch, count: int, first_id: int) -> list[Batch]:
 
 
 def batch_size_of(batch: Batch) -> int:
-    """Number of samples in a batch."""
+    """Return the number of samples in a batch."""
     return len(next(iter(batch.values())))
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to the tensors in nested lists and dicts; other values stay."""
+    """Apply a function to the tensors in nested lists and dicts; other values do not change."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -142,7 +142,7 @@ def detach_tensors(batch: Batch) -> Batch:
 
 
 def has_gradients(value: Any) -> bool:
-    """Whether a tensor in nested lists and dicts requires gradients."""
+    """Return whether a tensor in nested lists and dicts requires gradients."""
     if isinstance(value, Tensor):
         return value.requires_grad
     if isinstance(value, dict):

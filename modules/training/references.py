@@ -1,4 +1,4 @@
-"""Frozen reference networks of a method: features for a loss, or a judge."""
+"""Frozen reference networks of a method, such as feature extractors for a loss and evaluators."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from datamodules.errors import UserError
 
 @dataclass
 class ReferenceNetwork:
-    """A frozen network and the file of its weights.
+    """A frozen network and its weights file.
 
     Args:
-        network: network in evaluation mode, without gradients.
-        find_weights: function that returns the file, .pth or .safetensors; it raises a UserError where there is none.
+        network: network; it is set to evaluation mode, without gradients.
+        find_weights: function that returns the weights file (.pth or .safetensors), or raises a UserError.
     """
 
     network: nn.Module
     find_weights: Callable[[], Path]
-    weights_hash: str = ""  # sha256 of the file, once it is loaded
+    weights_hash: str = ""  # sha256 of the file; empty until the file is loaded
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -34,7 +34,7 @@ class ReferenceNetwork:
         """Load the weights, once.
 
         Raises:
-            UserError: the file is missing, damaged, or of another network.
+            UserError: the file is missing, damaged, or belongs to another network.
         """
         if self.weights_hash:
             return

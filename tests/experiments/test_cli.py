@@ -84,7 +84,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--model.scale", "4"], "model.scale: 4 differs from data.scale: 3"),
         (["fit", DEMO, "--model.total_images", "0"], "model.total_images: 0"),
         (["fit", "espcn/t91_x3"], "darkroom: t91"),
-        (["fit", DEMO, "--monitor", "nothing"], "monitor: no metric 'nothing' is logged; choose one of: "),
+        (["fit", DEMO, "--monitor", "nothing"], "monitor: no metric 'nothing' is logged"),
         (["fit", DEMO, "--trainer.gradient_clip_val", "1"], "--trainer.gradient_clip_val: "),
         (["fit", DEMO, "--trainer.accelerator", "gpu"], "No supported gpu backend found"),
         (["fit", DEMO, "--wandb", "online"], "--wandb online: "),

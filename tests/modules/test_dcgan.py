@@ -52,7 +52,7 @@ def test_sample_and_discriminator_shapes(size, kernel):
 
 
 def test_invalid_size_raises_user_error():
-    with pytest.raises(UserError, match=r"model\.size: 48; .*28, 32, 64, 128"):
+    with pytest.raises(UserError, match=r"model\.size: 48"):
         DCGAN(1, 48)
 
 

@@ -53,7 +53,7 @@ def test_invalid_input_sizes_raise_user_error():
     method = SMPSegmenter("deeplabv3plus", "resnet18", None, classes=2, tile_size=64)
     with pytest.raises(UserError, match=r"data\.crop and data\.margin: .*100 "):
         method(torch.rand(2, 3, 100, 100))
-    with pytest.raises(UserError, match=r"data\.batch_size: batch normalisation"):
+    with pytest.raises(UserError, match=r"data\.batch_size: .*two images"):
         method(torch.rand(1, 3, 64, 64))
     with pytest.raises(UserError, match=r"model\.margin: 20"):
         SMPSegmenter("unet", "resnet18", None, margin=20)

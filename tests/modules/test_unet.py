@@ -123,7 +123,7 @@ def test_loss_is_weighted_cross_entropy():
         for n in range(2) for i in range(6) for j in range(6) if batch["mask"][n, i, j] != 255
     ) / 72  # fmt: skip
     assert method.losses(batch)["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
-    with pytest.raises(UserError, match=r"data\.margin: 18; .* 16"):
+    with pytest.raises(UserError, match=r"data\.margin: 18 .*16"):
         method.losses({**batch, "mask": batch["mask"][:, 1:-1, 1:-1]})
 
 

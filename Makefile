@@ -1,34 +1,34 @@
-# make demo and make test work on a fresh machine with Python 3.11 or newer; `make PYTHON=python3.12 demo` names another.
+# `make demo` and `make test` require only Python 3.11 or newer. Select another interpreter with `make PYTHON=python3.12 demo`.
 PYTHON ?= python3
 BIN := .venv/bin
 
-help:  ## what there is to make
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-demo: .venv/installed  ## two minutes from photographs to a network that enlarges them
+demo: .venv/installed  ## train a super-resolution network on photographs, in two minutes
 	$(BIN)/darkroom demo
 
-test: .venv/installed  ## all tests but the longest; no GPU, no data, ten minutes on two cores
+test: .venv/installed  ## run all tests except the slow ones, in ten minutes on two cores (no GPU or datasets needed)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: .venv/installed  ## the longer proofs too
+test-all: .venv/installed  ## run all tests, including the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: .venv/installed  ## format, lint, types
+check: .venv/installed  ## check format, lint rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: .venv/installed  ## format, and mend what can be mended
+format: .venv/installed  ## format the code and apply automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-install: .venv/installed  ## the environment in .venv, versions as locked in constraints.txt
+install: .venv/installed  ## create the environment in .venv with the versions in constraints.txt
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps sweeps==0.3.0  # W&B's schema, for tests; it asks for an older numpy
+	$(BIN)/python -m pip install --quiet --no-deps sweeps==0.3.0  # W&B's schema, for tests; it declares an older numpy
 	@touch $@
 
 .PHONY: help demo test test-all check format install

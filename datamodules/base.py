@@ -19,11 +19,13 @@ class ResumableDataModule(L.LightningDataModule, ABC):
     """Base class of datamodules whose training stream is a function of a seed and of the number of samples taken.
 
     Attributes:
-        position: function that returns the number of samples taken so far by all ranks; a method in training sets it.
-        batch_size_at: function from a position to the global batch size there; likewise.
+        position: function that returns the number of samples taken so far by all ranks; set by the method before training.
+        batch_size_at: function that maps a position to the global batch size at this position; set by the method as well.
+        data_report: validation results and content hashes of the images.
+        missing_sets: messages about test sets that are not installed.
 
     Args:
-        batch_size: global batch size, over all devices; a method may have stages with other sizes.
+        batch_size: global batch size, over all devices; a stage of a method may use another size.
         num_workers: loader processes for training; 0 is fastest for data in memory.
         seed: seed of the order and of all random numbers of a sample.
         skip_bad: skip unusable files and report their count instead of raising an error.
@@ -45,7 +47,11 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """Infinite loader of this rank's part of every training batch.
+        """Return an infinite loader of this rank's slice of each training batch.
+
+        Args:
+            items: dataset that returns the slice for an output of `InfiniteBatchSampler`.
+            length: number of items in one pass.
 
         Raises:
             UserError: the batch size is not a multiple of the number of processes.
@@ -53,13 +59,13 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         rank, world_size = self.rank_and_world_size
         if self.batch_size % world_size:
             raise UserError(
-                f"data.batch_size: {self.batch_size} is not divisible by {world_size} processes; use a multiple of {world_size}"
+                f"data.batch_size: {self.batch_size} is not divisible by {world_size} processes. Use a multiple of {world_size}"
             )
         sampler = InfiniteBatchSampler(length, self.batch_size_at, self.seed, self.position, rank, world_size)
         return make_loader(items, sampler, self.num_workers)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
-        """Loader of this rank's evaluation items, see `RankSampler`."""
+        """Return a loader of this rank's evaluation items; see `RankSampler`."""
         return make_loader(items, RankSampler(length, *self.rank_and_world_size))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Mapping[str, Any]:
@@ -69,18 +75,19 @@ class ResumableDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def prepare_train_batch(self, batch: dict[str, Any]) -> Mapping[str, Any]:
-        """Turn what the training loader yields into a batch, on the device."""
+        """Convert the output of the training loader to a training batch, on the device."""
 
     def prepare_eval_batch(self, batch: dict[str, Any]) -> Mapping[str, Any]:
-        """Turn what an evaluation loader yields into a batch, on the device; by default it is one."""
+        """Convert the output of an evaluation loader to an evaluation batch, on the device; by default, return it unchanged."""
         return batch
 
     @classmethod
     def is_installed(cls, spec: str, init_args: dict[str, Any]) -> bool:
-        """Whether the dataset `spec` is installed, for a datamodule with these arguments.
+        """Return whether the dataset `spec` is installed, for a datamodule with the arguments `init_args`.
 
         Raises:
-            DatasetNotFound: it is not.
+            DatasetNotFound: a dataset of image files is absent or incomplete.
+            UserError: unknown dataset or split.
         """
         entry = catalog().get(spec.partition("/")[0])
         if entry and entry.arrays:
@@ -93,19 +100,22 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         return resolve_images(spec, init_args.get("scale"))
 
     def preview_images(self, count: int) -> Tensor | None:
-        """Real images to compare samples with, (count, C, H, W) in [0, 1]; None where outputs have their own."""
+        """Return real images for comparison with samples, (count, C, H, W) in [0, 1]; None if outputs contain real images."""
         return None
 
     def state_dict(self) -> dict[str, int]:
-        """The settings that determine the order of the samples; the position is the images seen by the method."""
+        """Return the settings that determine the order of the samples; the method stores the position as `images_seen`."""
         return {"batch_size": self.batch_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Refuse a checkpoint of another order.
+        """Check that a checkpoint has the same order of samples.
 
         Raises:
             UserError: the batch size or seed differs from the checkpoint's.
         """
         for key in ("batch_size", "seed"):
             if state[key] != getattr(self, key):
-                raise UserError(f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}")
+                raise UserError(
+                    f"data.{key}: {getattr(self, key)}, but the checkpoint's run had {state[key]}. "
+                    "Use the value of the checkpoint, or start a new run"
+                )

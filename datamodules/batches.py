@@ -1,7 +1,8 @@
-"""Batches and outputs of each task: what a datamodule yields on the device, and what a method's evaluation steps return.
+"""Types of each task's batches (yielded by the datamodule, on the device) and outputs (returned by evaluation steps).
 
-Images are float32, NCHW, RGB or luma, in [0, 1]; masks are int64 class ids, 255 where a pixel is ignored. The training step
-adds "sample_ids", a range, and "repeat_index", see `modules.training.method`. Outputs are the batch and what the method adds.
+Images are float32, NCHW, RGB or luma, in [0, 1]; masks are int64 class ids, 255 for ignored pixels. The training step
+adds "sample_ids", a range, and "repeat_index"; see `modules.training.method`. Outputs contain the batch
+and the entries that the method adds.
 """
 
 from typing import NotRequired, TypedDict
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 class Named(TypedDict):
-    """Evaluation images by name; each is evaluated once."""
+    """Names of evaluation images; each image is evaluated once."""
 
     name: list[str]  # N names within the dataset
     dataset: list[str]  # N names of datasets
@@ -28,7 +29,7 @@ class SuperResolutionEvalBatch(SuperResolutionBatch, Named):
 
 
 class SuperResolutionOutputs(SuperResolutionEvalBatch):
-    """With the upscaled image."""
+    """Evaluation batch with the upscaled image."""
 
     prediction: Tensor  # like `target`; may exceed [0, 1]
 
@@ -47,7 +48,7 @@ class GenerationEvalBatch(TypedDict):
 
 
 class GenerationOutputs(GenerationEvalBatch):
-    """With the samples."""
+    """Evaluation batch with the samples."""
 
     prediction: Tensor  # (N, C, H, W)
 
@@ -59,11 +60,11 @@ class ReconstructionEvalBatch(GenerationBatch, Named):
 
 
 class ReconstructionOutputs(ReconstructionEvalBatch):
-    """With codes and reconstructions."""
+    """Evaluation batch with codes and reconstructions."""
 
     code: Tensor  # (N, D)
     prediction: Tensor  # like `image`
-    input: NotRequired[Tensor]  # like `image`, where the method corrupts it
+    input: NotRequired[Tensor]  # like `image`, if the method corrupts it
 
 
 class SegmentationBatch(TypedDict):
@@ -81,13 +82,13 @@ class SegmentationEvalBatch(SegmentationBatch, Named):
 
 
 class SegmentationOutputs(SegmentationEvalBatch):
-    """With class probabilities."""
+    """Evaluation batch with class probabilities."""
 
     prediction: Tensor  # (N, K, H, W)
 
 
 class UnpairedBatch(TypedDict):
-    """Images of two domains; those at one position have nothing in common."""
+    """Unpaired images of two domains: images at the same index are unrelated."""
 
     A: Tensor  # (N, 3, H, W)
     B: Tensor  # (N, 3, H, W)
@@ -97,20 +98,20 @@ class UnpairedEvalBatch(Named):
     """A full image of one domain; N is 1."""
 
     image: Tensor  # (N, 3, H, W)
-    direction: list[str]  # N times "AtoB" or "BtoA", from the domain of the image to the other
-    mask: NotRequired[Tensor]  # uint8 (N, H', W'), where the dataset has labels
+    direction: list[str]  # N times "AtoB" or "BtoA"; the first letter is the domain of the image
+    mask: NotRequired[Tensor]  # uint8 (N, H', W'), if the dataset has labels
 
 
 class TranslationOutputs(UnpairedEvalBatch):
-    """With translations, each like `image`."""
+    """Evaluation batch with translations, each like `image`."""
 
-    prediction: Tensor  # in the other domain
-    reconstruction: Tensor  # back from there
-    same: Tensor  # the identity mapping: the translation to the domain that the image is in
+    prediction: Tensor  # `image` translated to the other domain
+    reconstruction: Tensor  # `prediction` translated back to the domain of `image`
+    same: Tensor  # identity mapping: translation of `image` to the domain of `image`
 
 
 class RingBatch(TypedDict):
-    """Points of the plane."""
+    """Points in the plane."""
 
     point: Tensor  # (N, 2)
 

@@ -23,14 +23,14 @@ EVAL_BATCH = 100  # samples per evaluation batch
 class Generation(ResumableDataModule):
     """Images of one size for generative models.
 
-    Yields `GenerationBatch`, and `GenerationEvalBatch`, see `datamodules/batches.py`; `reference_sets` holds the real images of
-    `val` or `test`.
+    Yields `GenerationBatch` and `GenerationEvalBatch`, see `datamodules/batches.py`. The attribute `reference_sets` contains
+    the real images of `val` or `test` by dataset name.
 
     Args:
         train: training images: a dataset of the catalog ("digits"), one of its splits ("mnist/train"), or a folder.
         size: side in pixels, see `load_image_set`.
         channels: 1 or 3.
-        val: held-out real images, for validation and for parameters that test metrics select on held-out data.
+        val: held-out real images, for validation and for test metrics that select a parameter on held-out images.
         test: datasets of real images for the test; absent ones are reported and skipped.
         val_samples: number of generated samples per validation.
         test_samples: number of generated samples per test.
@@ -98,11 +98,11 @@ class Generation(ResumableDataModule):
             except DatasetNotFound as error:
                 self.missing_sets.append(f"{spec}: {error}")
         if not image_sets:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given")
+            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
         return image_sets
 
     def preview_images(self, count: int) -> Tensor:
-        """The first training images in training order: (count, channels, size, size) in [0, 1]."""
+        """Return the first training images in training order: (count, channels, size, size) in [0, 1]."""
         order = InfiniteBatchSampler(len(self.items), count, self.seed, lambda: 0)
         _, items = next(iter(order))
         return self.items[0, items]["image"].float() / 255
@@ -110,17 +110,17 @@ class Generation(ResumableDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Infinite loader of uint8 images; `on_after_batch_transfer` converts them to float."""
+        """Return an infinite loader of uint8 images; `on_after_batch_transfer` converts them to float."""
         if self.num_workers and isinstance(self.items, InMemoryImages):
             self.items.images.pixels.share_memory_()
         return self.train_loader(self.items, len(self.items))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Loader of the indices of validation samples."""
+        """Return a loader of the indices of validation samples."""
         return self._index_loader(self.val_samples)
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Loader of the indices of test samples."""
+        """Return a loader of the indices of test samples."""
         return self._index_loader(self.test_samples)
 
     def _index_loader(self, count: int) -> DataLoader[dict[str, Tensor]]:
@@ -149,7 +149,7 @@ class InMemoryImages(Dataset[dict[str, Any]]):
         return len(self.images.labels)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """{"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first}."""
+        """Return {"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first sample}."""
         start, items = slice_
         selection = torch.from_numpy(items)
         return {"image": self.images.pixels[selection], "label": self.images.labels[selection], "start": start}
@@ -167,19 +167,19 @@ class StreamedImages(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """{"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first}."""
+        """Return {"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first sample}."""
         start, items = slice_
         crops = [center_crop_resize(self.files[item], self.size, self.channels, self.crop) for item in items]
         return {"image": torch.stack(crops), "label": self.labels[torch.from_numpy(items)], "start": start}
 
 
 def eval_batch_size(count: int, world_size: int) -> int:
-    """Size of evaluation batches of `count` items: at most `EVAL_BATCH`, and small enough for every rank to get some."""
+    """Return the size of evaluation batches: at most `EVAL_BATCH`, and at most `count / world_size` rounded up."""
     return min(EVAL_BATCH, -(-count // world_size))
 
 
 class SampleIndices(Dataset[dict[str, Tensor]]):
-    """The indices 0 ... count - 1 in batches of at most `batch_size`."""
+    """Indices 0 ... count - 1 in batches of at most `batch_size`."""
 
     def __init__(self, count: int, batch_size: int) -> None:
         self.count, self.batch_size = count, batch_size
@@ -188,7 +188,11 @@ class SampleIndices(Dataset[dict[str, Tensor]]):
         return -(-self.count // self.batch_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """{"index": int64 (B,)}."""
+        """Return {"index": int64 (B,)}.
+
+        Raises:
+            IndexError: `index` is not below the number of batches.
+        """
         if index >= len(self):
             raise IndexError(index)
         return {"index": torch.arange(index * self.batch_size, min(self.count, (index + 1) * self.batch_size))}

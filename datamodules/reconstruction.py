@@ -20,7 +20,6 @@ from datamodules.io.image_set import ImageSet
 from datamodules.random.philox import random_words
 
 Binarization = Literal["real-valued", "dynamic", "static"]
-EVAL_BATCH = 100  # images per evaluation batch
 
 
 class Reconstruction(Generation):
@@ -34,9 +33,9 @@ class Reconstruction(Generation):
         size: side in pixels, see `load_image_set`; or the height and width of an array dataset, which is not resized.
         val: validation images.
         test: datasets to evaluate; absent ones are reported and skipped.
-        binarization: "real-valued" for pixels in [0, 1]; "dynamic" for pixels sampled as 0 or 1 with their values as
-            probabilities at every visit (Burda et al., arXiv:1509.00519), with a fixed sample in evaluation; "static" for
-            binary datasets. Likelihoods of different kinds are not comparable and are logged under different names.
+        binarization: "real-valued" for pixels in [0, 1]; "dynamic" for pixels that are sampled as 0 or 1 in each pass, with
+            their values as probabilities (Burda et al., arXiv:1509.00519), and once for evaluation; "static" for binary
+            datasets. Likelihoods of different kinds are not comparable and are logged under different names.
         channels: 1 or 3.
         exclude_classes: classes (folder names or digits) removed from the training set.
         crop, hflip, batch_size, num_workers, skip_bad, seed: see `Generation`.
@@ -82,7 +81,8 @@ class Reconstruction(Generation):
         Raises:
             DatasetNotFound: a dataset is not installed.
             InvalidImage: files are unusable, or pixels do not match `binarization`; the message names them.
-            UserError: `exclude_classes` contains unknown classes, or all classes of the training set.
+            UserError: `exclude_classes` contains unknown classes or all classes of the training set, or a dataset does not
+                match `size` or `channels`.
         """
         super().setup(stage)
         if stage == "fit" and self.exclude_classes:
@@ -94,7 +94,10 @@ class Reconstruction(Generation):
                 )
             keep = torch.tensor([name not in self.exclude_classes for name in self.class_names])[labels]
             if not keep.any():
-                raise UserError(f"data.exclude_classes: {', '.join(self.exclude_classes)} removes all images of {self.train}")
+                raise UserError(
+                    f"data.exclude_classes: {', '.join(self.exclude_classes)}: no image of {self.train} is left. "
+                    "Exclude fewer classes"
+                )
             self.items = InMemoryImages(ImageSet(pixels[keep], labels[keep]))
 
     def _read(self, spec: str) -> ImageSet:
@@ -119,17 +122,20 @@ class Reconstruction(Generation):
             )
         pixels, labels = read_split(spec)
         if tuple(pixels.shape[1:]) != (self.channels, *(self.image_hw or ())):
-            raise UserError(f"data.size: {list(self.image_hw or ())}, but the images of {spec} are {list(pixels.shape[1:])}")
+            raise UserError(
+                f"data.size: {list(self.image_hw or ())} and data.channels: {self.channels}, but the images of {spec} are "
+                f"{list(pixels.shape[1:])} (channels, height, width). Set both accordingly"
+            )
         self.data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
         return ImageSet(pixels, labels)
 
     def _folder_names(self, spec: str) -> list[str]:
-        """Folder names of the usable images of a dataset, in their order."""
+        """Return the folder name of each usable image of a dataset, in the order of the images."""
         usable = self.data_report.content_hashes[dataset_label(spec)]
         return [ref.path.parent.name for ref in list_image_refs(spec) if ref.name in usable]
 
     def is_unseen(self, labels: Tensor) -> Tensor:
-        """Whether each label (N,) is absent from training: bool (N,)."""
+        """Return whether the class of each label (N,) is absent from training: bool (N,)."""
         if is_array_dataset(self.train):
             training_classes = {str(label) for label in read_split(self.train)[1].unique().tolist()}
         else:
@@ -139,11 +145,11 @@ class Reconstruction(Generation):
     # Loaders
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of the validation images."""
+        """Return a loader of the validation images."""
         return self._reference_loader()
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of the images of all test sets."""
+        """Return a loader of the images of all test sets."""
         return self._reference_loader()
 
     def _reference_loader(self) -> DataLoader[dict[str, Any]]:
@@ -153,7 +159,7 @@ class Reconstruction(Generation):
     # Batch processing on the device
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> GenerationBatch:
-        """Convert uint8 images to float32 in [0, 1], apply random flips, and binarize."""
+        """Convert uint8 images to float32 in [0, 1], apply random flips, and binarize them if `binarization` is "dynamic"."""
         prepared = super().prepare_train_batch(batch)
         if self.binarization == "dynamic":
             prepared["image"] = binarize(prepared["image"], self.seed, "binarise", batch["start"])
@@ -181,7 +187,7 @@ class ReconstructionEvalImages(Dataset[dict[str, Any]]):
         return len(self.parts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """See `Reconstruction`."""
+        """Return an evaluation batch; see `Reconstruction`."""
         dataset_name, first = self.parts[index]
         image, label = (tensor[first : first + self.batch_size] for tensor in self.sets[dataset_name])
         image = image.float() / 255
@@ -198,7 +204,7 @@ class ReconstructionEvalImages(Dataset[dict[str, Any]]):
 
 
 def is_array_dataset(spec: str) -> bool:
-    """Whether `spec` names a dataset of the catalog that is stored as arrays."""
+    """Return whether `spec` is a dataset of the catalog, or one of its splits, that is stored as arrays."""
     name = spec.partition("/")[0]
     return name in catalog() and bool(get_dataset(name).arrays)
 

@@ -11,12 +11,12 @@ from datamodules.random.philox import permutation
 class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
     """An infinite stream of shuffled items, split into batches.
 
-    Each pass over the items has its own order. The item at a position is a function of the seed, so a resumed run continues
+    Each pass over the items has a different order. The item at a position is a function of the seed, so a resumed run continues
     with the next sample. Each rank takes its slice of every batch.
 
     Args:
         length: number of items in a pass.
-        batch_size: global batch size, divisible by `world_size`, or a function from a position to it.
+        batch_size: global batch size, divisible by `world_size`, or a function that maps a position to it.
         seed: seed of the order.
         position: function, called when iteration starts, that returns the number of samples taken so far by all ranks.
         rank, world_size: index of this process and number of processes.
@@ -35,7 +35,7 @@ class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the global position of the slice's first sample and the items of the slice (batch_size / world_size,)."""
+        """Yield the global position of the slice's first sample, and the slice's items: int64 (batch_size / world_size,)."""
         position = self.position()
         passes, orders = range(0), np.empty(0, dtype=np.int64)
         while True:
@@ -49,15 +49,19 @@ class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
             position += batch_size
 
     def pass_order(self, pass_index: int) -> np.ndarray:
-        """Order of the items in a pass: int64 (length,)."""
+        """Return the order of the items in a pass: int64 (length,)."""
         return permutation(self.seed, "order", pass_index, self.length)
 
 
 class RankSampler(Sampler[int]):
-    """Items rank, rank + world_size, ...: every item once over all ranks, without padding.
+    """Items rank, rank + world_size, ...: each item occurs once over all ranks, without padding.
 
-    A rank without an item gets a duplicate, because Lightning skips a loop without batches, including its hooks, and the other
-    ranks would wait forever. Metrics count an item once.
+    Exception: if there are fewer items than ranks, a rank without items gets a duplicate. Lightning skips a loop without
+    batches, including its hooks, and the other ranks would then wait forever. Metrics count each item once.
+
+    Args:
+        length: number of items.
+        rank, world_size: index of this process and number of processes.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:

@@ -39,15 +39,18 @@ class Segmentation(ResumableDataModule):
         instances: whether the masks of folders are instance ids; their classes are background (0) and object (1).
         crop: side of the mask of a training tile in pixels.
         margin: pixels by which the image of a tile is larger than its mask (half on every side), for valid convolutions.
-        downscale: integer factor by which images and masks are reduced first; metrics refer to the reduced size.
+        downscale: integer factor by which images and masks are reduced after reading; metrics refer to the reduced size.
         rotate, hflip, zoom, elastic_std: see `SpatialAugment`.
         contrast_jitter: maximum relative change of contrast and absolute change of brightness; 0 for none.
         border_weight: w0 of U-Net's eq. 2, the weight between close cells; None for no weights, including class weights.
-            Cells are the instances, or the connected components of class 1 without instance ids.
+            Cells are the instances, or the connected components of class 1 if there are no instance ids.
         batch_size: global batch size, over all devices.
         streaming: decode images on demand instead of keeping them in memory; use with `num_workers`.
         num_workers: loader processes; 0 is fastest for images in memory.
         seed: seed of the order and of the augmentation.
+
+    Raises:
+        UserError: an argument is out of range, or `border_weight` is combined with `streaming`.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class Segmentation(ResumableDataModule):
         self.contrast_jitter, self.border_weight, self.streaming = contrast_jitter, border_weight, streaming
         self.classes_present: dict[str, set[int]] = {}  # dataset name -> class ids in its masks
         if border_weight is not None and streaming:
-            raise UserError("data.border_weight: weights need images in memory; use --data.streaming false")
+            raise UserError("data.border_weight: requires images in memory. Use --data.streaming false, or null for no weights")
         if not 2 <= num_classes <= IGNORE_INDEX or channels not in (1, 3):
             raise UserError(
                 f"data.num_classes: {num_classes} must be 2 to {IGNORE_INDEX}; data.channels: {channels} must be 1 or 3"
@@ -99,7 +102,7 @@ class Segmentation(ResumableDataModule):
         Raises:
             DatasetNotFound: a dataset is not installed.
             InvalidImage: images or masks are unusable; the message names each of them.
-            UserError: the training masks have only one class, or two test sets have the same name.
+            UserError: the training masks have only one class, a dataset has no masks, or two test sets have the same name.
         """
         if stage == "fit":
             masked_images = self._validate_set(self.train)
@@ -153,7 +156,7 @@ class Segmentation(ResumableDataModule):
             except DatasetNotFound as error:
                 self.missing_sets.append(f"{spec}: {error}")
         if not masked_images:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given")
+            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
         return masked_images
 
     def _validate_set(self, spec: str) -> list[MaskedImage]:
@@ -162,7 +165,10 @@ class Segmentation(ResumableDataModule):
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(self._inspect, masked_images))
         if reasons := [reason for reason, *_ in results if reason]:
-            raise InvalidImage(f"{len(reasons)} of {len(masked_images)} images of {spec} cannot be used: {'; '.join(reasons)}")
+            raise InvalidImage(
+                f"{len(reasons)} of {len(masked_images)} images of {spec} cannot be used. "
+                f"Replace or remove them: {'; '.join(reasons)}"
+            )
         self.classes_present[dataset_label(spec)] = {class_id for _, _, class_ids in results for class_id in class_ids}
         for masked_image, (_, content, _) in zip(masked_images, results, strict=True):
             self.data_report.content_hashes.setdefault(masked_image.image.dataset, {})[masked_image.image.name] = content
@@ -189,27 +195,27 @@ class Segmentation(ResumableDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Infinite loader of tiles."""
+        """Return an infinite loader of tiles; see `RandomTiles.sample`."""
         if self.num_workers and isinstance(self.tiles, InMemoryTiles):
             self.tiles.share_memory()
         return self.train_loader(self.tiles, len(self.tiles))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of single validation images."""
+        """Return a loader of single validation images."""
         return self.eval_loader(self.val_images, len(self.val_images))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of single images of all test sets."""
+        """Return a loader of single images of all test sets."""
         return self.eval_loader(self.test_images, len(self.test_images))
 
     # Batch processing on the device
 
     def prepare_eval_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Convert images to float32 in [0, 1] on the device."""
+        """Convert images to float32 in [0, 1] and masks to int64, on the device."""
         return {**batch, "image": batch["image"].float() / 255, "mask": batch["mask"].long()}
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> SegmentationBatch:
-        """Convert a training batch to float32 in [0, 1] and apply contrast jitter."""
+        """Convert images to float32 in [0, 1], apply contrast jitter, and convert masks to int64."""
         inputs = batch["image"].float() / 255
         if self.contrast_jitter:
             start = batch["start"]
@@ -226,7 +232,7 @@ class Segmentation(ResumableDataModule):
 
 
 def separate_touching(sample: MaskedSample) -> tuple[np.ndarray, np.ndarray]:
-    """Mask and instance ids for training, with a background border between touching objects."""
+    """Return the mask and the instance ids for training, with a background border between touching objects."""
     if not sample.instances:
         return sample.mask, sample.instance_ids
     instance_ids = separate_instances(sample.instance_ids)
@@ -254,7 +260,8 @@ class RandomTiles(Dataset[dict[str, Any]]):
         """Sample tiles of the images `image_ids` (B,) for the samples from position `start` on.
 
         Returns:
-            {"image": uint8 (B, C, crop + margin, ...), "mask": uint8 (B, crop, crop), "weight" with `weights`, "start"}.
+            {"image": uint8 (B, C, crop + margin, crop + margin), "mask": uint8 (B, crop, crop), "start": `start`}, and
+            "weight": float32 (B, crop, crop) if `weights` is given.
         """
         samples = range(start, start + len(image_ids))
         heights, widths = images.heights[image_ids], images.widths[image_ids]
@@ -269,11 +276,12 @@ class RandomTiles(Dataset[dict[str, Any]]):
 
 
 class InMemoryTiles(RandomTiles):
-    """Tiles of decoded images; in one pass, an image yields as many tiles as cover its area.
+    """Tiles of decoded images; in one pass, an H x W image yields round(H W / crop**2) tiles, at least one.
 
     Args:
         samples: decoded images and masks.
-        crop, margin, augment, seed, weight: see `Segmentation`.
+        crop, margin, augment, seed: see `Segmentation`.
+        weight: `border_weight` of `Segmentation`.
     """
 
     def __init__(
@@ -321,7 +329,7 @@ class InMemoryTiles(RandomTiles):
 
 
 class StreamedTiles(RandomTiles):
-    """Tiles without weights of images that are decoded on demand, for datasets larger than memory.
+    """Tiles of images that are decoded on demand, without weights, for datasets larger than memory.
 
     In one pass, every image yields one tile.
     """
@@ -361,7 +369,7 @@ class SegmentationEvalImages(Dataset[dict[str, Any]]):
         return len(self.eval_images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`SegmentationEvalBatch` before `prepare_eval_batch`: uint8 image and mask."""
+        """Return a `SegmentationEvalBatch` before `prepare_eval_batch`: image and mask are uint8."""
         masked_image = self.eval_images[index]
         sample = masked_image.load(self.channels, self.downscale)
         return {

@@ -92,14 +92,14 @@ class SuperResolution(ResumableDataModule):
             self.patches = InMemoryPatches(RaggedImageBuffer([read_luma(path, self.scale) for path in files]), **patch_options)
 
     def _split_train(self) -> tuple[list[ImageRef], list[ImageRef]]:
-        """Training images and held-out validation images."""
+        """Return training images and held-out validation images."""
         refs = list_image_refs(self.train, self.scale)
         if not self.val_every_nth:
             return refs, []
         held_out = range(self.val_every_nth // 2, len(refs), self.val_every_nth)
         if not held_out:
             raise UserError(
-                f"data.val_every_nth: every {self.val_every_nth}th of {len(refs)} images is none. Choose a smaller number"
+                f"data.val_every_nth: {self.val_every_nth} is too large for {len(refs)} images. Use a smaller number"
             )
         return [ref for i, ref in enumerate(refs) if i not in held_out], [refs[i] for i in held_out]
 
@@ -108,7 +108,7 @@ class SuperResolution(ResumableDataModule):
             return [ref._replace(dataset=f"{ref.dataset}-holdout") for ref in self._split_train()[1]]
         if self.val is None:
             raise UserError(
-                "data.val: no validation images. Name a dataset, or hold out training images with data.val_every_nth"
+                "data.val: no validation images. Set it to a dataset, or hold out training images with data.val_every_nth"
             )
         return list_image_refs(self.val, self.scale)
 
@@ -123,23 +123,26 @@ class SuperResolution(ResumableDataModule):
             except DatasetNotFound as error:
                 self.missing_sets.append(str(error))
         if not refs:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given")
+            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
         return refs
 
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Infinite loader of uint8 patches (N, 1, P, P); `on_after_batch_transfer` creates the pairs."""
+        """Return an infinite loader of uint8 patches (N, 1, P, P); `on_after_batch_transfer` creates the pairs.
+
+        P is (patch_size + 2 * KERNEL_MARGIN) * scale.
+        """
         if self.num_workers and isinstance(self.patches, InMemoryPatches):
             self.patches.image_buffer.share_memory()
         return self.train_loader(self.patches, len(self.patches))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of single validation images."""
+        """Return a loader of single validation images."""
         return self.eval_loader(self.val_images, len(self.val_images))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of single images of all test sets."""
+        """Return a loader of single images of all test sets."""
         return self.eval_loader(self.test_images, len(self.test_images))
 
     # Batch processing on the device

@@ -28,7 +28,7 @@ class RandomPatches(Dataset[dict[str, Tensor]]):
     Args:
         seed: seed of the positions and symmetries.
         size: side of a patch in pixels.
-        grid: corners are multiples of this (the scale), which aligns the LR pixels of patch and image.
+        grid: divisor of all corner coordinates (the scale); it aligns the LR pixels of patch and image.
         border_overhang: pixels by which a patch may exceed its image, a multiple of `grid`.
     """
 
@@ -54,7 +54,7 @@ class RandomPatches(Dataset[dict[str, Tensor]]):
 
 
 class InMemoryPatches(RandomPatches):
-    """Patches of decoded images; in one pass, an image yields as many patches as tile its area.
+    """Patches of decoded images; in one pass, an H x W image yields round(H W / size**2) patches, at least one.
 
     Args:
         image_buffer: images with heights and widths that are multiples of `grid`.
@@ -115,7 +115,7 @@ class SREvalImages(Dataset[dict[str, Any]]):
         return len(self.refs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}."""
+        """Return {"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}."""
         ref = self.refs[index]
         entry = catalog().get(ref.dataset)
         target = read_luma(ref.path, self.scale, entry.treat_equal_rgb_as_grey if entry else False).double() / 255
@@ -125,7 +125,7 @@ class SREvalImages(Dataset[dict[str, Any]]):
 
 
 def read_luma(path: Path, multiple: int, treat_equal_rgb_as_grey: bool = False) -> Tensor:
-    """Read the luma, cropped at the bottom and right: uint8 (1, H, W), with H and W multiples of `multiple`."""
+    """Read the luma of an image file, cropped at the bottom and right to multiples of `multiple`: uint8 (1, H, W)."""
     pixels = read_image(path)
     height, width = (length - length % multiple for length in pixels.shape[-2:])
     return luma(pixels[:, :height, :width], treat_equal_rgb_as_grey)

@@ -20,7 +20,7 @@ class Ring(ResumableDataModule):
     """Gaussians evenly spaced on a circle around the origin (Metz et al., arXiv:1611.02163, Section 3.1).
 
     Training batches are {"point": (N, 2) float32}. Evaluation batches are sample indices, {"index": int64 (N,)}, with real
-    points, {"point": (1000, 2)}; `reference_sets` holds the centers of the Gaussians.
+    points, {"point": (1000, 2)}. The attribute `reference_sets` contains the centers of the Gaussians.
 
     Args:
         modes: number of Gaussians; 1 with radius 0 is a single centered Gaussian.
@@ -52,22 +52,22 @@ class Ring(ResumableDataModule):
         self.test = ["ring"]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Infinite loader of points."""
+        """Return an infinite loader of points."""
         return self.train_loader(PointBatches(self.points), POINTS_PER_PASS)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Loader of the indices of samples to generate."""
+        """Return a loader of the indices of samples to generate."""
         indices = SampleIndices(self.val_samples, self.val_samples)
         return self.eval_loader(indices, len(indices))
 
     test_dataloader = val_dataloader
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The points are a batch as they are."""
+        """Return the batch unchanged."""
         return batch
 
     def prepare_eval_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add real points."""
+        """Add 1,000 real points as "point"."""
         return {**batch, "point": self.points[:1000]}
 
 
@@ -78,13 +78,13 @@ class PointBatches(Dataset[dict[str, Tensor]]):
         self.points = points
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Tensor]:
-        """{"point": (B, 2)}."""
+        """Return {"point": float32 (B, 2)}."""
         _, items = slice_
         return {"point": self.points[torch.from_numpy(items)]}
 
 
 class DummyBatches(Ring):
-    """Batches without meaningful content, for games without data; a validation has one sample."""
+    """Batches without meaningful content, for games without data; a validation generates one sample."""
 
     def __init__(self, batch_size: int = 1, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(1, 0.0, 1.0, val_samples=1, batch_size=batch_size, num_workers=num_workers, seed=seed)

@@ -39,6 +39,9 @@ class Unpaired(ResumableDataModule):
         batch_size: global batch size, over all devices.
         num_workers: loader processes; 0 is fastest, because all images are in memory.
         seed: seed of the orders, crops and flips.
+
+    Raises:
+        UserError: `resize` is smaller than `crop`, or `max_val_images` is less than 1.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Unpaired(ResumableDataModule):
         self.train, self.val, self.test = train, val, test
         self.crop, self.resize, self.hflip, self.max_val_images = crop, resize, hflip, max_val_images
         if resize is not None and resize < crop:
-            raise UserError(f"data.resize: {resize} is smaller than data.crop: {crop}")
+            raise UserError(f"data.resize: {resize} is smaller than data.crop: {crop}. Use at least {crop}, or null")
         if max_val_images < 1:
             raise UserError(f"data.max_val_images: {max_val_images} must be at least 1")
 
@@ -91,7 +94,7 @@ class Unpaired(ResumableDataModule):
             except DatasetNotFound as error:
                 self.missing_sets.append(f"{spec}: {error}")
         if not domains[0]:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given")
+            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
         return self._make_eval_images(*domains)
 
     def _make_eval_images(self, images_a: Sequence[DomainImage], images_b: Sequence[DomainImage]) -> "UnpairedEvalImages":
@@ -104,7 +107,9 @@ class Unpaired(ResumableDataModule):
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(lambda domain_image: self._inspect(domain_image, side), domain_images))
         if errors := [reason for reason, _ in results if isinstance(reason, str)]:
-            raise InvalidImage(f"{len(errors)} of {len(domain_images)} images cannot be used: {'; '.join(errors)}")
+            raise InvalidImage(
+                f"{len(errors)} of {len(domain_images)} images cannot be used. Replace or remove them: {'; '.join(errors)}"
+            )
         for domain_image, (_, content_hash) in zip(domain_images, results, strict=True):
             entries = self.data_report.content_hashes.setdefault(domain_image.image.dataset, {})
             entries[f"{domain_image.palette_name}/{domain_image.image.path.parent.name}/{domain_image.image.name}"] = (
@@ -125,22 +130,22 @@ class Unpaired(ResumableDataModule):
 
     @classmethod
     def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
-        """List the images of both domains; none if a domain has none."""
+        """List the images of both domains; empty if one of them has no images."""
         images_a, images_b = load_domains(spec)
         return [*images_a, *images_b] if images_a and images_b else []
 
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Infinite loader of uint8 crops of both domains; `on_after_batch_transfer` converts them to float."""
+        """Return an infinite loader of uint8 crops of both domains; `on_after_batch_transfer` converts them to float."""
         return self.train_loader(self.train_crops, len(self.train_crops))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of single validation images of both domains."""
+        """Return a loader of single validation images of both domains."""
         return self.eval_loader(self.val_images, len(self.val_images))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of single images of all test sets."""
+        """Return a loader of single images of all test sets."""
         return self.eval_loader(self.test_images, len(self.test_images))
 
     # Batch processing on the device
@@ -165,7 +170,7 @@ class Unpaired(ResumableDataModule):
 class UnpairedCrops(Dataset[dict[str, Any]]):
     """Random crops of both domains, indexed by the outputs of `InfiniteBatchSampler` for domain A.
 
-    The items of B are derived from the position of the first sample; their order is independent of A.
+    The items of B are a function of the position of the first sample; their order is independent of A.
 
     Args:
         images_a, images_b: images of each domain, uint8 (3, H, W).
@@ -177,11 +182,11 @@ class UnpairedCrops(Dataset[dict[str, Any]]):
         self.images_a, self.images_b, self.crop, self.seed = images_a, images_b, crop, seed
 
     def __len__(self) -> int:
-        """Number of images of domain A."""
+        """Return the number of images of domain A."""
         return len(self.images_a)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """{"A", "B": uint8 (N, 3, crop, crop), "start": position of the first}."""
+        """Return {"A", "B": uint8 (N, 3, crop, crop), "start": position of the first sample}."""
         start, items = slice_
         order = InfiniteBatchSampler(len(self.images_b), len(items), derive_seed(self.seed, "B"), lambda: start)
         _, items_b = next(iter(order))
@@ -192,7 +197,7 @@ class UnpairedCrops(Dataset[dict[str, Any]]):
         }
 
     def random_crops(self, image_tensors: Sequence[Tensor], items: np.ndarray, start: int, domain: str) -> Tensor:
-        """Random crops (N, 3, crop, crop) of the samples from position `start` on."""
+        """Crop the images `items` (N,) at random positions, for the samples from `start` on: (N, 3, crop, crop)."""
         selected = [image_tensors[item] for item in items]
         n_positions = np.array([[length - self.crop + 1 for length in image.shape[-2:]] for image in selected])
         corners = randint_from_words(random_words(self.seed, f"crop/{domain}", start, len(items))[:, :2], n_positions)
@@ -220,7 +225,7 @@ class UnpairedEvalImages(Dataset[dict[str, Any]]):
         return len(self.domain_images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """See `Unpaired`."""
+        """Return an evaluation batch of one image, uint8; see `Unpaired`."""
         domain_image = self.domain_images[index]
         item = {
             "image": self.image_tensors[index][None],

@@ -1,6 +1,6 @@
-"""The `darkroom` command, and a folder for each method with its recipes, tables and records."""
+"""The `darkroom` command, and one folder per method with recipes, tables and records."""
 
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent  # of the project
+ROOT = Path(__file__).parent.parent  # root folder of the project
 METHODS = ROOT / "experiments/methods"

@@ -1,4 +1,4 @@
-"""`python -m experiments`: the darkroom command."""
+"""Run the `darkroom` command with `python -m experiments`."""
 
 import sys
 

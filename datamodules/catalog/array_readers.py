@@ -36,7 +36,7 @@ def read_split(spec: str) -> tuple[Tensor, Tensor]:
     name, _, split = spec.partition("/")
     dataset = get_dataset(name)
     if split and split not in dataset.splits:
-        raise UserError(f"{name} has no split '{split}': {', '.join(dataset.splits)}")
+        raise UserError(f"{name} has no split '{split}'. Use one of: {', '.join(dataset.splits)}")
     subset, *bounds = dataset.splits[split or "all"]
     images, labels = READERS[name](subset)
     selection = slice(*(bounds or [None]))
@@ -85,7 +85,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_cifar10(subset: str) -> ImagesAndLabels:
-    """Read CIFAR-10 with torchvision, which checks the MD5 of its files first."""
+    """Read CIFAR-10 with torchvision, which verifies the MD5 of the files."""
     from torchvision.datasets import CIFAR10
 
     try:
@@ -118,7 +118,7 @@ def read_cifar10_jpeg(subset: str) -> ImagesAndLabels:
 
 
 def read_svhn(subset: str) -> ImagesAndLabels:
-    """Read SVHN's cropped digits with torchvision, which checks the MD5 of its files."""
+    """Read SVHN's cropped digits with torchvision, which verifies the MD5 of the files."""
     from torchvision.datasets import SVHN
 
     try:
@@ -129,7 +129,7 @@ def read_svhn(subset: str) -> ImagesAndLabels:
 
 
 def read_static_mnist(subset: str) -> ImagesAndLabels:
-    """Read H. Larochelle's static binarization of MNIST: text rows of 784 zeros and ones; there are no labels, all are 0."""
+    """Read H. Larochelle's static binarization of MNIST, text rows of 784 zeros and ones; all labels are 0."""
     path = get_dataset("mnist-static").path / f"binarized_mnist_{subset}.amat"
     if not path.exists():
         raise DatasetNotFound(f"{path}: no such file. To install: {get_dataset('mnist-static').install_hint()}")
@@ -157,7 +157,7 @@ def read_omniglot28(subset: str) -> ImagesAndLabels:
 
 
 def read_frey(subset: str) -> ImagesAndLabels:
-    """Read the Frey faces, 28 x 20; there are no labels, all are 0."""
+    """Read the Frey faces, 28 x 20 pixels; all labels are 0."""
     path = get_dataset("frey").path / "frey_rawface.mat"
     if not path.exists():
         raise DatasetNotFound(f"{path}: no such file. To install: {get_dataset('frey').install_hint()}")

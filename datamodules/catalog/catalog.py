@@ -63,17 +63,22 @@ class CatalogEntry:
             DatasetNotFound: the dataset has no images for that scale.
         """
         if self.arrays:
-            raise UserError(f"{self.name} does not consist of image files")
+            raise UserError(f"{self.name} does not consist of image files. Use a dataset that does (darkroom data list)")
         if split is not None and split not in self.splits:
-            raise UserError(f"{self.name} has no split '{split}'" + (f": {', '.join(self.splits)}" if self.splits else ""))
+            raise UserError(
+                f"{self.name} has no split '{split}'. "
+                + (f"Use one of: {', '.join(self.splits)}" if self.splits else "Use it without a split")
+            )
         if self.scales and scale is not None and scale not in self.scales:
-            raise DatasetNotFound(f"{self.name} has no images for scale {scale}: {', '.join(map(str, self.scales))}")
+            raise DatasetNotFound(
+                f"{self.name} has no images for scale {scale}. Use one of: {', '.join(map(str, self.scales))}"
+            )
         if self.source == "embedded":
             return sorted({path for split_value in self._parts(split) for path in _package_files(split_value)})
         return sorted({path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)})
 
     def expected_count(self, split: str | None = None, scale: int | None = None) -> int:
-        """Number of files of the complete dataset, split or scale; 0 if unknown."""
+        """Return the number of files of the complete dataset, split or scale; 0 if unknown."""
         if self.source == "embedded":
             return len(self.files(split))
         if self.count:
@@ -96,11 +101,11 @@ class CatalogEntry:
         return [split_value.replace("{scale}", str(s)) for split_value in self._parts(split) for s in scales]
 
     def manifest_name(self, path: Path) -> str:
-        """Name of a file in the manifest."""
+        """Return the name of a file in the manifest."""
         return path.name if self.source == "embedded" else path.relative_to(self.path).as_posix()
 
     def manifest(self) -> dict[str, tuple[str, str]]:
-        """Expected contents: file name -> (sha256 of the decoded pixels, sha256 of the file or '-')."""
+        """Return the expected contents: file name -> (sha256 of the decoded pixels, sha256 of the file or '-')."""
         path = MANIFESTS / f"{self.manifest_from or self.name}.txt"
         if not path.exists():
             return {}
@@ -108,7 +113,7 @@ class CatalogEntry:
         return {name: (pixel_hash, file_hash) for pixel_hash, file_hash, name in rows}
 
     def status(self) -> str:
-        """State of the installation: 'here', 'absent', or a count such as '201 of 400' files."""
+        """Return the state of the installation: 'here', 'absent', or a number of files such as '201 of 400'."""
         if self.source == "embedded" and self.arrays:
             return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
         if self.skip_file_count or self.arrays:
@@ -118,7 +123,7 @@ class CatalogEntry:
         return "absent" if not available else "here" if available >= expected else f"{available} of {expected}"
 
     def install_hint(self) -> str:
-        """One-line instructions for obtaining the dataset."""
+        """Return one-line instructions for obtaining the dataset."""
         if self.source == "embedded":
             return "with the installed packages"
         if self.source in ("files", "torchvision"):
@@ -130,7 +135,7 @@ def _package_files(packages: dict[str, list[str]]) -> list[Path]:
     paths = []
     for package, names in packages.items():
         top, _, rest = package.partition(".")
-        spec = importlib.util.find_spec(top)  # top-level package only, to import nothing heavy
+        spec = importlib.util.find_spec(top)  # only the top-level package, so that no submodule is imported
         if spec is None or spec.origin is None:
             raise DatasetNotFound(f"the package {top} is not installed. Run pip install -e .")
         paths += [Path(spec.origin).parent.joinpath(*rest.split("."), name) for name in names]
@@ -139,7 +144,7 @@ def _package_files(packages: dict[str, list[str]]) -> list[Path]:
 
 @cache
 def catalog() -> dict[str, CatalogEntry]:
-    """All known datasets by name."""
+    """Return all known datasets by name."""
     entries = yaml.safe_load((HERE / "catalog.yaml").read_text())
     return {
         name: CatalogEntry(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))}) for name, entry in entries.items()
@@ -147,7 +152,7 @@ def catalog() -> dict[str, CatalogEntry]:
 
 
 def get_dataset(name: str) -> CatalogEntry:
-    """Return the dataset of a name.
+    """Return the dataset with this name.
 
     Raises:
         UserError: unknown name; the message suggests the most similar one.
@@ -156,12 +161,12 @@ def get_dataset(name: str) -> CatalogEntry:
 
     if name not in catalog():
         matches = get_close_matches(name, catalog(), n=1, cutoff=0)
-        raise UserError(f"no dataset '{name}'; did you mean '{matches[0]}'?")
+        raise UserError(f"no dataset '{name}'; did you mean '{matches[0]}'? (darkroom data list shows all)")
     return catalog()[name]
 
 
 def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
-    """List the image files that a data option of a recipe names.
+    """List the image files of a dataset or a folder.
 
     Args:
         spec: dataset of the catalog ("set5"), one of its splits ("photographs/test"), or a folder.
@@ -173,11 +178,11 @@ def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
     """
     if is_folder(spec):
         if not (available := list_images(spec)):
-            raise DatasetNotFound(f"{spec}: no images in this folder")
+            raise DatasetNotFound(f"{spec}: no images in this folder. Check the path")
         return available
     name, _, split = spec.partition("/")
     if name not in catalog() and (Path(spec).is_absolute() or spec.startswith(".")):
-        raise DatasetNotFound(f"{spec}: no such folder")
+        raise DatasetNotFound(f"{spec}: no such folder. Check the path")
     dataset = get_dataset(name)
     if not (available := dataset.files(split or None, scale)):
         raise DatasetNotFound(f"{spec} is not installed. To install: {dataset.install_hint()}")
@@ -191,5 +196,5 @@ def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
 
 
 def is_folder(spec: str) -> bool:
-    """Whether a data option names a folder and not a dataset of the catalog."""
+    """Return whether `spec` is an existing folder and not a dataset of the catalog."""
     return spec.partition("/")[0] not in catalog() and Path(spec).is_dir()

@@ -1,4 +1,4 @@
-"""The two domains of unpaired image translation: locating and reading their images."""
+"""The two domains of unpaired image translation: find and read their images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ class DomainImage:
     Args:
         image: image file.
         labels: the image with its label map, if it has one.
-        palette_name: dataset whose palette colors the label map, if the domain consists of label maps; empty for the image.
-        columns: range of columns that belongs to the split; None for all.
+        palette_name: dataset with the palette of the label map, if the domain consists of label maps; otherwise empty.
+        columns: first column of the split and column after the last; None for all columns.
     """
 
     image: ImageRef
@@ -57,7 +57,7 @@ def load_domains(spec: str) -> tuple[list[DomainImage], list[DomainImage]]:
 
     Raises:
         DatasetNotFound: the images are not installed.
-        UserError: the dataset has no two domains.
+        UserError: the dataset does not have two domains.
     """
     spec = spec.rstrip("/")
     name, _, split = spec.partition("/")
@@ -75,7 +75,7 @@ def load_domains(spec: str) -> tuple[list[DomainImage], list[DomainImage]]:
     if f"{split}A" not in entry.splits:
         pairs = sorted({key[:-1] for key in entry.splits if f"{key[:-1]}A" in entry.splits})
         raise UserError(
-            f"{spec} has no two domains" + (f"; use {', '.join(f'{name}/{pair}' for pair in pairs)}" if pairs else "")
+            f"{spec} does not have two domains" + (f"; use {', '.join(f'{name}/{pair}' for pair in pairs)}" if pairs else "")
         )
     a, b = (
         [DomainImage(ref._replace(dataset=dataset_label(spec))) for ref in list_image_refs(f"{spec}{domain}")]
@@ -85,13 +85,13 @@ def load_domains(spec: str) -> tuple[list[DomainImage], list[DomainImage]]:
 
 
 def _textures(spec: str) -> tuple[list[DomainImage], list[DomainImage]]:
-    """Two textures; their last columns form the test split."""
+    """List the images of two textures; their last columns form the test split."""
     textures = list(get_dataset("textures").splits)
     _, pair, split = [*spec.split("/"), "", ""][:3]
     a, _, b = pair.partition("2")
     if a not in textures or b not in textures or split not in TEXTURE_SPLITS or spec.count("/") != 2:
         example = f"textures/{textures[0]}2{textures[1]}/train"
-        raise UserError(f"{spec}: name two of {', '.join(textures)} and {' or '.join(TEXTURE_SPLITS)}, for example {example}")
+        raise UserError(f"{spec}: use two of {', '.join(textures)} and {' or '.join(TEXTURE_SPLITS)}, for example {example}")
     images_a, images_b = (
         [
             DomainImage(ref._replace(dataset=dataset_label(spec)), columns=TEXTURE_SPLITS[split])
@@ -106,6 +106,6 @@ def _from_folder(spec: str, domain: str) -> list[DomainImage]:
     folder = Path(spec + domain)
     if not folder.is_dir():
         raise DatasetNotFound(
-            f"{spec}: no folder {folder}; put the two domains into {folder.with_name(folder.name[:-1])}A and ...B"
+            f"{spec}: no folder {folder}. Save the two domains in {folder.with_name(folder.name[:-1])}A and ...B"
         )
     return [DomainImage(image._replace(dataset=dataset_label(spec))) for image in list_image_refs(str(folder))]

@@ -10,13 +10,13 @@ from datamodules.io.paths import data_root
 
 
 def download(dataset: CatalogEntry) -> int:
-    """Download a dataset's files into the data root and verify their sha256; intact files are kept.
+    """Download a dataset's files into the data root and verify their sha256; existing intact files are kept.
 
     Returns:
         Number of files of the dataset.
 
     Raises:
-        DatasetNotFound: the dataset must be obtained by hand, or the download failed; the message explains what to do.
+        DatasetNotFound: the dataset must be installed manually, or the download failed; the message contains instructions.
     """
     if dataset.source == "torchvision":
         download_torchvision(dataset.name)
@@ -29,7 +29,9 @@ def download(dataset: CatalogEntry) -> int:
         try:
             fetcher.fetch(name)
         except (OSError, ValueError) as error:  # requests raises OSErrors, pooch a ValueError for a wrong checksum
-            raise DatasetNotFound(f"{dataset.name}: {name} could not be fetched from {dataset.url} ({error})") from None
+            raise DatasetNotFound(
+                f"{dataset.name}: {name} could not be downloaded from {dataset.url} ({error}). Check the connection, then retry"
+            ) from None
     return len(registry)
 
 
@@ -57,4 +59,4 @@ def download_torchvision(name: str) -> None:
             for split in ("train", "test"):
                 datasets.SVHN(str(root), split=split, download=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise DatasetNotFound(f"{name} could not be fetched: {error}") from None
+        raise DatasetNotFound(f"{name} could not be downloaded ({error}). Check the connection, then retry") from None

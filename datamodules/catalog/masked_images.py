@@ -1,4 +1,4 @@
-"""Images with segmentation masks: locating the files and mapping mask values to classes."""
+"""Images with segmentation masks: find the files, and map mask values to classes."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ class MaskedImage:
     mask_spec: MaskSpec
 
     def read(self, channels: int, downscale: int = 1) -> tuple[Tensor, np.ndarray]:
-        """Read the image, uint8 (channels, H, W), and its mask (H, W), see `read_mask`, reduced by the factor `downscale`.
+        """Read the image, uint8 (channels, H, W), and the mask (H, W) of `read_mask`, both reduced by the factor `downscale`.
 
         Raises:
             InvalidImage: one of them is unusable, or their sizes differ.
@@ -64,11 +64,15 @@ class MaskedImage:
         pixels, values = read_image(self.image.path), self.read_mask()
         if pixels.shape[-2:] != values.shape:
             sizes = " but ".join(f"{shape[1]}x{shape[0]}" for shape in (values.shape, pixels.shape[-2:]))
-            raise InvalidImage(f"{self.mask}: {sizes} is the size of its image")
+            raise InvalidImage(f"{self.mask}: mask and image differ in size: {sizes}. Save the mask at the size of the image")
         return downsample_image(to_channels(pixels, channels), downscale), downsample_mask(values, downscale)
 
     def load(self, channels: int, downscale: int = 1) -> MaskedSample:
-        """Read image, class ids and instance ids."""
+        """Read image, class ids and instance ids.
+
+        Raises:
+            InvalidImage: see `read`.
+        """
         pixels, values = self.read(channels, downscale)
         if self.mask_spec.instances:
             ids = np.unique(np.append(values, 0), return_inverse=True)[1][:-1]  # consecutive, 0 for the background
@@ -133,7 +137,7 @@ def coins_mask(path: Path) -> np.ndarray:
 
 
 def list_masked_images(spec: str, instances: bool = False) -> list[MaskedImage]:
-    """List the images and masks that a data option of a recipe names.
+    """List the images and masks of a dataset or a folder.
 
     Args:
         spec: dataset of the catalog, one of its splits ("camvid/train"), or a folder with subfolders `images` and `masks`,
@@ -142,6 +146,7 @@ def list_masked_images(spec: str, instances: bool = False) -> list[MaskedImage]:
 
     Raises:
         DatasetNotFound: images or masks are missing.
+        InvalidImage: two files of a folder have the same name.
         UserError: the dataset has no masks.
     """
     if is_folder(spec):
@@ -183,20 +188,22 @@ def _from_folder(folder: Path, mask_spec: MaskSpec) -> list[MaskedImage]:
         _add_unique(masks, path.relative_to(folder / "masks").with_suffix(""), path)
     candidates = list_images(folder / "images")
     if not candidates:
-        raise DatasetNotFound(f"{folder}: no images in {folder / 'images'}; put their masks into {folder / 'masks'}")
+        raise DatasetNotFound(
+            f"{folder}: no images in {folder / 'images'}. Save images in this folder, and their masks in {folder / 'masks'}"
+        )
     dataset, names = [], dict[Path, Path]()
     for path in candidates:
         name = path.relative_to(folder / "images").with_suffix("")
         _add_unique(names, name, path)
         if name not in masks:
-            raise DatasetNotFound(f"{path} has no mask {folder / 'masks' / name}.png")
+            raise DatasetNotFound(f"{path} has no mask. Save it as {folder / 'masks' / name}.png, or remove the image")
         dataset.append(MaskedImage(ImageRef(dataset_label(str(folder)), name.as_posix(), path), masks[name], mask_spec))
     return dataset
 
 
 def _add_unique(paths_by_name: dict[Path, Path], name: Path, path: Path) -> None:
     if name in paths_by_name:
-        raise InvalidImage(f"{paths_by_name[name]} and {path} have the same name; rename one")
+        raise InvalidImage(f"{paths_by_name[name]} and {path} have the same name. Rename one of them")
     paths_by_name[name] = path
 
 

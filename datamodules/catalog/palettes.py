@@ -8,7 +8,7 @@ from datamodules.errors import UserError
 from datamodules.transforms.downsample import IGNORE_INDEX
 
 VOID = (0, 0, 0)  # color of ignored pixels
-# In the order of the class ids. CamVid: SegNet's colors; Cityscapes: the official colors of its 19 evaluation classes.
+# Colors in the order of the class ids. CamVid: SegNet's colors; Cityscapes: the official colors of its 19 evaluation classes.
 PALETTES = {
     "camvid": [(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
                (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)],
@@ -19,13 +19,13 @@ PALETTES = {
 
 
 def palette(name: str) -> np.ndarray:
-    """Colors of a dataset's classes: uint8 (classes, 3).
+    """Return the colors of a dataset's classes: uint8 (classes, 3).
 
     Raises:
         UserError: the dataset has no palette.
     """
     if name not in PALETTES:
-        raise UserError(f"{name} has no palette. Datasets with a palette: {', '.join(PALETTES)}")
+        raise UserError(f"{name} has no palette. Use a dataset with a palette: {', '.join(PALETTES)}")
     return np.array(PALETTES[name], dtype=np.uint8)
 
 
@@ -38,7 +38,7 @@ def colorize(mask: np.ndarray, colors: np.ndarray) -> Tensor:
 
 
 def nearest_class(image: Tensor, colors: np.ndarray) -> Tensor:
-    """Class with the nearest color at each pixel, void excluded: (3, H, W) in [0, 1] -> int64 (H, W)."""
+    """Find the class with the nearest color at each pixel, except void: (3, H, W) in [0, 1] -> int64 (H, W)."""
     class_colors = torch.from_numpy(colors).float() / 255
     distances = torch.cdist(image.detach().float().cpu().flatten(1).T, class_colors)  # (H W, classes)
     return distances.argmin(1).view(image.shape[-2:])

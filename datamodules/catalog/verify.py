@@ -12,10 +12,10 @@ from datamodules.io.image_io import InvalidImage, pixel_hash, read_image
 
 
 def verify(dataset: CatalogEntry) -> Iterator[str]:
-    """Compare a dataset with its manifest; yield a line for each changed, missing, damaged or unknown file."""
+    """Compare a dataset with its manifest, and yield a line for each changed, missing, damaged or unknown file."""
     expected = dataset.manifest()
     if not expected:
-        yield f"{dataset.name}: no manifest, nothing to compare with"
+        yield f"{dataset.name}: no manifest, the files cannot be verified"
         return
     if dataset.arrays:
         yield from _verify_arrays(dataset, expected)
@@ -30,7 +30,7 @@ def verify(dataset: CatalogEntry) -> Iterator[str]:
         else:
             try:
                 if pixel_hash(read_image(files_by_name[name])) != expected[name][0]:
-                    yield f"{name}: pixels differ from the manifest's"
+                    yield f"{name}: pixels differ from the manifest"
             except InvalidImage as error:
                 yield str(error)
 
@@ -45,9 +45,9 @@ def _verify_arrays(dataset: CatalogEntry, expected: dict[str, tuple[str, str]]) 
         if len(images) != dataset.count[subset]:
             yield f"{subset}: {len(images)} of {dataset.count[subset]} images"
         elif subset in expected and array_hash(images, labels) != expected[subset][0]:
-            yield f"{subset}: images or labels differ from the manifest's"
+            yield f"{subset}: images or labels differ from the manifest"
 
 
 def array_hash(*arrays: np.ndarray) -> str:
-    """sha256 over the concatenated bytes of arrays."""
+    """Return the sha256 of the concatenated bytes of arrays."""
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

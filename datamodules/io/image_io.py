@@ -58,7 +58,11 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def to_pixels(image: Image.Image, path: str | Path) -> Tensor:
-    """Convert a PIL image of any mode to uint8 (1 or 3, H, W); `path` is used in error messages."""
+    """Convert a PIL image of any mode to uint8 (1 or 3, H, W); `path` is used in error messages.
+
+    Raises:
+        InvalidImage: pixels are floating-point, or integers outside 0..65535.
+    """
     if image.mode == "F":
         raise InvalidImage(f"{path}: floating-point pixels of unknown range. Save the image with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grayscale: 65535 is white
@@ -80,7 +84,7 @@ def to_channels(pixels: Tensor, channels: int) -> Tensor:
 
 
 def pixel_hash(pixels: Tensor) -> str:
-    """sha256 over the decoded pixels and their shape; equal for all lossless copies of an image."""
+    """Return the sha256 of the shape and the decoded pixels; it is equal for all lossless copies of an image."""
     shape = "x".join(map(str, pixels.shape))
     return hashlib.sha256(f"{shape} ".encode() + pixels.numpy().tobytes()).hexdigest()
 
@@ -110,6 +114,10 @@ def probe_image(path: str | Path, min_size: int) -> str:
 
 
 def check_size(width: int, height: int, path: str | Path, min_size: int) -> None:
-    """Raise InvalidImage if width or height is below `min_size` pixels."""
+    """Check that width and height are at least `min_size` pixels.
+
+    Raises:
+        InvalidImage: the image is too small.
+    """
     if min(height, width) < min_size:
         raise InvalidImage(f"{path}: {width}x{height} pixels, too small: at least {min_size}x{min_size} are needed")

@@ -21,9 +21,12 @@ class ImageRef(NamedTuple):
 
 
 def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
-    """List the images that a data option of a recipe names (see `catalog.resolve_images`) with unique names.
+    """List the images of a dataset or a folder, with unique names.
 
-    The name is the file's stem if it is unique, else the path relative to the common folder.
+    The name is the file's stem if it is unique, otherwise the path relative to the common folder.
+
+    Args:
+        spec, scale: see `resolve_images`, which also documents the errors.
     """
     paths = resolve_images(spec, scale)
     stems = Counter(path.stem for path in paths)
@@ -35,7 +38,10 @@ def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
 
 
 def dataset_label(spec: str) -> str:
-    """Name of a dataset in logs and records: "photographs-test" for "photographs/test"; a folder's own name."""
+    """Return the name of a dataset in logs and records.
+
+    Slashes become dashes: "photographs-test" for "photographs/test". An absolute path has the name of its folder.
+    """
     return Path(spec).name if Path(spec).is_absolute() else spec.strip("./").replace("/", "-")
 
 
@@ -82,7 +88,7 @@ class DataReport:
         return usable
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash over the names and contents of the usable images, for each dataset."""
+        """Return a hash of the names and contents of the usable images, by dataset name."""
         return {
             dataset: hashlib.sha256(repr(sorted(refs.items())).encode()).hexdigest()[:16]
             for dataset, refs in self.content_hashes.items()

@@ -24,10 +24,10 @@ class ImageSet(NamedTuple):
 
 
 def load_image_set(spec: str, size: int, channels: int, crop: int | None, data_report: DataReport) -> ImageSet:
-    """Load the images that a data option of a recipe names.
+    """Load the images and labels of a dataset or a folder.
 
     Args:
-        spec: dataset of the catalog ("digits"), one of its splits ("mnist/train"), or a folder of images; the label of an
+        spec: dataset of the catalog ("digits"), one of its splits ("mnist/train"), or a folder of images. The label of an
             image file is the index of its folder in sorted order.
         size: side in pixels; images are resized by antialiased bilinear interpolation.
         channels: 1 or 3; grayscale image files are repeated to 3 channels.
@@ -43,7 +43,7 @@ def load_image_set(spec: str, size: int, channels: int, crop: int | None, data_r
     if name in catalog() and get_dataset(name).arrays:
         pixels, labels = read_split(spec)
         if pixels.shape[1] != channels:
-            raise UserError(f"data.channels: {channels}, but the images of {name} have {pixels.shape[1]}")
+            raise UserError(f"data.channels: {channels}, but the images of {name} have {pixels.shape[1]}. Change data.channels")
         data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
         return ImageSet(resize_uint8(pixels, size), labels)
     refs = data_report.validate(list_image_refs(spec), crop or size)
@@ -53,16 +53,21 @@ def load_image_set(spec: str, size: int, channels: int, crop: int | None, data_r
 
 
 def folder_labels(refs: Sequence[ImageRef]) -> Tensor:
-    """Index of each image's folder in sorted order: int64 (N,)."""
+    """Return the index of each image's folder in sorted order: int64 (N,)."""
     folders = sorted({ref.path.parent for ref in refs})
     return torch.tensor([folders.index(ref.path.parent) for ref in refs])
 
 
 def center_crop_resize(path: Path, size: int, channels: int, crop: int | None) -> Tensor:
-    """Center-crop an image file to a square and resize it: uint8 (channels, size, size)."""
+    """Center-crop an image file to a square and resize it: uint8 (channels, size, size).
+
+    Raises:
+        InvalidImage: see `open_image`.
+        UserError: the image has more than `channels` channels.
+    """
     pixels = read_image(path)
     if len(pixels) > channels:
-        raise UserError(f"data.channels: {channels}, but {path} is a color image")
+        raise UserError(f"data.channels: {channels}, but {path} is a color image. Use 3 channels, or convert it to grayscale")
     side = crop or min(pixels.shape[-2:])
     top, left = ((length - side) // 2 for length in pixels.shape[-2:])
     square = pixels[:, top : top + side, left : left + side]

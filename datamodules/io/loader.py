@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], num_workers: int = 0) -> DataLoader[Any]:
-    """Create a loader of `dataset[index]` for each index of `sampler`; the dataset itself returns batches.
+    """Create a loader of `dataset[index]` for each index of `sampler`; the dataset returns complete batches.
 
     Args:
         dataset: dataset to load from.

@@ -1,4 +1,4 @@
-"""Where files are looked for."""
+"""Locations of datasets and other input files."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def data_root() -> Path:
-    """Folder of all datasets: the environment variable DARKROOM_DATA, else `data` in the current folder."""
+    """Return the folder of all datasets: the environment variable DARKROOM_DATA, else `data` in the current folder."""
     return Path(os.environ.get("DARKROOM_DATA", "data"))
 
 
@@ -17,7 +17,7 @@ def find_file(path: str, option: str) -> Path:
     """Find a file below the current folder, the data root, or the project, in this order.
 
     Args:
-        path: absolute path, or path below one of them.
+        path: absolute path, or path relative to one of these folders.
         option: name of the option that gave the path, for the message.
 
     Raises:
@@ -26,4 +26,4 @@ def find_file(path: str, option: str) -> Path:
     for candidate in (Path(path), data_root() / path, PROJECT / path):
         if candidate.is_file():
             return candidate
-    raise UserError(f"{option}: no file {path} here, in {data_root()} or in the project; check the path")
+    raise UserError(f"{option}: no file {path} in the current folder, {data_root()} or the project. Check the path")

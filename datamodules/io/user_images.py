@@ -33,7 +33,10 @@ class LumaInputs(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Luma as "input" (1, 1, h, w); "chroma" (2, h, w) and "alpha" (1, h, w), each empty if absent; "path", "size"."""
+        """Return the luma as "input" (1, 1, h, w), "chroma" (2, h, w), "alpha" (1, h, w), "path" and "size" ("WxH").
+
+        "chroma" and "alpha" are empty if absent. Pixels are float32 in [0, 1].
+        """
         resize._placed_matrix.cache_clear()  # matrices of the last image's size: 25 MiB for 1500 pixels at scale 3
         image = open_image(self.files[index])
         pixels = to_pixels(image, self.files[index]).float() / 255
@@ -57,7 +60,7 @@ class SegmentationInputs(Dataset[dict[str, Any]]):
     Args:
         files: readable image files.
         channels: 1 for luma or 3 for RGB.
-        downscale: integer factor by which images are reduced first.
+        downscale: integer factor by which images are reduced after reading.
     """
 
     def __init__(self, files: Sequence[Path], channels: int, downscale: int = 1) -> None:
@@ -67,12 +70,16 @@ class SegmentationInputs(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": (1, channels, h, w) in [0, 1], "photo": uint8 (1 or 3, H, W), "path": str}."""
+        """Return {"image": float32 (1, channels, h, w) in [0, 1], "photo": uint8 (1 or 3, H, W), "path": str}.
+
+        Raises:
+            InvalidImage: the image is smaller than `downscale` pixels.
+        """
         source_pixels = to_pixels(open_image(self.files[index]), self.files[index])
         if min(source_pixels.shape[-2:]) < self.downscale:
             raise InvalidImage(
                 f"{self.files[index]}: {source_pixels.shape[-1]}x{source_pixels.shape[-2]} pixels, "
-                f"too small to be reduced by the factor {self.downscale}"
+                f"too small: at least {self.downscale}x{self.downscale} are needed"
             )
         image = downsample_image(to_channels(source_pixels, self.channels), self.downscale)[None].float() / 255
         return {"image": image, "photo": source_pixels, "path": str(self.files[index])}
@@ -94,7 +101,10 @@ class TranslationInputs(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": (1, 3, h, w) in [0, 1], "direction": [str], "path", "size", "chroma": empty, "alpha"}, see `LumaInputs`."""
+        """Return {"image": float32 (1, 3, h, w) in [0, 1], "direction": [str]}, and the other entries of `LumaInputs`.
+
+        "chroma" is empty.
+        """
         image = open_image(self.files[index])
         source_pixels = to_channels(to_pixels(image, self.files[index]), 3)[None].float()
         if self.short_side is not None:
@@ -111,19 +121,19 @@ class TranslationInputs(Dataset[dict[str, Any]]):
 
 
 def read_alpha(image: Image.Image) -> Tensor:
-    """Alpha channel of an image, (1, H, W) in [0, 1]; empty if absent."""
+    """Return the alpha channel of an image, float32 (1, H, W) in [0, 1]; empty if absent."""
     if not image.has_transparency_data:
         return torch.empty(0)
     return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
 
 
 def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
-    """Combine luma, chroma and alpha to an 8-bit image of mode L, LA, RGB or RGBA.
+    """Combine luma, chroma and alpha into an 8-bit image of mode L, LA, RGB or RGBA.
 
     Args:
         luma: (1, H, W) in [0, 1]; or RGB, (3, H, W), with empty chroma.
         chroma: Cb and Cr, (2, h, w), or empty; resized to (H, W) by bicubic interpolation.
-        alpha: (1, h, w), or empty; resized likewise.
+        alpha: (1, h, w), or empty; resized in the same way.
     """
     size = (luma.shape[-2], luma.shape[-1])
     channels = luma.float()
@@ -136,7 +146,7 @@ def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
 
 
 def list_user_images(source: str, exclude: Path) -> list[Path]:
-    """List the images of `source`, a file or a folder, after decoding each once.
+    """List the images of a file or a folder, and check that each can be decoded.
 
     Args:
         source: path of the file or folder.
@@ -152,7 +162,7 @@ def list_user_images(source: str, exclude: Path) -> list[Path]:
         file for file in paths if not path.is_dir() or excluded == path.resolve() or excluded not in file.resolve().parents
     ]
     if not files:
-        raise InvalidImage(f"{path}: no images in this folder")
+        raise InvalidImage(f"{path}: no images in this folder. Give a folder with image files, or an image")
     errors = []
     for file in files:
         try:

@@ -8,7 +8,7 @@ from datamodules.random.philox import random_words
 
 
 def uniform(seed: int, stream: str, items: Sequence[int], size: int) -> np.ndarray:
-    """Uniform noise in (0, 1): float64 (len(items), size); a row depends only on its item.
+    """Sample uniform noise in (0, 1): float64 (len(items), size); a row depends only on its item.
 
     Args:
         seed: the run's seed.
@@ -24,12 +24,12 @@ def uniform(seed: int, stream: str, items: Sequence[int], size: int) -> np.ndarr
 def normal(
     seed: int, stream: str, items: Sequence[int], size: int, dtype: type[np.float32] | type[np.float64] = np.float64
 ) -> np.ndarray:
-    """Standard normal noise (len(items), size), by the Box-Muller transform; a row depends only on its item.
+    """Sample standard normal noise (len(items), size) by the Box-Muller transform; a row depends only on its item.
 
     Args:
         seed, stream, items, size: see `uniform`.
-        dtype: float32 uses 32-bit words and single precision: four times as fast, different values, truncated at 6.8
-            standard deviations.
+        dtype: type of the result. float32 uses 32-bit words and single precision: it is four times as fast, has different
+            values, and is truncated at 6.8 standard deviations.
     """
     if dtype is np.float64:
         pairs = -(-size // 2)
@@ -44,12 +44,12 @@ def normal(
 
 
 def derive_seed(seed: int, stream: str) -> int:
-    """Derive a seed in [0, 2**63) for a stateful generator."""
+    """Derive a seed in [0, 2**63) for a stateful generator from a seed and the name of a random stream."""
     return int(random_words(seed, stream, 0, 1)[0, 0] >> np.uint64(1))
 
 
 def _words(seed: int, stream: str, items: Sequence[int], blocks: int) -> np.ndarray:
-    """Random words with `blocks` counter values per item: uint64 (len(items), 4 * blocks)."""
+    """Return random words with `blocks` counter values per item: uint64 (len(items), 4 * blocks)."""
     first, count = (items[0], len(items)) if len(items) else (0, 0)
     if list(items) == list(range(first, first + count)):
         words = random_words(seed, stream, first * blocks, count * blocks)

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def random_words(seed: int, stream: str, start: int, count: int) -> np.ndarray:
-    """Raw random words for the samples at positions start ... start + count - 1.
+    """Return raw random words for the samples at positions start ... start + count - 1.
 
     Args:
         seed: the run's seed.
@@ -26,13 +26,13 @@ def random_words(seed: int, stream: str, start: int, count: int) -> np.ndarray:
 
 
 def permutation(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
-    """Random order of `length` items in pass `epoch`: int64 (length,)."""
+    """Return a random order of `length` items for pass `epoch`: int64 (length,)."""
     key = _key(seed, f"{stream}/{epoch}")
     return np.random.Generator(np.random.Philox(key=key)).permutation(length)
 
 
 def randint_from_words(words: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
-    """Uniform integers in [0, limit) from raw words, element by element: int64. The bias is below limit / 2**32."""
+    """Convert raw words to uniform integers in [0, limit), element by element: int64. The bias is below limit / 2**32."""
     high = words >> np.uint64(32)
     return ((high * np.asarray(limit, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)
 

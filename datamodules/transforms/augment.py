@@ -25,6 +25,9 @@ class SpatialAugment:
         hflip: whether to flip left to right with probability 0.5.
         zoom: maximum zoom factor; the logarithm is uniform in [-log zoom, log zoom]; 1 for no zoom.
         elastic_std: std in pixels of the displacement vectors on a 3 x 3 grid, interpolated bicubically; 0 for none.
+
+    Raises:
+        UserError: `zoom` is less than 1, or `elastic_std` is negative.
     """
 
     rotate: bool = False
@@ -41,10 +44,10 @@ class SpatialAugment:
     def sampling_grid(
         self, seed: int, samples: range, heights: np.ndarray, widths: np.ndarray, tile_size: int, margin: int
     ) -> Tensor:
-        """Image coordinates of each pixel of a tile with half of the margin on every side.
+        """Return the image coordinates of each pixel of a tile, with half of the margin on each side.
 
-        Tiles are placed uniformly within their images, centered in smaller ones. Deformation and margin may exceed the
-        image. The result is a function of the seed and of each sample's position.
+        A tile has a uniform random position within its image, or is centered if the image is smaller. The deformation and the
+        margin may extend beyond the image. The result is a function of the seed and of each sample's position.
 
         Args:
             seed: the run's seed.
@@ -71,7 +74,7 @@ class SpatialAugment:
         return rotated + centers[:, :, None, None] + self.elastic_field(seed, samples, tile_size + margin)
 
     def elastic_field(self, seed: int, samples: range, side: int) -> Tensor:
-        """Elastic displacements in pixels: (B, 2, side, side), or a scalar zero."""
+        """Return elastic displacements in pixels: float32 (B, 2, side, side); a scalar 0 if `elastic_std` is 0."""
         if not self.elastic_std:
             return torch.zeros(())
         noise = normal(seed, "displacement", samples, 2 * GRID**2).reshape(-1, 2, GRID, GRID)

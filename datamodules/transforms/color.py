@@ -16,13 +16,13 @@ _OFFSET = torch.tensor([16.0, 128.0, 128.0], dtype=torch.float64)
 
 
 def rgb_to_ycbcr(image: Tensor) -> Tensor:
-    """RGB (..., 3, H, W) in [0, 1] to studio-swing YCbCr of the same shape and dtype; black is Y = 16 / 255."""
+    """Convert RGB (..., 3, H, W) in [0, 1] to studio-swing YCbCr of the same shape and dtype; black has Y = 16 / 255."""
     matrix, offset = _YCBCR.to(image) / 255, _OFFSET.to(image) / 255
     return torch.einsum("ij,...jhw->...ihw", matrix, image) + offset[:, None, None]
 
 
 def ycbcr_to_rgb(image: Tensor) -> Tensor:
-    """Inverse of `rgb_to_ycbcr`; not clipped."""
+    """Convert studio-swing YCbCr (..., 3, H, W) to RGB: the inverse of `rgb_to_ycbcr`, not clipped to [0, 1]."""
     inverse, offset = torch.linalg.inv(_YCBCR / 255).to(image), _OFFSET.to(image) / 255
     return torch.einsum("ij,...jhw->...ihw", inverse, image - offset[:, None, None])
 
@@ -47,5 +47,5 @@ def luma(image: Tensor, treat_equal_rgb_as_grey: bool = False) -> Tensor:
 
 
 def is_grey(image: Tensor) -> bool:
-    """Whether a (C, H, W) image has one channel or three equal channels."""
+    """Return whether an image (C, H, W) has one channel or three equal channels."""
     return image.shape[0] == 1 or bool((image[0] == image[1]).all() and (image[0] == image[2]).all())

@@ -16,7 +16,16 @@ RED, BLUE, VIOLET = (torch.tensor(color) for color in ((0.9, 0.1, 0.1), (0.1, 0.
 
 
 def overlay(image: Tensor, mask: Tensor, strength: float = 0.55) -> Tensor:
-    """Overlay an image (1 or 3, H, W) in [0, 1] with the colors of its classes (H, W) except 0: (3, H, W) on the CPU."""
+    """Overlay an image with the colors of its classes, except class 0 and ignored pixels.
+
+    Args:
+        image: (1 or 3, H, W) in [0, 1].
+        mask: class ids (H, W).
+        strength: weight of the colors, from 0 to 1.
+
+    Returns:
+        (3, H, W) in [0, 1] on the CPU.
+    """
     image, mask = image.detach().float().cpu().expand(3, -1, -1), mask.cpu().long()
     colored = (mask != 0) & (mask != IGNORE_INDEX)
     colors = COLORS[(mask - 1).clamp(min=0) % len(COLORS)].permute(2, 0, 1)
@@ -24,7 +33,10 @@ def overlay(image: Tensor, mask: Tensor, strength: float = 0.55) -> Tensor:
 
 
 def error_overlay(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-    """Color the errors of a prediction on a pale image: red false positives, blue false negatives, violet others."""
+    """Color the errors of a prediction on a pale gray image: (3, H, W) in [0, 1] on the CPU.
+
+    False positives are red, false negatives blue, and confusions of two classes violet. Class 0 is the background.
+    """
     canvas = 0.5 + 0.5 * image.detach().float().cpu().mean(0, keepdim=True).expand(3, -1, -1)
     prediction, mask = prediction.cpu().long(), mask.cpu().long()
     wrong = (prediction != mask) & (mask != IGNORE_INDEX)
@@ -38,7 +50,7 @@ def error_overlay(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
 
 
 def comparison_row(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-    """Concatenate image, truth, prediction and errors horizontally: (1, 3, H, 4 W + 12)."""
+    """Concatenate image, ground truth, prediction and errors horizontally: (1, 3, H, 4 W + 12) in [0, 1]."""
     panels = [image.detach().float().cpu().expand(3, -1, -1), overlay(image, mask), overlay(image, prediction)]
     panels.append(error_overlay(image, prediction, mask))
     gap = torch.ones(3, image.shape[-2], 4)

@@ -35,9 +35,9 @@ class RaggedImageBuffer:
 
         Args:
             image_ids: (B,) indices of images.
-            top, left: (B,) corners; a patch may exceed its image, whose border is replicated.
+            top, left: (B,) corners in pixels; where a patch exceeds its image, the border is replicated.
             size: side in pixels.
-            symmetry: (B,) in 0..7, the eight symmetries of the square: bit 1 flips rows, bit 2 columns, bit 4 transposes.
+            symmetry: (B,) in 0..7, the symmetries of the square as a bit mask: 1 flips rows, 2 flips columns, 4 transposes.
 
         Returns:
             (B, C, size, size).
@@ -66,7 +66,7 @@ class RaggedImageBuffer:
         return self._read_reflected(image_ids, (coords + 0.5).floor().long())
 
     def sample_bilinear(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
-        """Sample by bilinear interpolation: float32, otherwise as `sample_nearest`."""
+        """Sample by bilinear interpolation; arguments and shape as in `sample_nearest`, but the result is float32."""
         first = coords.floor()
         fraction = coords - first  # weights of the next row and the next column
         down, across = fraction[:, :1], fraction[:, 1:]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution kernel with a = -0.5 (R. Keys, 1981), support [-2, 2]."""
+    """Evaluate Keys' cubic convolution kernel with a = -0.5 (R. Keys, 1981), support [-2, 2]."""
     x = np.abs(x)
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -21,7 +21,7 @@ def cubic(x: np.ndarray) -> np.ndarray:
 
 
 def resize_matrix(length: int, new_length: int) -> Tensor:
-    """One pass of ``imresize`` as a float64 matrix (new_length, length), including the replicated border."""
+    """Return one pass of ``imresize`` as a float64 matrix (new_length, length), including the replicated border."""
     scale = new_length / length
     stretch = min(scale, 1.0)  # antialiasing: the kernel is widened by 1 / scale when downscaling
     support = 4 / stretch
@@ -59,7 +59,7 @@ def imresize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _placed_matrix(length: int, new_length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`resize_matrix`, cached on the device to avoid copies during training."""
+    """Return `resize_matrix` on the device, cached to avoid copies during training."""
     return resize_matrix(length, new_length).to(device, dtype)
 
 

@@ -10,9 +10,10 @@ CUTOFF_SIGMAS = 5  # the exponential is below 4e-6 beyond this distance
 
 
 def border_weight(instance_ids: np.ndarray, w0: float = 10.0, sigma: float = 5.0) -> np.ndarray:
-    """Eq. 2 without its class weights: w0 exp(-(d1 + d2)**2 / (2 sigma**2)) on the background, 0 within cells.
+    """Compute eq. 2 without its class weights: w0 exp(-(d1 + d2)**2 / (2 sigma**2)) on the background, 0 within cells.
 
-    d1 and d2 are the distances to the nearest and the second nearest cell, computed in a window of 5 sigma around each cell.
+    d1 and d2 are the distances to the nearest and the second-nearest cell. The distance to a cell is computed in a window of
+    5 sigma around the cell.
 
     Args:
         instance_ids: instance ids (H, W), 0 for the background.
@@ -37,7 +38,7 @@ def border_weight(instance_ids: np.ndarray, w0: float = 10.0, sigma: float = 5.0
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:
-    """Eq. 2's class weights: inverse class frequencies, with a mean over all pixels of 1.
+    """Compute the class weights of eq. 2: inverse class frequencies, scaled to a mean of 1 over all pixels.
 
     Args:
         counts: pixels of each class in the training set (K,).
@@ -58,6 +59,9 @@ def separate_instances(instance_ids: np.ndarray) -> np.ndarray:
 
     Args:
         instance_ids: instance ids (H, W), 0 for the background.
+
+    Returns:
+        Instance ids (H, W) of the same dtype.
     """
     padded = np.pad(instance_ids, 1, mode="edge")
     touching = np.zeros(instance_ids.shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""`darkroom bench`: compare training speed with a bare PyTorch loop and with a PIL data loader that reads item by item."""
+"""`darkroom bench`: compare training speed with a bare PyTorch loop, and with a PIL data loader that reads single items."""
 
 import json
 import os
@@ -28,31 +28,31 @@ from experiments.tasks.registry import task_of
 from modules.training.method import Method
 from modules.training.phases import Batch
 
-PIL_EVERY = 6  # rounds; PIL stretches are this many times longer, because the workers prefetch a few batches
+PIL_EVERY = 6  # rounds per PIL interval; a PIL interval has this many times the steps, because workers prefetch some batches
 SETTLE = 0.5  # seconds for the PIL loader's workers to refill their queue before the Trainer is timed again
 
 
 def bench(recipe: Recipe, rounds: int, steps: int, as_json: bool, started: float) -> None:
-    """Time training in interleaved stretches, then inference, and print the results by name.
+    """Time training in interleaved intervals, then inference, and print the results by name.
 
     Args:
         recipe: recipe to train.
-        rounds: stretches per loop.
-        steps: training steps per stretch.
+        rounds: number of intervals of the Trainer and of the bare loop.
+        steps: training steps per interval.
         as_json: print JSON instead of a table.
         started: `time.perf_counter()` at the start of the command.
 
     Raises:
-        UserError: the recipe has no training, or its data module has no PIL baseline.
+        UserError: the recipe has no training, or its datamodule has no PIL baseline.
     """
     if "total_images" not in parameters(recipe.class_path("model")):
-        raise UserError(f"{recipe.name} has nothing to train; choose a recipe that trains")
+        raise UserError(f"{recipe.name} has nothing to train. Choose a recipe with training")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         cli = build_cli("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
         task = task_of(cli.datamodule)
         if task.baseline is None or task.bench_inference is None:
-            raise UserError(f"{recipe.name}: there is no baseline for {type(cli.datamodule).__name__}; choose another recipe")
+            raise UserError(f"{recipe.name}: there is no baseline for {type(cli.datamodule).__name__}. Choose another recipe")
         timer = InterleavedTimer(cli.model, cli.datamodule, steps, started)
         train_without_eval(cli, steps * (rounds + 1), timer)
     method = cli.model.cpu().eval()
@@ -64,7 +64,7 @@ def bench(recipe: Recipe, rounds: int, steps: int, as_json: bool, started: float
 
 
 def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield endless batches that load item by item, with one worker per CPU core."""
+    """Yield batches of single items without end, with one loader worker per CPU core."""
     baseline = task_of(data).baseline
     assert baseline is not None
     loader = DataLoader(
@@ -76,12 +76,12 @@ def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
 
 
 class InterleavedTimer(Callback):
-    """Alternate stretches of the Trainer's training with stretches of the bare loop and the PIL loop.
+    """Callback that alternates intervals of the Trainer with intervals of the bare loop and of the PIL loop.
 
     Args:
         method: the method that the Trainer trains; the other loops train copies of it.
-        data: its data module.
-        steps: training steps per stretch.
+        data: datamodule of the Trainer.
+        steps: training steps per interval.
         command_started: `time.perf_counter()` at the start of the command.
     """
 
@@ -89,12 +89,12 @@ class InterleavedTimer(Callback):
         self.steps, self.data, self.command_started = steps, data, command_started
         self.methods = {"bare": deepcopy(method), "pil": deepcopy(method)}
         self.loops: dict[str, Step] = {}
-        self.milliseconds: dict[str, list[float]] = {"ours": [], "bare": [], "pil": []}  # per step, one value a stretch
-        self.before_pil: list[float] = []  # the Trainer's stretch before each PIL stretch, in milliseconds per step
+        self.milliseconds: dict[str, list[float]] = {"ours": [], "bare": [], "pil": []}  # per step, one value per interval
+        self.before_pil: list[float] = []  # the Trainer's interval before each PIL interval, in milliseconds per step
         self.started = 0.0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """At the end of a stretch, record its time, run the other loops and restart the clock."""
+        """At the end of an interval, record its time, run the other loops and restart the clock."""
         if batch_idx == 0:
             self.seconds_to_first_step = time.perf_counter() - self.command_started
             self.loops = {
@@ -106,7 +106,7 @@ class InterleavedTimer(Callback):
         if (batch_idx + 1) % self.steps:
             return
         synchronize(pl_module.device)
-        stretch = (batch_idx + 1) // self.steps - 1  # stretch 0 is the warm-up
+        stretch = (batch_idx + 1) // self.steps - 1  # interval 0 is the warm-up
         ours = 1000 * (time.perf_counter() - self.started) / self.steps
         bare = self.run("bare", self.steps, pl_module.device)
         if stretch > 0:
@@ -163,7 +163,7 @@ def step_breakdown(method: Method, data: Any, steps: int) -> dict[str, float]:
 
 
 def bench_training(timer: InterleavedTimer, cli: DarkroomCLI) -> dict[str, Any]:
-    """Return rates as medians over stretches, and ratios as medians over adjacent stretches with their quartiles."""
+    """Return rates as medians over intervals, and ratios as medians and quartiles over adjacent intervals."""
     spent = timer.milliseconds
     rate = {name: 1000 * cli.datamodule.batch_size / statistics.median(values) for name, values in spent.items()}
     to_bare = [bare / ours for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
@@ -222,10 +222,10 @@ def print_results(recipe: Recipe, results: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Remaining differences. To the bare loop: the Trainer's hooks and counters cost {extra_ms_per_step:.2f} ms of Python "
-        "per step. To the PIL loop: the network and its optimizer take {0:.1f} of our {step_ms:.1f} ms. With free data, the "
-        "rate would be {ratio_to_pil_without_overhead:.1f} times the PIL loop's. To the peak: images are small and channels "
-        "few, and the optimizer's {optimizer_ms:.1f} ms do not count as network time.".format(
+        "Remaining differences. Bare loop: the Trainer's hooks and counters take {extra_ms_per_step:.2f} ms per step. PIL "
+        "loop: the network and its optimizer take {0:.1f} of the {step_ms:.1f} ms per step. Without the time for data and the "
+        "Trainer, the rate would be {ratio_to_pil_without_overhead:.1f} times that of the PIL loop. Peak: images are small, "
+        "channels are few, and the optimizer's {optimizer_ms:.1f} ms contain no counted operations.".format(
             results["network_ms"] + results["optimizer_ms"], **results
         )
     )

@@ -31,8 +31,9 @@ def ratio_to_classic(method: CycleGAN, batch: Batch) -> dict[str, object]:
 def reference_cyclegan_step(method: CycleGAN, batch: Batch) -> Step:
     """Return a CycleGAN step with the order of passes of its authors' PyTorch code: one pass per image and network.
 
-    G(A), F(G(A)), F(B), G(F(B)); G(B) and F(A) for the identity loss; the generators' update; for each discriminator a forward
-    pass on real images, one on fakes and a backward pass; the discriminators' update.
+    The order is: G(A), F(G(A)), F(B), G(F(B)); G(B) and F(A) for the identity loss; update of the generators; for each
+    discriminator a forward pass on real images, a forward pass on fake images and a backward pass; update of both
+    discriminators.
     """
     generators, discriminators = make_optimizers(method).values()
     for group in generators.param_groups + discriminators.param_groups:

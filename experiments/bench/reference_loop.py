@@ -60,7 +60,7 @@ def make_optimizers(method: Method) -> dict[str, Optimizer]:
 
 
 def bare_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield training batches of a data module on a device, without a Trainer."""
-    data = copy(data)  # keeps its own position in the stream
+    """Yield training batches of a datamodule on a device, without a Trainer."""
+    data = copy(data)  # a copy has a separate position in the stream
     for batch in data.train_dataloader():
         yield data.prepare_train_batch(map_tensors(batch, lambda tensor: tensor.to(device)))

@@ -1,4 +1,4 @@
-"""`darkroom scaling`: measure the gain of several processes on this machine, and estimate it for 8 and 64 GPUs.
+"""`darkroom scaling`: measure the speedup of several processes on this machine, and estimate it for 8 and 64 GPUs.
 
 Weak scaling: every process has the recipe's batch size, so the work per process is constant and only communication is added.
 """
@@ -26,8 +26,8 @@ from experiments.run.recipes import Recipe
 
 FOLDER = ROOT / "experiments/bench"
 RECORD, PAGE = FOLDER / "scaling.json", FOLDER / "SCALING.md"
-TRIAL_STEPS = 5  # steps of the short run that determines how many steps a stretch has
-MIN_STEPS, MAX_STEPS = 5, 1000  # steps per stretch
+TRIAL_STEPS = 5  # steps of a short run, which determines the number of steps per interval
+MIN_STEPS, MAX_STEPS = 5, 1000  # steps per interval
 
 
 def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: float, write: bool) -> None:
@@ -36,16 +36,16 @@ def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: flo
     Args:
         recipes: recipes to train; their data must be available.
         processes: processes that train together.
-        rounds: interleaved stretches of each kind.
-        seconds: duration of a stretch in one process.
+        rounds: number of interleaved intervals of each kind.
+        seconds: duration of an interval in one process.
         write: save the record to `experiments/bench/scaling.json` and the page to `experiments/bench/SCALING.md`.
 
     Raises:
-        UserError: a recipe cannot be trained, or a stretch failed; the message quotes its output.
+        UserError: a recipe cannot be trained, or an interval failed; the message contains its output.
     """
     for recipe in recipes:
         if "total_images" not in parameters(recipe.class_path("model")):
-            raise UserError(f"{recipe.name} has nothing to train; choose a recipe that trains")
+            raise UserError(f"{recipe.name} has nothing to train. Choose a recipe with training")
     argv = ["scaling", *(recipe.name for recipe in recipes), "--processes", processes, "--rounds", rounds]
     record = {
         "command": "darkroom " + shlex.join(map(str, [*argv, "--seconds", f"{seconds:g}"])),
@@ -60,16 +60,16 @@ def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: flo
 
 
 def time_recipe(recipe: Recipe, processes: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Return the cost of a recipe's step and its duration in seconds, one value per stretch.
+    """Return the cost of a recipe's step, and its duration in seconds, one value per interval.
 
-    There are three kinds of stretches: "single", one process; "ddp", several processes that average gradients; "independent",
-    as many processes without communication. Each process has the same number of threads in all three.
+    There are three kinds of intervals: "single", one process; "ddp", several processes that average gradients; "independent",
+    as many processes without communication. Each process has the same number of threads in all three kinds.
     """
     trial = run_independent(recipe, TRIAL_STEPS, 1, processes)[0]
     steps = min(MAX_STEPS, max(MIN_STEPS, round(seconds / trial["seconds"])))
     spent: dict[str, list[float]] = {"single": [], "ddp": [], "independent": []}
     for i in range(rounds):
-        print(f"{recipe.name}: round {i + 1} of {rounds}, stretches of {steps} steps", file=sys.stderr, flush=True)
+        print(f"{recipe.name}: round {i + 1} of {rounds}, intervals of {steps} steps", file=sys.stderr, flush=True)
         spent["single"].append(run_independent(recipe, steps, 1, processes)[0]["seconds"])
         spent["ddp"].append(run_ddp(recipe, steps, processes, trial["batch"])["seconds"])
         spent["independent"].append(
@@ -79,7 +79,7 @@ def time_recipe(recipe: Recipe, processes: int, rounds: int, seconds: float) -> 
 
 
 def run_independent(recipe: Recipe, steps: int, count: int, core_groups: int) -> list[dict[str, Any]]:
-    """Train in `count` concurrent processes without communication, each on its own device."""
+    """Train in `count` concurrent processes without communication, each on a separate device."""
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for index in range(count):
@@ -122,11 +122,11 @@ def read_result(process: subprocess.Popen[str], recipe: Recipe) -> dict[str, Any
     """Wait for a process and parse the last line of its output.
 
     Raises:
-        UserError: the process failed; the message quotes its error.
+        UserError: the process failed; the message contains its error.
     """
     stdout, stderr = process.communicate()
     if process.returncode:
-        _, _, message = stderr.partition("darkroom: ")  # torchrun prints more around it
+        _, _, message = stderr.partition("darkroom: ")  # torchrun prints other lines before and after
         lines = message.splitlines() or stderr.strip().splitlines()[::-1] or [f"status {process.returncode}"]
         raise UserError(f"{recipe.name} cannot be timed: {lines[0]}")
     result: dict[str, Any] = json.loads(stdout.splitlines()[-1])

@@ -50,8 +50,8 @@ def render_measurements(record: dict[str, Any]) -> list[str]:
         f"## From one process to {count}, measured",
         "",
         f"{hardware['accelerator']}, {hardware['cores']} cores as reported by the system, {hardware['threads']} thread(s) per "
-        f"process, {hardware['precision']}. Medians of {rounds} interleaved stretches. *Independent* means {count} processes "
-        "without communication, each with its own batch; it shows the loss caused by the shared machine. Efficiency is the "
+        f"process, {hardware['precision']}. Medians of {rounds} interleaved intervals. *Independent* means {count} processes "
+        "without communication, each with a separate batch; it isolates the cost of the shared machine. Efficiency is the "
         "step time of a single process divided by that of DDP or of independent processes, with quartiles in parentheses.",
         "",
         f"| recipe | batch per process | ms per image, 1 | {count}, DDP | {count}, independent | efficiency, DDP "
@@ -148,12 +148,12 @@ def render_calculation(run: dict[str, Any]) -> list[str]:
 
 
 def gradient_bytes(run: dict[str, Any]) -> list[float]:
-    """Return the gradient bytes per training step, by phase."""
+    """Return the gradient bytes per training step, one value per phase."""
     return [phase["bytes"] * phase["moves"] for phase in run["phases"]]
 
 
 def messages(run: dict[str, Any]) -> float:
-    """Return the buckets per training step; all but the last of a phase are full."""
+    """Return the number of buckets per training step; all but the last bucket of a phase are full."""
     return float(sum(math.ceil(phase["bytes"] / BUCKET) * phase["moves"] for phase in run["phases"]))
 
 
@@ -163,7 +163,7 @@ def step_seconds(run: dict[str, Any]) -> float:
 
 
 def link_bandwidth(n: int) -> float:
-    """Return the bytes per second of the slowest link in a ring of n GPUs."""
+    """Return the bandwidth of the slowest link in a ring of n GPUs, in bytes per second."""
     return NVLINK if n <= NODE else INFINIBAND
 
 
@@ -174,5 +174,5 @@ def allreduce_seconds(run: dict[str, Any], n: int) -> float:
 
 
 def format_number(value: float) -> str:
-    """Format with three significant digits, or as an integer from 100 upward."""
+    """Format a number with three significant digits, or as an integer if it is at least 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,6 +1,6 @@
-"""`python -m experiments.bench.scaling_worker RECIPE STEPS [--KEY VALUE ...]`: train and print the time of a step as JSON.
+"""`python -m experiments.bench.scaling_worker RECIPE STEPS [--KEY VALUE ...]`: train, and print the time per step as JSON.
 
-`darkroom scaling` starts it as a single process, or through torchrun in several.
+`darkroom scaling` runs this module in a single process, or in several processes with torchrun.
 """
 
 import json
@@ -24,11 +24,11 @@ from experiments.run.recipes import find_recipe
 from modules.training.method import Method
 from modules.training.phases import BoundPhase, bind_phases
 
-WARMUP_STEPS = 5  # untimed steps, during which buffers are allocated and algorithms selected
+WARMUP_STEPS = 5  # untimed steps in which buffers are allocated and algorithms are selected
 
 
 class StepTimer(Callback):
-    """Measure the seconds per step after the warm-up, synchronized across ranks."""
+    """Callback that measures the seconds per step after the warm-up, synchronized across ranks."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock when every rank has finished its warm-up, and stop it when training ends."""
@@ -42,7 +42,7 @@ class StepTimer(Callback):
 
 
 class OpCounter(TorchDispatchMode):
-    """Count the operators that torch dispatches; most of them launch one kernel on a GPU."""
+    """Dispatch mode that counts the operators of torch; most of them launch one kernel on a GPU."""
 
     count = 0
 
@@ -57,7 +57,7 @@ def gradient_bytes(phases: Sequence[BoundPhase]) -> list[dict[str, Any]]:
 
     Returns:
         One entry per phase: "name", "bytes" per update, and "moves", the updates per training step (below 1 if the phase is
-        used every few steps).
+        not used in each step).
     """
     return [
         {
@@ -70,7 +70,7 @@ def gradient_bytes(phases: Sequence[BoundPhase]) -> list[dict[str, Any]]:
 
 
 def step_cost(method: Method, data: Any) -> dict[str, Any]:
-    """Return the floating-point operations, operators and gradient bytes of a training step."""
+    """Return "flops", "operators" and gradient bytes ("phases") per training step."""
     optimizers = make_optimizers(method)
     phases = bind_phases(method.phases(), optimizers)
     period = math.lcm(*(bound.phase.every_n_steps for bound in phases))

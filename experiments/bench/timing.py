@@ -16,7 +16,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """Return the lower and the upper quartile; a single value is both."""
+    """Return the lower and the upper quartile; a single value is returned as both."""
     if len(values) < 2:
         return values * 2
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -31,7 +31,7 @@ def count_flops(function: Callable[[], Any]) -> int:
 
 
 def median_seconds(function: Callable[[], Any]) -> float:
-    """Return the median duration of five calls without gradients, after one warm-up call."""
+    """Return the median duration in seconds of five calls without gradients, after one warm-up call."""
     times = []
     with torch.no_grad():
         for _ in range(6):

@@ -1,4 +1,4 @@
-"""Condense jsonargparse's errors to one line that names the key, the value and the closest valid name."""
+"""Condense jsonargparse's errors to one line with the key, the value and the closest valid name."""
 
 import importlib
 import inspect
@@ -17,7 +17,7 @@ def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
         options: the command's valid option names, without dashes.
     """
     if "arguments are required: input" in message:
-        return "predict: --input is required; give an image or a folder"
+        return "predict: --input is required. Give an image or a folder"
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         return f"unknown argument {match[1]}{_suggest(match[1].lstrip('-').partition('=')[0], options, '--')}"
     outer = _first(r'Parser key "([^"]+)"', message)
@@ -48,7 +48,7 @@ def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
 
 
 def one_line(message: str) -> str:
-    """Strip the traceback that a DataLoader worker wraps around a message."""
+    """Return a message without the traceback that a DataLoader worker adds to it."""
     lines = message.strip().splitlines() or [""]
     return lines[0] if len(lines) == 1 else lines[-1].partition(": ")[2]
 
@@ -77,7 +77,7 @@ def parameters(class_path: str) -> list[str]:
 
 
 def _classes(class_path: str) -> list[str]:
-    """List the classes in the module of a mistyped class; empty if the module does not exist."""
+    """List the classes in the module of a class path; empty if the module does not exist."""
     module_name = class_path.rpartition(".")[0]
     try:
         module = importlib.import_module(module_name)

@@ -1,6 +1,6 @@
 """`darkroom fit RECIPE --help`: list every key that can be overridden.
 
-jsonargparse's own help lists the method and the datamodule as one option each, without their keys.
+The help of jsonargparse lists the method and the datamodule as one option each, without their keys.
 """
 
 import argparse
@@ -17,7 +17,7 @@ COMPARISONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def key_help(full_help: str, recipe: Recipe) -> str:
-    """Return the help text, with the keys of the method and the datamodule and the recipe's values first.
+    """Return the help text, which starts with the keys of the method and the datamodule and their values in the recipe.
 
     Args:
         full_help: jsonargparse's help; its sections on the method and the datamodule are replaced.

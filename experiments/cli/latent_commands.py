@@ -6,7 +6,7 @@ from experiments.run.recipes import find_recipe
 
 
 def sample(argv: list[str]) -> int:
-    """`darkroom sample`."""
+    """Run `darkroom sample` and return the exit status."""
     parser = _seeded_parser("sample", "Generate images from noise, one file each.", "samples")
     parser.add_argument("--count", type=int, default=64, metavar="N", help="number of images (default 64)")
     args = parser.parse_args(argv)
@@ -20,11 +20,11 @@ def sample(argv: list[str]) -> int:
 
 
 def interpolate(argv: list[str]) -> int:
-    """`darkroom interpolate`."""
+    """Run `darkroom interpolate` and return the exit status."""
     parser = _seeded_parser("interpolate", "Interpolate linearly in latent space between samples.", "interpolation.png")
     parser.add_argument("--indices", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="sample indices, from 0")
-    parser.add_argument("--images", action="store_true", help="interpolate between test images; --indices are theirs")
-    parser.add_argument("--steps", type=int, default=9, metavar="N", help="steps from one to the next (default 9)")
+    parser.add_argument("--images", action="store_true", help="interpolate between the test images with these --indices")
+    parser.add_argument("--steps", type=int, default=9, metavar="N", help="steps between neighbors in --indices (default 9)")
     args = parser.parse_args(argv)
     _require_non_negative("interpolate: --indices", args.indices)
     recipe = find_recipe(args.recipe)
@@ -40,8 +40,8 @@ def interpolate(argv: list[str]) -> int:
 
 
 def arithmetic(argv: list[str]) -> int:
-    """`darkroom arithmetic`."""
-    parser = _seeded_parser("arithmetic", "Add and subtract concepts, each the mean latent of some samples.", "arithmetic.png")
+    """Run `darkroom arithmetic` and return the exit status."""
+    parser = _seeded_parser("arithmetic", "Add and subtract concepts, which are means of latents of samples.", "arithmetic.png")
     for sign in ("plus", "minus"):
         parser.add_argument(
             f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="sample indices of a concept"
@@ -56,7 +56,7 @@ def arithmetic(argv: list[str]) -> int:
 
 
 def manifold(argv: list[str]) -> int:
-    """`darkroom manifold`."""
+    """Run `darkroom manifold` and return the exit status."""
     parser = Parser(prog="darkroom manifold", description="Plot decoder outputs over a 2-D latent grid.")
     _add_common_arguments(parser, "manifold.png")
     parser.add_argument("--grid-size", type=int, default=20, metavar="N", help="images per row and column (default 20)")
@@ -69,7 +69,7 @@ def manifold(argv: list[str]) -> int:
 
 
 def reconstruct(argv: list[str]) -> int:
-    """`darkroom reconstruct`."""
+    """Run `darkroom reconstruct` and return the exit status."""
     parser = Parser(prog="darkroom reconstruct", description="Show test images and their reconstructions.")
     _add_common_arguments(parser, "reconstructions.png")
     parser.add_argument("--indices", type=int, nargs="+", default=[*range(16)], metavar="N", help="image indices, from 0")
@@ -82,7 +82,7 @@ def reconstruct(argv: list[str]) -> int:
 
 
 def retrieve(argv: list[str]) -> int:
-    """`darkroom retrieve`."""
+    """Run `darkroom retrieve` and return the exit status."""
     parser = Parser(prog="darkroom retrieve", description="Find the test images whose codes are nearest to an image's code.")
     _add_common_arguments(parser, "retrieval.png")
     parser.add_argument("--indices", type=int, nargs="+", default=[*range(8)], metavar="N", help="query indices, from 0")
@@ -97,7 +97,7 @@ def retrieve(argv: list[str]) -> int:
 
 def _require_non_negative(option: str, indices: list[int]) -> None:
     if negative := [index for index in indices if index < 0]:
-        raise UserError(f"{option}: {negative[0]} is not a sample index; indices start at 0")
+        raise UserError(f"{option}: {negative[0]} is not a sample index. Use indices from 0")
 
 
 def _seeded_parser(command: str, description: str, output: str) -> Parser:

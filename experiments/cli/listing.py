@@ -10,11 +10,11 @@ from datamodules.io.paths import data_root
 from experiments.results.tables import cells
 from experiments.run.recipes import Recipe, methods, recipes
 
-STATES = ("reproduced", "measured", "short", "not run")  # how the states of most table cells begin
+STATES = ("reproduced", "measured", "short", "not run")  # prefixes of the states of most table cells
 
 
 def show_methods() -> None:
-    """Print a line for each method: its recipes, those with committed weights, and the states of its table cells."""
+    """Print one line per method: number of recipes, of recipes with committed weights, and of table cells by state."""
     caption = "darkroom list METHOD describes the recipes of a method. The README defines the states of table cells."
     table = Table("method", "recipes", "weights", "table cells", caption=caption, caption_justify="left")
     for method in methods():
@@ -30,7 +30,7 @@ def show_methods() -> None:
 
 
 def show_method(method: str) -> None:
-    """Print the recipes of a method in full: what each is for, what to expect of it, its time, command and data."""
+    """Print the purpose, expected value, time, command and data of each recipe of a method."""
     console = Console()
     for recipe in _recipes_of(method):
         console.print(f"[bold]{escape(recipe.name)}[/bold]{'  (weights committed)' if recipe.weights.exists() else ''}")
@@ -52,8 +52,8 @@ def _status(spec: str) -> str:
 
 
 def show_data() -> None:
-    """Print the catalog: the status and license of each dataset, and how to obtain those that are not available."""
-    columns = ("dataset", "status", "description", "license", "how to obtain it")
+    """Print the catalog: status, description and license of each dataset, and installation instructions."""
+    columns = ("dataset", "status", "description", "license", "installation")
     table = Table(*columns, title=f"Datasets in {data_root()}", title_justify="left")
     for name, dataset in catalog().items():
         status = dataset.status()
@@ -62,14 +62,15 @@ def show_data() -> None:
 
 
 def get_data(name: str) -> int:
-    """Download a dataset.
+    """Download a dataset, and return the exit status 0.
 
     Raises:
-        DatasetNotFound: the dataset has no download; the message explains how to obtain it.
+        DatasetNotFound: the dataset must be installed manually, or the download failed; the message contains instructions.
+        UserError: unknown dataset.
     """
     dataset = get_dataset(name)
     if dataset.source == "embedded":
-        print(f"{name} comes with the installed packages; nothing to do")
+        print(f"{name} is included in the installed packages; nothing to do")
         return 0
     from datamodules.catalog.download import download
 
@@ -79,7 +80,7 @@ def get_data(name: str) -> int:
 
 
 def verify_data(name: str) -> int:
-    """Compare a dataset with its manifest; return 1 if a file differs, is missing or cannot be read."""
+    """Compare a dataset with its manifest; return the exit status 1 if a file differs, is missing or cannot be read, else 0."""
     dataset = get_dataset(name)
     from datamodules.catalog.verify import verify
 

@@ -34,13 +34,13 @@ train, evaluate and predict
   Any key can be overridden: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
   With fit, --run NAME names a run, or resumes it if it exists; --wandb offline also logs to Weights & Biases.
   To evaluate or apply a network, --ckpt FILE selects its weights.
-  darkroom fit RECIPE --help lists every key.
+  darkroom fit RECIPE --help lists all keys.
 
 inspect, reproduce and scale
   list [METHOD]              list the methods, or describe the recipes of METHOD
   reproduce METHOD           print the paper's tables with published values and ours (--run, --check, --write, --json)
   sweep FILE                 search hyperparameters as defined by FILE, such as sweeps/espcn.yaml (--storage S)
-  submit RECIPE|FILE         train, or search, on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
+  submit RECIPE|FILE         train or search on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
   bench RECIPE               compare the training speed with a plain PyTorch loop and with PIL loading (--json)
   scaling RECIPE ...         measure the speedup of several processes, and estimate that of 8 and 64 GPUs (--write)
   data list                  list the datasets and whether they are installed
@@ -71,15 +71,15 @@ COMMAND_OPTIONS = {
 
 STARTED = time.perf_counter()
 PARENT = os.getppid()
-RANK_ERROR_DELAY = 8  # seconds that another rank waits for rank 0 to exit before it prints an error
-ORPHAN_GRACE = 30  # seconds that a rank has to exit after its parent
+RANK_ERROR_DELAY = 8  # seconds that other ranks wait for the exit of rank 0 before they print an error
+ORPHAN_GRACE = 30  # seconds between the exit of a rank's parent and the forced exit of the rank
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit status: 0, 1 if a check failed, 2 if the command was refused, 130 if it was interrupted.
+        The exit status: 0 for success, 1 if a check failed, 2 for a UserError, 130 if the command was interrupted.
     """
     argv = sys.argv[1:] if arguments is None else arguments
     try:
@@ -108,21 +108,24 @@ def report_error(error: UserError) -> None:
 
 
 def exit_with_parent() -> None:
-    """Exit soon after the parent process; a rank whose rank 0 died before they connected would wait half an hour for it."""
+    """Start a thread that ends this process `ORPHAN_GRACE` seconds after its parent.
+
+    If rank 0 dies before the ranks are connected, another rank would otherwise wait half an hour for it.
+    """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         time.sleep(ORPHAN_GRACE)
-        print(f"darkroom: rank {os.environ['LOCAL_RANK']} exits: rank 0 of its run has ended", file=sys.stderr, flush=True)
+        print(f"darkroom: rank {os.environ['LOCAL_RANK']} exits: rank 0 has ended", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def dispatch(argv: list[str]) -> int:
-    """Run the command that the first argument names."""
+    """Run the command given by the first argument, and return its exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         from datamodules.io.paths import data_root
         from experiments.run.run_dir import runs_root
@@ -147,7 +150,7 @@ def _run(command: str, argv: list[str]) -> int:
         print(RUN_HELP.format(command=command, options=COMMAND_OPTIONS[command], recipes=names))
         return 0
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"{command}: the recipe comes first, as in: darkroom {command} espcn/demo (darkroom list shows all)")
+        raise UserError(f"{command}: the recipe comes first. Example: darkroom {command} espcn/demo (darkroom list shows all)")
     recipe = find_recipe(argv[0])
     if os.environ.get("LOCAL_RANK", "0") != "0" and "DARKROOM_RUN_FOLDER" in os.environ:  # launched by Lightning in rank 0
         exit_with_parent()
@@ -167,7 +170,7 @@ def _demo(argv: list[str]) -> int:
 
 def _list(argv: list[str]) -> int:
     parser = Parser(prog="darkroom list", description="List the methods, or the recipes of one method.")
-    parser.add_argument("method", nargs="?", help="a method, to describe its recipes")
+    parser.add_argument("method", nargs="?", help="method whose recipes are described")
     args = parser.parse_args(argv)
     from experiments.cli.listing import show_method, show_methods
 
@@ -178,7 +181,7 @@ def _list(argv: list[str]) -> int:
 def _data(argv: list[str]) -> int:
     parser = Parser(prog="darkroom data", description="List, download and verify datasets.")
     commands = parser.add_subparsers(dest="action", required=True, parser_class=Parser)
-    commands.add_parser("list", help="all datasets, their status and how to obtain them")
+    commands.add_parser("list", help="list all datasets with status and installation instructions")
     for action, description in (
         ("get", "download a dataset"),
         ("verify", "compare a dataset with its manifest, pixel by pixel"),
@@ -215,14 +218,14 @@ def _reproduce(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the cells of the tables as JSON")
     args = parser.parse_args(argv)
     if args.renames and args.check is None:
-        raise UserError("reproduce: --renames requires --check")
+        raise UserError("reproduce: --renames requires --check. Add --check")
     if args.check is not None and (args.run or args.write or args.json or args.only or args.seeds != 1):
-        raise UserError("reproduce: --check takes no option but --renames; render the tables after it")
+        raise UserError("reproduce: --check takes no option but --renames. Remove the others")
     if args.check and args.method:
-        raise UserError("reproduce: --check all checks every method; remove 'all' or the method")
+        raise UserError("reproduce: --check all checks every method. Remove 'all' or the method")
     method = args.method or args.check
     if not method:
-        raise UserError("reproduce: no method given; name one, or check the records of all with --check all")
+        raise UserError("reproduce: no method given. Give a method, or check the records of all methods with --check all")
     if args.check is not None:
         from experiments.results.check import check
         from experiments.results.renames import read_renames
@@ -244,7 +247,7 @@ def _bench(argv: list[str]) -> int:
         type=int,
         default=60,
         metavar="N",
-        help="interleaved intervals of ours and the bare loop; a PIL one every six (default 60)",
+        help="interleaved pairs of a Trainer and a bare-loop interval; every six pairs, a PIL interval (default 60)",
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps per interval (default 20)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -260,10 +263,10 @@ def _bench(argv: list[str]) -> int:
 
 def _scaling(argv: list[str]) -> int:
     parser = Parser(
-        prog="darkroom scaling", description="Measure the speedup of more processes, and estimate that of 8 and 64 GPUs."
+        prog="darkroom scaling", description="Measure the speedup of several processes, and estimate it for 8 and 64 GPUs."
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipes to time")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="number of processes (default 2)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="number of processes on this machine (default 2)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved intervals of each kind (default 5)")
     parser.add_argument("--seconds", type=float, default=3, metavar="S", help="length of an interval (default 3)")
     parser.add_argument(
@@ -288,7 +291,7 @@ def _sweep(argv: list[str]) -> int:
         "search", metavar="FILE", help="YAML file in the sweep format of Weights & Biases, such as sweeps/espcn.yaml"
     )
     parser.add_argument(
-        "--storage", metavar="S", help="storage shared by the workers: a journal file, or an SQL database's URL"
+        "--storage", metavar="S", help="storage shared by the workers: a journal file, or the URL of an SQL database"
     )
     parser.add_argument("--n-trials", type=int, metavar="N", help="maximum number of trials; overrides the file's run_cap")
     parser.add_argument("--report", action="store_true", help="only report the results so far")
@@ -303,7 +306,7 @@ def _sweep(argv: list[str]) -> int:
     if args.n_trials is not None and args.n_trials < 1:
         raise UserError(f"sweep: --n-trials {args.n_trials}: must be at least 1")
     if not args.ray and (args.gpus is not None or args.cores is not None):
-        raise UserError("sweep: --gpus and --cores require --ray; without it, a worker uses its whole machine")
+        raise UserError("sweep: --gpus and --cores require --ray. Add --ray, or remove them: a worker uses its whole machine")
     from experiments.search.spec import read_search
 
     search = read_search(Path(args.search), keys, args.n_trials)
@@ -336,7 +339,7 @@ def _submit(argv: list[str]) -> int:
         "--time", default="24:00:00", help="time limit of the job; unfinished work resumes in the next job (default 24:00:00)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="for a search: number of jobs in the array (default 1)")
-    parser.add_argument("--storage", metavar="S", help="for a search: storage shared by the workers, as of darkroom sweep")
+    parser.add_argument("--storage", metavar="S", help="for a search: storage shared by the workers, as in darkroom sweep")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="option passed to sbatch: --sbatch=--partition=gpu"
     )
@@ -346,7 +349,7 @@ def _submit(argv: list[str]) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"submit: --{name} {value}: must be at least 1")
     if args.gpus < 0 or (args.gpus and args.processes):
-        raise UserError("submit: --gpus must be at least 0; it excludes --processes, since each GPU has one process")
+        raise UserError("submit: --gpus must be at least 0, and excludes --processes, because each GPU has one process")
     processes = args.processes or args.gpus or 1
     from experiments.cluster.slurm import Job, submit_search, submit_training
     from experiments.search.spec import is_search
@@ -357,7 +360,7 @@ def _submit(argv: list[str]) -> int:
         return 0
     for name in ("workers", "storage"):
         if getattr(args, name):
-            raise UserError(f"submit: --{name} requires a search; {args.target} is a recipe")
+            raise UserError(f"submit: --{name} requires a search, but {args.target} is a recipe. Remove --{name}")
     submit_training(find_recipe(args.target), keys, job, args.dry_run)
     return 0
 

@@ -1,4 +1,4 @@
-"""argparse with one-line errors."""
+"""Argument parser with one-line errors."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser that raises a one-line UserError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message as a UserError; suggest the closest option for a mistyped one."""
+        """Raise the message as a UserError; for a misspelled option, suggest the closest one."""
         if mistyped := re.match(r"unrecognized arguments: (\S+)", message):
             matches = get_close_matches(mistyped[1], self._option_string_actions, n=1, cutoff=0.4)
             message = f"unknown argument {mistyped[1]}" + (f"; did you mean '{matches[0]}'?" if matches else "")

@@ -31,7 +31,7 @@ class Job:
         gpus: GPUs per node; 0 to train on CPUs.
         cores: CPU cores per process.
         time: time limit in SLURM's format; an unfinished job is requeued.
-        workers: number of array jobs, for searches.
+        workers: number of jobs in the array, for searches; 0 for a single job.
         options: further options for sbatch, such as "--partition=gpu".
     """
 
@@ -66,7 +66,7 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, storage: str | None
     """
     search = read_search(path, list(keys))
     if job.nodes > 1:
-        raise UserError(f"submit: --nodes {job.nodes}: a trial runs on one node. Use --workers for concurrent trials")
+        raise UserError(f"submit: --nodes {job.nodes}: a trial uses one node. Use --workers for concurrent trials")
     validate_overrides(search.recipe, search.example_argv)
     arguments = ["--storage", storage] if storage else []
     arguments += ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
@@ -84,7 +84,7 @@ def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:
         dry_run: only print the file.
 
     Raises:
-        UserError: `sbatch` is not installed or rejects the job.
+        UserError: `sbatch` is not installed or rejected the job.
     """
     folder = runs_root().absolute() / "slurm"
     text = batch_file(command, name, job, folder)

@@ -1,8 +1,9 @@
-"""`darkroom reproduce METHOD --check`: does today's code train and measure as the code that a record was certified by?
+"""`darkroom reproduce METHOD --check`: check that the current code reproduces the training and the metrics of a record.
 
-A record stands on its recipe, its data and a replay. The replay runs the first steps of the training twice on this machine,
-by the code of the certified commit, taken from the history, and by today's, and compares logs and weights digit by digit;
-then both codes evaluate the committed weights, or the replay's where none are committed. So a check holds on any processor.
+A record is valid if its recipe and data are unchanged and a replay succeeds. The replay runs the first steps of the training
+twice on this machine: with the code of the certified commit, taken from the git history, and with the current code. It compares
+logs and weights exactly. Both code versions then evaluate the committed weights, or the weights of the replay if none are
+committed. Both run on the same machine, therefore the result is valid for any processor.
 """
 
 import io
@@ -36,18 +37,19 @@ from experiments.results.reproduce import missing_inputs
 from experiments.run.recipes import Recipe, recipes
 from modules.training.stages import StagePlan
 
-# Relative difference of the committed weights' metrics from the record's, as another processor rounds otherwise.
+# Relative tolerances between the metrics of committed weights and those of the record, for means and for single images:
+# processors round differently.
 MEAN_TOLERANCE, IMAGE_TOLERANCE = 1e-4, 1e-3
 
 
 @dataclass
 class Outcome:
-    """What a check of one record has found.
+    """Result of the check of one record.
 
     Args:
         state: "unchanged", "certified", "differs" or "unchecked".
-        reasons: what moved and by how much, or why there was no check.
-        seconds: what it took.
+        reasons: the difference and its size, the reason why the record was not checked, or the datasets without comparison.
+        seconds: duration of the check in seconds.
     """
 
     state: str
@@ -56,25 +58,29 @@ class Outcome:
 
 
 def check(methods: list[str], renames: Renames) -> bool:
-    """Check the records of methods whose code has changed since they were certified, and certify those that did not move.
+    """Check the records whose code has changed since their certification, and certify those that are reproduced.
 
-    The metrics of committed weights are compared with the record's in any case.
+    The metrics of committed weights are always compared with the record.
+
+    Args:
+        methods: methods whose records are checked.
+        renames: names that have changed since the certification.
 
     Returns:
         Whether no record differs.
 
     Raises:
-        UserError: tracked files differ from the commit by which records would be certified.
+        UserError: there is no git history, tracked files have uncommitted changes, or `renames` contains an unknown recipe.
     """
     head = commit()
     if not head:
-        raise UserError(f"--check compares with the history: {ROOT} is not a git checkout, or git is not installed")
+        raise UserError(f"--check: {ROOT} is not a git checkout, or git is not installed. Use a checkout of the project")
     if head.endswith("+"):
-        raise UserError("--check certifies records by a commit: commit the changes first")
+        raise UserError("--check: tracked files have uncommitted changes; commit the changes first")
     known = {recipe.name for recipe in recipes()}
     if unknown := sorted(set(renames.recipes.values()) - known):
-        raise UserError(f"--renames: recipes: no recipe {', '.join(unknown)}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that replays end with this process
+        raise UserError(f"--renames: recipes: no recipe {', '.join(unknown)}. Correct the names in the file")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends replays with this process
     outcomes: list[Outcome] = []
     for recipe in recipes():
         if recipe.name.partition("/")[0] not in methods:
@@ -92,7 +98,7 @@ def check(methods: list[str], renames: Renames) -> bool:
                 print(f"    {reason}", flush=True)
     for path in _orphans(methods, known, renames):
         outcomes.append(Outcome("unchecked"))
-        print(f"{path}: the record of no recipe; name its recipe in --renames (recipes), or delete it", flush=True)
+        print(f"{path}: the record of no recipe. Add its recipe to `recipes` of --renames, or delete it", flush=True)
     counts = {state: sum(outcome.state == state for outcome in outcomes) for state in dict.fromkeys(o.state for o in outcomes)}
     total = sum(outcome.seconds for outcome in outcomes) / 60
     print(", ".join(f"{count} {state}" for state, count in counts.items()) + f"; {total:.0f} min", flush=True)
@@ -100,14 +106,14 @@ def check(methods: list[str], renames: Renames) -> bool:
 
 
 def _records(recipe: Recipe, renames: Renames) -> tuple[list[Record], list[str]]:
-    """A recipe's records, those of its old name included."""
+    """Return the records of a recipe, including those with its old name, and the errors of unusable records."""
     names = dict.fromkeys((recipe.name, renames.old_recipe(recipe.name)))
     results = [committed_records(name) for name in names]
     return [record for records, _ in results for record in records], [reason for _, broken in results for reason in broken]
 
 
 def _orphans(methods: list[str], known: set[str], renames: Renames) -> list[Path]:
-    """The record files of methods that belong to no recipe, by their names."""
+    """Return the record files of methods whose file names belong to no recipe."""
     names = {*known, *renames.recipes}
     return [
         path.relative_to(METHODS)
@@ -118,18 +124,18 @@ def _orphans(methods: list[str], known: set[str], renames: Renames) -> list[Path
 
 
 def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) -> Outcome:
-    """Check one record; if nothing moved, write that down in it."""
+    """Check one record; if the current code reproduces it, certify the record."""
     began = time.monotonic()
     outcome = Outcome("unchanged")
     try:
         renamed = renames.record(record)
         if changed := differences(renamed, recipe):
-            raise Mismatch(f"the recipe: {'; '.join(changed)}")
+            raise Mismatch(f"the recipe has changed: {'; '.join(changed)}")
         due = bool(changed_code(record, recipe)) or renamed != record
         has_weights = recipe.weights.exists() and record["seed"] == 0
         if due or has_weights:
             if missing := missing_inputs(recipe, is_trainable(recipe)):
-                raise Uncheckable(f"needs {', '.join(missing)}")
+                raise Uncheckable(f"not installed: {', '.join(missing)}")
             with tempfile.TemporaryDirectory() as folder:
                 outcome = Outcome("certified" if due else "unchanged")
                 codes = list(_codes(record, recipe, renames, Path(folder), both=due))
@@ -137,7 +143,7 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
             outcome.reasons = [f"without {name}, which is not installed" for name in certified["absent"]]
         if due:
             if commit() != head:
-                raise Uncheckable("the checkout was changed during the check")
+                raise Uncheckable("the checkout was changed during the check. Run the check again")
             _certify(record, renamed, recipe, {"commit": head, **certified})
     except Mismatch as mismatch:
         outcome = Outcome("differs", [str(mismatch)])
@@ -152,16 +158,20 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
 
 
 def is_trainable(recipe: Recipe) -> bool:
-    """Whether a recipe trains something."""
+    """Return whether the method of a recipe is trained."""
     return "total_images" in recipe.content["model"]["init_args"]
 
 
 def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both: bool) -> Iterator[Code]:
-    """Today's code, and before it that of the commit by which the record was certified."""
+    """Yield the code of the commit that certified the record, if `both`, and the current code.
+
+    Raises:
+        Uncheckable: the certified code is not in the git history, or does not have the recipe.
+    """
     if both:
         old_commit = (record.get("certified") or record)["commit"]
         if old_commit.endswith("+"):
-            raise Uncheckable(f"was made in a modified checkout of {old_commit[:-1]}: that code is not in the history")
+            raise Uncheckable(f"created in a modified checkout of {old_commit[:-1]}, which is not in the history")
         old_root = folder / "code"
         archive = subprocess.run(["git", "archive", "--format=tar", old_commit], cwd=ROOT, capture_output=True, check=False)
         if archive.returncode:
@@ -177,26 +187,27 @@ def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both:
 
 
 def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any]:
-    """Replay and evaluate by each of the codes, and compare.
+    """Replay and evaluate with each code version, and compare the results.
 
     Args:
-        codes: the certified code and today's; or today's alone, which then only evaluates the committed weights.
-        record: in today's names.
-        recipe: today's.
+        codes: the certified and the current code, or only the current code, which then only evaluates the committed weights.
+        record: the record, with current names.
+        recipe: the current recipe.
 
     Returns:
-        What was done; "absent" are the record's datasets that are not installed here, whose protocols others have.
+        Entries of the certificate. "absent" lists the datasets of the record that are not installed; each of their protocols is
+        compared on another dataset.
 
     Raises:
-        Mismatch: something differs.
-        Uncheckable: the certified code does not run here.
+        Mismatch: the results differ, or the current code fails.
+        Uncheckable: the certified code fails, or data are missing or differ from those of the record.
     """
     committed = recipe.weights.exists() and record["seed"] == 0
     starts: list[int] = []
     if is_trainable(recipe) and len(codes) > 1:
         batch_size = record["config"]["data"]["init_args"].get("batch_size")
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise Uncheckable("its config has no data.init_args.batch_size")
+            raise Uncheckable("the config of the record has no data.init_args.batch_size")
         starts = stage_starts(recipe, batch_size, record.get("certified", {}).get("starts", []))
         for i, start in enumerate(starts):
             replay(codes, record["seed"], batch_size, f"stage-{i}", start, resume_from=f"stage-{i - 1}" if i else "")
@@ -205,17 +216,17 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
     results = evaluate(codes, "" if committed or not is_trainable(recipe) else f"stage-{len(starts) - 1}")
     data = data_hashes(codes[-1], trained=bool(starts))
     if changed := [name for name, value in data.items() if record["data"].get(name) != value]:
-        raise Uncheckable(f"the data here are not the record's: {', '.join(changed)}")
+        raise Uncheckable(f"the installed data differ from those of the record: {', '.join(changed)}")
     if len(codes) > 1:
-        _compare_metrics(results[0], results[1], 0.0, 0.0, "the certified code", "today's")
+        _compare_metrics(results[0], results[1], 0.0, 0.0, "with the certified code", "with the current code")
     present = {dataset: result for dataset, result in results[-1].items() if dataset in record["metrics"]}
     absent = sorted(record["metrics"].keys() - present.keys())
     evaluated_protocols = {protocol for result in present.values() for protocol in result}
     if not all(record["metrics"][dataset].keys() <= evaluated_protocols for dataset in absent):
-        raise Uncheckable(f"needs {', '.join(absent)}")
+        raise Uncheckable(f"not installed: {', '.join(absent)}")
     if committed or not is_trainable(recipe):
         recorded = {dataset: record["metrics"][dataset] for dataset in present}
-        _compare_metrics(recorded, present, MEAN_TOLERANCE, IMAGE_TOLERANCE, "the record", "its weights")
+        _compare_metrics(recorded, present, MEAN_TOLERANCE, IMAGE_TOLERANCE, "in the record", "with its weights")
     return {
         "steps": STEPS if starts else 0,
         "starts": starts,
@@ -226,15 +237,15 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
 
 
 def stage_starts(recipe: Recipe, batch_size: int, certified: list[int]) -> list[int]:
-    """The images seen at which a training enters a new stage, rounded up to whole batches; the first is 0.
+    """Return the images seen at the start of each stage of a training, rounded up to whole batches; the first is 0.
 
     Args:
-        recipe: today's.
-        batch_size: images in a batch.
-        certified: the stages that the last check replayed, which today's code may no longer have.
+        recipe: the current recipe.
+        batch_size: images per batch.
+        certified: starts that the last check replayed; stages that the current code no longer has are replayed too.
 
     Raises:
-        Mismatch: today's code does not build the model.
+        Mismatch: the current code cannot create the model.
     """
     content = recipe.content["model"]
     module, _, name = content["class_path"].rpartition(".")
@@ -242,7 +253,7 @@ def stage_starts(recipe: Recipe, batch_size: int, certified: list[int]) -> list[
         with torch.device("meta"):
             method = getattr(import_module(module), name)(**content["init_args"])
     except (ImportError, AttributeError, SyntaxError, TypeError, UserError) as error:
-        raise Mismatch(f"today's code does not build the model: {error}") from None
+        raise Mismatch(f"the current code cannot create the model: {error}") from None
     starts = sorted({*StagePlan(method.stages(), batch_size).starts, *certified})
     return [start for start in starts if start < method.total_images]
 
@@ -255,17 +266,17 @@ def _compare_metrics(
             pair = [side.get(dataset, {}).get(protocol) for side in (old, new)]
             left, right = (value if value is None or "images" not in value else result_values(value) for value in pair)
             if left is None or right is None:
-                raise Mismatch(f"{dataset}/{protocol}: only by {one if right is None else other}")
+                raise Mismatch(f"{dataset}/{protocol}: only {one if right is None else other}")
             for name in left.keys() | right.keys():
                 values = left.get(name, math.nan), right.get(name, math.nan)
                 tolerance = mean_tolerance if name == "mean" else image_tolerance
                 same = values[0] == values[1] or all(map(math.isnan, values))
                 if not same and not math.isclose(*values, rel_tol=tolerance, abs_tol=tolerance * 1e-3):
-                    raise Mismatch(f"{dataset}/{protocol}, {name}: {values[0]:.8g} by {one}, {values[1]:.8g} by {other}")
+                    raise Mismatch(f"{dataset}/{protocol}, {name}: {values[0]:.8g} {one}, {values[1]:.8g} {other}")
 
 
 def _certify(record: Record, renamed: Record, recipe: Recipe, certified: dict[str, Any]) -> None:
-    """Write a record anew, certified by a commit and in today's names."""
+    """Write a record with its certificate and with current names; delete the file with the old name."""
     path, old = record_path(recipe, record["seed"]), ROOT / record["file"]
     write_record({**renamed, "certified": {**certified, "code": code_fingerprint(recipe)}}, path)
     if old != path:

@@ -1,8 +1,8 @@
-"""Fingerprints of a recipe and of its code: what tells that a record may no longer hold.
+"""Fingerprints of a recipe and of its code: hashes that detect records which may be out of date.
 
-The recipe's fingerprint decides: another recipe is another training. The code's is a cheap alarm that a check is due
-(`experiments/results/check.py`): it hashes the syntax trees of the classes of a recipe and of all they import from this
-project, without comments, docstrings, types, error texts, names and the layout of files, none of which can move a metric.
+A changed recipe invalidates a record. Changed code only requires a check (`experiments/results/check.py`). The code
+fingerprint is a hash of the syntax trees of a recipe's classes and of all modules of this project that they import. It excludes
+comments, docstrings, type annotations, error messages, and the names of variables and files, which do not affect the results.
 """
 
 import ast
@@ -23,7 +23,8 @@ from experiments.run.recipes import Recipe
 
 PACKAGES = ("modules", "datamodules", "callbacks", "experiments")
 INSTALLED = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-# Attributes of this project that objects of torch, numpy and Python have too: `x.mean()` and `x.std()` must stay two.
+# Attributes of this project that objects of torch, numpy or Python also have. Their names are hashed, so that `x.mean()` and
+# `x.std()` remain different.
 SHARED = frozenset(
     [
         "__call__",
@@ -63,22 +64,28 @@ SHARED = frozenset(
 
 
 def canonical(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe decides: its content without comments, the order of keys, and the test sets, which may be added later."""
+    """Return the content of a recipe that determines the training and the metrics.
+
+    Comments, the order of keys and the test sets, which may be added later, are excluded.
+    """
     content = recipe.content
     content["data"].get("init_args", {}).pop("test", None)
     return json.loads(json.dumps(content, sort_keys=True))
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """Hash of `canonical`."""
+    """Return the hash of `canonical`."""
     return _hash(json.dumps(canonical(recipe), sort_keys=True))
 
 
 def code_fingerprint(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the code of a recipe's classes and of all they import from this project or the user's own files.
+    """Return hashes of the classes of a recipe, including all modules of this project or of the user that they import.
 
     Returns:
-        "training", of the model and its data, and "metrics", of the callbacks.
+        "training", the hash for the model and the data, and "metrics", the hash for the callbacks.
+
+    Raises:
+        UserError: a file has a syntax error.
     """
     content = canonical(recipe)
     parts = {"training": [content["model"], content["data"]], "metrics": content.get("trainer", {}).get("callbacks", [])}
@@ -91,7 +98,7 @@ def _hash_of_classes(classes: list[str]) -> str:
 
 
 def _classes(entry: Any) -> list[str]:
-    """The classes that a part of a recipe names, those that are given to others included."""
+    """Return the class paths in a part of a recipe, including those in the arguments of other classes."""
     if isinstance(entry, list):
         return [name for item in entry for name in _classes(item)]
     if isinstance(entry, dict):
@@ -100,21 +107,21 @@ def _classes(entry: Any) -> list[str]:
     return []
 
 
-# The files of a recipe: those of its classes and, in turn, all that these import
+# Files of a recipe: those of its classes, and recursively all files that they import
 
 
 @dataclass(frozen=True)
 class File:
-    """What a file defines; the position of a definition stands for its name, which may change.
+    """Definitions in a source file. Hashes contain the positions of definitions instead of their names, which may change.
 
     Args:
-        source: its text.
-        package: the package that its relative imports start from.
-        imported: for each name that it imports, the module and the name there, or "" for the module itself.
+        source: text of the file.
+        package: package to which relative imports refer.
+        imported: module and original name of each imported name; the original name is "" for an imported module.
         definitions: position of each function, class and variable at the top level.
-        attributes: position of each method, field and attribute of its classes.
-        parameters: names of the parameters of each function and class, by its name.
-        used: all names and attributes that occur in it.
+        attributes: position of each method, field and attribute of the classes.
+        parameters: names of the parameters of the functions and classes, by function or class name.
+        used: all names and attributes that occur in the file.
     """
 
     source: str
@@ -127,7 +134,11 @@ class File:
 
 
 def _files(modules: list[str]) -> dict[str, File]:
-    """The files of modules of this project or of the user's, and of all they import, by dotted name."""
+    """Return the files of modules of this project or of the user, and of all that they import, by module name.
+
+    Raises:
+        UserError: a file has a syntax error.
+    """
     pending, files = list(modules), {}
     tried: set[str] = set()
     while pending:
@@ -141,14 +152,14 @@ def _files(modules: list[str]) -> dict[str, File]:
         try:
             files[name] = _read(path.read_text(), package)
         except SyntaxError as error:
-            raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+            raise UserError(f"{path}, line {error.lineno}: {error.msg}. Correct the syntax") from None
         for module, member in files[name].imported.values():
             pending += [module, f"{module}.{member}"] if member else [module]
     return files
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module of this project or of the user's; None for the standard library and installed packages."""
+    """Return the file of a module of this project or of the user; None for the standard library and installed packages."""
     top, _, rest = module.partition(".")
     if top in sys.stdlib_module_names:
         return None
@@ -156,7 +167,7 @@ def _source(module: str) -> Path | None:
         folders = [ROOT / top]
     else:
         try:
-            spec = importlib.util.find_spec(top)  # the top package alone, so that nothing is imported
+            spec = importlib.util.find_spec(top)  # only the top-level package, so that nothing is imported
         except (ImportError, ValueError):
             return None
         if spec is None:
@@ -220,11 +231,11 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
         yield from (node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
 
 
-# The hash of a file
+# Hash of a file
 
 
 def _file_hash(name: str, files: dict[str, File]) -> str:
-    """The hash of what a file computes, with what it imports from the others named by the place of its definition."""
+    """Return the hash of a file. Names imported from other files are replaced by the places of their definitions."""
     file = files[name]
     own = frozenset(attribute for other in files.values() for attribute in other.attributes) - SHARED
     imported = {alias: _place(module, member, files, own) for alias, (module, member) in file.imported.items()}
@@ -240,7 +251,10 @@ def _file_hash(name: str, files: dict[str, File]) -> str:
 
 
 def _place(module: str, member: str, files: dict[str, File], own: frozenset[str]) -> str:
-    """What stands for an imported name: of a library, its full name; of a file here, where it is defined."""
+    """Return the replacement of an imported name.
+
+    It is the full name for a library, and the place of the definition, as a hash and a position, for one of `files`.
+    """
     if f"{module}.{member}" in files:
         return _place_of(files[f"{module}.{member}"], -1, own)
     if module not in files:
@@ -248,7 +262,7 @@ def _place(module: str, member: str, files: dict[str, File], own: frozenset[str]
     file = files[module]
     if member in file.definitions:
         return _place_of(file, file.definitions[member], own)
-    if member in file.imported:  # passed on from yet another file
+    if member in file.imported:  # imported from another file
         return _place(*file.imported[member], files, own)
     return _place_of(file, -1, own)
 
@@ -266,14 +280,17 @@ def _frozen(mapping: dict[str, str]) -> Pairs:
 
 @cache
 def _hash_of(source: str, own: frozenset[str], imported: Pairs, attributes: Pairs, parameters: str) -> str:
-    """The hash of a file's essence; without places and parameters, names from elsewhere are numbered like the file's own."""
+    """Return the hash of the reduced syntax tree of a file, see `Essence`.
+
+    With empty `imported` and `attributes`, names of other files are numbered as those of this file.
+    """
     tree = ast.parse(source)
     essence = Essence(_bound_names(tree), own, dict(imported), dict(attributes), json.loads(parameters)).visit(tree)
     return _hash(ast.dump(essence))
 
 
 def _bound_names(tree: ast.Module) -> frozenset[str]:
-    """The names that a file gives to variables, arguments, functions and classes."""
+    """Return the names of the variables, arguments, functions and classes of a file, and of its imports from this project."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -292,17 +309,18 @@ def _is_own(module: str | None) -> bool:
 
 
 class Essence(ast.NodeTransformer):
-    """Reduce a syntax tree to what can change what the code computes.
+    """Transformer that reduces a syntax tree to the parts that affect the results of the code.
 
-    Docstrings, types and the arguments of raised errors go. The file's own names become numbers, in the order in which they
-    first occur, so that a renamed variable is the same and two exchanged ones are not; names from elsewhere become places.
+    Imports, docstrings, type annotations and the exceptions of raise statements are removed. Names that the file binds become
+    numbers, in order of first occurrence: renaming a variable does not change the tree, but exchanging two variables does.
+    Names from other files are replaced by the places of their definitions.
 
     Args:
         bound: names that the file binds.
-        own: attributes that the project or the user's files define.
-        imported: what stands for each name that is imported.
-        attributes: what stands for each attribute that is defined in another file.
-        parameters: names of the parameters of functions and classes, by their names; None to number keywords.
+        own: attributes that files of the project or of the user define.
+        imported: replacement of each imported name.
+        attributes: replacement of each attribute that is defined in another file.
+        parameters: names of the parameters of functions and classes, by function or class name; None to number keywords.
     """
 
     def __init__(
@@ -318,23 +336,23 @@ class Essence(ast.NodeTransformer):
         self.numbers: dict[str, str] = {}
 
     def number(self, name: str) -> str:
-        """A name's number."""
+        """Return the number of a name."""
         return self.numbers.setdefault(name, f"#{len(self.numbers)}")
 
     def name(self, name: str) -> str:
-        """What stands for a variable, a function or a class."""
+        """Return the replacement of the name of a variable, a function or a class."""
         if name in self.imported:
             return self.imported[name]
         return self.number(name) if name in self.bound else name
 
     def attribute(self, name: str) -> str:
-        """What stands for an attribute."""
+        """Return the replacement of the name of an attribute."""
         if name in self.attributes:
             return self.attributes[name]
         return self.number(name) if name in self.own else name
 
     def visit(self, node: ast.AST) -> Any:
-        """Reduce a node and its children."""
+        """Reduce a node and its children; return None for an import."""
         if isinstance(node, ast.Import | ast.ImportFrom):
             return None
         if isinstance(node, ast.Raise):
@@ -358,7 +376,7 @@ class Essence(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def _keywords(self, call: ast.Call) -> None:
-        """Let the position of a parameter stand for its name, where one function of that name is known here."""
+        """Replace keywords by the positions of their parameters, if the positions are unambiguous."""
         function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         for keyword in call.keywords:
             if keyword.arg is None:

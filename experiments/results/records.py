@@ -1,6 +1,6 @@
-"""Run records: what was run and what came of it, with what it stands on; read with every check that a reader can make.
+"""Run records: configuration, code and data versions, and results of a run; records are validated when they are read.
 
-Nothing heavy is imported here: tables are rendered from records alone.
+This module imports no heavy packages, because tables are rendered from records alone.
 """
 
 import json
@@ -25,20 +25,20 @@ Number = float | Literal["nan", "inf", "-inf"]
 
 
 class Strict(BaseModel):
-    """Base of what a record must hold; more keys may be there."""
+    """Base class of the record schema; additional keys are allowed."""
 
     model_config = ConfigDict(strict=True)
 
 
 class Entry(Strict):
-    """A class of a recipe and its arguments."""
+    """A class in a recipe, with its arguments."""
 
     class_path: str
     init_args: dict[str, Any] = {}
 
 
 class Content(Strict):
-    """What was run: a recipe, or a run's resolved configuration."""
+    """Content of a recipe, or the resolved configuration of a run."""
 
     model: Entry
     data: Entry
@@ -46,14 +46,14 @@ class Content(Strict):
 
 
 class Result(Strict):
-    """A metric of a dataset."""
+    """A metric on a dataset: the mean, and the value of each image."""
 
     mean: Number
     images: dict[str, Number] = Field(min_length=1)
 
 
 class Certificate(Strict):
-    """By which commit, and by which hashes of the code, a check has certified a record."""
+    """Commit and code hashes for which a check has certified a record."""
 
     commit: Commit
     code: dict[str, str] = {}
@@ -62,13 +62,13 @@ class Certificate(Strict):
 
 
 class Best(Strict):
-    """The best validation of a training."""
+    """Metric that selects the best validation of a training."""
 
     metric: str | None
 
 
 class Schema(Strict):
-    """What a record must hold."""
+    """Required keys of a record, with their types."""
 
     recipe: str
     content: Content
@@ -83,7 +83,7 @@ class Schema(Strict):
 
 
 def metadata(recipe: Recipe, overrides: list[str]) -> Record:
-    """What a run's record can say before the run starts."""
+    """Return the entries of a run record that are known before the run starts."""
     return {
         "recipe": recipe.name,
         "content": canonical(recipe),
@@ -96,9 +96,12 @@ def metadata(recipe: Recipe, overrides: list[str]) -> Record:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" if tracked files other than records differ from it; empty outside a checkout."""
+    """Return the commit of this checkout; empty if the project is not in a git checkout.
+
+    A "+" follows the commit if tracked files other than records differ from it.
+    """
     try:
-        _git("ls-files", "--error-unmatch", "experiments/__init__.py")  # not in a repository around it
+        _git("ls-files", "--error-unmatch", "experiments/__init__.py")  # fails if only an outer repository exists
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)experiments/methods/*/records/*")
     except (OSError, subprocess.CalledProcessError):
@@ -115,10 +118,14 @@ def _git(*words: str) -> str:
 
 
 def validate(record: Record, path: Path) -> None:
-    """Refuse a record that lacks a key, has a value of another type, or whose means are not those of its images.
+    """Validate the keys, types and means of a record.
+
+    Args:
+        record: content of the file.
+        path: path of the file, for messages.
 
     Raises:
-        BrokenRecord: see there.
+        BrokenRecord: a key is missing, a value has the wrong type, or a mean differs from the mean of the image values.
     """
     try:
         Schema.model_validate(record)
@@ -131,13 +138,13 @@ def validate(record: Record, path: Path) -> None:
         for dataset, protocols in record["metrics"].items()
         for protocol, result in protocols.items()
     }
-    # Means and values are stored with a number of decimals each: the most that occur in the record.
+    # Means and image values are rounded, each to the maximum number of decimals that occurs in the record.
     means = [mean for mean, _ in results.values()]
     images = [value for _, values in results.values() for value in values]
     tolerance = 0.5 * (10.0 ** -_decimals(means) + 10.0 ** -_decimals(images))
     for name, (mean, values) in results.items():
         if not _is_mean(mean, values, tolerance):
-            raise BrokenRecord(f"{path}: {name}: its mean is not that of its images")
+            raise BrokenRecord(f"{path}: {name}: its mean is not that of its images. Restore the file, or repeat the run")
 
 
 def _decimals(values: list[float]) -> int:
@@ -153,14 +160,14 @@ def _is_mean(mean: float, values: list[float], tolerance: float) -> bool:
 
 
 def record_path(recipe: Recipe, seed: int) -> Path:
-    """Where a recipe's committed record of a seed stands."""
+    """Return the path of the committed record of a recipe and a seed."""
     return METHODS / recipe.name.partition("/")[0] / "records" / f"{recipe.path.stem}-seed{seed}.json"
 
 
 def committed_records(recipe: str) -> tuple[list[Record], list[str]]:
-    """The records of a recipe in its method's folder, by seed, and what is wrong with those that cannot be used.
+    """Return the committed records of a recipe, sorted by seed, and the errors of records that cannot be used.
 
-    A file belongs to a recipe by its name, so that a broken one is missed where it stood.
+    The file name determines the recipe, so a broken file is reported for its recipe.
     """
     method, _, stem = recipe.partition("/")
     records, broken = [], []
@@ -170,7 +177,7 @@ def committed_records(recipe: str) -> tuple[list[Record], list[str]]:
             record = read_record(path)
             validate(record, path)
             if record["recipe"] != recipe or path.stem != f"{stem}-seed{record['seed']}":
-                raise BrokenRecord(f"{path}: is a record of {record['recipe']}, seed {record['seed']}")
+                raise BrokenRecord(f"{path}: is a record of {record['recipe']}, seed {record['seed']}. Rename it")
         except BrokenRecord as error:
             broken.append(str(error).replace(str(path), file.as_posix()))
         else:
@@ -179,7 +186,7 @@ def committed_records(recipe: str) -> tuple[list[Record], list[str]]:
 
 
 def differences(record: Record, recipe: Recipe) -> list[str]:
-    """The keys in which a recipe differs from what a record was made by, with both values."""
+    """List the keys in which a recipe differs from the recipe of a record, with both values."""
     return _differences(record["content"], canonical(recipe), "")
 
 
@@ -193,6 +200,6 @@ def _differences(old: Any, new: Any, key: str) -> list[str]:
 
 
 def changed_code(record: Record, recipe: Recipe) -> list[str]:
-    """The parts of the code, "training" and "metrics", that have changed since the record was made or last certified."""
+    """List the parts of the code ("training", "metrics") that differ from both the record's code and the certified code."""
     known = [code for code in (record.get("code"), record.get("certified", {}).get("code")) if code]
     return [part for part, value in code_fingerprint(recipe).items() if all(code.get(part) != value for code in known)]

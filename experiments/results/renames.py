@@ -1,4 +1,4 @@
-"""Maps of names that a change has renamed, so that a check can tell a renamed key from a changed one."""
+"""Maps from old names to new names, which let a check distinguish renamed keys from changed ones."""
 
 import re
 from dataclasses import field
@@ -14,16 +14,16 @@ from datamodules.errors import UserError
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Renames:
-    """Old names and the new ones; the empty map renames nothing.
+    """Maps from old names to new names; an empty map renames nothing.
 
     Args:
         recipes: names of recipes.
-        classes: dotted paths of classes.
-        keys: for each class, by its new name, the keys of its constructor.
-        options: keys at the top of a recipe, which are options of `darkroom fit` too.
-        values: words of a recipe, each as a whole.
-        names: regular expressions and what replaces their matches, in turn: in the names of metrics, losses and datasets.
-        weights: the same, in the names of parameters and buffers.
+        classes: class paths.
+        keys: for each class, by its new name without the module, the names of constructor arguments.
+        options: top-level keys of a recipe, which are also options of `darkroom fit`.
+        values: string values in a recipe; only complete values are replaced.
+        names: regular expressions and their replacements, applied in order to the names of metrics, losses and datasets.
+        weights: regular expressions and their replacements, applied in order to the names of parameters and buffers.
     """
 
     recipes: dict[str, str] = field(default_factory=dict)
@@ -35,34 +35,38 @@ class Renames:
     weights: dict[str, str] = field(default_factory=dict)
 
     def name(self, name: str) -> str:
-        """The new name of a metric, a loss or a dataset."""
+        """Return the new name of a metric, a loss or a dataset."""
         return _replace(self.names, name)
 
     def weight(self, name: str) -> str:
-        """The new name of a parameter or a buffer."""
+        """Return the new name of a parameter or a buffer."""
         return _replace(self.weights, name)
 
     def old_recipe(self, name: str) -> str:
-        """The old name of a recipe."""
+        """Return the old name of a recipe."""
         return {new: old for old, new in self.recipes.items()}.get(name, name)
 
     def old_option(self, name: str) -> str:
-        """The old name of an option."""
+        """Return the old name of an option."""
         return {new: old for old, new in self.options.items()}.get(name, name)
 
     def content(self, content: dict[str, Any]) -> dict[str, Any]:
-        """The content of a recipe, or the resolved configuration of a run, in new names."""
+        """Return the content of a recipe, or the resolved configuration of a run, with new names."""
         return {self.options.get(key, key): self._entry(value) for key, value in content.items()}
 
     def record(self, record: dict[str, Any]) -> dict[str, Any]:
-        """A record in new names."""
+        """Return a record with new names.
+
+        Raises:
+            UserError: two datasets get the same name.
+        """
         metrics = {
             self.name(dataset): {self.name(protocol): result for protocol, result in protocols.items()}
             for dataset, protocols in record["metrics"].items()
         }
         data = {self.name(dataset): value for dataset, value in record["data"].items()}
         if len(metrics) < len(record["metrics"]) or len(data) < len(record["data"]):
-            raise UserError(f"--renames: names: two datasets of {record['recipe']} get the same name")
+            raise UserError(f"--renames: names: two datasets of {record['recipe']} get the same name. Change the patterns")
         renamed = {
             "recipe": self.recipes.get(record["recipe"], record["recipe"]),
             "content": self.content(record["content"]),
@@ -90,10 +94,10 @@ class Renames:
 
 
 def read_renames(path: Path | None) -> Renames:
-    """Read a map from a YAML file; without one, nothing is renamed.
+    """Read the maps from a YAML file; return empty maps if `path` is None.
 
     Raises:
-        UserError: the file cannot be read, or has another part than those of `Renames`.
+        UserError: the file cannot be read, has an unknown key, or contains an invalid pattern.
     """
     if path is None:
         return Renames()
@@ -103,7 +107,7 @@ def read_renames(path: Path | None) -> Renames:
             raise UserError(f"--renames {path}: must be a map of {', '.join(Renames.__dataclass_fields__)}")
         renames = Renames(**content)
         for patterns in (renames.names, renames.weights):
-            _replace(patterns, "")  # compiles both sides
+            _replace(patterns, "")  # raises an error for an invalid pattern or replacement
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--renames {path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None

@@ -1,4 +1,4 @@
-"""Replays for `experiments/results/check.py`: the first steps of a training, and an evaluation, by each of two codes."""
+"""Replays for `experiments/results/check.py`: the first training steps and an evaluation, with each of two code versions."""
 
 import json
 import math
@@ -22,21 +22,22 @@ from experiments.results.renames import Renames
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run
 
-STEPS = 20  # of a replay, from each start, with a validation half way
-# What a replay validates on, and its own weights are evaluated on: batches, and the items of metrics that read their own.
+STEPS = 20  # training steps of a replay from each stage start, with a validation after half of them
+# Limits for the validations of a replay and the evaluation of its weights: number of batches, and options of metrics that load
+# other items.
 EVAL_BATCHES = 5
 METRIC_ITEMS = {"per_class": 10, "repeats": 2}
 
 
 @dataclass(frozen=True)
 class Code:
-    """One of the two codes that are compared.
+    """One of the two code versions that are compared.
 
     Args:
-        root: its folder.
-        recipe: the recipe's file in it.
-        runs: where its runs go.
-        renames: from its names to today's.
+        root: root folder of the code.
+        recipe: path of the recipe file in this folder.
+        runs: folder of the runs with this code.
+        renames: maps from the names in this code to current names.
     """
 
     root: Path
@@ -45,7 +46,7 @@ class Code:
     renames: Renames
 
     def command(self, *words: str) -> subprocess.Popen[str]:
-        """Start a `darkroom` command of this code, on one thread."""
+        """Start a `darkroom` command with this code, on one thread."""
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("DARKROOM_RUN")},
             "PYTHONPATH": os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -60,32 +61,40 @@ class Code:
         )
 
     def option(self, name: str) -> str:
-        """What an option of today's is called in this code."""
+        """Return the option of this code that corresponds to a current option."""
         return f"--{self.renames.old_option(name)}"
 
     @property
     def weights(self) -> Path:
-        """Where the committed weights of the recipe are."""
+        """Path of the committed weights of the recipe."""
         return self.recipe.parent.parent / "weights" / f"{self.recipe.stem}.safetensors"
 
     def run(self, name: str) -> Run:
-        """A run of the recipe."""
+        """Return the run of the recipe with this name."""
         return Run(self.runs / self.renames.old_recipe(_recipe_name(self.recipe)) / name)
 
 
 class Mismatch(Exception):
-    """The two codes differ; the message says in what and by how much."""
+    """The results of the two code versions differ; the message contains the difference and its size."""
 
 
 class Uncheckable(Exception):
-    """There can be no check; the message says why."""
+    """The record cannot be checked; the message contains the reason."""
 
 
 def replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, resume_from: str) -> None:
-    """Train a few steps by both codes, from the start or from an earlier run, and compare logs and weights.
+    """Train a few steps with both code versions, and compare logs and weights.
+
+    Args:
+        codes: the certified and the current code.
+        seed: seed of the training.
+        batch_size: images per batch.
+        name: name of the run.
+        start: images seen at which the replay starts.
+        resume_from: name of an earlier run whose checkpoint is used; empty to start from new weights.
 
     Raises:
-        Mismatch: the logs or the weights differ, or today's code fails.
+        Mismatch: the logs or the weights differ, or the current code fails.
         Uncheckable: the certified code fails.
     """
     steps = 0
@@ -108,15 +117,15 @@ def replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int,
         raise Mismatch(f"the log, from {start} images on: {_first_difference(old, new)}")
     left, right = (_weights(code, name) for code in codes)
     if left.keys() != right.keys():
-        raise Mismatch(f"the weights' names: {', '.join(sorted(left.keys() ^ right.keys())[:5])}")
+        raise Mismatch(f"the names of the weights differ: {', '.join(sorted(left.keys() ^ right.keys())[:5])}")
     unequal = {name: _distance(left[name], right[name]) for name in left if not torch.equal(left[name], right[name])}
     if unequal:
         worst = max(unequal, key=lambda name: unequal[name])
-        raise Mismatch(f"{len(unequal)} of {len(left)} weights, from {start} images on: {worst} by {unequal[worst]:.3g}")
+        raise Mismatch(f"{len(unequal)} of {len(left)} weights differ, from {start} images on: {worst} by {unequal[worst]:.3g}")
 
 
 def _seek(path: Path, start: int) -> int:
-    """Put a checkpoint to where so many images have been seen; the optimizer's steps so far."""
+    """Set the position of a checkpoint to `start` images seen, and return its global step."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     content["images_seen"] = start
     for state in content.values():
@@ -127,11 +136,11 @@ def _seek(path: Path, start: int) -> int:
 
 
 def _finish(commands: list[subprocess.Popen[str]]) -> None:
-    """Wait for a command of each code.
+    """Wait for the command of each code version.
 
     Raises:
-        Uncheckable: the certified code's has failed.
-        Mismatch: today's has.
+        Uncheckable: the command failed with the certified code.
+        Mismatch: the command failed with the current code.
     """
     try:
         outputs = [command.communicate()[0] for command in commands]
@@ -143,8 +152,8 @@ def _finish(commands: list[subprocess.Popen[str]]) -> None:
         if command.returncode:
             last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
             if i < len(commands) - 1:
-                raise Uncheckable(f"the certified code ends with status {command.returncode}: {last}")
-            raise Mismatch(f"today's code ends with status {command.returncode}: {last}")
+                raise Uncheckable(f"the certified code failed with status {command.returncode}: {last}")
+            raise Mismatch(f"the current code failed with status {command.returncode}: {last}")
 
 
 def _log(code: Code, name: str) -> list[tuple[str, str, str, str]]:
@@ -165,7 +174,7 @@ def _first_difference(old: list[tuple[str, str, str, str]], new: list[tuple[str,
         if before.get(row[:3]) != after.get(row[:3])
     ]
     _, images, name = keys[0]
-    return f"{name} after {images} images was {before.get(keys[0], 'absent')}, is {after.get(keys[0], 'absent')}"
+    return f"{name} after {images} images was {before.get(keys[0], 'absent')}, is now {after.get(keys[0], 'absent')}"
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -173,7 +182,15 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
-    """The metrics of the committed weights, or of a replay's, by each code: {dataset: {protocol: result}} in today's names."""
+    """Evaluate the committed weights, or the weights of the run `replay` if it is not empty, with each code version.
+
+    Returns:
+        For each code version, the results with current names: {dataset: {protocol: {name: value}}}, see `result_values`.
+
+    Raises:
+        Mismatch: the current code fails.
+        Uncheckable: the certified code fails, or does not contain the same weights with the old names.
+    """
     commands = []
     for code in codes:
         weights = code.run(replay).checkpoints / "best.ckpt" if replay else _committed_weights(code, codes[-1])
@@ -199,7 +216,7 @@ def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
 
 
 def few_items(code: Code) -> Path:
-    """A copy of the recipe whose metrics read few items: a full linear probe takes an hour."""
+    """Write a copy of the recipe whose metrics use few items, and return its path; a full linear probe takes an hour."""
     content = Recipe("few_items", code.recipe).content
     for callback in content.get("trainer", {}).get("callbacks", []):
         options = callback.get("init_args", {})
@@ -210,10 +227,10 @@ def few_items(code: Code) -> Path:
 
 
 def _committed_weights(code: Code, today: Code) -> Path:
-    """Today's committed weights, as the certified code names them.
+    """Return the path of the current committed weights, with the parameter names of `code`.
 
     Raises:
-        Uncheckable: parameters have been renamed, and the certified commit has other weights.
+        Uncheckable: parameters have been renamed, and the certified commit does not contain the same weights.
     """
     if code is today or not code.renames.weights or not today.weights.exists():
         return today.weights
@@ -221,18 +238,18 @@ def _committed_weights(code: Code, today: Code) -> Path:
         old = {code.renames.weight(name): tensor for name, tensor in load_file(code.weights).items()}
         if weights_hash(old) == weights_hash(load_file(today.weights)):
             return code.weights
-    raise Uncheckable("its weights were renamed, and differ from those of the certified commit")
+    raise Uncheckable("its parameters were renamed, and the certified commit does not contain the same weights")
 
 
 def data_hashes(code: Code, trained: bool) -> dict[str, str]:
-    """The hashes of the datasets that the replay and the evaluation have read; of a set of both, the evaluation's."""
+    """Return the hashes of the datasets of the replay and the evaluation; for a dataset of both, the hash of the evaluation."""
     records = [code.run("stage-0").record] if trained else []
     return {name: value for path in [*records, code.runs / "record.json"] for name, value in read_record(path)["data"].items()}
 
 
 def result_values(result: dict[str, Any]) -> dict[str, float]:
-    """The mean and the value of each image."""
-    images = result.get("images", result.get("pictures", {}))  # as records were written before they had a checksum
+    """Return the mean and the value of each image, by name."""
+    images = result.get("images", result.get("pictures", {}))  # key in records without a checksum
     return {"mean": float(result["mean"]), **{f"image {name}": float(value) for name, value in images.items()}}
 
 

@@ -1,4 +1,4 @@
-"""`darkroom reproduce`: run the recipes of a paper's tables, commit their records, render the tables."""
+"""`darkroom reproduce`: run the recipes of a paper's tables, save their records in the project, and render the tables."""
 
 import hashlib
 import json
@@ -27,19 +27,19 @@ from experiments.run.run_dir import Run, runs_root
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MAX_WEIGHT_BYTES = 8 * 2**20  # larger weights are not committed
 RESULTS = ROOT / "experiments/RESULTS.md"
-REPLAY_STEPS = 1_000  # of a run that other code began
-TRAINING = ("train/", "learning_rate")  # prefixes of the training's values in a log
+REPLAY_STEPS = 1_000  # steps that are replayed if other code started a run
+TRAINING = ("train/", "learning_rate")  # prefixes of the names of training values in a log
 
 
 def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool, as_json: bool) -> None:
     """Render a method's tables; with `run`, first run the recipes without a current record whose data are available.
 
     Raises:
-        UserError: there is no such method, or it has no tables.
+        UserError: the method does not exist or has no tables, an option is invalid, or a run failed.
     """
     tabled = [name for name in methods() if load_table(name)["tables"]]
     if method not in tabled:
-        raise UserError(f"no tables for '{method}'; there are some for: {', '.join(tabled)}")
+        raise UserError(f"reproduce: no tables for '{method}'. Use one of: {', '.join(tabled)}")
     if not run and (only or seeds != 1):
         raise UserError("reproduce: --seeds and --only require --run; add --run")
     if seeds < 1:
@@ -56,17 +56,24 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
 
 
 def recipes_in_tables(method: str, only: str | None) -> list[Recipe]:
-    """The recipes behind the rows of a method's tables, each once."""
+    """List the recipes of a method's tables, each once; only the recipe `only` if it is given.
+
+    Raises:
+        UserError: the tables do not contain the recipe `only`.
+    """
     names = dict.fromkeys(row["recipe"] for table in load_table(method)["tables"] for row in table["rows"] if "recipe" in row)
     if only and only not in names:
-        raise UserError(f"--only: no row of {method}'s tables needs '{only}'; rows need: {', '.join(names)}")
+        raise UserError(f"--only: no row of {method}'s tables uses '{only}'. Use one of: {', '.join(names)}")
     return [find_recipe(name) for name in names if only in (None, name)]
 
 
 def run_recipe(recipe: Recipe, seeds: int) -> None:
-    """Run the seeds of a recipe that have no record of the recipe as it stands, if its data are available.
+    """Run the seeds without a record of the current recipe, if the data are available, and save their records.
 
-    Records whose code alone has changed are left to `--check`.
+    If only the code of a record has changed, the seed is not run again; `--check` checks the record.
+
+    Raises:
+        UserError: a run failed, or its record cannot be used.
     """
     learns = "total_images" in recipe.content["model"]["init_args"]
     current = {record["seed"]: record for record in committed_records(recipe.name)[0] if not differences(record, recipe)}
@@ -74,15 +81,15 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
         words = ["--ckpt", str(recipe.weights)] if learns else []
         run_command("test", recipe.name, *words, "--data.test", json.dumps(sets), "--record", str(record_path(recipe, 0)))
     if missing := missing_inputs(recipe, learns):
-        print(f"{recipe.name}: not feasible here, {', '.join(missing)} not here", flush=True)
+        print(f"{recipe.name}: skipped, not installed: {', '.join(missing)}", flush=True)
         return
     for seed in range(seeds if learns else 1):
         if seed in current:
             due = changed_code(current[seed], recipe)
-            print(f"{recipe.name}: the record of seed {seed} is current{', a check is due' if due else ''}", flush=True)
+            print(f"{recipe.name}: the record of seed {seed} is current{', but a check is due' if due else ''}", flush=True)
             continue
         if learns:
-            version = recipe_fingerprint(recipe) + json.dumps(code_fingerprint(recipe))  # a change starts another run
+            version = recipe_fingerprint(recipe) + json.dumps(code_fingerprint(recipe))  # a change starts a new run
             name = f"reproduce-seed{seed}-{hashlib.sha256(version.encode()).hexdigest()[:8]}"
             run = Run(runs_root() / recipe.name / name)
             if not run.evaluated:
@@ -95,11 +102,11 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
 
 
 def run_command(*words: str) -> None:
-    """Run a `darkroom` command in a process of its own.
+    """Run a `darkroom` command in a separate process.
 
     Raises:
-        UserError: the command failed; it has printed why.
-        SystemExit: the command was interrupted; it has printed how to resume.
+        UserError: the command failed; its output contains the error.
+        SystemExit: the command was interrupted; its output contains the command that resumes it.
     """
     environment = {key: value for key, value in os.environ.items() if key != "DARKROOM_RUN_FOLDER"}
     print("darkroom " + " ".join(words), flush=True)
@@ -110,14 +117,14 @@ def run_command(*words: str) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if status in (PREEMPTED, INTERRUPTED):
-        print("The same darkroom reproduce command resumes too.", flush=True)
+        print("Run the same darkroom reproduce command to resume.", flush=True)
         raise SystemExit(status)
     if status:
-        raise UserError(f"darkroom {' '.join(words)} ended with status {status}")
+        raise UserError(f"darkroom {' '.join(words)} failed with status {status}. See the error above")
 
 
 def _wait_for(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process and return its exit status; Ctrl-C reaches the process too, which needs time to save."""
+    """Wait for a process and return its exit status. After Ctrl-C, the process saves its state before it exits."""
     while True:
         try:
             return process.wait()
@@ -142,7 +149,7 @@ def unevaluated_sets(recipe: Recipe, record: Record) -> list[str]:
 
 
 def is_available(recipe: Recipe, spec: str) -> bool:
-    """Whether the dataset that a recipe's data key names is available, as its datamodule would look for it."""
+    """Return whether the datamodule of a recipe finds the dataset `spec`."""
     module, _, name = recipe.class_path("data").rpartition(".")
     try:
         return getattr(import_module(module), name).is_installed(spec, recipe.content["data"].get("init_args", {}))
@@ -153,10 +160,10 @@ def is_available(recipe: Recipe, spec: str) -> bool:
 def commit_record(run: Run, recipe: Recipe) -> None:
     """Copy the record of a finished run, and the weights of seed 0, into the project.
 
-    If other code began the run, `replay` must show that today's code repeats its first steps.
+    If other code started the run, the current code must reproduce its first steps (`replay`).
 
     Raises:
-        UserError: the run is not of the recipe and the code as they stand, or was not evaluated.
+        UserError: recipe or code of the run are not the current ones, the run was not evaluated, or the replay differs.
     """
     from safetensors.torch import save_file
     from torch import load
@@ -166,9 +173,9 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     record = read_record(run.record)
     changed = [*differences(record, recipe), *changed_code(record, recipe)]
     if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
-        raise UserError(f"{run.folder} is not a run of {recipe.name} as it stands: {changed or record['overrides']}")
+        raise UserError(f"{run.folder} is not a run of the current {recipe.name}; repeat it: {changed or record['overrides']}")
     if "metrics" not in record:
-        raise UserError(f"{run.folder} has not been evaluated on its test sets")
+        raise UserError(f"{run.folder} has not been evaluated on its test sets. Install one of them, and run the command again")
     if any(segment["code"] != record["code"] for segment in record["previous_segments"]):
         record["replayed_images"] = replay(run, recipe, record["seed"])
     write_record(record, record_path(recipe, record["seed"]))
@@ -178,17 +185,17 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= MAX_WEIGHT_BYTES:
         recipe.weights.parent.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)
-        recipe.weights.chmod(0o644)  # safetensors writes files that only their owner reads
+        recipe.weights.chmod(0o644)  # safetensors creates files that only their owner can read
 
 
 def replay(run: Run, recipe: Recipe, seed: int) -> int:
-    """Repeat the first steps of a run by today's code, and compare the logs digit by digit.
+    """Repeat the first steps of a run with the current code, and compare the logs exactly.
 
     Returns:
         The number of images seen in these steps.
 
     Raises:
-        UserError: the logs differ, or have no step in common.
+        UserError: the logs differ or contain no step, or the replay failed.
     """
     from callbacks.run.csv_logger import read_metrics_csv
 
@@ -202,7 +209,7 @@ def replay(run: Run, recipe: Recipe, seed: int) -> int:
     began = [row for row in read_metrics_csv(run.log) if row["name"].startswith(TRAINING) and int(row["images"]) <= images]
     if not rows or rows != began:
         raise UserError(
-            f"{run.folder} was begun by other code than it was ended by, and today's does not repeat its first steps"
+            f"{run.folder} was started with other code, and the current code does not reproduce its first steps. Repeat the run"
         )
     return images
 
@@ -216,7 +223,7 @@ def write_pages(method: str) -> None:
 
 def results_page() -> str:
     """Render the tables of all methods."""
-    parts = ["# Results", "", "Rendered from the records by `darkroom reproduce METHOD --write`; no value is typed."]
+    parts = ["# Results", "", "Rendered from the records by `darkroom reproduce METHOD --write`. Do not edit."]
     for method in methods():
         if load_table(method)["tables"]:
             parts += ["", f"## {load_table(method)['title']}", "", load_table(method)["paper"], "", render(method)]
@@ -224,7 +231,7 @@ def results_page() -> str:
 
 
 def summary() -> str:
-    """Render the cells of all methods that have a value on a whole dataset and one of the paper."""
+    """Render the cells of all methods that have a value of ours and a value of the paper on a whole dataset."""
     lines = ["| method | row | dataset | protocol | paper | ours | state |", "|---|---|---|---|---:|---:|---|"]
     for method in methods():
         for cell in cells(method):
@@ -237,6 +244,6 @@ def summary() -> str:
 
 
 def between_marks(page: str, text: str) -> str:
-    """Replace the text between a page's marks."""
+    """Replace the text between the marks `BEGIN` and `END` of a page."""
     head, _, rest = page.partition(BEGIN)
     return f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"

@@ -1,6 +1,6 @@
-"""A paper's tables, rendered from run records alone: the paper's value, ours, the difference, and the state of each cell.
+"""Tables of a paper, rendered from run records: the paper's value, our value, the difference, and the state of each cell.
 
-Nothing heavy is imported here.
+This module imports no heavy packages.
 """
 
 import math
@@ -19,24 +19,27 @@ NOT_RUN = "not run: "
 PROVENANCE = {
     "V": "read in a source",
     "C": "[C] recomputed",
-    "M+": "[M+] from memory, passing an arithmetic check",
+    "M+": "[M+] from memory, confirmed by an arithmetic check",
     "M": "(unverified) from memory alone",
 }
 
 
 def load_table(method: str) -> dict[str, Any]:
-    """The tables of a method's paper as `table.yaml` states them; empty if it has none."""
+    """Return the content of a method's `table.yaml`; without the file, `{"tables": []}`."""
     path = METHODS / method / "table.yaml"
     return yaml.safe_load(path.read_text()) if path.exists() else {"tables": []}
 
 
 def cells(method: str) -> list[Cell]:
-    """All cells of a method's tables.
+    """Return all cells of a method's tables.
 
-    A table says what is `better`, "higher" (the default) or "lower", and with how many `decimals` (2) its values are shown;
-    a row's value of the paper may be null: it has none. Each cell has `table`, `row`, `dataset`, `metric` (the protocol's
-    name), `decimals`, `paper`, `provenance` (how sure the paper's value is), `ours`, `std` and `seeds` (None and 0 without a
-    record), `difference`, `state`, `checked` and `record` (the files).
+    In `table.yaml`, `better` of a table is "higher" (the default) or "lower", and `decimals` is the number of decimals of its
+    values (default 2). The paper's value in a row may be null.
+
+    Returns:
+        Cells with the keys `table`, `row`, `dataset`, `metric` (name of the protocol), `decimals`, `paper` (value or None),
+        `provenance` (key of `PROVENANCE`), `ours` (mean over seeds or None), `std` (None below two seeds), `seeds` (number of
+        records), `difference`, `state`, `checked` and `record` (paths of the record files).
     """
     return [
         _cell(table, row, dataset, paper)
@@ -75,12 +78,22 @@ def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float
     try:
         state = _state(cell, row, sources, bool(records), broken, table.get("better", "higher"))
         return {**cell, "state": state, "checked": _checked(row, names, sources)}
-    except UserError as error:  # a recipe that is gone, a file that is not Python
+    except UserError as error:  # a missing recipe, or a file with a syntax error
         return {**cell, "state": f"{NOT_RUN}{error}", "checked": ""}
 
 
 def record_value(record: Record, dataset: str, metric: str, average: dict[str, int]) -> float | None:
-    """A record's value: of a dataset, of one image ("set14/baboon"), or the mean over all images of several ("average")."""
+    """Return the value of a record for a dataset, for one image ("set14/baboon"), or for "average".
+
+    Args:
+        record: the run record.
+        dataset: name of a dataset, "dataset/image", or "average" for the mean over all images of several datasets.
+        metric: name of the protocol.
+        average: number of images of each dataset of the average.
+
+    Returns:
+        The value; None if the record does not contain it.
+    """
     metrics = record.get("metrics", {})
     if dataset == "average":
         parts = [(record_value(record, name, metric, {}), count) for name, count in average.items()]
@@ -124,7 +137,7 @@ def _verdict(cell: Cell, row: dict[str, Any], better: str) -> str:
 
 
 def _checked(row: dict[str, Any], datasets: set[str], records: list[Record]) -> str:
-    """By which commits the records are certified, and without which datasets; "check due" where the code has changed."""
+    """Return the certified commits and the datasets without a check; "check due: ..." if the code has changed."""
     if not records:
         return ""
     recipe = find_recipe(row["recipe"])
@@ -136,7 +149,7 @@ def _checked(row: dict[str, Any], datasets: set[str], records: list[Record]) -> 
 
 
 def _why_not(cell: Cell, row: dict[str, Any], has_records: bool) -> str:
-    """From what is committed alone, so that a table reads the same on every machine."""
+    """Return why a cell has no value. Only committed files are used, so that tables are equal on all machines."""
     if "reason" in row:
         return row["reason"]
     if has_records:
@@ -145,19 +158,19 @@ def _why_not(cell: Cell, row: dict[str, Any], has_records: bool) -> str:
 
 
 def format_paper(cell: Cell) -> str:
-    """The paper's value; empty if it has none."""
+    """Format the paper's value; empty if there is none."""
     return "" if cell["paper"] is None else f"{cell['paper']:.{cell['decimals']}f}"
 
 
 def format_provenance(cell: Cell) -> str:
-    """How sure the paper's value is, behind it; nothing where it was read in a source."""
+    """Format the provenance of the paper's value as a suffix; empty if the value was read in a source."""
     if cell["paper"] is None or cell["provenance"] == "V":
         return ""
     return " (unverified)" if cell["provenance"] == "M" else f" [{cell['provenance']}]"
 
 
 def format_ours(cell: Cell) -> str:
-    """Our value, with mean and standard deviation where there are several seeds; empty if there is none."""
+    """Format our value, for several seeds as mean and standard deviation; empty if there is none."""
     if cell["ours"] is None:
         return ""
     places = cell["decimals"]
@@ -166,7 +179,7 @@ def format_ours(cell: Cell) -> str:
 
 
 def render(method: str) -> str:
-    """A method's tables in Markdown: a line for each cell that was run, then a line for each reason why others were not."""
+    """Render a method's tables in Markdown: one line per cell that was run, then one line per reason for the other cells."""
     lines: list[str] = []
     of_method = cells(method)
     for table in load_table(method)["tables"]:
@@ -180,7 +193,7 @@ def render(method: str) -> str:
     used = {cell["provenance"] for cell in of_method if cell["paper"] is not None}
     if used:
         marks = "; ".join(PROVENANCE[mark] for mark in PROVENANCE if mark in used)
-        lines.append(f"How sure the paper's values are: {marks}.")
+        lines.append(f"Provenance of the paper's values: {marks}.")
     return "\n".join(lines)
 
 
@@ -192,7 +205,7 @@ def _table_line(cell: Cell) -> str:
 
 
 def _not_run_lines(of_table: list[Cell]) -> list[str]:
-    """One line for each reason, with the rows and the paper's values."""
+    """Return one line for each reason, with the rows and the paper's values."""
     by_reason: dict[str, list[Cell]] = {}
     for cell in of_table:
         if cell["state"].startswith(NOT_RUN):
@@ -201,7 +214,7 @@ def _not_run_lines(of_table: list[Cell]) -> list[str]:
 
 
 def _paper_values(group: list[Cell]) -> str:
-    """Rows of a table with the paper's values; a dataset that all cells share is named once."""
+    """Format the rows of a table with the paper's values; a dataset that all cells share occurs once."""
     datasets = {cell["dataset"] for cell in group}
     by_row: dict[str, list[str]] = {}
     for cell in group:

@@ -1,1 +1,1 @@
-"""Commands that build a model: fit, evaluate, predict, sample, reconstruct."""
+"""Commands that use a model: fit, validate, test, predict, sample, reconstruct and others."""

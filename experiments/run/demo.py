@@ -43,7 +43,7 @@ def demo() -> None:
     console.print(f"run       {cli.run.folder}  (configuration, metrics, samples, weights, record)", soft_wrap=True)
     command = program_name()
     console.print(f"next      {command} predict espcn --input YOUR_PHOTO.jpg --output out/", soft_wrap=True)
-    console.print(f"          {command} reproduce espcn      the paper's tables, our values next to theirs", soft_wrap=True)
+    console.print(f"          {command} reproduce espcn      the paper's tables with our values", soft_wrap=True)
     console.print(f"          {command} list                 all methods", soft_wrap=True)
 
 
@@ -61,7 +61,7 @@ def evaluate(method: SuperResolutionMethod, scale: int) -> dict[str, float]:
 
 
 def comparison(network: SuperResolutionMethod, images: list[ImageRef]) -> Image.Image:
-    """Draw a row for each photograph: the photograph with the detail marked, then the detail by each method."""
+    """Draw one row per photograph: the photograph with a marked detail, then the detail in the input, outputs and original."""
     rows = [_row(network, image) for image in images]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for i, row in enumerate(rows):

@@ -16,7 +16,7 @@ def evaluate(cli: DarkroomCLI) -> None:
         UserError: the record cannot be written, or there are no weights.
     """
     if cli.command == "test" and cli.config.record and not os.access(Path(cli.config.record).absolute().parent, os.W_OK):
-        raise UserError(f"--record: cannot write to {Path(cli.config.record).absolute().parent}")
+        raise UserError(f"--record: cannot write to {Path(cli.config.record).absolute().parent}. Choose another path")
     path = load_resolved_weights(cli)
     print_rank_zero(f"weights   {path or 'none needed'}")
     run = cli.trainer.test if cli.command == "test" else cli.trainer.validate

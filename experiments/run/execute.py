@@ -25,8 +25,8 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
         SystemExit: the run was interrupted.
     """
     cli = build_cli(command, recipe, overrides)
-    # Before the interpreter ends: a thread of gloo that then frees a tensor needs the GIL, and aborts the process. Lightning
-    # does so for NCCL alone.
+    # Destroy the process groups before the interpreter exits. Otherwise, a gloo thread that frees a tensor needs the GIL and
+    # aborts the process. Lightning destroys process groups only for NCCL.
     atexit.register(destroy_process_groups)
     try:
         COMMANDS[command](cli)
@@ -37,7 +37,7 @@ def execute(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI:
             raise
         path = error.filename or cli.run.folder
         raise UserError(
-            f"cannot write to {path}: {error.strerror}; once it is writable, resume with: {cli.resume_command()}"
+            f"cannot write to {path}: {error.strerror}. When it is writable, resume with: {cli.resume_command()}"
         ) from None
     return cli
 

@@ -37,7 +37,7 @@ def fit(cli: DarkroomCLI) -> None:
     run, trainer, model = cli.run, cli.trainer, cli.model
     with locked_run(cli, run):
         if not list(model.parameters()):
-            raise UserError(f"{type(model).__name__} has nothing to train; evaluate it with darkroom test {cli.recipe.name}")
+            raise UserError(f"{type(model).__name__} has nothing to train. Evaluate it with darkroom test {cli.recipe.name}")
         configure_batching(cli)
         evaluates = has_test_data(cli)
         resumed_at, checkpoint = prepare_resume(cli, run, evaluates)
@@ -77,7 +77,7 @@ def locked_run(cli: DarkroomCLI, run: Run) -> Iterator[None]:
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {run.folder}: {error.strerror}") from None
+        raise UserError(f"cannot write to {run.folder}: {error.strerror}. DARKROOM_RUNS sets the folder of all runs") from None
     try:
         if not cli.trainer.is_global_zero:
             yield
@@ -85,10 +85,10 @@ def locked_run(cli: DarkroomCLI, run: Run) -> Iterator[None]:
         with FileLock(run.folder / ".lock", blocking=False):
             yield
     except Timeout:
-        raise UserError(f"run '{run.folder.name}' is in use by another process; choose another --run") from None
+        raise UserError(f"run '{run.folder.name}' is in use by another process. Choose another --run") from None
     except UserError:
         if not existed and not cli.trainer.global_step and cli.trainer.is_global_zero:
-            shutil.rmtree(run.folder)  # a refused run leaves no folder
+            shutil.rmtree(run.folder)  # remove the folder of a run that did not start
         raise
 
 
@@ -102,14 +102,14 @@ def configure_batching(cli: DarkroomCLI) -> None:
     for batch_size in StagePlan(cli.model.stages(), cli.datamodule.batch_size).batch_sizes:
         if accumulate < 1 or batch_size % (accumulate * cli.trainer.world_size):
             divisor = f"{cli.trainer.world_size} processes x --accumulate_grad_batches {accumulate}"
-            raise UserError(f"data.batch_size: {batch_size} is not divisible by {divisor}")
+            raise UserError(f"data.batch_size: {batch_size} is not divisible by {divisor}. Use a multiple of the product")
     cli.model.accumulate_grad_batches = accumulate
     if cli.config.compile:
         cli.model.compile_networks()
 
 
 def has_test_data(cli: DarkroomCLI) -> bool:
-    """Whether a test set is available. A damaged or mistyped one raises now, not after training."""
+    """Return whether a test set is available. A damaged or misspelled test set raises an error before training."""
     if not cli.datamodule.test:
         return False
 
@@ -124,10 +124,10 @@ def has_test_data(cli: DarkroomCLI) -> bool:
 def reduce_step_overhead() -> None:
     """Remove three per-step overheads.
 
-    Objects that exist now are exempt from garbage collection. Without a GPU, torch's Adam checks for one at each step;
-    Lightning makes that check search the disk for a driver library (0.2 ms), and this setting makes it query CUDA instead.
-    glibc by default returns large blocks to the system and faults them in again page by page, a tenth of a small network's
-    step on a CPU; the thresholds make it keep them.
+    Existing objects are excluded from garbage collection. Without a GPU, torch's Adam checks for one at each step. With
+    Lightning's settings, this check searches the disk for a driver library (0.2 ms); the environment variable selects a query
+    of CUDA instead. By default, glibc returns large blocks to the system and faults them in again page by page, which takes a
+    tenth of a small network's step on a CPU. The thresholds keep these blocks allocated.
     """
     gc.collect()
     gc.freeze()
@@ -155,8 +155,8 @@ def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple
         resumed_at, checkpoint = content["images_seen"], last
         if resumed_at >= cli.model.total_images and (run.evaluated or (run.finished and not evaluates)):
             raise UserError(
-                f"run '{run.folder.name}' is finished after {resumed_at} images; "
-                "continue it with a larger --model.total_images, or choose another --run"
+                f"run '{run.folder.name}' is finished after {resumed_at} images. "
+                "Continue it with a larger --model.total_images, or choose another --run"
             )
         check_same_config(cli, run)
         print_rank_zero(f"resuming {run.folder} after {resumed_at:,} images")
@@ -164,10 +164,10 @@ def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple
             if content[key] != value:
                 print_rank_zero(f"{key} {value} instead of {content[key]}: not bit-identical to an uninterrupted run")
         if run.record.exists() and resumed_at < cli.model.total_images and cli.trainer.is_global_zero:
-            run.record.rename(run.folder / f"record-{resumed_at}.json")  # the longer run gets its own record
+            run.record.rename(run.folder / f"record-{resumed_at}.json")  # the longer run gets a new record
     write_config(cli, run)
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
-        raise UserError(f"{run.folder}: only {free // 2**20} MiB free; at least 256 MiB are needed")
+        raise UserError(f"{run.folder}: only {free // 2**20} MiB free. Free 256 MiB, or set DARKROOM_RUNS to another disk")
     return resumed_at, checkpoint
 
 
@@ -179,15 +179,18 @@ def check_same_config(cli: DarkroomCLI, run: Run) -> None:
     """
     for section in ("model", "data"):
         for key, old, new in cli.config_diff(run, section):
-            raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}; choose another --run")
+            raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}. Choose another --run")
     started = yaml.safe_load(run.config.read_text())
     if started.get("monitor") != cli.config.monitor:
-        raise UserError(f"run '{run.folder.name}' was started with monitor {started.get('monitor')}, not {cli.config.monitor}")
+        raise UserError(
+            f"run '{run.folder.name}' was started with monitor {started.get('monitor')}, not {cli.config.monitor}. "
+            "Choose another --run"
+        )
 
 
 @rank_zero_only
 def write_config(cli: DarkroomCLI, run: Run) -> None:
-    """Write the resolved configuration into the run's folder; `darkroom fit PATH` of that file repeats the run."""
+    """Write the resolved configuration into the run's folder; `darkroom fit` with this file repeats the run."""
     config = cli.config.clone()
     config.pop("run")
     tmp_path = run.config.with_suffix(".part")
@@ -196,7 +199,11 @@ def write_config(cli: DarkroomCLI, run: Run) -> None:
 
 
 def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
-    """Create the CSV logger, and the Weights & Biases logger with --wandb."""
+    """Create the CSV logger, and with --wandb the Weights & Biases logger.
+
+    Raises:
+        UserError: --wandb is "online" without an account.
+    """
     loggers: list[Logger] = [CSVLogger(run.log, resumed_at)]
     if cli.config.wandb:
         from lightning.pytorch.loggers import WandbLogger
@@ -204,8 +211,8 @@ def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
         name = f"{cli.recipe.name}/{run.folder.name}"
         offline = cli.config.wandb == "offline"
         if not offline and not (os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()):
-            raise UserError("--wandb online: no account; run `wandb login` first, or use --wandb offline")
-        # A fixed id lets a resumed run continue its W&B run; a W&B agent assigns the id itself.
+            raise UserError("--wandb online: no account. Run `wandb login` first, or use --wandb offline")
+        # A fixed id lets a resumed run continue its W&B run; a W&B agent sets the id.
         run_id = None if "WANDB_SWEEP_ID" in os.environ else re.sub(r"\W", "-", name)
         loggers.append(WandbLogger(name, run.folder, id=run_id, project="darkroom", offline=offline, resume="allow"))
     return loggers

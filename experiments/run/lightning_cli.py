@@ -78,7 +78,7 @@ class DarkroomCLI(LightningCLI):
                 "enable_checkpointing": False,
                 "enable_model_summary": False,
                 "enable_progress_bar": False,
-                "use_distributed_sampler": False,  # the datamodules shard by rank themselves
+                "use_distributed_sampler": False,  # datamodules distribute the samples over ranks
             },
             parser_kwargs={
                 "exit_on_error": False,
@@ -88,10 +88,15 @@ class DarkroomCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; an invalid key or value raises a one-line UserError that suggests the closest valid one."""
+        """Parse the arguments.
+
+        Raises:
+            UserError: a key or a value is invalid; the message contains the closest valid one.
+            SystemExit: the help text was printed.
+        """
         given = (arg.partition("=")[0] for arg in self.overrides)
         if option := next((name for name in given if name in MANAGED_OPTIONS), None):
-            raise UserError(f"{option}: set by Darkroom; use {MANAGED_OPTIONS[option]}")
+            raise UserError(f"{option}: set by Darkroom. Use {MANAGED_OPTIONS[option]}")
         if {"-h", "--help"} & {*self.overrides}:
             print(key_help(parser.format_help(), self.recipe))
             raise SystemExit
@@ -107,7 +112,7 @@ class DarkroomCLI(LightningCLI):
 
         seed = self.config.seed_everything
         if not 0 <= seed < 2**32:
-            raise UserError(f"seed_everything: {seed} is not between 0 and {2**32 - 1}")
+            raise UserError(f"seed_everything: {seed} is not between 0 and {2**32 - 1}. Choose a seed in this range")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the project's options."""
@@ -137,7 +142,7 @@ class DarkroomCLI(LightningCLI):
             parser.link_arguments("seed_everything", "model.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Check keys that model and data share, and convert the validation interval from images to batches.
+        """Check the keys that model and data have in common, and convert the validation interval from images to batches.
 
         Raises:
             UserError: two keys contradict each other, or a value is invalid.
@@ -145,14 +150,14 @@ class DarkroomCLI(LightningCLI):
         model, data = (self.config[section].init_args for section in ("model", "data"))
         for key in sorted(set(vars(model)) & set(vars(data))):
             if model[key] != data[key]:
-                raise UserError(f"model.{key}: {model[key]} differs from data.{key}: {data[key]}; set both to the same value")
+                raise UserError(f"model.{key}: {model[key]} differs from data.{key}: {data[key]}. Set both to the same value")
         if data.batch_size < 1:
             raise UserError(f"data.batch_size: {data.batch_size} must be at least 1")
         if data.num_workers < 0:
             raise UserError(f"data.num_workers: {data.num_workers} must be at least 0")
         if data.get("val_every_nth") and data.get("val"):
             raise UserError(
-                "data.val and data.val_every_nth both select validation images; use --data.val_every_nth 0 or --data.val null"
+                "data.val and data.val_every_nth both select validation images. Use --data.val_every_nth 0 or --data.val null"
             )
         self.config.trainer.val_check_interval = max(1, self.config.val_every_images // data.batch_size)
         self.config.trainer.check_val_every_n_epoch = None
@@ -178,18 +183,18 @@ class DarkroomCLI(LightningCLI):
         """Create the Trainer.
 
         Raises:
-            UserError: an invalid setting, or a strategy that does not leave gradients to `modules/training/gradients.py`.
+            UserError: a setting is invalid, or the strategy does not let `modules/training/gradients.py` average gradients.
         """
         if str(self.config.trainer.strategy) in ("fsdp", "fsdp_cpu_offload"):
-            raise UserError("trainer.strategy: fsdp cannot train alternating networks; use 'ddp', or 'fsdp2' to shard them")
-        if SLURMEnvironment.detect():  # Lightning's would save in the middle of a step; callbacks/run/preemption.py requeues
+            raise UserError("trainer.strategy: fsdp cannot train alternating networks. Use 'ddp', or 'fsdp2' to shard them")
+        if SLURMEnvironment.detect():  # Lightning would save within a step; callbacks/run/preemption.py saves after it
             settings["plugins"] = SLURMEnvironment(auto_requeue=False)
         try:
             trainer = super().instantiate_trainer(logger=False, **settings)
         except (ValueError, TypeError, MisconfigurationException) as error:  # incompatible settings
             raise UserError(" ".join(str(error).split())) from None
         if not isinstance(trainer.strategy, SingleDeviceStrategy | ManualDDPStrategy):
-            raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; use 'ddp' or 'fsdp2'")
+            raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported. Use 'ddp' or 'fsdp2'")
         return trainer
 
     def fresh_model(self) -> Method:
@@ -197,7 +202,7 @@ class DarkroomCLI(LightningCLI):
         return self.parser.instantiate_classes(self.config.clone())["model"]
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata of the run record that is known before the run."""
+        """Return the entries of the run record that are known before the run."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         for key in ("record", "ckpt"):  # paths that do not affect the result
             config.pop(key, None)
@@ -205,7 +210,7 @@ class DarkroomCLI(LightningCLI):
         return {**records.metadata(self.recipe, overrides), "seed": self.config.seed_everything, "config": config}
 
     def config_diff(self, run: Run, section: str) -> list[tuple[str, Any, Any]]:
-        """List where "model" or "data" differs from the configuration of a run: (key, old value, new value)."""
+        """List the keys of "model" or "data" that differ from the configuration of a run: (key, old value, new value)."""
         run_config = yaml.safe_load(run.config.read_text())
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))
         old, new = ({"class_path": c[section]["class_path"], **c[section]["init_args"]} for c in (run_config, config))
@@ -252,13 +257,13 @@ def build_cli(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI
         UserError: the recipe or an override is invalid.
     """
     # Flush denormals (below 1e-38) to zero: a CPU multiplies them 200 times more slowly, and the gradients of IWAE's least
-    # likely samples are full of them. Threads inherit the setting, so it precedes their start.
+    # likely samples contain many of them. Threads inherit the setting, so it must be set before they start.
     torch.set_flush_denormal(True)
     silence_lightning()
     try:
         return DarkroomCLI(command, recipe, overrides)
     except ValueError as error:
-        if isinstance(error.__cause__, UserError):  # raised by one of our constructors; jsonargparse wraps it
+        if isinstance(error.__cause__, UserError):  # raised by a constructor, wrapped by jsonargparse
             raise error.__cause__ from None
         raise
 
@@ -280,7 +285,7 @@ def silence_lightning() -> None:
         "isinstance.treespec, LeafSpec.",
         "``instantiate_classes`` was deprecated",
         "Couldn't infer the batch indices",
-        "The `srun` command is available on your system but is not used",  # a login node, or a batch script outside srun
-        "It is recommended to use `self.log",  # our metrics are gathered before they are logged
+        "The `srun` command is available on your system but is not used",  # on a login node, or in a batch script outside srun
+        "It is recommended to use `self.log",  # metrics are gathered from all ranks before they are logged
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

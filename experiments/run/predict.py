@@ -15,20 +15,20 @@ def predict(cli: DarkroomCLI) -> None:
     """Enlarge, segment or translate a user's images, and write the results to the output folder.
 
     Raises:
-        UserError: the method takes no images, or a path cannot be read or written.
+        UserError: the method takes no images, an option is invalid, or a path cannot be read or written.
     """
     task = task_of(cli.datamodule)
     if task.predict is None:
-        raise UserError(f"{cli.recipe.name} takes no images; use darkroom sample")
+        raise UserError(f"predict: {cli.recipe.name} takes no images. Use darkroom sample")
     if cli.config.direction and not task.directions:
-        raise UserError(f"--direction: {cli.recipe.name} is not a translation")
+        raise UserError(f"--direction: {cli.recipe.name} is not a translation. Remove the option")
     path = load_resolved_weights(cli)
     output = Path(cli.config.output)
     files = list_user_images(cli.config.input, exclude=output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}") from None
+        raise UserError(f"--output: cannot write to {output}: {error.strerror}. Choose another folder") from None
     print_rank_zero(f"weights   {path or 'none needed'}")
     paths = output_paths(files, Path(cli.config.input), output)
     inputs, writer = task.predict(cli, files, paths, output)
@@ -51,6 +51,6 @@ def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Pat
         if path in paths.values():  # photo.jpg and photo.png in one folder
             path = path.with_name(f"{file.name}.png")
         if path.resolve() in inputs:
-            raise UserError(f"--output: {path} is one of the inputs and would be overwritten; choose another folder")
+            raise UserError(f"--output: {path} is one of the inputs and would be overwritten. Choose another folder")
         paths[str(file)] = path
     return paths

@@ -1,4 +1,4 @@
-"""Recipes: short YAML files, found by name. torch is not imported here, so that the command line starts fast."""
+"""Recipes: short YAML files, found by name. This module does not import torch, so that the command line starts fast."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,7 +30,7 @@ class Recipe:
         except yaml.YAMLError as error:
             raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict) or not {"model", "data"} <= content.keys():
-            raise UserError(f"{self.path}: not a recipe; a recipe has the keys `model` and `data`")
+            raise UserError(f"{self.path}: not a recipe. Add the keys `model` and `data`")
         return content
 
     def class_path(self, section: str) -> str:
@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def header(self) -> list[str]:
-        """Lines of the opening comment: purpose, expected value, time, command."""
+        """Lines of the comment at the top of the file: purpose, expected value, time, command."""
         lines = self.path.read_text().splitlines()
         return [line.removeprefix("#").strip() for line in lines[: _header_length(lines)]]
 
@@ -68,11 +68,11 @@ def known_method(name: str) -> str:
     """Return the name of a method if it exists.
 
     Raises:
-        UserError: there is no such method; the message suggests the closest.
+        UserError: there is no such method; the message contains the closest name.
     """
     if name not in methods():
         matches = get_close_matches(name, methods(), n=1, cutoff=0)
-        raise UserError(f"no method '{name}'; did you mean '{matches[0]}'?")
+        raise UserError(f"no method '{name}'; did you mean '{matches[0]}'? (darkroom list shows all)")
     return name
 
 
@@ -86,7 +86,7 @@ def find_recipe(name: str) -> Recipe:
     """Find a recipe by name ("espcn/t91_x3", or "espcn" for its demo) or by the path of a YAML file.
 
     Raises:
-        UserError: there is no such recipe; the message suggests the closest.
+        UserError: there is no such recipe; the message contains the closest name.
     """
     known = {recipe.name: recipe for recipe in recipes()}
     full = f"{name}/demo" if f"{name}/demo" in known else name
@@ -95,7 +95,7 @@ def find_recipe(name: str) -> Recipe:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"no recipe file {name}")
+            raise UserError(f"no recipe file {name}. Check the path")
         same_file = (recipe for recipe in known.values() if recipe.path.resolve() == path.resolve())
         return next(same_file, Recipe(path.stem, path))
     matches = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)

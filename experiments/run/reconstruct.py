@@ -23,7 +23,7 @@ FRAME_COLORS = {True: (0.1, 0.6, 0.2), False: (0.8, 0.1, 0.1)}  # RGB; True: the
 
 
 def reconstruct(recipe: Recipe, ckpt: str | None, indices: Sequence[int], output: str) -> None:
-    """Write a row of test images and a row of reconstructions; between them the network's inputs, where these differ.
+    """Write a row of test images and a row of reconstructions, with a row of network inputs between them if these differ.
 
     Raises:
         UserError: there are no weights or no such images, the recipe has no encoder, or the file cannot be written.
@@ -80,7 +80,7 @@ def encode_test_set(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder
     """
     cli = build_cli("test", recipe, ["--ckpt", ckpt] if ckpt else [])
     if not isinstance(cli.model, VAE | Autoencoder) or not isinstance(cli.datamodule, Reconstruction):
-        raise UserError(f"{recipe.name} does not encode images")
+        raise UserError(f"{recipe.name} does not encode images. Use a recipe of vae or autoencoder")
     print_rank_zero(f"weights   {load_resolved_weights(cli)}")
     method, data = cli.model.eval(), cli.datamodule
     data.setup("test")
@@ -98,10 +98,14 @@ def encode_test_set(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder
 
 
 def select_images(outputs: dict[str, Any], indices: Sequence[int]) -> list[int]:
-    """Return the indices as a list; UserError if one is out of range."""
+    """Return the indices as a list.
+
+    Raises:
+        UserError: an index is out of range.
+    """
     count = len(outputs["image"])
     if invalid := [index for index in indices if not 0 <= index < count]:
-        raise UserError(f"--indices {invalid[0]}: the test set has {count} images; indices are from 0 to {count - 1}")
+        raise UserError(f"--indices {invalid[0]}: the test set has {count} images. Use indices from 0 to {count - 1}")
     return list(indices)
 
 

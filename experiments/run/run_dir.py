@@ -1,4 +1,4 @@
-"""Run folders: one for each run, with all of its outputs. torch is not imported here, so that the command line starts fast."""
+"""Run folders: one for each run, with all of its outputs. This module does not import torch, so that the CLI starts fast."""
 
 import itertools
 import os
@@ -57,7 +57,7 @@ class Run:
 
 
 def program_name() -> str:
-    """Return the command by which the user can start Darkroom: "darkroom" if it is on the path."""
+    """Return the command that starts Darkroom: "darkroom" if it is on the search path."""
     if shutil.which("darkroom"):
         return "darkroom"
     if Path(sys.argv[0]).name == "darkroom":
@@ -85,9 +85,9 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
         name = os.environ["SLURM_JOB_ID"]
     name = name or os.environ.get("TORCHELASTIC_RUN_ID")
     if name and (Path(name).name != name or name == ".."):
-        raise UserError(f"--run {name}: must be a name, not a path; DARKROOM_RUNS sets the folder of all runs")
-    if name == "none":  # torchrun's default id, the same for every job
-        raise UserError("--run: required under torchrun; give --run NAME, or torchrun --rdzv-id NAME")
+        raise UserError(f"--run {name}: must be a name, not a path. DARKROOM_RUNS sets the folder of all runs")
+    if name == "none":  # torchrun's default id, which is the same for all jobs
+        raise UserError("--run: required under torchrun. Use --run NAME, or torchrun --rdzv-id NAME")
     parent = runs_root() / recipe.name
     run = Run(parent / name if name else _new_folder(parent))
     os.environ["DARKROOM_RUN_FOLDER"] = str(run.folder)
@@ -95,11 +95,11 @@ def open_run(recipe: Recipe, name: str | None) -> Run:
 
 
 def _new_folder(parent: Path) -> Path:
-    """Create a folder named by the time; it exists on return, so no other run can use the name."""
+    """Create a folder named by the time, so that no other run can use the name."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {parent}: {error.strerror}; DARKROOM_RUNS sets the folder of all runs") from None
+        raise UserError(f"cannot write to {parent}: {error.strerror}. DARKROOM_RUNS sets the folder of all runs") from None
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for suffix in itertools.count():
         folder = parent / (f"{stamp}_{suffix}" if suffix else stamp)

@@ -18,7 +18,7 @@ from experiments.run.weights import load_resolved_weights
 from modules.tasks.generation import GenerativeMethod
 
 BATCH_SIZE = 100
-NEIGHBOR_RADIUS = 0.25  # of the uniform noise around a sum of latents; DCGAN, Figure 7
+NEIGHBOR_RADIUS = 0.25  # half width of the uniform noise around a sum of latents; DCGAN, Figure 7
 
 
 def sample(recipe: Recipe, ckpt: str | None, count: int, seed: int, output: str) -> None:
@@ -62,7 +62,7 @@ def arithmetic(
         UserError: see `sample`; or there is no concept to add.
     """
     if not plus:
-        raise UserError("arithmetic: --plus is required: sample indices of a concept, as in --plus 1 2 3 --minus 4 5 6")
+        raise UserError("arithmetic: --plus is required. Give sample indices of a concept, as in --plus 1 2 3 --minus 4 5 6")
     method = load_generator(recipe, ckpt)
     concepts = [method.sample_latents(indices, seed) for indices in (*plus, *minus)]
     means = [latents.mean(dim=0, keepdim=True) for latents in concepts]
@@ -89,7 +89,7 @@ def manifold(recipe: Recipe, ckpt: str | None, grid_size: int, output: str) -> N
         raise UserError(f"manifold: --grid-size {grid_size}: must be at least 2")
     method = load_generator(recipe, ckpt)
     if method.latent_dim != 2:
-        raise UserError(f"manifold: {recipe.name} has {method.latent_dim} latents; a recipe with 2 is required")
+        raise UserError(f"manifold: {recipe.name} has {method.latent_dim} latents. Use a recipe with 2")
     quantiles = (torch.arange(grid_size, dtype=torch.float64) + 0.5) / grid_size
     values = torch.special.ndtri(quantiles) if method.latent_distribution == "normal" else 2 * quantiles - 1
     y, x = torch.meshgrid(values.flip(0), values, indexing="ij")
@@ -98,7 +98,11 @@ def manifold(recipe: Recipe, ckpt: str | None, grid_size: int, output: str) -> N
 
 
 def check_interpolation(indices: Sequence[int], steps: int) -> None:
-    """Raise UserError unless there are at least two endpoints and one step."""
+    """Check the options of an interpolation.
+
+    Raises:
+        UserError: there are fewer than two endpoints, or no step.
+    """
     if len(indices) < 2 or steps < 1:
         raise UserError("interpolate: --indices needs at least two values, and --steps must be at least 1")
 
@@ -117,11 +121,11 @@ def load_generator(recipe: Recipe, ckpt: str | None) -> GenerativeMethod:
     """
     cli = build_cli("test", recipe, ["--ckpt", ckpt] if ckpt else [])
     if not isinstance(cli.model, GenerativeMethod):
-        raise UserError(f"{recipe.name} does not generate images from latents")
+        raise UserError(f"{recipe.name} does not generate images from latents. Use a recipe of a generative method")
     print_rank_zero(f"weights   {load_resolved_weights(cli)}")
     method = cli.model.eval()
     if generate(method, method.sample_latents([0])).ndim != 4:
-        raise UserError(f"{recipe.name} generates points, not images; its runs write a plot of them")
+        raise UserError(f"{recipe.name} generates points, not images. See the plots in the folder of its run")
     return method
 
 
@@ -140,18 +144,22 @@ def require_writable(folder: Path) -> Path:
     """Create a folder and check that it can be written to.
 
     Raises:
-        UserError: it cannot.
+        UserError: the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        raise UserError(f"--output: cannot write to {folder}: {error.strerror}. Choose another path") from None
     return folder
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Save an image (C, H, W) in [0, 1] as PNG and print its path."""
+    """Save an image (C, H, W) in [0, 1] as PNG and print its path.
+
+    Raises:
+        UserError: the path does not end in .png or cannot be written.
+    """
     if path.suffix.lower() != ".png":
         raise UserError(f"--output {path}: must end in .png")
     require_writable(path.parent)

@@ -26,7 +26,7 @@ def resolve_weights(cli: DarkroomCLI) -> Path | None:
     """
     if cli.config.ckpt:
         if not Path(cli.config.ckpt).is_file():
-            raise UserError(f"--ckpt: no file {cli.config.ckpt}")
+            raise UserError(f"--ckpt: no file {cli.config.ckpt}. Check the path")
         return Path(cli.config.ckpt)
     if not list(cli.model.parameters()):
         return None
@@ -35,4 +35,4 @@ def resolve_weights(cli: DarkroomCLI) -> Path | None:
             return run.checkpoints / "best.ckpt"
     if cli.recipe.weights.exists():
         return cli.recipe.weights
-    raise UserError(f"no weights for {cli.recipe.name}; train it with darkroom fit {cli.recipe.name}, or give --ckpt FILE")
+    raise UserError(f"no weights for {cli.recipe.name}; train it with darkroom fit {cli.recipe.name}, or use --ckpt FILE")

@@ -14,19 +14,19 @@ from experiments.run.run_dir import runs_root
 from experiments.search.spec import Search
 from experiments.search.worker import folder_of, is_exhausted, one_trial, open_study, raise_if_all_failed
 
-MAX_FAILURES = 2  # failures of a trial's machine after which Ray restarts the trial
+MAX_FAILURES = 2  # maximum number of restarts of a trial by Ray, after failures of its machine
 
 
 def sweep_on_ray(search: Search, storage: str | None, address: str, gpus: float, cores: float) -> optuna.Study:
     """Run trials of a search on a Ray cluster until all are finished.
 
-    Parameters come from the storage, as for any worker: Ray and other workers may share it, and either can continue a search
-    that the other began. All machines need access to the folder of runs and the storage.
+    Parameters come from the storage, as in `sweep`. Ray and other workers may share a storage, and each can continue a search
+    that the other started. All machines must have access to the storage and to the folder of runs.
 
     Args:
         search: search to run.
         storage: see `experiments.search.worker.sweep`.
-        address: address of the cluster; "auto" for the cluster of this machine, "local" for this machine only.
+        address: address of the cluster; "auto" for the cluster to which this machine belongs, "local" for this machine only.
         gpus: GPUs per trial.
         cores: CPU cores per trial.
 
@@ -37,7 +37,7 @@ def sweep_on_ray(search: Search, storage: str | None, address: str, gpus: float,
         import ray
         from ray import tune
     except ImportError:
-        raise UserError("sweep: --ray needs Ray Tune: pip install 'darkroom[ray]'") from None
+        raise UserError("sweep: --ray requires Ray Tune. Run pip install 'darkroom[ray]'") from None
     folder = folder_of(search).absolute()
     storage = storage or str(folder / "journal.log")
     storage = storage if "://" in storage else str(Path(storage).absolute())
@@ -51,7 +51,7 @@ def sweep_on_ray(search: Search, storage: str | None, address: str, gpus: float,
             runtime_env={"env_vars": worker_env()},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray {address}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--ray {address}: {' '.join(str(error).split())}. Check the address") from None
     trainable = partial(ray_trial, search=search, storage=storage)
     while not is_exhausted(search, study):
         finished_before = n_finished(study)
@@ -70,7 +70,7 @@ def sweep_on_ray(search: Search, storage: str | None, address: str, gpus: float,
 
 
 def ray_trial(config: dict[str, Any], search: Search, storage: str) -> None:
-    """Run one trial in a Ray process."""
+    """Run one trial in a Ray process, and report its result to Ray."""
     from ray import tune
 
     study = open_study(search, storage)

@@ -22,7 +22,7 @@ from experiments.run.run_dir import Run, runs_root
 from experiments.search.spec import Search
 
 N_PRINTED = 10  # trials in the printed table
-PLOTS = {  # they need at least two complete trials
+PLOTS = {  # titles by name in Optuna; plots require at least two complete trials
     "optimization_history": "History",
     "param_importances": "Importance",
     "parallel_coordinate": "Parallel coordinates",
@@ -33,8 +33,8 @@ FIGSIZE = (11.0, 4.5)  # inches
 def report(search: Search, study: optuna.Study, folder: Path) -> None:
     """Write the results so far to the folder and print the best trials.
 
-    The files are trials.csv with all finished trials, and best.yaml. With two complete trials, there are also a PNG of each
-    plot, report.html, and README.md with table and plots.
+    The files are trials.csv with all complete and pruned trials, and best.yaml. If at least two trials are complete, there are
+    also a PNG of each plot, report.html, and README.md with table and plots.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trials = study.get_trials(deepcopy=False)
@@ -68,7 +68,7 @@ def report(search: Search, study: optuna.Study, folder: Path) -> None:
 
 
 def superseded(trial: FrozenTrial) -> bool:
-    """Whether a trial failed without an error of its own: it was requeued or over budget."""
+    """Return whether a trial failed without an error, because it was requeued or over budget."""
     return trial.state == TrialState.FAIL and "reason" not in trial.user_attrs
 
 
@@ -102,8 +102,8 @@ def write_trials(search: Search, trials: list[FrozenTrial], path: Path) -> None:
 def make_plot(library: ModuleType, search: Search, study: optuna.Study, plot: str) -> Any:
     """Make a plot with one of Optuna's two plotting libraries.
 
-    Importance is the fraction of the metric's variance (fANOVA). Optuna's default compares the best tenth of the trials with
-    the rest, but the most important parameter may hardly vary within that tenth.
+    The importance of a parameter is its fraction of the metric's variance (fANOVA). Optuna's default compares the best tenth of
+    the trials with the others, but the most important parameter may hardly vary in that tenth.
     """
     options = {"evaluator": FanovaImportanceEvaluator(seed=0)} if plot == "param_importances" else {}
     return getattr(library, f"plot_{plot}")(study, target_name=search.metric, **options)
@@ -128,8 +128,8 @@ def render_markdown(search: Search, trials: list[FrozenTrial], summary: str) -> 
         [
             f"# {html.escape(search.name)}",
             "",
-            f"{summary}; trials of `darkroom fit {search.recipe_name}`. All of them: [trials.csv](trials.csv); "
-            "the best as a recipe: [best.yaml](best.yaml).",
+            f"{summary}; trials of `darkroom fit {search.recipe_name}`. All trials: [trials.csv](trials.csv). "
+            "Best trial as a recipe: [best.yaml](best.yaml).",
             "",
             *(f"| {' | '.join(html.escape(cell).replace('|', '&#124;') for cell in row)} |" for row in table),
             "",
@@ -171,11 +171,11 @@ def best_recipe(search: Search, best: FrozenTrial) -> str:
     content = search.recipe.content
     argv = search.to_argv(best.params)
     for key, value in zip(argv[::2], argv[1::2], strict=True):
-        if key != "--data.test":  # a search evaluates no test set, its best recipe does
+        if key != "--data.test":  # a search does not evaluate test sets, but the best recipe does
             set_key(content, key.removeprefix("--"), yaml.safe_load(value))
     run = Run(runs_root() / search.recipe.name / best.user_attrs["run"])
     header = [
-        f"{search.recipe.name} with what was best in the search {search.name}, trial {best.number}.",
+        f"{search.recipe.name} with the best parameters of the search {search.name} (trial {best.number}).",
         f"Expected: {search.metric} {best.value:.6g}, best validation of {run.folder.name}",
         "Time: not measured",
         "Command: darkroom fit best.yaml",
@@ -184,7 +184,7 @@ def best_recipe(search: Search, best: FrozenTrial) -> str:
 
 
 def set_key(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a command-line key in a recipe: `model.x` is `model.init_args.x`; in a list, the last entry is changed."""
+    """Set a command-line key in a recipe: `model.x` sets `model.init_args.x`; in a list, the last entry is changed."""
     section, _, rest = key.partition(".")
     if section in ("model", "data") and not rest.startswith(("init_args", "class_path")):
         key = f"{section}.init_args.{rest}"

@@ -1,6 +1,6 @@
-"""Search specifications: YAML files in W&B's sweep format, read for `darkroom sweep`. Imports no heavy packages.
+"""Search specifications: YAML files in W&B's sweep format, read for `darkroom sweep`. This module imports no heavy packages.
 
-The format is W&B's (docs.wandb.ai, "Define a sweep configuration"). Keys that only W&B's own agent supports are rejected.
+The format is W&B's (docs.wandb.ai, "Define a sweep configuration"). Keys that only W&B's agent supports are rejected.
 """
 
 import json
@@ -22,7 +22,13 @@ DEFAULT_MAX_TRIALS = 50  # for random and bayes without run_cap
 
 @dataclass(frozen=True)
 class HyperbandSpec:
-    """Parameters of Hyperband early stopping, counted in validations."""
+    """Parameters of Hyperband early stopping.
+
+    Args:
+        first: number of validations before a trial can be stopped.
+        last: maximum number of validations of a trial; None to determine it from the first trials.
+        eta: reduction factor: about one of `eta` trials continues after each decision.
+    """
 
     first: int
     last: int | None
@@ -38,9 +44,9 @@ class Search:
         recipe: recipe that each trial trains.
         fixed_args: command-line arguments of every trial, keys and values alternating.
         method: "grid", "random" or "bayes".
-        metric: name of a logged metric; a trial's value is its best over the run's validations.
+        metric: name of a logged metric; the value of a trial is the best value over the validations of its run.
         maximize: whether higher values are better.
-        parameters: specification of each key of the command line ("model.learning_rate"), as in the file.
+        parameters: specification of each command-line key, such as "model.learning_rate", as in the file.
         hyperband: early stopping; None to disable it.
         max_trials: maximum number of trials.
     """
@@ -90,7 +96,7 @@ class Search:
 
 
 def is_search(path: Path) -> bool:
-    """Whether a file is a search rather than a recipe; `read_search` reports its errors."""
+    """Return whether a file is a search and not a recipe; `read_search` reports errors in the file."""
     return path.suffix in (".yaml", ".yml") and path.is_file() and "\nparameters:" in path.read_text()
 
 
@@ -106,7 +112,7 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
         UserError: the file does not exist or is invalid; the message names the key and its value.
     """
     if not path.is_file():
-        raise UserError(f"no search {path}; bundled searches are in sweeps/")
+        raise UserError(f"sweep: no file {path}. Check the path; bundled searches are in sweeps/")
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -114,7 +120,7 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
     if not isinstance(content, dict) or not {"method", "metric", "parameters", "command"} <= content.keys():
         raise UserError(f"{path}: not a search; it needs `method`, `metric`, `parameters` and `command`")
     if unknown := sorted(content.keys() - KEYS):
-        raise UserError(f"{path}: {unknown[0]}: supported only by W&B's own agent (wandb sweep, wandb agent)")
+        raise UserError(f"{path}: {unknown[0]}: supported only by W&B's agent. Remove it, or use wandb sweep and wandb agent")
     if content["method"] not in METHODS:
         raise UserError(f"{path}: method: {content['method']}; use one of {', '.join(METHODS)}")
     recipe, fixed_args = _parse_command(path, content["command"])
@@ -124,7 +130,7 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
     grid_size = 1
     for key, spec in parameters.items():
         if content["method"] == "grid" and not {"value", "values"} & spec.keys():
-            raise UserError(f"{path}: {key}: a grid needs `values`")
+            raise UserError(f"{path}: {key}: a grid needs `values`. Add them, or use another method")
         grid_size *= len(spec.get("values", [0]))
     name = str(content.get("name", path.stem))
     if Path(name).name != name:
@@ -158,7 +164,11 @@ def _parse_command(path: Path, command: list[str]) -> tuple[Recipe, list[str]]:
 
 
 def split_pairs(argv: list[str]) -> list[str]:
-    """Return command-line arguments as alternating keys and values, with "--key=value" split."""
+    """Return command-line arguments as alternating keys and values, with "--key=value" split.
+
+    Raises:
+        UserError: a key has no value or several values.
+    """
     pairs = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     if len(pairs) % 2 or any(not key.startswith("--") for key in pairs[::2]):
         raise UserError(f"{' '.join(argv)}: each key of a recipe needs one value, as in --trainer.devices 2")

@@ -1,7 +1,7 @@
 """`darkroom sweep`: run the trials of a search, one `darkroom fit` each, in workers that share an Optuna storage.
 
-A worker asks the storage for the next trial, runs it as a child process (which may launch further ranks; the worker makes one
-decision for all of them), and stores the result. Workers communicate only through the storage.
+A worker takes the next trial from the storage, runs it in a child process, and stores the result. The child process may launch
+further ranks; the worker decides about early stopping for all of them. Workers communicate only through the storage.
 """
 
 import ctypes
@@ -32,8 +32,8 @@ from datamodules.errors import UserError
 from experiments.run.run_dir import Run, runs_root
 from experiments.search.spec import Search
 
-HEARTBEAT_S, STALE_S = 15, 90  # interval of a worker's heartbeats; age of the last one from which its trial is requeued
-POLL_S = 1.0  # interval of reading a running trial's log
+HEARTBEAT_S, STALE_S = 15, 90  # seconds between a worker's heartbeats; seconds without one until its trial is requeued
+POLL_S = 1.0  # seconds between two checks of a running trial
 OPEN_ATTEMPTS = 5  # attempts to open a database, one second apart
 MAX_INITIAL_FAILURES = 3  # failed trials after which a search without any success is aborted
 PR_SET_PDEATHSIG = 1  # from sys/prctl.h
@@ -68,7 +68,7 @@ def sweep(search: Search, storage: str | None) -> optuna.Study:
 
 
 def one_trial(search: Search, study: optuna.Study, folder: Path, stop: threading.Event) -> Trial | None:
-    """Requeue stale trials, then run the next trial and store its result; None if no trial is left.
+    """Requeue stale trials, then run the next trial and store its result. Return the trial, or None if none is left.
 
     Raises:
         UserError: the first trials all failed.
@@ -115,7 +115,10 @@ def open_study(search: Search, storage: str | None) -> optuna.Study:
 
 
 def create_or_load_study(search: Search, storage: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
-    """Create the study unless it exists; retry because a database rejects one of two workers that create its tables at once."""
+    """Create the study, or load it if it exists.
+
+    Database errors are retried: if two workers create the tables at the same time, the database rejects one of them.
+    """
     for attempts_left in reversed(range(OPEN_ATTEMPTS)):
         try:
             return optuna.create_study(
@@ -165,7 +168,10 @@ def requeue(study: optuna.Study, trial: FrozenTrial | Trial) -> None:
 
 
 def tell_once(study: optuna.Study, number: int, value: float | None = None, state: TrialState | None = None) -> bool:
-    """Store a trial's result; false if it is finished already, for example by a worker that considered this one dead."""
+    """Store a trial's result, and return whether it was stored.
+
+    It is not stored if the trial is already finished, for example by a worker that considered this worker dead.
+    """
     try:
         study.tell(number, value, state)
     except (ValueError, UpdateFinishedTrialError):
@@ -188,19 +194,19 @@ def next_trial(search: Search, study: optuna.Study) -> Trial | None:
 
 
 def is_exhausted(search: Search, study: optuna.Study) -> bool:
-    """Whether all trials are finished or running."""
+    """Return whether all trials are finished or running."""
     trials = study.get_trials(deepcopy=False)
     return not any(trial.state == TrialState.WAITING for trial in trials) and ordinal(study, len(trials)) >= search.max_trials
 
 
 def ordinal(study: optuna.Study, number: int) -> int:
-    """Return how many trials precede a trial number, excluding requeued ones and those over budget."""
+    """Return the number of trials before a trial number, without requeued trials and trials over budget."""
     earlier = study.get_trials(deepcopy=False)[:number]
     return sum(1 for trial in earlier if "requeued_from" not in trial.user_attrs and "over_budget" not in trial.user_attrs)
 
 
 class GridSampler(optuna.samplers.BaseSampler):
-    """Sample every combination once, in the order of the file; a trial's combination is a function of its ordinal."""
+    """Sampler of each combination once, in the order of the file; the combination of a trial is a function of its ordinal."""
 
     def __init__(self, search: Search) -> None:
         self.values = {key: choices(spec) for key, spec in search.search_space.items()}
@@ -248,7 +254,11 @@ def choices(spec: dict[str, Any]) -> list[Any]:
 
 
 def run_trial(search: Search, study: optuna.Study, trial: Trial, folder: Path, stop: threading.Event) -> None:
-    """Train with the trial's parameters, report metrics during training, and store the result."""
+    """Train with the trial's parameters, report metrics during training, and store the result.
+
+    Raises:
+        UserError: the run does not log the metric of the search.
+    """
     run = Run(runs_root() / search.recipe.name / search.run_name(trial.params))
     trial.set_user_attr("run", run.folder.name)
     output = folder / f"{run.folder.name}.txt"
@@ -269,7 +279,7 @@ def run_trial(search: Search, study: optuna.Study, trial: Trial, folder: Path, s
     elif not values:
         logged = sorted({row["name"] for row in read_metrics_csv(run.log) if "/" in row["name"]})
         tell_once(study, trial.number, state=TrialState.FAIL)
-        raise UserError(f"metric: '{search.metric}' is not logged by {search.recipe.name}; use one of: {', '.join(logged)}")
+        raise UserError(f"metric: '{search.metric}' is not logged by {search.recipe.name}. Use one of: {', '.join(logged)}")
     else:
         value = (max if search.maximize else min)(values)
         tell_once(study, trial.number, None if pruned else value, TrialState.PRUNED if pruned else TrialState.COMPLETE)
@@ -277,7 +287,10 @@ def run_trial(search: Search, study: optuna.Study, trial: Trial, folder: Path, s
 
 
 def wait_until_free(run: Run, stop: threading.Event) -> None:
-    """Wait for the lock of a run: a worker that was considered dead may still train it, and its result is used."""
+    """Wait until no other process holds the lock of a run, or `stop` is set.
+
+    A worker that was considered dead may still train the run; its result is then used.
+    """
     while run.folder.exists() and not stop.is_set():
         try:
             with FileLock(run.folder / ".lock", blocking=False):
@@ -316,7 +329,7 @@ def run_fit(search: Search, trial: Trial, run: Run, output: Path, stop: threadin
 
 
 def exit_with_worker() -> None:
-    """Have the kernel kill a trial when its worker is killed, where the system supports it."""
+    """Request that the kernel kills this process when its worker is killed (Linux only)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

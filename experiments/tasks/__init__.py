@@ -1,1 +1,1 @@
-"""What each task brings to the commands: predict, bench."""
+"""Task-specific parts of the commands `predict` and `bench`."""

@@ -1,4 +1,4 @@
-"""Generation."""
+"""Generation: PIL baseline and inference benchmark."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from modules.tasks.generation import GenerativeMethod
 
 
 class PilImages(Dataset[dict[str, Tensor]]):
-    """Images with labels, resized by PIL one at a time."""
+    """Images with labels, each resized with PIL."""
 
     def __init__(self, data: Generation) -> None:
         self.data, self.items = data, data.items
@@ -31,7 +31,7 @@ class PilImages(Dataset[dict[str, Tensor]]):
 
 
 def bench_inference(method: GenerativeMethod, data: Generation) -> dict[str, Any]:
-    """Return the images sampled per second, in batches of 64."""
+    """Return "samples_per_second", the images generated per second in batches of 64."""
     latents = method.sample_latents(range(64))
     return {"samples_per_second": 64 / median_seconds(lambda: method.sample(latents))}
 

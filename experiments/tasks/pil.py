@@ -1,4 +1,4 @@
-"""Helpers of datasets that load item by item through PIL: the common practice that `darkroom bench` compares with."""
+"""Helpers for datasets that load single items with PIL: the common practice, used as the baseline of `darkroom bench`."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Reconstruction, by autoencoders and latent variable models."""
+"""Reconstruction with autoencoders and latent variable models: PIL baseline and inference benchmark."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from modules.tasks.generation import GenerativeMethod
 
 
 class PilImages(generation.PilImages):
-    """Images with labels, resized by PIL one at a time, and binarized."""
+    """Images with labels, each resized with PIL, and binarized if the datamodule binarizes dynamically."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item = super().__getitem__(index)
@@ -23,7 +23,7 @@ class PilImages(generation.PilImages):
 
 
 def bench_inference(method: Any, data: Reconstruction) -> dict[str, Any]:
-    """Return the images sampled per second, or else encoded and decoded in batches of 100."""
+    """Return "samples_per_second" of a generative method, otherwise "reconstructions_per_second" in batches of 100."""
     if isinstance(method, GenerativeMethod):
         return generation.bench_inference(method, data)
     images = torch.rand(100, method.hparams["channels"], *to_hw(method.hparams["size"]))

@@ -1,4 +1,4 @@
-"""The tasks; a new one is added here."""
+"""Registry of the tasks; add a new task to `TASKS`."""
 
 from typing import Any
 
@@ -19,4 +19,4 @@ def task_of(datamodule: Any) -> Task:
     for base in type(datamodule).__mro__:
         if base in tasks:
             return tasks[base]
-    raise UserError(f"{type(datamodule).__name__} belongs to no task of experiments/tasks/registry.py")
+    raise UserError(f"{type(datamodule).__name__} belongs to no task of experiments/tasks/registry.py. Add its task to TASKS")

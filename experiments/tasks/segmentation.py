@@ -1,4 +1,4 @@
-"""Segmentation."""
+"""Segmentation: inputs of `predict`, PIL baseline and inference benchmark."""
 
 import statistics
 import time
@@ -21,12 +21,12 @@ from modules.tasks.segmentation import SegmentationMethod
 
 
 def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[SegmentationInputs, MaskWriter]:
-    """Images as the datamodule reduces them, and masks with overlays."""
+    """Return a dataset of the images, reduced as in the datamodule, and a writer of masks and overlays."""
     return SegmentationInputs(files, cli.datamodule.channels, cli.datamodule.downscale), MaskWriter(paths, output)
 
 
 class PilTiles(Dataset[dict[str, Tensor]]):
-    """Tiles with masks: PIL opens both files, scipy rotates and deforms them."""
+    """Tiles with masks: PIL reads image and mask, SciPy rotates and deforms them."""
 
     def __init__(self, data: Segmentation) -> None:
         self.data, self.images = data, list_masked_images(data.train, data.instances)
@@ -57,7 +57,7 @@ class PilTiles(Dataset[dict[str, Tensor]]):
 
 
 def bench_inference(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:
-    """Return the megapixels segmented per second on up to five validation images, without test-time augmentation."""
+    """Return "megapixels_per_second" on up to five validation images, without test-time augmentation."""
     method.tta_views = 1
     data.setup("validate")
     images = [data.val_images[i]["image"].float() / 255 for i in range(min(5, len(data.val_images)))]

@@ -1,4 +1,4 @@
-"""Super-resolution."""
+"""Super-resolution: inputs of `predict`, PIL baseline and inference benchmark."""
 
 import statistics
 import time
@@ -25,7 +25,7 @@ from modules.srcnn import SRCNN
 
 
 def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[LumaInputs, ImageWriter]:
-    """Luma inputs, and upscaled images."""
+    """Return a dataset of luma inputs and a writer of upscaled images."""
     return LumaInputs(files), ImageWriter(paths)
 
 
@@ -48,7 +48,10 @@ class PilPatches(Dataset[dict[str, Tensor]]):
 
 
 def bench_inference(method: Any, data: SuperResolution) -> dict[str, Any]:
-    """Return the mean milliseconds to upscale an image of Set14 (else photographs/test), also for SRCNN 9-5-5."""
+    """Return the mean inference time per image, for the method and for SRCNN 9-5-5, and the ratios of time and FLOPs.
+
+    The images are those of Set14, or of photographs/test if Set14 is not installed. Times are in milliseconds.
+    """
     name = "set14"
     try:
         image_refs = list_image_refs(name)

@@ -1,4 +1,4 @@
-"""What a task brings to the commands that depend on it, in one object."""
+"""The task-specific parts of the commands, in one object per task."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ from typing import Any
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import Dataset
 
-# From the command line, the image files, their outputs by path, and the output folder.
+# Arguments: the DarkroomCLI, the image files, the output path of each image file, and the output folder.
 PredictFn = Callable[[Any, Sequence[Path], dict[str, Path], Path], tuple[Dataset[Any], BasePredictionWriter]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: a datamodule, the methods that train on it, and what the commands do with both.
+    """A task: its datamodule class, and the functions that the commands use for it.
 
     Args:
-        datamodule: class of its datamodules.
-        baseline: class of a dataset that loads training items one by one through PIL, made from a datamodule; `darkroom bench`
-            compares with it. None where the task has no images.
-        bench_inference: function from a trained method and its datamodule to speeds by name.
-        predict: function that makes the inputs of `darkroom predict` and the writer of its outputs; None where the task takes
-            no images.
-        directions: whether predictions have a direction.
+        datamodule: class of the task's datamodules.
+        baseline: function that creates a dataset from a datamodule. It loads single training items with PIL, as the baseline of
+            `darkroom bench`. None if the task has no images.
+        bench_inference: function from a trained method and its datamodule to speeds by name; None for no benchmark.
+        predict: function that creates the input dataset and the output writer of `darkroom predict`; None if the task has no
+            image inputs.
+        directions: whether predictions have a direction, "AtoB" or "BtoA".
     """
 
     datamodule: type

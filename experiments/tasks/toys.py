@@ -1,4 +1,4 @@
-"""Toy games, without images."""
+"""Toy games, which have no images."""
 
 from datamodules.toys import Ring
 from experiments.tasks.task import Task

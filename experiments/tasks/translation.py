@@ -1,4 +1,4 @@
-"""Translation between two domains, trained on unpaired images."""
+"""Unpaired image translation: inputs of `predict`, PIL baseline and inference benchmark."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ from modules.tasks.translation import TranslationMethod
 
 
 def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[TranslationInputs, ImageWriter]:
-    """Images at the datamodule's size, and translated images."""
+    """Return a dataset of images at the datamodule's size, and a writer of translated images."""
     short_side = None if cli.datamodule.resize is None else cli.datamodule.crop
     return TranslationInputs(files, short_side, cli.config.direction or "AtoB"), ImageWriter(paths)
 
 
 class PilPairs(Dataset[dict[str, Tensor]]):
-    """Random images of domains A and B, each opened, resized, cropped and randomly flipped per item."""
+    """Random pairs of images of domains A and B, which each item reads, resizes, crops and randomly flips with PIL."""
 
     def __init__(self, data: Unpaired) -> None:
         self.data, self.domains = data, dict(zip("AB", load_domains(data.train), strict=True))
@@ -53,7 +53,7 @@ class PilPairs(Dataset[dict[str, Tensor]]):
 
 
 def bench_inference(method: TranslationMethod, data: Unpaired) -> dict[str, Any]:
-    """Return the images translated per second; for CycleGAN also the time of the authors' training step divided by ours."""
+    """Return "translations_per_second"; for CycleGAN, also the time of the authors' training step divided by ours."""
     batch = next(bare_batches(data, method.device))
     results = {"translations_per_second": len(batch["A"]) / median_seconds(lambda: method.translate(batch["A"], "AtoB"))}
     return {**results, **ratio_to_classic(method, batch)} if isinstance(method, CycleGAN) and method.adversarial else results

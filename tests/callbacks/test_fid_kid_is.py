@@ -148,7 +148,7 @@ def test_missing_weights_raise_or_are_skipped(tmp_path, monkeypatch, capsys):
         FeatureMetrics(["fid"]).setup(SimpleNamespace(is_global_zero=True), None, "test")
     FeatureMetrics(["fid"], on_missing_weights="skip").setup(SimpleNamespace(is_global_zero=True), None, "test")
     assert "without   fid: weights of inception-tf: download from " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no file nowhere\.pth here, in "):
+    with pytest.raises(UserError, match=r"no file nowhere\.pth in "):
         FeatureMetrics(["fid"], weights="nowhere.pth").setup(None, None, "test")
     with pytest.raises(UserError, match=r"no class callbacks\.metrics\.feature_extractors\.Incepton"):
         FeatureMetrics(["fid"], extractor="modules.networks.feature_extractors.Incepton").setup(None, None, "test")

@@ -112,7 +112,7 @@ def test_smaller_label_maps_are_resized_by_nearest_neighbor():
 
 def test_segmenter_without_weights_raises(workdir):
     trainer = SimpleNamespace(datamodule=SimpleNamespace(test=["camvid/test"]))
-    with pytest.raises(UserError, match=r"FCNScore\.weights: no file deeplab/camvid\.safetensors here, in .*data"):
+    with pytest.raises(UserError, match=r"FCNScore\.weights: no file deeplab/camvid\.safetensors in .*data"):
         FCNScore(NearestColorSegmenter(), "deeplab/camvid.safetensors").setup(trainer, None, "test")
 
 

@@ -37,7 +37,7 @@ def test_embedded_photographs_are_installed_and_pass_verify():
 def test_unknown_names_and_splits_raise_with_suggestions():
     with pytest.raises(UserError, match="did you mean 'set14'"):
         get_dataset("sett14")
-    with pytest.raises(UserError, match=r"photographs .*'tset': train, val, test"):
+    with pytest.raises(UserError, match=r"photographs .*'tset'.* train, val, test"):
         resolve_images("photographs/tset")
     with pytest.raises(UserError, match="digits"):
         resolve_images("digits")
@@ -48,7 +48,7 @@ def test_absent_datasets_raise_with_install_hint(workdir):
         resolve_images("t91")
     with pytest.raises(DatasetNotFound, match="darkroom data get bsd100"):
         resolve_images("bsd100")
-    with pytest.raises(DatasetNotFound, match=r"urban100 .*scale 3: 2, 4"):
+    with pytest.raises(DatasetNotFound, match=r"urban100 .*scale 3.* 2, 4"):
         resolve_images("urban100", 3)
 
 
@@ -111,7 +111,7 @@ def test_verify_reports_changed_missing_truncated_and_unknown_files(hosted, phot
     truncated.write_bytes(truncated.read_bytes()[:2000])
     (hosted.path / "more.png").write_bytes(changed.read_bytes())
     problems = list(verify(hosted))
-    assert f"{changed.name}: pixels differ from the manifest's" in problems
+    assert f"{changed.name}: pixels differ from the manifest" in problems
     assert f"{missing.name}: missing" in problems
     assert any(truncated.name in problem and "truncated" in problem for problem in problems)
     assert "more.png: not part of hosted" in problems

@@ -173,7 +173,7 @@ def test_records_that_do_not_hold_are_named_and_do_not_end_the_check(project):
     assert status == 1
     assert "2 differs" in said
     assert "photographs-test/psnr-y/crop3" in said
-    assert "by the record" in said
+    assert "in the record" in said
     assert "other.safetensors are not the weights of the record" in said
 
 

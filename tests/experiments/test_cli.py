@@ -104,7 +104,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--data.num_workers", "-1"], "data.num_workers: -1"),
         (["fit", DEMO, "--data.batch_size", "0"], "data.batch_size: 0"),
         (["fit", DEMO, "--data.val_every_nth", "3"], "data.val and data.val_every_nth"),
-        (["fit", DEMO, "--data.seed", "3"], "--data.seed: set by Darkroom; use --seed_everything"),
+        (["fit", DEMO, "--data.seed", "3"], "--data.seed: set by Darkroom. Use --seed_everything"),
         (["fit", DEMO, "--data.test", "set5"], "data.test: 'set5' is not a list; write [set5]"),
         (["fit", DEMO, "--data.train", "./nowhere"], "./nowhere"),
         (["fit", DEMO, "--run", "a/b"], "--run a/b: "),
@@ -114,7 +114,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["reproduce", "espcn", "--run", "--seeds", "0"], "--seeds 0"),
         (["fit", DEMO, "--trainer.devices", "two"], "devices"),
         (["fit", DEMO, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "trainer.strategy: DDPStrategy"),
-        (["fit", DEMO, "--trainer.val_check_interval", "5"], "--trainer.val_check_interval: set by Darkroom; use --val_every_images"),
+        (["fit", DEMO, "--trainer.val_check_interval", "5"], "--trainer.val_check_interval: set by Darkroom. Use --val_every_images"),
         (["test", "espcn/t91_x3_relu", "--record", "/nowhere/r.json"], "--record: cannot write to /nowhere"),
     ],
 )  # fmt: skip

@@ -247,7 +247,7 @@ def a_run(tmp_path, **changes):
 
 def test_a_run_of_another_recipe_is_not_committed(tmp_path):
     run = a_run(tmp_path, overrides=["--model.total_images", "3"])
-    with pytest.raises(UserError, match="is not a run of espcn/t91_x3 as it stands"):
+    with pytest.raises(UserError, match="is not a run of the current espcn/t91_x3"):
         reproduce.commit_record(run, find_recipe("espcn/t91_x3"))
 
 
@@ -263,7 +263,7 @@ def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workdir, monkeypat
     """Without data, nothing of the paper's is feasible; current records stay as they are."""
     before = {path: path.read_bytes() for path in FILES}
     assert forked(main, ["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]) == 0
-    assert "espcn/imagenet_x3: not feasible here, imagenet not here" in capfd.readouterr().out
+    assert "espcn/imagenet_x3: skipped, not installed: imagenet" in capfd.readouterr().out
     assert before == {path: path.read_bytes() for path in FILES}
 
 
@@ -338,14 +338,14 @@ def test_a_run_that_other_code_began_otherwise_is_not_committed(workdir, resumed
     lines = run.log.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if "train/" in line)
     run.log.write_text("\n".join([*lines[:at], lines[at] + "1", *lines[at + 1 :]]) + "\n")
-    with pytest.raises(UserError, match="was begun by other code than it was ended by, and today's does not repeat"):
+    with pytest.raises(UserError, match="was started with other code, and the current code does not reproduce"):
         reproduce.commit_record(run, recipe)
     assert not (workdir / "kept").exists()
 
 
 def test_reproduce_only_names_rows(capsys):
     assert main(["reproduce", "espcn", "--run", "--only", "espcn/demo"]) == 2
-    assert "no row of espcn's tables needs 'espcn/demo'" in capsys.readouterr().err
+    assert "no row of espcn's tables uses 'espcn/demo'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         """
         entry = catalog().get(spec.partition("/")[0])
         if entry and entry.arrays:
-            return entry.status() == "here"
+            return entry.status() == "installed"
         return bool(cls.list_items(spec, init_args))
 
     @classmethod

@@ -107,7 +107,7 @@ class TranslationOutputs(UnpairedEvalBatch):
 
     prediction: Tensor  # `image` translated to the other domain
     reconstruction: Tensor  # `prediction` translated back to the domain of `image`
-    same: Tensor  # identity mapping: translation of `image` to the domain of `image`
+    identity: Tensor  # identity mapping: translation of `image` to the domain of `image`
 
 
 class RingBatch(TypedDict):

@@ -184,8 +184,8 @@ class Segmentation(ResumableDataModule):
             return str(error), "", []
         class_ids = np.unique(values > 0 if masked_image.mask_spec.instances else values).astype(int).tolist()
         if unknown := [class_id for class_id in class_ids if class_id != IGNORE_INDEX and class_id >= self.num_classes]:
-            known = f"0 ... {self.num_classes - 1} (data.num_classes)"
-            return f"{masked_image.mask}: the class {unknown[0]} is none of {known}", "", []
+            known = f"0 ... {self.num_classes - 1}; increase data.num_classes"
+            return f"{masked_image.mask}: class {unknown[0]} is not in {known}", "", []
         return "", f"{pixel_hash(pixels)} {pixel_hash(torch.from_numpy(values))}", class_ids
 
     def _read(self, masked_images: Sequence[MaskedImage]) -> list[MaskedSample]:

@@ -118,14 +118,14 @@ class SREvalImages(Dataset[dict[str, Any]]):
         """Return {"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}."""
         ref = self.refs[index]
         entry = catalog().get(ref.dataset)
-        target = read_luma(ref.path, self.scale, entry.treat_equal_rgb_as_grey if entry else False).double() / 255
+        target = read_luma(ref.path, self.scale, entry.treat_equal_rgb_as_gray if entry else False).double() / 255
         lr = imresize(target, (target.shape[-2] // self.scale, target.shape[-1] // self.scale))
         names = {"name": [ref.name], "dataset": [ref.dataset]}
         return {"input": lr.float()[None], "target": target.float()[None], **names}
 
 
-def read_luma(path: Path, multiple: int, treat_equal_rgb_as_grey: bool = False) -> Tensor:
+def read_luma(path: Path, multiple: int, treat_equal_rgb_as_gray: bool = False) -> Tensor:
     """Read the luma of an image file, cropped at the bottom and right to multiples of `multiple`: uint8 (1, H, W)."""
     pixels = read_image(path)
     height, width = (length - length % multiple for length in pixels.shape[-2:])
-    return luma(pixels[:, :height, :width], treat_equal_rgb_as_grey)
+    return luma(pixels[:, :height, :width], treat_equal_rgb_as_gray)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from datamodules.batches import ReconstructionEvalBatch, ReconstructionOutputs
 from datamodules.errors import UserError
-from datamodules.transforms.draw import SHEET, stack_rows
+from datamodules.transforms.draw import PREVIEW_IMAGES, stack_rows
 from modules.losses.precision import to_float32
 from modules.networks.init import xavier_init_
 from modules.networks.mlp_conv import Activation, NetworkType, decoder, encoder, to_hw
@@ -157,4 +157,6 @@ class Autoencoder(Method):
 
     def preview(self, outputs: Batch) -> Tensor:
         """Draw images, corrupted inputs, and reconstructions."""
-        return stack_rows(*(outputs[name][: SHEET // 4] for name in ("image", "input", "prediction") if name in outputs))
+        return stack_rows(
+            *(outputs[name][: PREVIEW_IMAGES // 4] for name in ("image", "input", "prediction") if name in outputs)
+        )

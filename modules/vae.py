@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from datamodules.batches import GenerationEvalBatch, GenerationOutputs, ReconstructionEvalBatch, ReconstructionOutputs
 from datamodules.errors import UserError
-from datamodules.transforms.draw import SHEET, stack_rows
+from datamodules.transforms.draw import PREVIEW_IMAGES, stack_rows
 from modules.losses.precision import to_float32
 from modules.networks.init import xavier_init_
 from modules.networks.mlp_conv import Activation, NetworkType, decoder, encoder, mlp, to_hw
@@ -270,7 +270,7 @@ class VAE(GenerativeMethod):
         """Draw images above their reconstructions, or samples."""
         if "image" not in outputs:
             return super().preview(outputs)
-        return stack_rows(*(outputs[name][: SHEET // 4] for name in ("image", "prediction")))
+        return stack_rows(*(outputs[name][: PREVIEW_IMAGES // 4] for name in ("image", "prediction")))
 
 
 def reparameterize(params: Gaussian, noise: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ class CycleL1(ImageMetric):
 
     None of them measures whether a translation is realistic: all are 0 for the identity function.
 
-    Required outputs: {"image", "prediction", "reconstruction", "same": (N, 3, H, W), "direction": N strings}.
+    Required outputs: {"image", "prediction", "reconstruction", "identity": (N, 3, H, W), "direction": N strings}.
     """
 
-    required_outputs = ("image", "prediction", "reconstruction", "same", "direction")
+    required_outputs = ("image", "prediction", "reconstruction", "identity", "direction")
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
         """Return the differences of the image by protocol."""
@@ -33,7 +33,7 @@ class CycleL1(ImageMetric):
         return {
             f"change-l1/{direction}": (outputs["prediction"][i].float() - image).abs().mean().item(),
             f"cycle-l1/{direction}": (outputs["reconstruction"][i].float() - image).abs().mean().item(),
-            f"identity-l1/{opposite}": (outputs["same"][i].float() - image).abs().mean().item(),
+            f"identity-l1/{opposite}": (outputs["identity"][i].float() - image).abs().mean().item(),
         }
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:

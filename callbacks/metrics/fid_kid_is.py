@@ -20,7 +20,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from callbacks.metrics.base import SampleSetMetric, gather_sorted, to_uint8
 from datamodules.errors import UserError
-from modules.networks.feature_extractors import Extractor, file_hash, find_weights
+from datamodules.io.paths import file_hash
+from modules.networks.feature_extractors import Extractor, find_weights
 
 MetricName = Literal["fid", "fid-split-half", "kid", "inception-score", "precision-recall", "confidence", "effective-classes"]
 Features = dict[str, Tensor]  # "features" (N, F), and for a classifier "logits" (N, K)
@@ -50,7 +51,7 @@ class FeatureMetrics(SampleSetMetric):
         metrics: names of the metrics.
         extractor: class of the network, see `modules.networks.feature_extractors`.
         weights: weights file, see `find_file`; None for the file in torch's cache, which is downloaded if it is missing.
-        on_missing_weights: "skip" to skip these metrics if the weights are missing; "refuse" to raise an error.
+        on_missing_weights: "skip" to skip these metrics if the weights are missing; "error" to raise an error.
         on_validation: evaluate at validations too.
     """
 
@@ -59,7 +60,7 @@ class FeatureMetrics(SampleSetMetric):
         metrics: Sequence[MetricName],
         extractor: str = "modules.networks.feature_extractors.Inception",
         weights: str | None = None,
-        on_missing_weights: Literal["refuse", "skip"] = "refuse",
+        on_missing_weights: Literal["error", "skip"] = "error",
         on_validation: bool = False,
     ) -> None:
         super().__init__(on_validation)
@@ -84,10 +85,10 @@ class FeatureMetrics(SampleSetMetric):
         try:
             path = find_weights(kind, self.weights)
         except UserError as error:
-            if self.on_missing_weights == "refuse":
+            if self.on_missing_weights == "error":
                 raise
             if trainer.is_global_zero:
-                print(f"without   {', '.join(self.metrics)}: {error}", flush=True)
+                print(f"skipped   {', '.join(self.metrics)}: {error}", flush=True)
             return
         try:
             self.network = kind(path)

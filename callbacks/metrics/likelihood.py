@@ -13,7 +13,7 @@ from callbacks.metrics.protocols import LatentVariableModel, ReconstructionData
 from datamodules.errors import UserError
 from datamodules.random.noise import normal
 
-CHUNK = 20  # latent samples decoded per forward pass
+SAMPLES_PER_PASS = 20  # latent samples decoded per forward pass
 
 
 class Likelihood(ImageMetric):
@@ -91,8 +91,8 @@ def likelihood_terms(method: Any, outputs: dict[str, Any], seed: int, n_samples:
     terms = {"elbo": -reconstruction - divergence, "reconstruction": reconstruction, "divergence": divergence}
     if n_samples:
         total = torch.full((len(image),), -math.inf, dtype=torch.float64, device=image.device)
-        for start in range(0, n_samples, CHUNK):
-            chunk = noise(str(start), CHUNK)[: n_samples - start]
+        for start in range(0, n_samples, SAMPLES_PER_PASS):
+            chunk = noise(str(start), SAMPLES_PER_PASS)[: n_samples - start]
             total = torch.logaddexp(total, method.log_weights(image, chunk).double().logsumexp(0))
         terms[f"nll-{n_samples}"] = math.log(n_samples) - total
     return {**terms, "code": outputs["code"].float()}

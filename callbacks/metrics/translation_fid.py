@@ -30,7 +30,7 @@ class TranslationFID(ImageMetric):
         self,
         extractor: str = "modules.networks.feature_extractors.Inception",
         weights: str | None = None,
-        on_missing_weights: Literal["refuse", "skip"] = "refuse",
+        on_missing_weights: Literal["error", "skip"] = "error",
         on_validation: bool = False,
     ) -> None:
         super().__init__(on_validation)

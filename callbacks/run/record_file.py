@@ -36,7 +36,7 @@ def read_record(path: Path) -> dict[str, Any]:
         BrokenRecord: the file is not a record, or was changed after it was written.
     """
     try:
-        record = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        record = json.loads(path.read_text(), parse_constant=_reject_constant)
         expected = checksum(record) if isinstance(record, dict) else ""
     except (OSError, UnicodeError, ValueError, RecursionError) as error:
         raise BrokenRecord(f"{path}: cannot be read as a record: {' '.join(str(error).split())}") from None
@@ -49,5 +49,5 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _refuse_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchvision.utils import save_image
 
-from datamodules.transforms.draw import SHEET, image_grid
+from datamodules.transforms.draw import PREVIEW_IMAGES, image_grid
 
 
 class PreviewImages(Callback):
@@ -31,7 +31,7 @@ class PreviewImages(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write real images, for comparison with samples."""
         if trainer.is_global_zero and pl_module.images_seen == 0:
-            real = trainer.datamodule.preview_images(SHEET)
+            real = trainer.datamodule.preview_images(PREVIEW_IMAGES)
             if real is not None:
                 self._write(trainer, "reals", image_grid(real))
 

@@ -31,7 +31,7 @@ class CatalogEntry:
     name: str
     title: str
     origin: str
-    licence: str
+    license: str
     source: str
     instructions: str = ""
     url: str = ""
@@ -41,7 +41,7 @@ class CatalogEntry:
     scales: tuple[int, ...] = ()
     count: dict[str, int] = field(default_factory=dict)
     arrays: str = ""
-    treat_equal_rgb_as_grey: bool = False
+    treat_equal_rgb_as_gray: bool = False
     manifest_from: str = ""
     masks: dict[str, Any] = field(default_factory=dict)
     skip_file_count: bool = False
@@ -113,22 +113,22 @@ class CatalogEntry:
         return {name: (pixel_hash, file_hash) for pixel_hash, file_hash, name in rows}
 
     def status(self) -> str:
-        """Return the state of the installation: 'here', 'absent', or a number of files such as '201 of 400'."""
+        """Return the state of the installation: 'installed', 'absent', or a number of files such as '201 of 400'."""
         if self.source == "embedded" and self.arrays:
-            return "here" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
+            return "installed" if importlib.util.find_spec(self.arrays.split(".")[0]) else "absent"
         if self.skip_file_count or self.arrays:
             first = next((path for pattern in self._patterns(None, None) for path in self.path.glob(pattern)), None)
-            return "here" if first else "absent"
+            return "installed" if first else "absent"
         available, expected = len(self.files()), self.expected_count()
-        return "absent" if not available else "here" if available >= expected else f"{available} of {expected}"
+        return "absent" if not available else "installed" if available >= expected else f"{available} of {expected}"
 
     def install_hint(self) -> str:
         """Return one-line instructions for obtaining the dataset."""
         if self.source == "embedded":
-            return "with the installed packages"
+            return "pip install -e ."
         if self.source in ("files", "torchvision"):
             return f"darkroom data get {self.name}"
-        return f"by hand, below {data_root()}: {self.instructions}"
+        return f"manually, in {data_root()}: {self.instructions}"
 
 
 def _package_files(packages: dict[str, list[str]]) -> list[Path]:

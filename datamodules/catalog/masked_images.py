@@ -63,8 +63,8 @@ class MaskedImage:
         """
         pixels, values = read_image(self.image.path), self.read_mask()
         if pixels.shape[-2:] != values.shape:
-            sizes = " but ".join(f"{shape[1]}x{shape[0]}" for shape in (values.shape, pixels.shape[-2:]))
-            raise InvalidImage(f"{self.mask}: mask and image differ in size: {sizes}. Save the mask at the size of the image")
+            mask_size, image_size = (f"{shape[1]}x{shape[0]}" for shape in (values.shape, pixels.shape[-2:]))
+            raise InvalidImage(f"{self.mask}: {mask_size} pixels, but its image has {image_size}. Save both at the same size")
         return downsample_image(to_channels(pixels, channels), downscale), downsample_mask(values, downscale)
 
     def load(self, channels: int, downscale: int = 1) -> MaskedSample:

@@ -1,5 +1,6 @@
-"""Locations of datasets and other input files."""
+"""Locations and hashes of input files."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -27,3 +28,9 @@ def find_file(path: str, option: str) -> Path:
         if candidate.is_file():
             return candidate
     raise UserError(f"{option}: no file {path} in the current folder, {data_root()} or the project. Check the path")
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

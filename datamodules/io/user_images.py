@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from datamodules.io.folders import list_images
 from datamodules.io.image_io import InvalidImage, open_image, to_channels, to_pixels
 from datamodules.transforms import resize
-from datamodules.transforms.color import is_grey, rgb_to_ycbcr, ycbcr_to_rgb
+from datamodules.transforms.color import is_gray, rgb_to_ycbcr, ycbcr_to_rgb
 from datamodules.transforms.downsample import downsample_image
 from datamodules.transforms.resize import imresize
 
@@ -41,7 +41,7 @@ class LumaInputs(Dataset[dict[str, Any]]):
         image = open_image(self.files[index])
         pixels = to_pixels(image, self.files[index]).float() / 255
         chroma = torch.empty(0)
-        if is_grey(pixels):
+        if is_gray(pixels):
             luma = pixels[:1]
         else:
             luma, chroma = rgb_to_ycbcr(pixels).split([1, 2])

@@ -27,25 +27,25 @@ def ycbcr_to_rgb(image: Tensor) -> Tensor:
     return torch.einsum("ij,...jhw->...ihw", inverse, image - offset[:, None, None])
 
 
-def luma(image: Tensor, treat_equal_rgb_as_grey: bool = False) -> Tensor:
+def luma(image: Tensor, treat_equal_rgb_as_gray: bool = False) -> Tensor:
     """Compute the 8-bit luma for the super-resolution tables.
 
     Args:
         image: uint8, (1, H, W) gray or (3, H, W) RGB.
-        treat_equal_rgb_as_grey: whether to treat RGB with equal channels as gray too. The papers do not: Set14 stores
+        treat_equal_rgb_as_gray: whether to treat RGB with equal channels as gray too. The papers do not: Set14 stores
             `bridge` as gray and `man` as RGB. MATLAB's ``rgb2ycbcr`` maps `man` into [16, 235], which raises its PSNR by
             1.31 dB and the mean of Set14 by 0.09 (bicubic x3: 27.54 as published, 27.45 with `man` as gray).
 
     Returns:
         uint8 (1, H, W): a gray image unchanged, else Y in 16..235, rounded half up.
     """
-    if image.shape[0] == 1 or (treat_equal_rgb_as_grey and is_grey(image)):
+    if image.shape[0] == 1 or (treat_equal_rgb_as_gray and is_gray(image)):
         return image[:1]
     weights = _YCBCR[0] / 255
     y = torch.einsum("j,jhw->hw", weights, image.double()) + 16
     return (y + 0.5).floor().to(torch.uint8)[None]
 
 
-def is_grey(image: Tensor) -> bool:
+def is_gray(image: Tensor) -> bool:
     """Return whether an image (C, H, W) has one channel or three equal channels."""
     return image.shape[0] == 1 or bool((image[0] == image[1]).all() and (image[0] == image[2]).all())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-SHEET = 64  # images in a preview
+PREVIEW_IMAGES = 64  # images in a preview
 
 
 def image_row(*panels: Tensor) -> Tensor:

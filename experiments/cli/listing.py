@@ -54,10 +54,12 @@ def _status(spec: str) -> str:
 def show_data() -> None:
     """Print the catalog: status, description and license of each dataset, and installation instructions."""
     columns = ("dataset", "status", "description", "license", "installation")
-    table = Table(*columns, title=f"Datasets in {data_root()}", title_justify="left")
+    table = Table(title=f"Datasets in {data_root()}", title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")  # keep long addresses complete
     for name, dataset in catalog().items():
         status = dataset.status()
-        table.add_row(name, status, dataset.title, dataset.licence, "" if status == "here" else dataset.install_hint())
+        table.add_row(name, status, dataset.title, dataset.license, "" if status == "installed" else dataset.install_hint())
     Console().print(table)
 
 

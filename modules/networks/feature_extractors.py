@@ -1,8 +1,6 @@
 """Feature networks for comparing generated images with real ones, and their weights files."""
 
-import hashlib
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import ClassVar, Protocol
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.io.paths import find_file
+from modules.networks.weights import read_weights_file
 
 
 class Extractor(Protocol):
@@ -117,10 +116,7 @@ def find_weights(extractor: type[Extractor], weights_path: str | None) -> Path:
         path = Path(torch.hub.get_dir()) / "checkpoints" / extractor.url.rpartition("/")[2]
         if not path.is_file():
             _download(extractor, path)
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle any object
-    except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
+    read_weights_file(path)  # torch-fidelity would unpickle any object
     return path
 
 
@@ -134,9 +130,3 @@ def _download(extractor: type[Extractor], path: Path) -> None:
             f"weights of {extractor.name}: download from {url} failed ({error}). Save the file as {path}, set `weights` to a "
             "file, or set `on_missing_weights: skip`"
         ) from None
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

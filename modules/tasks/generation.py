@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datamodules.batches import GenerationEvalBatch, GenerationOutputs
 from datamodules.random.noise import normal, uniform
-from datamodules.transforms.draw import SHEET, image_grid
+from datamodules.transforms.draw import PREVIEW_IMAGES, image_grid
 from modules.training.method import Batch, Method
 
 
@@ -54,4 +54,4 @@ class GenerativeMethod(Method, ABC):
 
     def preview(self, outputs: Batch) -> Tensor:
         """Draw a grid of samples; the latents are the same at each validation."""
-        return image_grid(outputs["prediction"][:SHEET])
+        return image_grid(outputs["prediction"][:PREVIEW_IMAGES])

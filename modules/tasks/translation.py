@@ -37,7 +37,7 @@ class TranslationMethod(Method, ABC):
         return self(F.pad(image.to(self.dtype), (0, padding[0], 0, padding[1]), mode=mode), direction)[..., :height, :width]
 
     def validation_step(self, batch: UnpairedEvalBatch, batch_idx: int) -> TranslationOutputs:
-        """Add the translation as "prediction", its translation back as "reconstruction", and the identity mapping as "same".
+        """Add the translation as "prediction", its translation back as "reconstruction", and "identity".
 
         The identity mapping is the translation of the image to its own domain.
         """
@@ -48,7 +48,7 @@ class TranslationMethod(Method, ABC):
             **batch,
             "prediction": translation,
             "reconstruction": self.translate(translation, reverse),
-            "same": self.translate(batch["image"], reverse),
+            "identity": self.translate(batch["image"], reverse),
         }
 
     test_step = validation_step

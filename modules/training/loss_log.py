@@ -71,4 +71,4 @@ class LossLog:
 
 def non_finite(problem: str, images_seen: int, learning_rate: float) -> NonFiniteLoss:
     """Return the error for a loss or a gradient that is not finite."""
-    return NonFiniteLoss(f"{problem} after {images_seen} images; lower model.learning_rate (now {learning_rate})")
+    return NonFiniteLoss(f"{problem} after {images_seen} images. Lower model.learning_rate (now {learning_rate})")

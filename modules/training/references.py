@@ -1,17 +1,14 @@
 """Frozen reference networks of a method, such as feature extractors for a loss and evaluators."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from datamodules.errors import UserError
+from datamodules.io.paths import file_hash
+from modules.networks.weights import read_weights_file
 
 
 @dataclass
@@ -40,10 +37,10 @@ class ReferenceNetwork:
             return
         path = self.find_weights()
         try:
-            is_safetensors = path.suffix == ".safetensors"
-            state = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-            self.network.load_state_dict(state)
-        except (OSError, EOFError, ValueError, TypeError, RuntimeError, UnpicklingError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
-        with path.open("rb") as file:
-            self.weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
+            self.network.load_state_dict(read_weights_file(path))
+        except (RuntimeError, TypeError) as error:
+            network = type(self.network).__name__
+            raise UserError(
+                f"{path} does not contain the weights of {network}: {str(error).splitlines()[-1].strip()}"
+            ) from None
+        self.weights_hash = file_hash(path)

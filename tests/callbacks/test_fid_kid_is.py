@@ -147,10 +147,10 @@ def test_missing_weights_raise_or_are_skipped(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"inception-tf: download from http://127\.0\.0\.1:9/.*set `on_missing_weights: skip`"):
         FeatureMetrics(["fid"]).setup(SimpleNamespace(is_global_zero=True), None, "test")
     FeatureMetrics(["fid"], on_missing_weights="skip").setup(SimpleNamespace(is_global_zero=True), None, "test")
-    assert "without   fid: weights of inception-tf: download from " in capsys.readouterr().out
+    assert "skipped   fid: weights of inception-tf: download from " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no file nowhere\.pth in "):
         FeatureMetrics(["fid"], weights="nowhere.pth").setup(None, None, "test")
-    with pytest.raises(UserError, match=r"no class callbacks\.metrics\.feature_extractors\.Incepton"):
+    with pytest.raises(UserError, match=r"no class modules\.networks\.feature_extractors\.Incepton"):
         FeatureMetrics(["fid"], extractor="modules.networks.feature_extractors.Incepton").setup(None, None, "test")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     with pytest.raises(UserError, match=r"bad.pth cannot be read as weights"):

@@ -118,7 +118,7 @@ def test_state_is_reset_before_a_validation(pair):
 )
 def test_bicubic_psnr_matches_published_values(with_real_data, scale, set5, set14, set14_gray):
     """Values of the SRCNN, VDSR and ESPCN papers; the last column treats `man` as grayscale."""
-    for name, published in {"set5": set5, "set14": set14, "set14-grey": set14_gray}.items():
+    for name, published in {"set5": set5, "set14": set14, "set14-gray": set14_gray}.items():
         images = SREvalImages(list_image_refs(name), scale)
         batches = [images[i] for i in range(len(images))]
         values = [psnr_y(Bicubic(scale)(batch["input"]), batch["target"], scale).item() for batch in batches]

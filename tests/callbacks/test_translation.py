@@ -28,7 +28,8 @@ from tests.helpers.subprocess_helpers import forked
 def outputs(direction, count=1, **entries):
     generator = torch.Generator().manual_seed(len(direction) + count)
     images = {
-        name: torch.rand(count, 3, 12, 16, generator=generator) for name in ("image", "prediction", "reconstruction", "same")
+        name: torch.rand(count, 3, 12, 16, generator=generator)
+        for name in ("image", "prediction", "reconstruction", "identity")
     }
     return {**images, "direction": [direction] * count, **entries}
 
@@ -46,7 +47,9 @@ def test_cycle_and_identity_errors_are_mean_absolute_differences():
         assert results[f"change-l1/{direction}"] == pytest.approx(
             np.abs(arrays["prediction"] - arrays["image"]).mean(), abs=1e-7
         )
-        assert results[f"identity-l1/{identity}"] == pytest.approx(np.abs(arrays["same"] - arrays["image"]).mean(), abs=1e-7)
+        assert results[f"identity-l1/{identity}"] == pytest.approx(
+            np.abs(arrays["identity"] - arrays["image"]).mean(), abs=1e-7
+        )
 
 
 @pytest.mark.parametrize("name", PALETTES)

@@ -18,7 +18,7 @@ def test_every_entry_has_metadata_and_install_hint():
     for dataset in catalog().values():
         assert dataset.title
         assert dataset.origin
-        assert dataset.licence
+        assert dataset.license
         assert dataset.source in ("embedded", "files", "torchvision", "hand")
         assert dataset.install_hint()
         if dataset.source == "files":
@@ -28,7 +28,7 @@ def test_every_entry_has_metadata_and_install_hint():
 
 def test_embedded_photographs_are_installed_and_pass_verify():
     dataset = get_dataset("photographs")
-    assert dataset.status() == "here"
+    assert dataset.status() == "installed"
     assert len(resolve_images("photographs/train")) == 12
     assert len(resolve_images("photographs/test")) == 3
     assert list(verify(dataset)) == []
@@ -44,7 +44,7 @@ def test_unknown_names_and_splits_raise_with_suggestions():
 
 
 def test_absent_datasets_raise_with_install_hint(workdir):
-    with pytest.raises(DatasetNotFound, match=r"t91 .*by hand, below .*91 images"):
+    with pytest.raises(DatasetNotFound, match=r"t91 .*manually, in .*91 images"):
         resolve_images("t91")
     with pytest.raises(DatasetNotFound, match="darkroom data get bsd100"):
         resolve_images("bsd100")
@@ -100,7 +100,7 @@ def read_image_file(path):
 def test_download_passes_verify(hosted):
     assert download(hosted) == 3
     assert list(verify(hosted)) == []
-    assert hosted.status() == "here"
+    assert hosted.status() == "installed"
 
 
 def test_verify_reports_changed_missing_truncated_and_unknown_files(hosted, photos):

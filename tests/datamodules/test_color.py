@@ -27,6 +27,6 @@ def test_luma_of_gray_images(image):
     gray = image[:1]
     equal = gray.expand(3, -1, -1)
     assert torch.equal(luma(gray), gray)
-    assert torch.equal(luma(equal, treat_equal_rgb_as_grey=True), gray)
+    assert torch.equal(luma(equal, treat_equal_rgb_as_gray=True), gray)
     assert luma(equal).min() >= 16
     assert luma(equal).max() <= 235

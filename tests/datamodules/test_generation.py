@@ -152,7 +152,7 @@ def test_svhn_reads_only_verified_files(workdir, monkeypatch):
 
 
 def test_cifar10_jpeg_interleaves_classes(workdir):
-    with pytest.raises(DatasetNotFound, match=r"train\.zip: .*by hand"):
+    with pytest.raises(DatasetNotFound, match=r"train\.zip: .*manually"):
         read_split("cifar10-jpeg/train")
     lay_out("cifar10-jpeg")
     images, labels = read_split("cifar10-jpeg/train")

@@ -127,7 +127,7 @@ def test_frames_without_masks_are_skipped_if_allowed(workdir):
 def test_torchvision_datasets_and_datasets_without_masks(workdir):
     with pytest.raises(DatasetNotFound, match=r"voc/train .*darkroom data get voc"):
         list_masked_images("voc/train")
-    with pytest.raises(DatasetNotFound, match=r"cityscapes/val .*by hand"):
+    with pytest.raises(DatasetNotFound, match=r"cityscapes/val .*manually"):
         list_masked_images("cityscapes/val")
     with pytest.raises(UserError, match=r"set5 .*coins"):
         list_masked_images("set5")

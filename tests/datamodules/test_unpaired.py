@@ -149,7 +149,7 @@ def test_datasets_with_masks_yield_images_and_label_maps(with_real_data):
         ("textures/train", UserError, r"textures/train: .*grass, gravel, brick"),
         ("digits/train", UserError, r"digits/train "),
         ("horse2zebra/val", UserError, r"horse2zebra/val .*horse2zebra/test, horse2zebra/train"),
-        ("horse2zebra/train", DatasetNotFound, r"horse2zebra/trainA .*by hand, below .*horse2zebra\.zip"),
+        ("horse2zebra/train", DatasetNotFound, r"horse2zebra/trainA .*manually, in .*horse2zebra\.zip"),
     ],
 )
 def test_invalid_domains_raise(folder, spec, error, pattern):

@@ -229,9 +229,9 @@ def test_a_broken_map_is_refused_with_its_key(tmp_path, text, reason):
 
 
 def test_two_names_that_become_one_are_refused():
-    record = {"recipe": "a/b", "metrics": {"set14": {}, "set14-grey": {}}, "data": {}, "content": {}, "config": {}}
+    record = {"recipe": "a/b", "metrics": {"set14": {}, "set14-gray": {}}, "data": {}, "content": {}, "config": {}}
     with pytest.raises(UserError, match="--renames: names: two datasets of a/b"):
-        Renames(names={"-grey$": ""}).record(record)
+        Renames(names={"-gray$": ""}).record(record)
 
 
 def test_a_map_renames_keys_of_their_own_class_alone():

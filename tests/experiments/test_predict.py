@@ -16,7 +16,7 @@ def user_images(tmp_path_factory, photos):
     folder = tmp_path_factory.mktemp("user_images")
     rgb = Image.open(sorted(photos.glob("astronaut*.png"))[0]).convert("RGB")
     rgb.save(folder / "color.jpg")
-    rgb.convert("L").save(folder / "grey.png")
+    rgb.convert("L").save(folder / "gray.png")
     rgb.convert("RGBA").save(folder / "transparent.png")
     rgb.convert("CMYK").save(folder / "print.tif")
     rgb.convert("P").save(folder / "palette.gif")
@@ -32,7 +32,7 @@ def test_predict_enlarges_images_of_all_modes(workdir, user_images, capfd):
     assert forked(main, ["predict", "espcn/t91_x3", "--input", str(user_images), "--output", "out"]) == 0
     modes = {
         "color": "RGB",
-        "grey": "L",
+        "gray": "L",
         "transparent": "RGBA",
         "print": "RGB",
         "uint16": "L",

@@ -236,7 +236,7 @@ def test_inference_weights_exclude_the_image_pools(tmp_path):
 
 
 def test_predict_translates_user_images(workdir, capfd):
-    """Any size, grey or with alpha; images are resized to a short side of 32, as in training."""
+    """Any size, gray or with alpha; images are resized to a short side of 32, as in training."""
     method, recipe = CycleGAN(**SMALL).eval(), workdir / "tiny.yaml"
     save_file(inference_state_dict(method, method.state_dict()), workdir / "weights.safetensors")
     write_translation_recipe(recipe, {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL}, resize=36)
@@ -244,7 +244,7 @@ def test_predict_translates_user_images(workdir, capfd):
     pixels = generator.integers(0, 256, (48, 60, 4), dtype=np.uint8)
     (workdir / "mine").mkdir()
     Image.fromarray(pixels).save(workdir / "mine" / "clear.png")
-    Image.fromarray(pixels[..., 0]).save(workdir / "mine" / "grey.png")
+    Image.fromarray(pixels[..., 0]).save(workdir / "mine" / "gray.png")
     argv = ["--ckpt", "weights.safetensors", "--input", "mine", "--output", "out", "--direction", "BtoA"]
     assert forked(main, ["predict", str(recipe), *argv]) == 0
     assert "mine/clear.png  60x48  ->  out/clear.png  40x32" in capfd.readouterr().out
@@ -255,7 +255,7 @@ def test_predict_translates_user_images(workdir, capfd):
     translation = np.asarray(Image.open(workdir / "out" / "clear.png"))
     assert translation.shape == (32, 40, 4)
     assert np.abs(translation[..., :3] - expected).max() < 0.51  # rounded, not truncated
-    assert np.asarray(Image.open(workdir / "out" / "grey.png")).shape == (32, 40, 3)
+    assert np.asarray(Image.open(workdir / "out" / "gray.png")).shape == (32, 40, 3)
 
 
 def test_direction_option_requires_a_translation_method(workdir, photos):

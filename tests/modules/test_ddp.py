@@ -92,7 +92,7 @@ def test_non_finite_loss_stops_the_run_with_one_error_line(workdir, recipe, opti
     errors = [line for line in result.stderr.splitlines() if line.startswith("darkroom: ")]
     assert len(errors) == 1
     assert "loss 'mse' is" in errors[0]
-    assert "lower model.learning_rate" in errors[0]
+    assert "model.learning_rate" in errors[0]
     assert not (workdir / "runs/tiny/broken/checkpoints/last.ckpt").exists()
 
 

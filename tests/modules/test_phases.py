@@ -171,8 +171,8 @@ class Explodes(WGANGP):
 @pytest.mark.parametrize(
     ("name", "interval", "message"),
     [
-        ("Breaks", "50", "loss 'generator/adversarial' is nan after 48 images; lower model.learning_rate (now 0.001)"),
-        ("Explodes", "1", "the gradient's norm of 'critic' is nan after 4 images; lower model.learning_rate (now 0.001)"),
+        ("Breaks", "50", "loss 'generator/adversarial' is nan after 48 images. Lower model.learning_rate (now 0.001)"),
+        ("Explodes", "1", "the gradient's norm of 'critic' is nan after 4 images. Lower model.learning_rate (now 0.001)"),
     ],
 )
 def test_non_finite_loss_or_gradient_stops_the_run(workdir, capfd, monkeypatch, name, interval, message):

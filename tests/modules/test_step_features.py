@@ -338,7 +338,7 @@ def test_a_metric_whose_outputs_are_missing_is_refused_before_training(workdir, 
     assert forked(main, ["fit", str(recipe)]) == 2
     error = capfd.readouterr().err
     assert "CycleL1: needs the outputs" in error
-    assert "MeanRegression has no reconstruction, same, direction" in error
+    assert "MeanRegression has no reconstruction, identity, direction" in error
 
 
 def test_reference_networks_are_frozen_recorded_and_not_in_checkpoints(workdir, photos, capfd):

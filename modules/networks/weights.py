@@ -1,0 +1,25 @@
+"""Weights files of pretrained networks."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from datamodules.errors import UserError
+
+READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
+
+
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file, or of another file by torch; no other objects are unpickled.
+
+    Raises:
+        UserError: the file is damaged, or contains objects other than tensors.
+    """
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except READ_ERRORS as error:
+        raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}. Replace the file") from None

@@ -22,21 +22,22 @@ NEIGHBOR_RADIUS = 0.25  # half width of the uniform noise around a sum of latent
 
 
 def sample(recipe: Recipe, ckpt: str | None, count: int, seed: int, output: str) -> None:
-    """Write samples 0 ... count - 1 as 8-bit PNG files, and a sheet of the first 64.
+    """Write samples 0 ... count - 1 as 8-bit PNG files, and a grid of the first 64 next to their folder.
 
     Raises:
         UserError: there are no weights, the recipe does not generate images from latents, or the folder cannot be written.
     """
     method = load_generator(recipe, ckpt)
-    folder = require_writable(Path(output))
+    folder = require_writable(Path(output).resolve())
+    grid_path = folder.with_name(f"{folder.name}.png")  # not in the folder, which other tools evaluate as a set of samples
     for first in range(0, count, BATCH_SIZE):
         indices = range(first, min(count, first + BATCH_SIZE))
         images = generate(method, method.sample_latents(indices, seed))
         for index, image in zip(indices, images, strict=True):
             save_image(image, folder / f"{index:06d}.png")
         if first == 0:
-            save_image(image_grid(images[:64]), folder / "sheet.png")
-    print_rank_zero(f"samples   {folder}  ({count} files; sheet.png shows the first {min(count, 64)})")
+            save_png(image_grid(images[:64]), grid_path)
+    print_rank_zero(f"samples   {folder}  ({count} files)")
 
 
 def interpolate(recipe: Recipe, ckpt: str | None, indices: Sequence[int], steps: int, seed: int, output: str) -> None:

@@ -25,10 +25,10 @@ def ckpt(workdir):
 def test_sample_does_not_depend_on_count(workdir, ckpt):
     for count in ("3", "105"):
         assert forked(main, ["sample", "dcgan/demo", "--ckpt", ckpt, "--count", count, "--output", f"out{count}"]) == 0
-    assert len(list((workdir / "out105").glob("0*.png"))) == 105
+    assert len(list((workdir / "out105").iterdir())) == 105
     first, second = (Image.open(workdir / folder / "000002.png") for folder in ("out3", "out105"))
     assert max(abs(a - b) for a, b in zip(first.tobytes(), second.tobytes(), strict=True)) <= 1
-    assert Image.open(workdir / "out105/sheet.png").size == (8 * 30 + 2, 8 * 30 + 2)
+    assert Image.open(workdir / "out105.png").size == (8 * 30 + 2, 8 * 30 + 2)
 
 
 def test_interpolation_starts_and_ends_at_its_samples(workdir, ckpt):

@@ -9,6 +9,7 @@ import torch
 
 from callbacks.run.csv_logger import read_metrics_csv
 from experiments import METHODS
+from experiments.cli.errors import parameters
 from experiments.cli.main import main
 from experiments.results.tables import load_table
 from experiments.run.lightning_cli import DarkroomCLI
@@ -19,7 +20,7 @@ from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import inception_weights
 
 ALL = recipes()
-TRAINED = [recipe for recipe in ALL if "total_images" in recipe.content["model"]["init_args"]]
+TRAINED = [recipe for recipe in ALL if "total_images" in parameters(recipe.class_path("model"))]
 
 
 def datamodule_of(recipe):

@@ -106,6 +106,8 @@ def read_renames(path: Path | None) -> Renames:
         if not isinstance(content, dict):
             raise UserError(f"--renames {path}: must be a map of {', '.join(Renames.__dataclass_fields__)}")
         renames = Renames(**content)
+        if dotted := [name for name in renames.keys if "." in name]:
+            raise UserError(f"--renames {path}: keys.{dotted[0]}: use the name of the class, {dotted[0].rpartition('.')[2]}")
         for patterns in (renames.names, renames.weights):
             _replace(patterns, "")  # raises an error for an invalid pattern or replacement
     except ValidationError as error:

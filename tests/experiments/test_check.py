@@ -215,6 +215,7 @@ def test_the_probes_of_a_replay_read_few_items(tmp_path):
         ("recipes: [1]", "recipes: "),
         ("recipes: {espcn/t91_x3: 5}", "recipes.espcn/t91_x3: "),
         ("keys: {ESPCN: }", "keys.ESPCN: "),
+        ("keys: {modules.espcn.ESPCN: {scale: factor}}", "keys.modules.espcn.ESPCN: "),
         ("places: {a: b}", "places: "),
         ("names: {'(a': b}", "missing )"),
         ("names: {'(a)': '\\2'}", "invalid group reference"),

@@ -98,7 +98,7 @@ def test_crop_patches_matches_numpy(images, symmetry, corner):
         assert np.array_equal(patch[0], expected)
 
 
-def test_the_eight_symmetries_differ(images):
+def test_eight_symmetries_differ(images):
     zeros = np.zeros(8, dtype=int)
     patches = RaggedImageBuffer(images).crop_patches(zeros, zeros, zeros, 12, np.arange(8))
     assert len({patch.numpy().tobytes() for patch in patches}) == 8

@@ -101,7 +101,7 @@ def project(trained, tmp_path):
     return Project(tmp_path / "darkroom")
 
 
-def test_a_rename_is_certified_and_a_changed_constant_is_named(project, tmp_path):
+def test_renaming_is_certified_and_a_changed_constant_is_reported(project, tmp_path):
     """Both codes evaluate today's weights: the commit that the record was made at has none."""
     first = read_record(project.record)
     project.change("modules/tasks/superresolution.py", '{"mse"', '{"squared_error"')
@@ -136,7 +136,7 @@ def test_renamed_parameters_are_certified_by_the_weights_of_the_replay(project, 
 
 
 @pytest.mark.slow
-def test_a_renamed_loss_is_a_difference_without_the_map(project):
+def test_renamed_loss_differs_without_the_map(project):
     project.change("modules/tasks/superresolution.py", '{"mse"', '{"squared_error"')
     status, said = project.check()
     assert status == 1
@@ -144,7 +144,7 @@ def test_a_renamed_loss_is_a_difference_without_the_map(project):
 
 
 @pytest.mark.slow
-def test_a_change_of_a_metric_or_of_a_later_stage_is_named(project):
+def test_changed_metric_or_later_stage_is_reported(project):
     project.change("modules/training/method.py", "self.learning_rate * 0.5 * (1 +", "self.learning_rate * 0.4 * (1 +")
     assert "the log, from 160 images on: learning_rate after" in project.check()[1]
     project.change("modules/training/method.py", "self.learning_rate * 0.4 * (1 +", "self.learning_rate * 0.5 * (1 +")
@@ -154,7 +154,7 @@ def test_a_change_of_a_metric_or_of_a_later_stage_is_named(project):
     assert "photographs-val/psnr-y/crop3 after 40 images was" in said
 
 
-def test_records_that_do_not_hold_are_named_and_do_not_end_the_check(project):
+def test_failed_records_are_named_and_the_check_continues(project):
     records, method = project.record.parent, project.folder / "experiments/methods/espcn"
     record = read_record(project.record)
     # Of other weights.
@@ -177,7 +177,7 @@ def test_records_that_do_not_hold_are_named_and_do_not_end_the_check(project):
     assert "other.safetensors are not the weights of the record" in said
 
 
-def test_what_cannot_be_checked_says_why(project):
+def test_skipped_checks_state_the_reason(project):
     shutil.copy(project.record, project.record.with_name("gone-seed0.json"))
     record = read_record(project.record)
     elsewhere = {"code": {}, "certified": {"commit": "0123456789ab", "code": {"training": "0"}}}
@@ -190,14 +190,14 @@ def test_what_cannot_be_checked_says_why(project):
     assert "espcn/records/gone-seed0.json: the record of no recipe" in said
 
 
-def test_a_changed_checkout_is_refused(project, monkeypatch):
+def test_check_rejects_a_modified_checkout(project, monkeypatch):
     monkeypatch.setattr(records, "ROOT", project.folder)
     (project.folder / "modules/espcn.py").write_text("# changed\n")
     with pytest.raises(UserError, match="commit the changes first"):
         check(["espcn"], Renames())
 
 
-def test_the_probes_of_a_replay_read_few_items(tmp_path):
+def test_probes_of_a_replay_read_few_items(tmp_path):
     recipe = find_recipe("dcgan/cifar10_jpeg")
     few = Recipe("few", few_items(Code(ROOT, recipe.path, tmp_path, Renames())))
     probes = [callback["init_args"] for callback in few.content["trainer"]["callbacks"][1:]]
@@ -222,20 +222,20 @@ def test_the_probes_of_a_replay_read_few_items(tmp_path):
         ("[" * 5000, "recursion"),
     ],
 )
-def test_a_broken_map_is_refused_with_its_key(tmp_path, text, reason):
+def test_invalid_map_of_renames_is_rejected_with_its_key(tmp_path, text, reason):
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(f"--renames {tmp_path / 'map.yaml'}: ")) as error:
         read_renames(tmp_path / "map.yaml")
     assert reason in str(error.value)
 
 
-def test_two_names_that_become_one_are_refused():
+def test_two_datasets_with_the_same_new_name_are_rejected():
     record = {"recipe": "a/b", "metrics": {"set14": {}, "set14-gray": {}}, "data": {}, "content": {}, "config": {}}
     with pytest.raises(UserError, match="--renames: names: two datasets of a/b"):
         Renames(names={"-gray$": ""}).record(record)
 
 
-def test_a_map_renames_keys_of_their_own_class_alone():
+def test_map_of_renames_applies_keys_to_their_class_only():
     renames = Renames(
         classes={"a.Old": "b.New"},
         keys={"New": {"width": "channels"}},

@@ -13,7 +13,7 @@ from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
 from experiments.run.recipes import find_recipe
 
 
-def test_recipe_fingerprint_is_of_what_is_trained(tmp_path):
+def test_recipe_fingerprint_covers_the_training(tmp_path):
     recipe = find_recipe("espcn/t91_x3")
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe.content, sort_keys=True))
     assert recipe_fingerprint(find_recipe(str(tmp_path / "a.yaml"))) == recipe_fingerprint(recipe)
@@ -90,18 +90,18 @@ def hash_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_the_alarm_does_not_ring_for(hash_of, change):
+def test_fingerprint_ignores(hash_of, change):
     assert SAME[change] != BEFORE
     assert hash_of(SAME[change]) == hash_of(BEFORE)
 
 
 @pytest.mark.parametrize("change", OTHER)
-def test_the_alarm_rings_for(hash_of, change):
+def test_fingerprint_detects(hash_of, change):
     assert OTHER[change] != BEFORE
     assert hash_of(OTHER[change]) != hash_of(BEFORE)
 
 
-def test_the_alarm_does_not_ring_for_names_that_two_files_share(hash_of):
+def test_fingerprint_ignores_names_shared_by_two_files(hash_of):
     renames = (("scale", "factor"), ("gain", "amplify"), ("by", "exponent"), ("Base", "Parent"))
     texts = [BEFORE, SHARED]
     for old, new in renames:
@@ -109,7 +109,7 @@ def test_the_alarm_does_not_ring_for_names_that_two_files_share(hash_of):
     assert hash_of(*texts) == hash_of(BEFORE)
 
 
-def test_the_alarm_rings_for_what_is_imported_and_not_for_where_it_lies(hash_of):
+def test_fingerprint_depends_on_imported_code_but_not_on_its_location(hash_of):
     before = hash_of(BEFORE)
     assert hash_of(BEFORE, SHARED.replace("x * by", "x / by")) != before
     (fingerprint.ROOT / "modules/sub").mkdir()
@@ -135,7 +135,7 @@ def test_the_alarm_rings_for_what_is_imported_and_not_for_where_it_lies(hash_of)
     ],
     ids=["file", "package", "folder without __init__", "passed on", "relative"],
 )
-def test_the_alarm_rings_for_a_users_own_class(tmp_path, monkeypatch, files, class_path):
+def test_fingerprint_detects_changes_of_a_users_class(tmp_path, monkeypatch, files, class_path):
     monkeypatch.syspath_prepend(tmp_path)
     content = find_recipe("espcn/demo").content
     content["model"]["class_path"] = class_path

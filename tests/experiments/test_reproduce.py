@@ -34,7 +34,7 @@ def test_committed_pages_are_rendered_from_the_records():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.parent.name}/{path.stem}")
-def test_every_committed_record_can_be_used_and_is_of_its_recipe_as_it_stands(path):
+def test_every_committed_record_is_valid_and_belongs_to_its_current_recipe(path):
     record = read_record(path)
     validate(record, path)
     assert differences(record, find_recipe(record["recipe"])) == []
@@ -42,7 +42,7 @@ def test_every_committed_record_can_be_used_and_is_of_its_recipe_as_it_stands(pa
     assert record["certified"]["commit"]
 
 
-def test_cells_for_programs(capsys):
+def test_cells_as_json(capsys):
     assert main(["reproduce", "espcn", "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)
     keys = {"table", "row", "dataset", "metric", "paper", "ours", "state", "checked", "record"}
@@ -64,7 +64,7 @@ def a_record(recipe="bicubic/x3", **changes):
     return {**record, "metrics": {"set5": {"m": result}}, **changes}
 
 
-def test_a_changed_figure_is_refused(tmp_path):
+def test_record_with_a_changed_value_is_rejected(tmp_path):
     path = tmp_path / "record.json"
     write_record(a_record(), path)
     assert read_record(path)["metrics"]["set5"]["m"]["mean"] == 30.0
@@ -78,7 +78,7 @@ def test_a_changed_figure_is_refused(tmp_path):
     ["", "{", "[]", '"word"', "\x00", "[" * 100_000, '{"checksum": "x", "a": "\\ud800"}', '{"checksum": "x", "a": NaN}'],
     ids=["empty", "cut", "list", "word", "zero", "deep", "half a letter", "NaN"],
 )
-def test_what_is_no_record_is_named(tmp_path, text):
+def test_invalid_record_file_is_named(tmp_path, text):
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(BrokenRecord, match=r"record\.json: "):
@@ -107,12 +107,12 @@ def test_what_is_no_record_is_named(tmp_path, text):
         ({"best": 5}, "best"),
     ],
 )
-def test_a_record_that_contradicts_itself_is_refused(changes, reason):
+def test_inconsistent_record_is_rejected(changes, reason):
     with pytest.raises(BrokenRecord, match=reason):
         validate(a_record(**changes), Path("record.json"))
 
 
-def test_means_may_be_rounded_as_they_are_stored():
+def test_means_are_compared_at_their_stored_precision():
     for mean, images in ((28.1235, {"a": 28.1233, "b": 28.1236}), ("inf", {"a": "inf", "b": 30.0}), ("nan", {"a": "nan"})):
         validate(a_record(metrics={"set5": {"m": {"mean": mean, "images": images}}}), Path("record.json"))
 
@@ -127,7 +127,7 @@ def method_folder(tmp_path, monkeypatch):
     return copy
 
 
-def test_a_broken_record_is_named_and_the_table_goes_on(method_folder):
+def test_broken_record_is_named_and_other_cells_are_rendered(method_folder):
     broken = method_folder / "bicubic/records/x3-seed0.json"
     broken.write_text(broken.read_text()[:-100])
     states = {(cell["row"], cell["dataset"]): cell["state"] for cell in tables.cells("espcn") if cell["table"] == "Table 2, x3"}
@@ -137,7 +137,7 @@ def test_a_broken_record_is_named_and_the_table_goes_on(method_folder):
     assert tables.cells("espcn")[0]["ours"] == pytest.approx(32.59, abs=0.01)
 
 
-def test_a_record_under_another_recipes_name_is_refused(method_folder):
+def test_record_of_another_recipe_is_rejected(method_folder):
     shutil.copy(method_folder / "bicubic/records/x3-seed0.json", method_folder / "bicubic/records/x4-seed0.json")
     found, broken = committed_records("bicubic/x4")
     assert not found
@@ -169,7 +169,7 @@ def one_row(monkeypatch):
     return cell
 
 
-def test_states(one_row):
+def test_cell_states(one_row):
     assert one_row(30.0)["state"] == "reproduced"
     assert one_row(29.5)["state"] == "reproduced"  # better than the paper
     assert one_row(29.5, {"exact": True})["state"] == "over by 0.50"  # but not where nothing is trained
@@ -180,7 +180,7 @@ def test_states(one_row):
 
 
 @pytest.mark.parametrize("method", ["espcn", "cyclegan"])
-def test_cells_that_were_not_run_fold_into_one_line_a_reason(method):
+def test_cells_that_were_not_run_are_one_line_per_reason(method):
     lines = tables.render(method).splitlines()
     assert not [line for line in lines if line.startswith("| ") and "not run" in line]
     for cell in tables.cells(method):
@@ -190,17 +190,17 @@ def test_cells_that_were_not_run_fold_into_one_line_a_reason(method):
             assert any(line.startswith(reason) and cell["row"] in line and value in line for line in lines), cell
 
 
-def test_a_value_that_is_not_finite_is_no_success(one_row):
+def test_non_finite_value_is_not_reproduced(one_row):
     for value in ("nan", "inf"):
         cell = one_row(30.0, metrics={"set5": {"m": {"mean": value, "images": {"bird": value}}}})
         assert (cell["state"], cell["ours"], cell["difference"]) == ("not finite", None, None)
 
 
-def test_a_row_whose_recipe_is_gone_says_so(one_row):
+def test_missing_recipe_is_named_in_the_state(one_row):
     assert one_row(30.0, {"recipe": "bicubic/gone"})["state"].startswith("not run: no recipe 'bicubic/gone'")
 
 
-def test_a_changed_recipe_is_stale_and_says_in_what(one_row):
+def test_changed_recipe_makes_the_cell_stale_and_names_the_key(one_row):
     content = canonical(find_recipe("bicubic/x3"))
     content["model"]["init_args"]["scale"] = 2
     assert one_row(30.0, content=content)["state"] == "stale: the recipe has changed: model.init_args.scale 2, now 3"
@@ -230,7 +230,7 @@ def test_several_seeds_give_mean_and_spread(monkeypatch):
     assert tables.format_ours(cell) == "32.70 ± 0.20 (3 seeds)"
 
 
-def test_the_average_weighs_by_images():
+def test_average_is_weighted_by_images():
     record = {"metrics": {name: {"m": {"mean": mean, "images": {}}} for name, mean in (("a", 30.0), ("b", 20.0))}}
     assert tables.record_value(record, "average", "m", {"a": 1, "b": 3}) == 22.5
     assert tables.record_value(record, "average", "m", {"a": 1, "c": 3}) is None
@@ -245,13 +245,13 @@ def a_run(tmp_path, **changes):
     return Run(tmp_path)
 
 
-def test_a_run_of_another_recipe_is_not_committed(tmp_path):
+def test_run_of_another_recipe_is_not_committed(tmp_path):
     run = a_run(tmp_path, overrides=["--model.total_images", "3"])
     with pytest.raises(UserError, match="is not a run of the current espcn/t91_x3"):
         reproduce.commit_record(run, find_recipe("espcn/t91_x3"))
 
 
-def test_a_run_that_was_not_evaluated_is_not_committed(tmp_path):
+def test_run_without_evaluation_is_not_committed(tmp_path):
     record = {**a_record("espcn/t91_x3"), "overrides": [], "previous_segments": []}
     del record["metrics"]
     write_record(record, tmp_path / "record.json")
@@ -259,7 +259,7 @@ def test_a_run_that_was_not_evaluated_is_not_committed(tmp_path):
         reproduce.commit_record(Run(tmp_path), find_recipe("espcn/t91_x3"))
 
 
-def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workdir, monkeypatch, capfd):
+def test_reproduce_runs_available_recipes_and_reports_the_others(workdir, monkeypatch, capfd):
     """Without data, nothing of the paper's is feasible; current records stay as they are."""
     before = {path: path.read_bytes() for path in FILES}
     assert forked(main, ["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]) == 0
@@ -268,7 +268,7 @@ def test_reproduce_runs_what_is_feasible_and_says_what_is_not(workdir, monkeypat
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
-def test_missing_inputs_are_what_is_not_embedded(recipe, workdir):
+def test_missing_inputs_exclude_embedded_datasets(recipe, workdir):
     """Whatever the kind of its data: a set, a split, two domains, photographs with masks."""
     data = recipe.content["data"].get("init_args", {})
     sets = {data[key].partition("/")[0] for key in ("train", "val") if data.get(key)} or {
@@ -278,7 +278,7 @@ def test_missing_inputs_are_what_is_not_embedded(recipe, workdir):
     assert (reproduce.missing_inputs(recipe, bool(data.get("train"))) == []) == embedded
 
 
-def test_sets_that_have_come_since_are_evaluated_into_the_record(workdir, monkeypatch):
+def test_newly_installed_test_sets_are_added_to_the_record(workdir, monkeypatch):
     """bicubic/x3's record without its embedded photographs gets them, and keeps what cannot be evaluated here."""
     recipe = find_recipe("bicubic/x3")
     path = workdir / "record.json"
@@ -298,7 +298,7 @@ def test_sets_that_have_come_since_are_evaluated_into_the_record(workdir, monkey
     assert renewed["set5"] == record["metrics"]["set5"]
 
 
-def test_an_interrupted_reproduction_ends_as_its_run_does(workdir, photos, monkeypatch, capfd):
+def test_interrupted_reproduction_exits_like_its_run(workdir, photos, monkeypatch, capfd):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = write_recipe(workdir / "tiny.yaml", photos, model)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -327,13 +327,13 @@ def resumed(workdir, photos, three_photos, monkeypatch):
     return run, recipe
 
 
-def test_a_run_that_other_code_began_is_committed_if_todays_code_repeats_its_first_steps(workdir, resumed):
+def test_run_of_other_code_is_committed_if_the_current_code_repeats_its_first_steps(workdir, resumed):
     run, recipe = resumed
     reproduce.commit_record(run, recipe)
     assert read_record(workdir / "kept/record.json")["replayed_images"] == 32
 
 
-def test_a_run_that_other_code_began_otherwise_is_not_committed(workdir, resumed):
+def test_run_of_other_code_is_not_committed_if_its_first_steps_differ(workdir, resumed):
     run, recipe = resumed
     lines = run.log.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if "train/" in line)
@@ -366,7 +366,7 @@ def test_reproduce_refuses(capsys, workdir, words, reason):
     assert reason in capsys.readouterr().err
 
 
-def test_committed_weights_give_the_recorded_figures(with_real_data, tmp_path, monkeypatch):
+def test_committed_weights_give_the_recorded_values(with_real_data, tmp_path, monkeypatch):
     """The weights that come with the project measure what the table says, on this machine too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_RUNS", str(tmp_path / "runs"))

@@ -40,7 +40,7 @@ def main_with_task(argv: list[str]) -> int:
     return main(argv)
 
 
-def test_a_task_from_outside_predicts(workdir, photos, capfd):
+def test_external_task_predicts(workdir, photos, capfd):
     data = {"class_path": "tests.modules.test_step_features.RaggedCrops", "init_args": {"batch_size": 4}}
     metric = {"class_path": "tests.modules.test_step_features.MeanError"}
     recipe = write_yaml(workdir / "tiny.yaml", test_step_features.TestMeanRegression.model, data, [metric])

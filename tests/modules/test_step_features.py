@@ -331,7 +331,7 @@ class TestMeanRegression(Contract):
         return torch.rand(1, 1, 12, 14)
 
 
-def test_a_metric_whose_outputs_are_missing_is_refused_before_training(workdir, capfd):
+def test_metric_without_its_outputs_is_rejected_before_training(workdir, capfd):
     data = {"class_path": "tests.modules.test_step_features.RaggedCrops", "init_args": {"batch_size": 4}}
     metric = {"class_path": "callbacks.metrics.cycle_l1.CycleL1"}
     recipe = write_yaml(workdir / "tiny.yaml", TestMeanRegression.model, data, [metric])

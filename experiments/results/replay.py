@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from callbacks.run.checkpoints import weights_hash
 from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.record_file import read_record
+from datamodules.generation import Generation
 from datamodules.io.paths import data_root
 from experiments.results.renames import Renames
 from experiments.run.recipes import Recipe
@@ -198,7 +200,7 @@ def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
         recipe = few_items(code) if replay else code.recipe
         words = ["test", str(recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]
         words += ["--ckpt", str(weights)] if weights.exists() else []
-        words += ["--trainer.limit_test_batches", str(EVAL_BATCHES)] if replay else []
+        words += ["--trainer.limit_test_batches", str(EVAL_BATCHES)] if replay and has_large_batches(codes[-1]) else []
         commands.append(code.command(*words))
     _finish(commands)
     results = []
@@ -213,6 +215,17 @@ def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
             }
         )
     return results
+
+
+def has_large_batches(code: Code) -> bool:
+    """Return whether the first batches of an evaluation are enough: batches of many images, and a single test set.
+
+    Other datamodules evaluate single images, and the first ones would be of one dataset or direction.
+    """
+    recipe = Recipe("replay", code.recipe)
+    module, _, name = recipe.class_path("data").rpartition(".")
+    datamodule = getattr(import_module(module), name)
+    return issubclass(datamodule, Generation) and len(recipe.content["data"]["init_args"].get("test", [])) == 1
 
 
 def few_items(code: Code) -> Path:

@@ -16,7 +16,7 @@ from experiments import ROOT
 from experiments.results import records
 from experiments.results.check import check
 from experiments.results.renames import Renames, read_renames
-from experiments.results.replay import Code, few_items
+from experiments.results.replay import Code, few_items, has_large_batches
 from experiments.run.recipes import Recipe, find_recipe
 
 RECIPE = """\
@@ -195,6 +195,13 @@ def test_check_rejects_a_modified_checkout(project, monkeypatch):
     (project.folder / "modules/espcn.py").write_text("# changed\n")
     with pytest.raises(UserError, match="commit the changes first"):
         check(["espcn"], Renames())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"), [("vae/demo", True), ("dcgan/mnist", True), ("cyclegan/camvid", False), ("espcn/t91_x3", False)]
+)
+def test_evaluation_of_a_replay_is_limited_where_the_first_batches_represent_all(recipe, expected, tmp_path):
+    assert has_large_batches(Code(ROOT, find_recipe(recipe).path, tmp_path, Renames())) == expected
 
 
 def test_probes_of_a_replay_read_few_items(tmp_path):

@@ -1,8 +1,8 @@
-"""Small real pictures, tiny recipes and forked runs for all tests."""
+"""Fixtures for all tests: crops of photographs, a working directory, and the real datasets."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes must not fight for two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two processes on two cores
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_sessionstart() -> None:
-    """Before anything has been computed here."""
+    """Start the server before this process computes anything."""
     start_server()
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """A folder of eight 96x90 cuttings of the embedded photographs: real pictures, read quickly."""
+    """Return a folder with eight 96 x 90 crops of the embedded photographs."""
     folder = tmp_path_factory.mktemp("photos")
     paths = [path for path in resolve_images("photographs") if path.stem in ("astronaut", "camera", "chelsea", "coffee")]
     for path in paths:
@@ -37,7 +37,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def three_photos(photos, tmp_path_factory) -> Path:
-    """A folder of three of them, of unequal sizes: two ranks have unequal numbers of images."""
+    """Return a folder with three of these crops, in different sizes. Two ranks get unequal numbers of images."""
     folder = tmp_path_factory.mktemp("three")
     for i, path in enumerate(sorted(photos.iterdir())[::3]):
         Image.open(path).crop((0, 0, 96 - 6 * i, 90)).save(folder / path.name)
@@ -46,7 +46,7 @@ def three_photos(photos, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch) -> Path:
-    """A current folder of one's own, with runs and data below it."""
+    """Change to a temporary working directory, which also contains the folders of runs and data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("DARKROOM_DATA", str(tmp_path / "data"))
@@ -56,7 +56,7 @@ def workdir(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The real data sets, where DARKROOM_DATA names them."""
+    """Return the folder of real datasets, DARKROOM_DATA, or skip the test."""
     root = os.environ.get("DARKROOM_DATA")
     if not root or not Path(root, "Set5").exists():
         pytest.skip("DARKROOM_DATA does not name a folder with Set5 in it")
@@ -65,12 +65,12 @@ def real_data() -> Path:
 
 @pytest.fixture
 def with_real_data(real_data, monkeypatch) -> Path:
-    """The real data sets as the data root."""
+    """Set the data root to the folder of real datasets."""
     monkeypatch.setenv("DARKROOM_DATA", str(real_data))
     return real_data
 
 
 def as_tensor(path: Path) -> torch.Tensor:
-    """A picture as PIL decodes it: uint8 (C, H, W)."""
+    """Decode an image with PIL: uint8 (C, H, W)."""
     array = np.array(Image.open(path))
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())

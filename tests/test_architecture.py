@@ -1,4 +1,4 @@
-"""The packages import in one direction, without a circle, and hold nothing of this machine."""
+"""Imports between packages have one direction and no cycles. The files contain no paths of this machine."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from experiments import ROOT
 
-# What each package may import, besides itself.
+# The packages and modules that each package may import, in addition to itself.
 MAY_IMPORT = {
     "modules": {
         "datamodules.errors",
@@ -32,7 +32,7 @@ MODULES = {dotted(path) for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports, at its top or within a function."""
+    """Return the modules of the project that a file imports, also within functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -50,12 +50,12 @@ def test_packages_import_in_one_direction(path: Path):
         assert any(name == known or name.startswith(f"{known}.") for known in allowed), f"{path.name} imports {name}"
 
 
-def test_no_circle():
-    """Imports within functions count too."""
+def test_imports_are_not_circular():
+    """Imports within functions are included."""
     pending = {dotted(path): imports(path) for path in FILES}
     while pending:
         free = [name for name, needs in pending.items() if not needs & pending.keys()]
-        assert free, f"a circle among {sorted(pending)}"
+        assert free, f"circular imports among {sorted(pending)}"
         for name in free:
             del pending[name]
 
@@ -64,12 +64,12 @@ def test_links_between_pages_resolve():
     for page in ROOT.rglob("*.md"):
         if ".venv" in page.parts:
             continue
-        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)  # not in templates
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)  # ignore templates
         for link in re.findall(r"\]\(([^)#\s]+)", text):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
 
 
-def test_no_file_names_this_workplace():
+def test_files_do_not_contain_workplace_paths():
     for path in ROOT.rglob("*"):
         tracked = (
             ".git" not in path.parts and ".venv" not in path.parts and path.suffix in {".py", ".md", ".yaml", ".txt", ".toml"}
@@ -78,7 +78,7 @@ def test_no_file_names_this_workplace():
             assert "../shared" not in path.read_text(), path
 
 
-def test_locked_versions_have_no_addresses_and_fit_the_ranges():
+def test_locked_versions_have_no_addresses_and_satisfy_the_requirements():
     from packaging.requirements import Requirement
 
     locked = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())

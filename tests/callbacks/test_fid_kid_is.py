@@ -1,4 +1,4 @@
-"""Metrics of generated images against torch-fidelity on the same files and other independent values."""
+"""Compare metrics of generated images with torch-fidelity on the same files, and with other independent values."""
 
 import functools
 import hashlib
@@ -37,7 +37,7 @@ def inception_weights_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, photos):
-    """Two folders of twelve 24 x 24 images: crops of photographs, and the same crops brightened and mirrored."""
+    """Write two folders of twelve 24 x 24 images: crops of photographs, and mirrored copies with higher contrast."""
     root = tmp_path_factory.mktemp("images")
     sets = {}
     for name in ("generated", "real"):
@@ -69,7 +69,7 @@ def evaluate(callback, sets, batch_size=7):
     callback.setup(trainer, module, "test")
     callback.on_test_epoch_start(trainer, module)
     batches = torch.arange(len(sets["generated"])).split(batch_size)
-    for i in reversed(range(len(batches))):  # the order of arrival must not matter
+    for i in reversed(range(len(batches))):  # the order of the batches must not affect the result
         outputs = {"prediction": sets["generated"][batches[i]].float() / 255, "index": batches[i]}
         callback.on_test_batch_end(trainer, module, outputs, None, i)
     callback.on_test_epoch_end(trainer, module)
@@ -77,7 +77,7 @@ def evaluate(callback, sets, batch_size=7):
     return callback.results["real"]["all"]
 
 
-def test_fid_kid_and_inception_score_equal_torch_fidelitys(folders, inception_weights_path, tmp_path, monkeypatch):
+def test_fid_kid_and_inception_score_match_torch_fidelity(folders, inception_weights_path, tmp_path, monkeypatch):
     root, sets = folders
     monkeypatch.setenv("DARKROOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fid_kid_is, "KID_SUBSET_SIZE", 10)
@@ -113,7 +113,7 @@ def test_fid_kid_and_inception_score_equal_torch_fidelitys(folders, inception_we
 
 
 @pytest.mark.slow
-def test_precision_and_recall_equal_torch_fidelitys_command(folders, tmp_path, monkeypatch):
+def test_precision_and_recall_match_torch_fidelity_command(folders, tmp_path, monkeypatch):
     import torchvision
 
     root, sets = folders
@@ -156,7 +156,7 @@ def test_missing_weights_raise_or_are_skipped(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"bad.pth cannot be read as weights"):
         FeatureMetrics(["fid"], weights=str(tmp_path / "bad.pth")).setup(None, None, "test")
     no_tests = SimpleNamespace(datamodule=SimpleNamespace(test=[]))
-    FeatureMetrics(["fid"], weights="nowhere.pth").setup(no_tests, None, "fit")  # never evaluated
+    FeatureMetrics(["fid"], weights="nowhere.pth").setup(no_tests, None, "fit")  # without test sets, no weights are required
 
 
 def test_downloaded_weights_are_verified_by_the_checksum_in_their_name(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_parzen_log_likelihood_matches_scipy():
 
 
 def test_parzen_log_likelihood_of_mnist_training_images(with_real_data):
-    """Reference: 10,000 training digits give 243.6 +/- 2.1 nats on the 10,000 test digits."""
+    """Reference value for 10,000 training digits and 10,000 test digits: 243.6 +/- 2.1 nats."""
     digits = read_split("mnist/train")[0][:10_000].double().flatten(1) / 255
     val_images, test = (read_split(f"mnist/{part}")[0].double().flatten(1) / 255 for part in ("val", "test"))
     sigma = best_sigma(digits, val_images[:1000])

@@ -28,13 +28,13 @@ def test_features_are_max_pooled_activations_of_every_layer():
     assert torch.allclose(features(discriminator, images), torch.cat(expected, 1))
 
 
-def test_number_of_features_equals_the_papers():
-    """Section 5.1 has 28,672 = 16 * (256 + 512 + 1024)."""
+def test_number_of_features_matches_the_paper():
+    """Section 5.1 of the paper: 28,672 = 16 * (256 + 512 + 1024)."""
     discriminator = DCGAN(3, 32, 5, 256).discriminator.eval()
     assert features(discriminator, torch.rand(1, 3, 32, 32)).shape == (1, 28_672)
 
 
-def test_balanced_subsets_are_balanced_and_differ():
+def test_balanced_subsets_have_equal_class_counts_and_differ():
     labels = np.arange(100) % 10
     first, second = (balanced_subset(labels, 4, repeat) for repeat in (0, 1))
     assert np.bincount(labels[first]).tolist() == [4] * 10
@@ -45,9 +45,9 @@ def test_balanced_subsets_are_balanced_and_differ():
 
 
 def test_probe_of_pixels_has_the_error_of_a_linear_svm():
-    """LinearSVC has 12 to 20 % test error after 1,000 digits and 14 to 20 % after 500, scikit-learn called directly.
+    """Direct use of scikit-learn's LinearSVC gives a test error of 12% to 20% with 1,000 digits, and 14% to 20% with 500.
 
-    An untrained discriminator beats chance, 90 %.
+    The features of an untrained discriminator give a lower error than chance, which is 90%.
     """
     logged = {}
     module = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, or out of disk space resume and give the result of an uninterrupted run."""
+"""A run that is stopped, is killed, or runs out of disk space resumes and gives the result of an uninterrupted run."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_torchrun_with_two_ranks_resumes_after_sigterm(workdir, recipe, monkeypa
     assert two_forked(fit, recipe, "--run", "full", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signals)
     completed = torchrun(recipe, "resumed")
-    assert completed.returncode == 1, completed.stderr  # of torchrun, whose report has that of rank 0
+    assert completed.returncode == 1, completed.stderr  # exit status of torchrun; its report contains that of rank 0
     assert "exitcode  : 85" in completed.stderr
     assert completed.stdout.count("Stopped and saved") == 1
     assert checkpoint(workdir, recipe, "resumed")["images_seen"] < 60
@@ -91,7 +91,7 @@ def test_torchrun_with_two_ranks_resumes_after_sigterm(workdir, recipe, monkeypa
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_killed_rank_and_resumes(workdir, recipe, monkeypatch):
+def test_torchrun_restarts_and_resumes_after_a_rank_is_killed(workdir, recipe, monkeypatch):
     assert two_forked(fit, recipe, "--run", "full", *TWO)[0] == [0, 0]
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGKILL@24@1")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -129,9 +129,9 @@ def test_run_resumes_after_twenty_kills_at_random_times(workdir, recipe):
     for i in range(20):
         start, before = time.monotonic(), last.stat().st_mtime if i else 0
         child = started(streams, main, [*arguments, "--run", "resumed"])
-        if i % 2:  # while it starts
+        if i % 2:  # kill it during startup
             time.sleep(generator.uniform(0.05, 0.8) * first)
-        else:  # while it trains, validates, saves
+        else:  # kill it during training, validation or saving
             wait_for(lambda before=before: last.exists() and last.stat().st_mtime > before)
             first = time.monotonic() - start
             time.sleep(generator.uniform(0, full / 30))
@@ -148,7 +148,7 @@ def test_run_resumes_after_twenty_kills_at_random_times(workdir, recipe):
 
 def run_with_file_size_limit(arguments: list[str], size: int) -> int:
     """Run a command that cannot write files larger than `size` bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as with a full quota, without a signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails without a signal, as for an exceeded quota
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return main(arguments)
 
@@ -199,7 +199,10 @@ def test_full_disk_is_reported_in_one_line_and_the_run_resumes(workdir, recipe, 
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Read the records of a W&B file: a LevelDB log (blocks of 32 KiB; crc, length and kind before each chunk)."""
+    """Yield the records of a W&B file.
+
+    The file is a LevelDB log with blocks of 32 KiB. A header with CRC, length and kind precedes each chunk.
+    """
     content = path.read_bytes()
     offset, chunks = 7, b""  # after W&B's header
     while offset + 7 <= len(content):
@@ -209,13 +212,13 @@ def records(path: Path) -> Iterator[Record]:
         length, kind = struct.unpack("<HB", content[offset + 4 : offset + 7])
         chunks += content[offset + 7 : offset + 7 + length]
         offset += 7 + length
-        if kind in (1, 4):  # a full record, or its last chunk
+        if kind in (1, 4):  # a full record, or the last chunk of a record
             yield Record.FromString(chunks)
             chunks = b""
 
 
 def sent_to_wandb(run: Path) -> tuple[set[str], list[dict[str, float]]]:
-    """Return the ids of a run in W&B, and its history, concatenated over its segments."""
+    """Return the W&B ids of a run, and the concatenated history of its segments."""
     names, history = set(), []
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for record in records(path):
@@ -230,7 +233,7 @@ def sent_to_wandb(run: Path) -> tuple[set[str], list[dict[str, float]]]:
 
 
 @pytest.mark.slow
-def test_wandb_gets_every_metric_once_after_a_resume(workdir, recipe, monkeypatch):
+def test_resumed_run_sends_each_metric_to_wandb_once(workdir, recipe, monkeypatch):
     arguments = ["fit", str(recipe), "--wandb", "offline", "--data.test", "[]"]
     assert launched(*arguments, "--run", "full").returncode == 0
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@0")

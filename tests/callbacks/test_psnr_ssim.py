@@ -13,7 +13,7 @@ from tests.helpers.subprocess_helpers import SERVER
 
 @pytest.fixture(scope="module")
 def pair():
-    """Return three bicubically upscaled crops of photographs of equal size, and their originals."""
+    """Return bicubic predictions for three photographs, and their targets, cropped to equal size."""
     images = SREvalImages(list_image_refs("photographs/test"), 3)
     batches = [images[i] for i in range(3)]
     prediction = torch.cat([Bicubic(3)(batch["input"])[..., 30:189, 30:201] for batch in batches])
@@ -66,7 +66,7 @@ class FakeTrainer:
 
 
 def evaluate(pair, batches, rank=0, world=1):
-    """Return the metrics logged if this rank receives the images `batches` (lists of indices)."""
+    """Return the metrics logged on a rank that receives `batches`, which are lists of image indices."""
     trainer, callback = FakeTrainer(world), PSNRSSIM(3)
     callback.on_test_epoch_start(trainer, trainer)
     for indices in batches:
@@ -117,7 +117,7 @@ def test_state_is_reset_before_a_validation(pair):
     [(2, 33.66, 30.23, 30.14), (3, 30.39, 27.54, 27.45), (4, 28.42, 26.00, 25.91)],
 )
 def test_bicubic_psnr_matches_published_values(with_real_data, scale, set5, set14, set14_gray):
-    """Values of the SRCNN, VDSR and ESPCN papers; the last column treats `man` as grayscale."""
+    """The values are from the SRCNN, VDSR and ESPCN papers. In the last column, `man` is a grayscale image."""
     for name, published in {"set5": set5, "set14": set14, "set14-gray": set14_gray}.items():
         images = SREvalImages(list_image_refs(name), scale)
         batches = [images[i] for i in range(len(images))]

@@ -1,4 +1,4 @@
-"""IoU, Dice, accuracy, SEG and the ISBI 2012 errors against other implementations and worked examples."""
+"""Compare IoU, Dice, accuracy, SEG and the ISBI 2012 errors with other implementations and worked examples."""
 
 from types import SimpleNamespace
 
@@ -91,11 +91,11 @@ def test_confusion_matrix_has_true_classes_in_rows():
     assert (confusion(predicted_mask, mask, 3).numpy() == expected).all()
 
 
-def test_metrics_of_absent_classes_and_empty_masks():
+def test_absent_class_has_pooled_iou_nan_and_per_image_iou_1():
     empty, correct, wrong = torch.tensor([[[9, 0], [0, 0]], [[5, 0], [0, 4]], [[8, 1], [0, 0]]])
     logged = metrics_from_confusion(torch.stack([empty, correct, wrong]), ["background", "cell"])
     assert logged["iou/per-image-cell"] == pytest.approx((1 + 1 + 0) / 3)  # neither in the mask nor predicted: 1
-    assert logged["miou/per-image"] == pytest.approx((1 + 1 + (8 / 9 + 0) / 2) / 3)  # of the background alone for empty masks
+    assert logged["miou/per-image"] == pytest.approx((1 + 1 + (8 / 9 + 0) / 2) / 3)  # empty masks: background only
     absent = metrics_from_confusion(torch.tensor([[[3, 1, 0], [0, 4, 0], [0, 0, 0]]]), NAMES)
     assert absent["iou/car"] != absent["iou/car"]  # NaN
     assert absent["miou/pooled"] == pytest.approx((3 / 4 + 4 / 5) / 2)
@@ -138,7 +138,7 @@ def test_two_ranks_with_unequal_numbers_of_images_give_the_same_metrics(metric, 
 
 
 def seg_by_definition(true, predicted):
-    """Compute SEG object by object, by the definition of the challenge."""
+    """Compute SEG for each object, as the challenge defines it."""
     scores = []
     for true_label in np.unique(true[true > 0]):
         reference = true == true_label
@@ -163,14 +163,14 @@ def test_seg_matches_its_definition():
         assert seg_scores(true, predicted) == pytest.approx(seg_by_definition(true, predicted))
 
 
-def test_seg_of_a_worked_example():
+def test_seg_matches_a_worked_example():
     true = np.array([[1, 1, 0, 2], [1, 1, 0, 2], [0, 0, 0, 0], [3, 0, 4, 4]])
     predicted = np.array([[1, 1, 1, 0], [1, 0, 0, 2], [0, 0, 0, 0], [5, 0, 0, 0]])
     assert seg_scores(true, predicted).tolist() == [
         3 / 5,
         0,
         0,
-    ]  # object 2: an overlap of exactly half is no match; object 3 has one pixel
+    ]  # object 2: an overlap of exactly half is not a match; object 3 has only one pixel
     assert seg_scores(true, np.zeros_like(true)).tolist() == [0, 0, 0]
     assert seg_scores(np.zeros_like(true), predicted).tolist() == []
 
@@ -179,7 +179,7 @@ def test_seg_of_a_worked_example():
 
 
 def same_cell(labels):
-    """Return the matrix of pairs of pixels in the same cell; a membrane pixel pairs only with itself."""
+    """Return a matrix that is True for pairs of pixels in the same cell. A membrane pixel pairs only with itself."""
     equal = labels[:, None] == labels
     return np.where((labels == 0)[:, None], np.eye(len(labels), dtype=bool), equal)
 
@@ -193,7 +193,7 @@ def rand_error_by_pairs(truth, prediction):
 
 
 def errors(truth, prediction):
-    """Return the errors at one threshold, of one slice."""
+    """Return the errors of one slice at one threshold."""
     return best_errors(np.array([error_counts(truth, prediction)]))
 
 
@@ -210,7 +210,7 @@ def test_pixel_and_rand_error_match_their_definitions():
 def test_pixels_of_a_missed_cell_count_as_single_cells():
     truth = np.pad(np.ones((4, 4), dtype=bool), 1)
     assert errors(truth, truth)["rand-error"] == 0
-    assert errors(truth, np.zeros_like(truth))["rand-error"] == pytest.approx(1 - 2 * 16 / (16 + 256))  # 16 cells of a pixel
+    assert errors(truth, np.zeros_like(truth))["rand-error"] == pytest.approx(1 - 2 * 16 / (16 + 256))  # 16 cells of one pixel
 
 
 def test_rand_error_pools_the_pairs_of_all_slices():
@@ -273,8 +273,8 @@ def test_warping_keeps_the_topology_and_reduces_the_difference():
         assert (warped != target).sum() < (truth != target).sum()
 
 
-def test_there_are_116_simple_neighborhoods():
-    """The count out of 256 is known from thinning algorithms (Lam, Lee, Suen, 1992)."""
+def test_116_neighborhoods_are_simple():
+    """Of the 256 neighborhoods, 116 are simple (see thinning algorithms: Lam, Lee, Suen, 1992)."""
     assert sum(simple_neighborhoods()) == 116
 
 

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance and MS-SSIM against scipy, skimage and closed forms."""
+"""Compare the sliced Wasserstein distance and MS-SSIM with scipy, skimage and closed forms."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def test_pyramid_reconstructs_its_images(images):
     assert torch.allclose(fine + swd.pyr_up(middle + swd.pyr_up(coarse)), images.double())
 
 
-def test_distance_is_the_mean_of_scipys_distances_over_directions(images, monkeypatch):
+def test_distance_is_the_mean_of_scipy_distances_over_directions(images, monkeypatch):
     monkeypatch.setattr(swd, "DIRECTIONS", 3)
     generated, real = images[:4], images[4:]
     distances = swd.sliced_wasserstein(generated, real)
@@ -98,7 +98,7 @@ def test_ms_ssim_matches_a_direct_computation(images):
     assert ms_ssim(images[:1], images[1:2]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_ms_ssim_is_close_to_torchmetrics_with_other_borders(photos):
+def test_ms_ssim_is_close_to_torchmetrics_despite_different_borders(photos):
     x, y = (read_image(path).expand(3, -1, -1)[None, :, :88, :88].float() for path in sorted(photos.iterdir())[4:6])
     x, y = (torch.nn.functional.interpolate(image, (192, 192), mode="bilinear").round() for image in (x, y))
     reference = multiscale_structural_similarity_index_measure(x, y, data_range=255.0, normalize="relu")

@@ -58,7 +58,7 @@ def test_palette_colors_are_distinct_and_decode_to_their_classes(name):
     assert len({tuple(color) for color in colors.tolist()} | {(0, 0, 0)}) == len(colors) + 1
     mask = np.arange(len(colors)).repeat(4).reshape(-1, 4)
     assert np.array_equal(nearest_class(colorize(mask, colors) / 255, colors), mask)
-    shifted = (colorize(mask, colors).float() + 5).clamp(0, 255) / 255  # not exactly the colors
+    shifted = (colorize(mask, colors).float() + 5).clamp(0, 255) / 255  # close to the palette colors, but not equal
     assert np.array_equal(nearest_class(shifted, colors), mask)
 
 
@@ -146,8 +146,8 @@ def test_preview_shows_translations_and_reconstructions_in_both_directions(tmp_p
 
 
 def test_fcn_scores_in_a_record_match_a_direct_evaluation(workdir, with_real_data):
-    """Resize and segment every photograph of CamVid's val without the code of the callback."""
-    recipe, weights = workdir / "judged.yaml", ROOT / "experiments/methods/deeplab/weights/camvid.safetensors"
+    """Resize and segment every photograph of the CamVid validation split without the code of the callback."""
+    recipe, weights = workdir / "evaluated.yaml", ROOT / "experiments/methods/deeplab/weights/camvid.safetensors"
     settings = find_recipe("cyclegan/camvid").content
     settings["model"]["init_args"] |= {"base_channels": 2, "n_residual_blocks": 0, "total_images": 2}
     settings["data"]["init_args"] |= {"train": "camvid/val", "test": ["camvid/val"], "max_val_images": 1}

@@ -69,7 +69,7 @@ def test_embedded_digits_pass_verify():
 
 @pytest.fixture
 def hosted(photos, tmp_path, monkeypatch):
-    """A dataset of single files on a local HTTP server, its manifest, and an empty data root."""
+    """Yield a dataset of single files on a local HTTP server, with a manifest and an empty data root."""
     monkeypatch.setattr(module, "MANIFESTS", tmp_path)
     monkeypatch.setenv("DARKROOM_DATA", str(tmp_path / "data"))
     lines = []
@@ -116,7 +116,7 @@ def test_verify_reports_changed_missing_truncated_and_unknown_files(hosted, phot
     assert any(truncated.name in problem and "truncated" in problem for problem in problems)
     assert "more.png: not part of hosted" in problems
     assert len(problems) == 4
-    assert download(hosted) == 3  # replaces changed files, fetches missing ones
+    assert download(hosted) == 3  # replaces changed files and downloads missing ones
     assert list(verify(hosted)) == ["more.png: not part of hosted"]
 
 

@@ -23,7 +23,7 @@ def test_ycbcr_to_rgb_inverts_rgb_to_ycbcr(image):
     assert torch.allclose(ycbcr_to_rgb(rgb_to_ycbcr(rgb)), rgb, atol=1e-12)
 
 
-def test_luma_of_gray_images(image):
+def test_luma_keeps_gray_images_and_limits_rgb_images_to_16_to_235(image):
     gray = image[:1]
     equal = gray.expand(3, -1, -1)
     assert torch.equal(luma(gray), gray)

@@ -71,7 +71,7 @@ def test_hflip_flips_half_of_the_images():
     assert 110 < sum(is_flipped) < 190
 
 
-def test_streaming_yields_the_same_batches_as_memory(photos):
+def test_streaming_yields_the_same_batches_as_in_memory_loading(photos):
     options = {"size": 32, "batch_size": 4, "crop": 60}
     in_memory, streamed = (Generation(str(photos), streaming=streaming, **options) for streaming in (False, True))
     for data in (in_memory, streamed):
@@ -107,7 +107,7 @@ def test_unusable_images_raise_or_are_skipped(tmp_path, photos):
         Generation("digits", 28).setup("fit")
 
 
-def test_mnist_reads_idx_files_compressed_or_not(workdir):
+def test_mnist_reads_compressed_and_uncompressed_idx_files(workdir):
     lay_out("mnist")
     images, labels = read_split("mnist/val")
     assert images.shape == (100, 1, 28, 28)

@@ -45,7 +45,7 @@ def test_predict_writes_masks_and_overlays_for_any_size_and_mode(workdir, weight
     """The mask equals the network's prediction for the full image."""
     (workdir / "in/deep").mkdir(parents=True)
     generator = np.random.default_rng(0)
-    Image.fromarray(generator.integers(0, 255, (150, 201, 3), np.uint8)).save(workdir / "in/colour.jpg")
+    Image.fromarray(generator.integers(0, 255, (150, 201, 3), np.uint8)).save(workdir / "in/color.jpg")
     Image.fromarray(generator.integers(0, 255, (7, 3), np.uint8)).save(workdir / "in/deep/tiny.png")
     Image.fromarray(generator.integers(0, 65535, (40, 40), np.uint16)).save(workdir / "in/sixteen.tif")
     arguments = ["predict", "unet/demo", "--input", "in", "--output", "out", "--ckpt", str(weights)]

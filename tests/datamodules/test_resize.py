@@ -23,14 +23,14 @@ def test_uint8_mode_reproduces_published_lr_images(real_data, dataset, scale):
     assert n_different == 0
 
 
-def test_downscaling_matches_torch_antialiased_bicubic_inside():
-    """At the border, torch renormalizes and MATLAB replicates; inside, both antialias with a = -0.5."""
+def test_downscaling_matches_torch_antialiased_bicubic_in_the_interior():
+    """At the border, torch renormalizes weights and MATLAB replicates pixels. Inside, both antialias with a = -0.5."""
     image = torch.rand(2, 1, 60, 90, dtype=torch.float64)
     expected = F.interpolate(image, (20, 30), mode="bicubic", antialias=True)
     assert torch.allclose(imresize(image, (20, 30))[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-12)
 
 
-def test_upscaling_matches_pillow_bicubic_inside():
+def test_upscaling_matches_pillow_bicubic_in_the_interior():
     image = torch.rand(20, 30)
     expected = np.array(Image.fromarray(image.numpy(), mode="F").resize((90, 60), Image.Resampling.BICUBIC))
     actual = imresize(image[None], (60, 90))[0]
@@ -44,7 +44,7 @@ def test_constant_is_preserved_and_border_is_replicated():
     assert torch.allclose(imresize(image, (4, 4)), imresize(padded, (12, 12))[:, 4:8, 4:8], atol=1e-12)
 
 
-def test_floating_point_is_neither_clipped_nor_rounded():
+def test_floating_point_images_are_neither_clipped_nor_rounded():
     edge = torch.zeros(1, 12, 12)
     edge[..., 6:] = 1
     lr = imresize(edge, (4, 4))

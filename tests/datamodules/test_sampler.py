@@ -67,7 +67,7 @@ def test_rank_sampler_yields_every_item_once():
     assert [len(RankSampler(7, rank, 3)) for rank in range(3)] == [3, 2, 2]
 
 
-def test_rank_sampler_gives_ranks_without_an_item_a_duplicate():
+def test_rank_sampler_duplicates_items_for_ranks_without_one():
     assert [list(RankSampler(2, rank, 5)) for rank in range(5)] == [[0], [1], [0], [1], [0]]
     assert list(RankSampler(0, 1, 2)) == []
 

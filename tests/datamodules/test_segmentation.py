@@ -23,7 +23,7 @@ from datamodules.transforms.weight_map import border_weight, class_weights, sepa
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of three images with masks of three classes."""
+    """Return a folder with three images and masks of three classes."""
     generator = np.random.default_rng(0)
     for name in ("a", "b", "deep/c"):
         for subfolder in ("images", "masks"):
@@ -42,7 +42,7 @@ def data_of(folder, **options):
 # Files and validation
 
 
-def test_folder_with_images_and_masks(folder):
+def test_folder_pairs_each_image_with_its_mask(folder):
     masked_images = list_masked_images(str(folder))
     assert [masked_image.image.name for masked_image in masked_images] == ["a", "b", "deep/c"]
     pixels, mask = masked_images[2].read(3)
@@ -124,7 +124,7 @@ def test_frames_without_masks_are_skipped_if_allowed(workdir):
         list_masked_images("phc-u373/train")
 
 
-def test_torchvision_datasets_and_datasets_without_masks(workdir):
+def test_voc_is_read_and_missing_datasets_or_masks_raise(workdir):
     with pytest.raises(DatasetNotFound, match=r"voc/train .*darkroom data get voc"):
         list_masked_images("voc/train")
     with pytest.raises(DatasetNotFound, match=r"cityscapes/val .*manually"):
@@ -258,7 +258,7 @@ def test_streamed_tiles_equal_in_memory_tiles(folder):
 
 
 def test_mask_and_image_are_deformed_equally(tmp_path):
-    """The image is its own mask and remains so after augmentation."""
+    """The image equals its mask before and after augmentation."""
     for subfolder in ("images", "masks"):
         (tmp_path / subfolder).mkdir()
     mask = np.kron(np.random.default_rng(0).integers(0, 2, (12, 12)), np.ones((8, 8))).astype(np.uint8)

@@ -16,7 +16,7 @@ from datamodules.superresolution import SuperResolution
 
 @pytest.fixture
 def folder(photos, tmp_path):
-    """A writable copy of the photographs."""
+    """Return a folder with writable copies of the photographs."""
     for path in photos.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
@@ -57,8 +57,8 @@ def test_holdout_images_are_not_in_training_set(folder):
     assert holdout.isdisjoint(ref.path.name for ref in data._split_train()[0])
 
 
-def test_streaming_yields_the_same_batches_as_memory(folder):
-    """With images of equal size, the image, position and symmetry of each sample agree."""
+def test_streaming_yields_the_same_batches_as_in_memory_loading(folder):
+    """For images of equal size, each sample has the same image, position and symmetry."""
     for path in folder.glob("*.png"):
         Image.open(path).crop((0, 0, 45, 45)).save(path)
     loaders = []
@@ -163,7 +163,7 @@ def test_empty_holdout_raises(folder):
 
 
 def test_loader_workers_ignore_stop_signals(folder):
-    """A scheduler signals the process group; the main process still needs its workers to finish the step."""
+    """A scheduler signals the whole process group. The main process requires its workers to finish the step."""
     data = datamodule(folder, num_workers=2)
     data.setup("fit")
     batches = iter(data.train_dataloader())

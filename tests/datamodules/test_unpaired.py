@@ -12,7 +12,7 @@ from datamodules.unpaired import Unpaired
 
 @pytest.fixture
 def folder(workdir):
-    """Images with distinct values: reddish in domain A, bluish in domain B."""
+    """Return a folder of images with distinct values: reddish in domain A, bluish in domain B."""
     for split, count in (("trainA", 5), ("trainB", 7), ("testA", 2), ("testB", 3)):
         (workdir / "mine" / split).mkdir(parents=True)
         for i in range(count):
@@ -30,7 +30,7 @@ def unpaired(**options):
 
 
 def image_indices(batch):
-    """Index of the image of each sample."""
+    """Return the image index of each sample, for each domain."""
     return {domain: (batch[domain][:, channel, 0, 0] / 10).tolist() for domain, channel in (("A", 2), ("B", 0))}
 
 
@@ -45,7 +45,7 @@ def test_domains_are_shuffled_independently(folder):
         assert all(sorted(pass_) == list(range(count)) for pass_ in passes.tolist())
         assert len({tuple(pass_) for pass_ in passes.tolist()}) > 1
     crops = data.train_crops
-    crops.images_b = crops.images_b[: len(crops.images_a)]  # equal lengths, so that the orders could agree
+    crops.images_b = crops.images_b[: len(crops.images_a)]  # equal lengths, so that equal orders are possible
     batches = [image_indices(batch) for _, batch in zip(range(20), data.train_dataloader(), strict=False)]
     assert sum(batch["A"] == batch["B"] for batch in batches) < 12
 
@@ -113,7 +113,7 @@ def test_eval_items_have_documented_fields(folder):
     assert len(unpaired(max_val_images=1).val_images) == 2
 
 
-def test_texture_splits_are_columns_of_scikit_images_textures():
+def test_texture_splits_are_columns_of_skimage_textures():
     (grass,), (gravel,) = load_domains("textures/grass2gravel/train")
     (test_part,), _ = load_domains("textures/grass2gravel/test")
     original = np.asarray(Image.open(resolve_images("textures/grass")[0]))

@@ -1,4 +1,4 @@
-"""The guide `experiments/methods/README.md`, followed in a copy of the project."""
+"""Follow the guide `experiments/methods/README.md` in a copy of the project."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PACKAGES = ("modules", "datamodules", "callbacks", "experiments", "tests")
 
 
 def block(beginning: str) -> str:
-    """Return the code block of the guide that begins with these words."""
+    """Return the code block of the guide that begins with the given text."""
     blocks = [text for text in re.findall(r"```\w+\n(.*?)```", GUIDE, re.DOTALL) if text.startswith(beginning)]
     assert len(blocks) == 1, beginning
     return blocks[0]
@@ -25,7 +25,7 @@ def block(beginning: str) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the project with the five files of the guide."""
+    """Return a copy of the project with the five files of the guide."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("records", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "Makefile"):
@@ -53,7 +53,7 @@ def run(project: Path, *words: str) -> str:
     return result.stdout
 
 
-def test_guide_adds_a_method(project):
+def test_following_the_guide_adds_a_method(project):
     assert "yours/demo" in run(project, "experiments", "list", "yours")
     short = ["--model.total_images", "1600", "--val_every_images", "800"]
     assert "photographs-val/psnr-y/crop3" in run(project, "experiments", "fit", "yours/demo", "--run", "r", *short)
@@ -75,7 +75,7 @@ def test_method_of_the_guide_passes_the_contract(project):
 
 
 @pytest.mark.parametrize("attribute", re.findall(r"`(\w+)(?:\(log\))?`(?= |,)", GUIDE.partition("| attribute | meaning |")[2]))
-def test_attributes_of_the_contract_exist(attribute):
+def test_attributes_in_the_guide_exist_in_the_contract(attribute):
     if attribute.islower() and attribute not in ("class_path", "init_args", "total_images", "crop", "margin"):
         helpers = "".join(
             path.read_text() for path in [*(ROOT / "tests/tasks").glob("*.py"), *(ROOT / "tests/helpers").glob("*.py")]

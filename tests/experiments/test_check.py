@@ -1,4 +1,4 @@
-"""`darkroom reproduce --check` on a copy of the project with a history of its own and one small record."""
+"""`darkroom reproduce --check` on a copy of the project with a separate git history and one small record."""
 
 import json
 import os
@@ -45,7 +45,7 @@ commit_record(Run(runs_root() / "espcn/small/one"), find_recipe("espcn/small"))
 
 
 class Project:
-    """A copy of the project: its own commits, its own records."""
+    """A copy of the project with separate commits and records."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -89,7 +89,7 @@ def trained(tmp_path_factory):
     trained = project.run(sys.executable, "-c", TRAIN)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     record = read_record(project.record)
-    record["metrics"]["set5"] = record["metrics"]["photographs-test"]  # as if Set5 had been installed then
+    record["metrics"]["set5"] = record["metrics"]["photographs-test"]  # as if Set5 had been installed during training
     write_record(record, project.record)
     project.commit()
     return project
@@ -101,8 +101,8 @@ def project(trained, tmp_path):
     return Project(tmp_path / "darkroom")
 
 
-def test_renaming_is_certified_and_a_changed_constant_is_reported(project, tmp_path):
-    """Both codes evaluate today's weights: the commit that the record was made at has none."""
+def test_renaming_is_certified_and_a_changed_network_is_reported(project, tmp_path):
+    """Both code versions evaluate the current weights, because the commit of the record contains no weights."""
     first = read_record(project.record)
     project.change("modules/tasks/superresolution.py", '{"mse"', '{"squared_error"')
     (tmp_path / "map.yaml").write_text(json.dumps({"names": {"train/mse": "train/squared_error"}}))
@@ -110,21 +110,21 @@ def test_renaming_is_certified_and_a_changed_constant_is_reported(project, tmp_p
     assert status == 0, said
     assert "1 certified" in said
     certified = read_record(project.record)
-    assert certified["certified"]["starts"] == [0, 160]  # the warm-up's end
+    assert certified["certified"]["starts"] == [0, 160]  # the end of the warm-up
     assert certified["certified"]["evaluated"] == "committed weights"
     assert certified["certified"]["absent"] == ["set5"]
     assert "without set5, which is not installed" in said
     assert certified["metrics"] == first["metrics"]
     project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(scale), nn.Hardtanh(0.0, 0.999)")
-    status, said = project.check()  # although the new record is not committed
+    status, said = project.check()  # the check runs although the new record is not committed
     assert status == 1
     assert "the log, from 0 images on: train/squared_error after 4 images was" in said
     assert read_record(project.record) == certified
 
 
 @pytest.mark.slow
-def test_renamed_parameters_are_certified_by_the_weights_of_the_replay(project, tmp_path):
-    (project.folder / "experiments/methods/espcn/weights/small.safetensors").unlink()  # whose names are the old ones
+def test_renamed_parameters_are_certified_with_weights_of_the_replay(project, tmp_path):
+    (project.folder / "experiments/methods/espcn/weights/small.safetensors").unlink()  # its parameters have the old names
     project.change("modules/espcn.py", "self.network", "self.layers")
     project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(1 * scale)")
     (tmp_path / "map.yaml").write_text(json.dumps({"weights": {"network": "layers"}}))
@@ -136,7 +136,7 @@ def test_renamed_parameters_are_certified_by_the_weights_of_the_replay(project, 
 
 
 @pytest.mark.slow
-def test_renamed_loss_differs_without_the_map(project):
+def test_renamed_loss_is_reported_without_the_map(project):
     project.change("modules/tasks/superresolution.py", '{"mse"', '{"squared_error"')
     status, said = project.check()
     assert status == 1
@@ -157,12 +157,12 @@ def test_changed_metric_or_later_stage_is_reported(project):
 def test_failed_records_are_named_and_the_check_continues(project):
     records, method = project.record.parent, project.folder / "experiments/methods/espcn"
     record = read_record(project.record)
-    # Of other weights.
+    # A record of other weights.
     shutil.copy(method / "recipes/small.yaml", method / "recipes/other.yaml")
     write_record({**record, "recipe": "espcn/other"}, records / "other-seed0.json")
     weights = load_file(method / "weights/small.safetensors")
     save_file({name: tensor * 1.0001 for name, tensor in weights.items()}, method / "weights/other.safetensors")
-    # With a figure changed, and its checksum too.
+    # A record with a changed value and a matching checksum.
     result = record["metrics"]["photographs-test"]["psnr-y/crop3"]
     for name in result["images"]:
         result["images"][name] += 0.5
@@ -200,7 +200,7 @@ def test_check_rejects_a_modified_checkout(project, monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "expected"), [("vae/demo", True), ("dcgan/mnist", True), ("cyclegan/camvid", False), ("espcn/t91_x3", False)]
 )
-def test_evaluation_of_a_replay_is_limited_where_the_first_batches_represent_all(recipe, expected, tmp_path):
+def test_replay_limits_the_evaluation_only_with_large_batches(recipe, expected, tmp_path):
     assert has_large_batches(Code(ROOT, find_recipe(recipe).path, tmp_path, Renames())) == expected
 
 

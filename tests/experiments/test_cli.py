@@ -1,4 +1,4 @@
-"""The darkroom command end to end: fast help, one-line errors, runs, weights."""
+"""End-to-end tests of the darkroom command: fast help, one-line errors, runs and weights."""
 
 import json
 import pickle
@@ -189,7 +189,7 @@ def test_fit_writes_run_folder(workdir, recipe):
     assert record["peak_memory_mib"] > 100
 
 
-def test_config_of_a_run_repeats_the_run(workdir, recipe):
+def test_fit_with_the_config_of_a_run_repeats_the_run(workdir, recipe):
     assert forked(main, ["fit", str(recipe), "--run", "one", "--model.activation", "relu", "--data.test", "[]"]) == 0
     assert forked(main, ["fit", str(workdir / "runs/tiny/one/config.yaml"), "--run", "two"]) == 0
     one, two = (
@@ -220,7 +220,7 @@ def test_resume_uses_overrides_of_the_command_line(workdir, recipe):
     rates = {int(row.split(",")[1]): float(row.split(",")[3]) for row in rows if "learning_rate" in row}
     assert max(rates) == 80
     assert rates[64] <= 0.001
-    assert min(rates) == 4  # values logged before the checkpoint are still there
+    assert min(rates) == 4  # values logged before the checkpoint are kept
 
 
 @pytest.mark.parametrize(
@@ -335,8 +335,10 @@ def test_bench_counts_flops_of_alternating_networks(workdir, capfd):
     results = json.loads(capfd.readouterr().out)
     for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", "share_of_peak", "samples_per_second"):
         assert results[name] > 0
-    # Multiply-adds of a step: G forward and backward (no gradient of its input), D on reals and fakes likewise, and D on fakes
-    # for G without gradients of its weights; 2 operations for each, batch size 100.
+    # Multiply-adds of a step, of 2 operations each, for a batch size of 100:
+    # - G, forward and backward, without the gradient of its input;
+    # - D, forward and backward on real images and on fakes, without the gradient of its input;
+    # - D in the update of G, forward and backward on fakes, without the gradients of its weights.
     generator = 400 * (100 + 400 + 784)
     discriminator = 400 * (784 + 80) + 80
     first_layers = 400 * 100, 400 * 784

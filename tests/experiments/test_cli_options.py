@@ -65,7 +65,7 @@ def test_invalid_value_prints_one_line(workdir, capfd, overrides, message):
 
 
 @pytest.mark.parametrize("name", DISTINCT_RECIPES)
-def test_help_lists_every_key_with_the_recipes_value(workdir, monkeypatch, capfd, name):
+def test_help_lists_every_key_with_the_value_of_the_recipe(workdir, monkeypatch, capfd, name):
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks
     assert forked(main, ["fit", name, "--help"]) == 0
     text = " ".join(capfd.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""Fingerprints of recipes and of code: what calls for a check of a record."""
+"""Fingerprints of recipes and of code. If a fingerprint changes, its record must be checked."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
 from experiments.run.recipes import find_recipe
 
 
-def test_recipe_fingerprint_covers_the_training(tmp_path):
+def test_recipe_fingerprint_depends_on_training_but_not_on_test_sets(tmp_path):
     recipe = find_recipe("espcn/t91_x3")
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe.content, sort_keys=True))
     assert recipe_fingerprint(find_recipe(str(tmp_path / "a.yaml"))) == recipe_fingerprint(recipe)
@@ -57,15 +57,15 @@ SAME = {
     "comments, types and docstrings": BEFORE.replace('"""Adds."""', '"""Add."""  # up').replace(
         "image, size):", "image: int, size: int) -> int:", 1
     ),
-    "an error's text": BEFORE.replace("is too small", "must be at least 1"),
+    "an error message": BEFORE.replace("is too small", "must be at least 1"),
     "names": BEFORE.replace("image", "picture").replace("mean,", "m,").replace("* mean", "* m").replace("def f", "def g"),
-    "an import's name": BEFORE.replace("import relu", "import relu as rectify").replace("relu(gain", "rectify(gain"),
+    "an import alias": BEFORE.replace("import relu", "import relu as rectify").replace("relu(gain", "rectify(gain"),
 }
 OTHER = {
     "a sign": BEFORE.replace("- std", "+ std"),
-    "a library's function": BEFORE.replace("image.mean()", "image.median()"),
-    "a library's function under the same name": BEFORE.replace("import relu", "import silu as relu"),
-    "two of them exchanged": BEFORE.replace("image.mean(), image.std()", "image.std(), image.mean()"),
+    "a library function": BEFORE.replace("image.mean()", "image.median()"),
+    "another library function with the same name": BEFORE.replace("import relu", "import silu as relu"),
+    "two library functions exchanged": BEFORE.replace("image.mean(), image.std()", "image.std(), image.mean()"),
     "a function of another file": BEFORE.replace("gain(image", "loss(image"),
     "an attribute of another file": BEFORE.replace("self.scale", "self.width"),
     "another parameter": BEFORE.replace("by=size", "power=size"),
@@ -77,7 +77,7 @@ OTHER = {
 
 @pytest.fixture
 def hash_of(tmp_path, monkeypatch):
-    """The hash of a small module that imports another, in a project of its own."""
+    """Return a function that computes the hash of a small module with an import, in a temporary project."""
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     (tmp_path / "modules").mkdir()
 
@@ -90,13 +90,13 @@ def hash_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_fingerprint_ignores(hash_of, change):
+def test_fingerprint_ignores_equivalent_changes(hash_of, change):
     assert SAME[change] != BEFORE
     assert hash_of(SAME[change]) == hash_of(BEFORE)
 
 
 @pytest.mark.parametrize("change", OTHER)
-def test_fingerprint_detects(hash_of, change):
+def test_fingerprint_detects_relevant_changes(hash_of, change):
     assert OTHER[change] != BEFORE
     assert hash_of(OTHER[change]) != hash_of(BEFORE)
 
@@ -133,9 +133,9 @@ def test_fingerprint_depends_on_imported_code_but_not_on_its_location(hash_of):
             "my_parts.net.Net",
         ),
     ],
-    ids=["file", "package", "folder without __init__", "passed on", "relative"],
+    ids=["file", "package", "folder without __init__", "re-exported", "relative import"],
 )
-def test_fingerprint_detects_changes_of_a_users_class(tmp_path, monkeypatch, files, class_path):
+def test_fingerprint_detects_changes_in_a_user_class(tmp_path, monkeypatch, files, class_path):
     monkeypatch.syspath_prepend(tmp_path)
     content = find_recipe("espcn/demo").content
     content["model"]["class_path"] = class_path
@@ -152,7 +152,7 @@ def test_fingerprint_detects_changes_of_a_users_class(tmp_path, monkeypatch, fil
     assert hashes[0]["metrics"] == hashes[1]["metrics"]
 
 
-def test_attributes_that_libraries_have_too_keep_their_names():
+def test_shared_contains_all_attributes_of_library_types():
     from numpy import ndarray
     from torch import Tensor, nn, optim
 

@@ -43,7 +43,7 @@ def test_interpolation_starts_and_ends_at_its_samples(workdir, ckpt):
         assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) <= 1
 
 
-def test_arithmetic_subtracting_a_concept_from_itself_leaves_the_other(workdir, ckpt):
+def test_arithmetic_returns_the_other_concept_if_plus_and_minus_cancel(workdir, ckpt):
     argv = ["arithmetic", "dcgan/demo", "--ckpt", ckpt, "--plus", "1", "--minus", "1", "--plus", "5", "--output", "sum.png"]
     assert forked(main, argv) == 0
     image = Image.open(workdir / "sum.png").convert("L")
@@ -53,7 +53,7 @@ def test_arithmetic_subtracting_a_concept_from_itself_leaves_the_other(workdir, 
 
 
 def save_untrained_vae(path):
-    """Save the weights of an untrained network of vae/demo, and return it."""
+    """Save the weights of an untrained network of vae/demo, and return the network."""
     torch.manual_seed(0)
     method = VAE(hidden_dims=[256, 128], latent_size=2, activation="relu").eval()
     torch.save({"state_dict": method.state_dict()}, path)
@@ -69,7 +69,7 @@ def digits_test_images():
     return binarize(read_split("digits/test")[0].float() / 255, 0, "binarise/digits-test", 0)
 
 
-def test_reconstructions_are_below_the_images(workdir):
+def test_reconstruct_places_reconstructions_below_the_images(workdir):
     method = save_untrained_vae(workdir / "vae.ckpt")
     argv = ["reconstruct", "vae/demo", "--ckpt", "vae.ckpt", "--indices", "7", "300", "--output", "rows.png"]
     assert forked(main, argv) == 0
@@ -98,7 +98,7 @@ def save_untrained_denoiser(folder):
 
 
 def test_retrieve_matches_scipy_nearest_neighbors(workdir, capfd):
-    """Compare with scipy on codes computed in the test; the frame color shows whether the digit is the same."""
+    """The reference is scipy on codes that the test computes. A green frame marks a neighbor of the query's class."""
     method = save_untrained_vae(workdir / "vae.ckpt")
     argv = ["retrieve", "vae/demo", "--ckpt", "vae.ckpt", "--indices", "4", "20", "--k", "3", "--output", "grid.png"]
     assert forked(main, argv) == 0

@@ -12,7 +12,7 @@ from tests.helpers.subprocess_helpers import forked
 
 @pytest.fixture(scope="module")
 def user_images(tmp_path_factory, photos):
-    """Images of several modes and sizes, in a folder and a sub-folder."""
+    """Return a folder of images in several modes and sizes, with a subfolder."""
     folder = tmp_path_factory.mktemp("user_images")
     rgb = Image.open(sorted(photos.glob("astronaut*.png"))[0]).convert("RGB")
     rgb.save(folder / "color.jpg")

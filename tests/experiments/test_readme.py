@@ -1,4 +1,4 @@
-"""Every command of the README runs; trainings are shortened."""
+"""Run every command of the README, with shortened training."""
 
 import re
 import shlex
@@ -45,7 +45,7 @@ def test_readme_command_runs(command, workdir, capfd):
 
 @pytest.mark.parametrize("command", re.findall(r"^(?:darkroom|TORCH_\w+=1 torchrun) .*", CLUSTERS, re.MULTILINE))
 def test_cluster_command_is_valid(command, workdir, capfd):
-    """Only parsed; test_preemption and test_fsdp run them with processes of this machine."""
+    """The command is only parsed. `test_preemption` and `test_fsdp` run such commands with local processes."""
     (workdir / "sweeps").symlink_to(ROOT / "sweeps")
     argv = shlex.split(command)
     if argv[1] == "torchrun":

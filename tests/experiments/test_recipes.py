@@ -46,7 +46,7 @@ def build(recipe):
 
 
 def assert_losses_are_documented(recipe, folder):
-    """The page of a method explains every loss and learning rate in the log of a run."""
+    """Assert that the page of the method documents every loss and learning rate in the log of a run."""
     page = (METHODS / recipe.name.partition("/")[0] / "README.md").read_text()
     logged = {row["name"] for row in read_metrics_csv(folder / "metrics.csv")}
     training = {name for name in logged if name.startswith(("train/", "learning_rate"))}
@@ -54,12 +54,12 @@ def assert_losses_are_documented(recipe, folder):
     assert not [name for name in training if f"`{name}`" not in page]
 
 
-# The tests below train the networks of these at their full size.
+# The tests below train the networks of these recipes at full size.
 TRAINED_IN_FULL = [recipe for recipe in TRAINED if datamodule_of(recipe) in ("SuperResolution", "Reconstruction")]
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED_IN_FULL], ids=name_of)
-def test_recipe_is_built_in_full(recipe, workdir):
+def test_recipe_is_built_at_full_size(recipe, workdir):
     assert forked(build, recipe) == 0
 
 
@@ -94,7 +94,7 @@ def test_super_resolution_recipe_trains_a_few_steps(recipe, workdir):
 
 @pytest.fixture(scope="session")
 def torch_home(tmp_path_factory):
-    """A torch cache folder with random weights of Inception."""
+    """Return a torch cache folder with random weights of Inception."""
     home = tmp_path_factory.mktemp("torch")
     (home / "hub/checkpoints").mkdir(parents=True)
     torch.save(inception_weights(), home / "hub/checkpoints" / Inception.url.rpartition("/")[2])
@@ -200,7 +200,7 @@ def test_translation_recipe_trains_a_few_steps(recipe, workdir):
     ]
     overrides += ["--model.crop", "32", "--data.crop", "32"]
     overrides += [] if data.get("resize", 286) is None else ["--data.resize", "36"]
-    if len(recipe.content["trainer"]["callbacks"]) > 1:  # these need weights of a segmenter or of Inception
+    if len(recipe.content["trainer"]["callbacks"]) > 1:  # other callbacks require weights of a segmenter or of Inception
         overrides += ["--data.test", "[]"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"
@@ -216,7 +216,7 @@ def test_recipe_without_training_is_evaluated(recipe, workdir):
     assert (workdir / "record.json").exists()
 
 
-def test_every_method_has_a_page_and_every_trained_one_a_demo():
+def test_every_method_has_a_page_and_every_trained_method_has_a_demo():
     for method in {recipe.name.partition("/")[0] for recipe in ALL}:
         method_recipes = [recipe for recipe in ALL if recipe.name.startswith(f"{method}/")]
         assert (method_recipes[0].path.parent.parent / "README.md").exists()

@@ -1,4 +1,4 @@
-"""Records, the tables rendered from them, and the runs that are missing."""
+"""Records, the tables rendered from them, and missing runs."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_every_committed_record_is_valid_and_belongs_to_its_current_recipe(path)
     assert record["certified"]["commit"]
 
 
-def test_cells_as_json(capsys):
+def test_json_option_prints_the_cells(capsys):
     assert main(["reproduce", "espcn", "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)
     keys = {"table", "row", "dataset", "metric", "paper", "ours", "state", "checked", "record"}
@@ -54,7 +54,7 @@ def test_cells_as_json(capsys):
     assert bicubic["record"] == ["experiments/methods/bicubic/records/x3-seed0.json"]
 
 
-# What a record is refused for
+# Invalid records
 
 
 def a_record(recipe="bicubic/x3", **changes):
@@ -76,7 +76,7 @@ def test_record_with_a_changed_value_is_rejected(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '"word"', "\x00", "[" * 100_000, '{"checksum": "x", "a": "\\ud800"}', '{"checksum": "x", "a": NaN}'],
-    ids=["empty", "cut", "list", "word", "zero", "deep", "half a letter", "NaN"],
+    ids=["empty", "truncated", "list", "string", "null byte", "deep nesting", "lone surrogate", "NaN"],
 )
 def test_invalid_record_file_is_named(tmp_path, text):
     path = tmp_path / "record.json"
@@ -119,7 +119,7 @@ def test_means_are_compared_at_their_stored_precision():
 
 @pytest.fixture
 def method_folder(tmp_path, monkeypatch):
-    """A copy of the methods' folder, whose files a test may break."""
+    """Return a copy of the folder of methods, which a test may modify."""
     copy = tmp_path / "methods"
     for name in ("bicubic", "espcn", "srcnn"):
         shutil.copytree(METHODS / name, copy / name)
@@ -158,7 +158,7 @@ def test_pages_follow_one_plan(method):
 
 @pytest.fixture
 def one_row(monkeypatch):
-    """A table of one row and its record, with room for changes."""
+    """Return a function that creates a table cell from a record with the given changes."""
 
     def cell(paper, row=None, dataset="set5", **changes):
         record = {**a_record(**changes), "file": "a.json"}
@@ -169,10 +169,10 @@ def one_row(monkeypatch):
     return cell
 
 
-def test_cell_states(one_row):
+def test_cell_state_follows_the_difference_from_the_paper(one_row):
     assert one_row(30.0)["state"] == "reproduced"
     assert one_row(29.5)["state"] == "reproduced"  # better than the paper
-    assert one_row(29.5, {"exact": True})["state"] == "over by 0.50"  # but not where nothing is trained
+    assert one_row(29.5, {"exact": True})["state"] == "over by 0.50"  # but exact rows must match the paper
     assert one_row(30.55)["state"] == "short by 0.55"
     assert one_row(30.0, commit="abcdef0+")["state"] == "reproduced, made in a modified checkout"
     assert one_row(31.0, dataset="set5/bird")["ours"] == 31.0
@@ -180,7 +180,7 @@ def test_cell_states(one_row):
 
 
 @pytest.mark.parametrize("method", ["espcn", "cyclegan"])
-def test_cells_that_were_not_run_are_one_line_per_reason(method):
+def test_cells_without_runs_are_listed_in_one_line_per_reason(method):
     lines = tables.render(method).splitlines()
     assert not [line for line in lines if line.startswith("| ") and "not run" in line]
     for cell in tables.cells(method):
@@ -236,7 +236,7 @@ def test_average_is_weighted_by_images():
     assert tables.record_value(record, "average", "m", {"a": 1, "c": 3}) is None
 
 
-# Running what is missing
+# Missing runs
 
 
 def a_run(tmp_path, **changes):
@@ -259,8 +259,8 @@ def test_run_without_evaluation_is_not_committed(tmp_path):
         reproduce.commit_record(Run(tmp_path), find_recipe("espcn/t91_x3"))
 
 
-def test_reproduce_runs_available_recipes_and_reports_the_others(workdir, monkeypatch, capfd):
-    """Without data, nothing of the paper's is feasible; current records stay as they are."""
+def test_reproduce_skips_recipes_without_data_and_reports_them(workdir, monkeypatch, capfd):
+    """Without data, the recipes of the paper cannot run. Current records remain unchanged."""
     before = {path: path.read_bytes() for path in FILES}
     assert forked(main, ["reproduce", "espcn", "--run", "--only", "espcn/imagenet_x3"]) == 0
     assert "espcn/imagenet_x3: skipped, not installed: imagenet" in capfd.readouterr().out
@@ -269,7 +269,7 @@ def test_reproduce_runs_available_recipes_and_reports_the_others(workdir, monkey
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
 def test_missing_inputs_exclude_embedded_datasets(recipe, workdir):
-    """Whatever the kind of its data: a set, a split, two domains, photographs with masks."""
+    """Recipes use all kinds of data: datasets, splits, pairs of domains, and photographs with masks."""
     data = recipe.content["data"].get("init_args", {})
     sets = {data[key].partition("/")[0] for key in ("train", "val") if data.get(key)} or {
         name.partition("/")[0] for name in data.get("test", [])
@@ -279,11 +279,11 @@ def test_missing_inputs_exclude_embedded_datasets(recipe, workdir):
 
 
 def test_newly_installed_test_sets_are_added_to_the_record(workdir, monkeypatch):
-    """bicubic/x3's record without its embedded photographs gets them, and keeps what cannot be evaluated here."""
+    """Embedded photographs are added to a record of bicubic/x3 that lacks them. The other results are kept."""
     recipe = find_recipe("bicubic/x3")
     path = workdir / "record.json"
     record = read_record(METHODS / "bicubic/records/x3-seed0.json")
-    record["code"] = code_fingerprint(recipe)  # whether or not a check is due
+    record["code"] = code_fingerprint(recipe)  # the record is current, even if a check is due
     photographs = record["metrics"].pop("photographs-test")
     write_record(record, path)
     monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: path)
@@ -293,12 +293,12 @@ def test_newly_installed_test_sets_are_added_to_the_record(workdir, monkeypatch)
     reproduce.run_recipe(recipe, seeds=1)
     renewed = read_record(path)["metrics"]
     assert renewed["photographs-test"].keys() == photographs.keys()
-    for protocol, result in photographs.items():  # another processor rounds otherwise
+    for protocol, result in photographs.items():  # rounding differs between processors
         assert renewed["photographs-test"][protocol]["images"] == pytest.approx(result["images"], rel=3e-6)
     assert renewed["set5"] == record["metrics"]["set5"]
 
 
-def test_interrupted_reproduction_exits_like_its_run(workdir, photos, monkeypatch, capfd):
+def test_interrupted_reproduce_exits_with_the_status_of_its_run(workdir, photos, monkeypatch, capfd):
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = write_recipe(workdir / "tiny.yaml", photos, model)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -312,7 +312,7 @@ def test_interrupted_reproduction_exits_like_its_run(workdir, photos, monkeypatc
 
 @pytest.fixture
 def resumed(workdir, photos, three_photos, monkeypatch):
-    """A finished, evaluated run whose first segment was another code's, by its record."""
+    """Return a finished, evaluated run and its recipe. The record lists other code for the first segment."""
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = find_recipe(str(write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)])))
     assert forked(main, ["fit", str(recipe.path), "--run", "long"]) == 0
@@ -343,7 +343,7 @@ def test_run_of_other_code_is_not_committed_if_its_first_steps_differ(workdir, r
     assert not (workdir / "kept").exists()
 
 
-def test_reproduce_only_names_rows(capsys):
+def test_only_option_rejects_recipes_without_a_row(capsys):
     assert main(["reproduce", "espcn", "--run", "--only", "espcn/demo"]) == 2
     assert "no row of espcn's tables uses 'espcn/demo'" in capsys.readouterr().err
 
@@ -361,13 +361,13 @@ def test_reproduce_only_names_rows(capsys):
         (["espcn", "--check", "--renames", "nowhere.yaml"], "--renames nowhere.yaml: "),
     ],
 )
-def test_reproduce_refuses(capsys, workdir, words, reason):
+def test_invalid_reproduce_arguments_are_refused(capsys, workdir, words, reason):
     assert main(["reproduce", *words]) == 2
     assert reason in capsys.readouterr().err
 
 
 def test_committed_weights_give_the_recorded_values(with_real_data, tmp_path, monkeypatch):
-    """The weights that come with the project measure what the table says, on this machine too."""
+    """On this machine, the committed weights give the value in the table."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_RUNS", str(tmp_path / "runs"))
     words = ["test", "espcn/t91_x3", "--record", "record.json", "--data.test", "[set5]"]

@@ -1,4 +1,4 @@
-"""`darkroom scaling`: counted gradient bytes against the bytes sent, estimates, and the rendered page."""
+"""`darkroom scaling`: computed gradient bytes compared with the bytes sent, time estimates, and the rendered page."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.tasks.generation import write_generative_recipe
 
 
 def fit_and_log_all_reduce(recipe):
-    """Train, and write the size in bytes and the kind of each all-reduced tensor to a JSON file."""
+    """Train, and write the size in bytes of each all-reduced tensor, and whether it is floating point, to a JSON file."""
     sent, all_reduce = [], dist.all_reduce
 
     def logged(tensor, *args, **kwargs):

@@ -36,7 +36,7 @@ SEARCHES = sorted((ROOT / "sweeps").glob("*.yaml"))
 @pytest.mark.usefixtures("workdir")
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_bundled_searches_are_valid_for_wandb(path):
-    """Validate with W&B's published schema, and with its agent's conversion of parameters to a command line."""
+    """Validate with the published schema of W&B, and convert parameters to a command line as the W&B agent does."""
     content = yaml.safe_load(path.read_text())
     schema = package_distribution("sweeps").locate_file("sweeps/config/schema.json")
     jsonschema.validate(content, json.loads(Path(schema).read_text()))
@@ -135,7 +135,7 @@ def test_bundled_search_completes_a_trial_with_its_metric(path, workdir):
     search = read_search(path, [])
     for name in {search.recipe.content["data"]["init_args"][key] for key in ("train", "val")}:
         lay_out(name)
-    if path.stem == "vae":  # its file sets the budget
+    if path.stem == "vae":  # its search file sets the number of images
         path = workdir / "vae.yaml"
         path.write_text((ROOT / "sweeps/vae.yaml").read_text().replace("200000", "200").replace("50000", "100"))
     assert forked(main, ["sweep", str(path), "--n-trials", "1", *SHRUNK[path.stem]]) == 0

@@ -29,7 +29,7 @@ from tests.helpers.subprocess_helpers import forked, started
     "storage", [None, pytest.param("sqlite:///{}/trials.db", marks=pytest.mark.slow)], ids=["journal", "sql"]
 )
 def test_killed_worker_is_replaced_and_its_run_resumed(workdir, photos, storage):
-    """SIGKILL also ends the worker's trial; the other worker, or the next one to start, resumes its run."""
+    """SIGKILL also ends the worker's trial. The other worker, or the next worker that starts, resumes the run."""
     write_search(workdir, photos, parameters={"model.learning_rate": {"values": [1e-2, 1e-3]}})
     argv = ["sweep", "search.yaml", "--model.total_images", "2400", "--val_every_images", "400"]
     argv += ["--storage", storage.format(workdir)] if storage else []
@@ -38,7 +38,7 @@ def test_killed_worker_is_replaced_and_its_run_resumed(workdir, photos, storage)
     wait_for(lambda: len(list((workdir / "runs/tiny").glob("search-*/checkpoints/last.ckpt"))) == 2)
     workers[0].kill()
     workers[1].join(timeout=280)
-    if "is requeued" not in outputs[1].read_text():  # it had finished before the other worker's heartbeat was stale
+    if "is requeued" not in outputs[1].read_text():  # it finished before the heartbeat of the killed worker was stale
         time.sleep(STALE_S + 1)
         assert forked(fast_worker, argv) == 0
     trials = trials_of(workdir)
@@ -74,7 +74,7 @@ def test_stopped_worker_requeues_its_trial_and_resumes_bit_identically(workdir, 
     if stop == "signal":
         worker.terminate()
     else:
-        os.killpg(worker.pid, signal.SIGINT)  # like a terminal: to the worker and its trial
+        os.killpg(worker.pid, signal.SIGINT)  # to the worker and its trial, as from a terminal
     worker.join(timeout=120)
     assert worker.exitcode == 85
     assert "is requeued" in output.read_text()
@@ -102,7 +102,7 @@ def test_hyperband_prunes_the_worse_trial(workdir, photos):
 
 
 def test_trial_with_two_processes_has_one_run(workdir, photos):
-    """The second process trains in the first one's run."""
+    """The second process trains in the run of the first process."""
     path = write_search(workdir, photos, parameters={"model.learning_rate": {"values": [1e-2]}})
     assert forked(main, ["sweep", str(path), "--trainer.devices", "2", "--trainer.strategy", "ddp"]) == 0
     (trial,) = trials_of(workdir)

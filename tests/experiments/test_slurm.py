@@ -1,6 +1,6 @@
 """SLURM batch files, and bit-identical results of a job that is preempted and requeued.
 
-One test uses a real scheduler if there is one; the others use fake SLURM commands.
+One test uses a real scheduler if it is available. The other tests use fake SLURM commands.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.helpers.search_helpers import wait_for, write_search
 from tests.helpers.subprocess_helpers import forked
 
 FAKE_COMMANDS = {
-    # The job's processes get SLURM's environment variables; a second `sbatch` of the same file runs the requeued job.
+    # The processes of a job get SLURM's environment variables. A second `sbatch` of the same file runs the requeued job.
     "sbatch": 'echo 77; SLURM_JOB_ID=77 SLURM_JOB_NAME=darkroom setsid bash "${@: -1}" >> job.log 2>&1 &',
     "srun": "export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NODELIST=here SLURM_STEP_ID=0\n"
     'exec "$@"',
@@ -53,7 +53,7 @@ def directives(text):
     return dict(re.findall(r"#SBATCH --([\w-]+)=?(.*)", text))
 
 
-def test_batch_file_for_four_nodes(workdir, capfd):
+def test_batch_file_requests_four_nodes_and_their_resources(workdir, capfd):
     argv = ["espcn/t91_x3", "--nodes", "4", "--gpus", "8", "--cores", "6", "--sbatch=--partition=a100", "--run", "x"]
     text = dry_run(capfd, *argv, "--trainer.precision", "bf16-mixed")
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
@@ -123,7 +123,7 @@ def test_preempted_job_is_requeued_and_resumes_bit_identically(fake_slurm, workd
     wait_for(lambda: (workdir / "scontrol.log").exists())
     assert (workdir / "scontrol.log").read_text() == "requeue 77\n"
     assert not (run / "record.json").exists()
-    assert not list(run.rglob("hpc_ckpt*"))  # Lightning's own checkpoint, saved within a step
+    assert not list(run.rglob("hpc_ckpt*"))  # the checkpoint that Lightning saves within a step
     subprocess.run(["sbatch", str(batch)], check=True)
     wait_for((run / "record.json").exists)
     assert forked(main, ["fit", "tiny.yaml", "--run", "uninterrupted", *overrides]) == 0

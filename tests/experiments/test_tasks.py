@@ -1,4 +1,4 @@
-"""A task that is added from outside, by one object in the registry."""
+"""Add an external task with one object in the registry."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def main_with_task(argv: list[str]) -> int:
     return main(argv)
 
 
-def test_external_task_predicts(workdir, photos, capfd):
+def test_predict_uses_an_external_task(workdir, photos, capfd):
     data = {"class_path": "tests.modules.test_step_features.RaggedCrops", "init_args": {"batch_size": 4}}
     metric = {"class_path": "tests.modules.test_step_features.MeanError"}
     recipe = write_yaml(workdir / "tiny.yaml", test_step_features.TestMeanRegression.model, data, [metric])

@@ -54,7 +54,7 @@ class DeterministicSMPSegmenter(SMPSegmenter):
                     setattr(layer, name, nn.GroupNorm(4, child.num_features))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Duplicate a single image, which the base class rejects because of its batch statistics."""
+        """Duplicate a single image. The base class rejects single images because of the batch statistics."""
         return super().forward(image) if len(image) > 1 else super().forward(torch.cat([image, image]))[:1]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from datamodules.catalog.masked_images import list_masked_images
 
 
 def lay_out(name: str) -> None:
-    """Write small real images in place of the files of a dataset, once for all its splits."""
+    """Write small images in place of the files of a dataset, once for all splits."""
     dataset = get_dataset(name.partition("/")[0])
     if dataset.source != "embedded":
         _write(dataset.name, dataset.path)
@@ -53,7 +53,10 @@ def seven_crops() -> list[Image.Image]:
 
 
 def _write_masked_images(dataset: CatalogEntry) -> None:
-    """Write three images of coins per split, with masks of the dataset's values; two for sets that torchvision reads."""
+    """Write crops of the coins image, and masks with the values of the dataset.
+
+    Datasets in `PAIRS` get two images. The others get the expected number of images, or three for each pattern.
+    """
     sample = list_masked_images("coins")[0].load(1)
     values = list(dataset.masks.get("value_map", range(len(dataset.masks["classes"]))))
     values = values if not dataset.masks.get("instances") else list(range(40))

@@ -1,4 +1,4 @@
-"""What the server of `tests/helpers/subprocess_helpers.py` does once for all runs: import modules, and hash the code."""
+"""Import modules and hash the code once for all runs, in the server of `tests/helpers/subprocess_helpers.py`."""
 
 import gc
 import importlib

@@ -1,4 +1,4 @@
-"""Tests that every method must pass, inherited by its test class."""
+"""Tests that every method must pass. The test class of a method inherits them."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ def checkpoint(workdir: Path, recipe: Path, run: str, name: str = "last") -> dic
 
 
 def assert_equal(left: Any, right: Any, where: str = "") -> None:
-    """Assert bitwise equality, through nested containers."""
+    """Assert bitwise equality of nested containers."""
     assert type(left) is type(right), where
     if isinstance(left, torch.Tensor):
         assert torch.equal(left, right), where
@@ -53,7 +53,7 @@ def instantiate(entry: dict[str, Any]) -> Any:
 
 
 def staged(batches: Iterator[Batch], plan: StagePlan, optimizers: dict[str, Any]) -> Iterator[Batch]:
-    """Seed torch for each step, and reset the optimizers where a stage asks for it, as `Method` does."""
+    """Seed torch for each step, and reset the optimizers at the start of stages that require it, as `Method` does."""
     position = 0
     for batch in batches:
         torch.manual_seed(derive_seed(0, f"step/{position}/0"))
@@ -65,7 +65,7 @@ def staged(batches: Iterator[Batch], plan: StagePlan, optimizers: dict[str, Any]
 
 
 class Contract(ABC):
-    """Tests of a method. Subclasses set `model` and a fixture `recipe`: 15 steps of 4 samples, validation every 5 steps."""
+    """Tests of a method. Subclasses define `model` and a fixture `recipe`: 15 steps of 4 samples, validation every 5 steps."""
 
     model: ClassVar[dict[str, Any]]
     deterministic_model: ClassVar[str]  # class of tests/helpers/deterministic_variants.py, or the model itself
@@ -84,7 +84,7 @@ class Contract(ABC):
     def assert_same_run(self, workdir: Path, recipe: Path, one: str, other: str) -> None:
         for name in ("last", "best"):
             left, right = (checkpoint(workdir, recipe, run, name) for run in (one, other))
-            for key in left.keys() - {"callbacks", "loops"}:  # wall times
+            for key in left.keys() - {"callbacks", "loops"}:  # these contain wall times
                 assert_equal(left[key], right[key], key)
         logs = [read_metrics_csv(workdir / "runs" / recipe.stem / run / "metrics.csv") for run in (one, other)]
         assert len(logs[0]) > 6
@@ -101,7 +101,7 @@ class Contract(ABC):
             pytest.param("SIGINT@20@0", 0, 1, id="interrupted at the first validation", marks=pytest.mark.slow),
         ],
     )
-    def test_resumed_run_equals_the_uninterrupted_one(self, workdir, recipe, monkeypatch, signal_at, workers, log_every):
+    def test_resumed_run_equals_the_uninterrupted_run(self, workdir, recipe, monkeypatch, signal_at, workers, log_every):
         settings = [f"--data.num_workers={workers}", f"--trainer.log_every_n_steps={log_every}"]
         assert forked(fit, recipe, "--run", "full", *settings) == 0
         monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signal_at)
@@ -117,7 +117,7 @@ class Contract(ABC):
         self.assert_same_run(workdir, recipe, "full", "resumed")
 
     def test_training_equals_a_plain_loop(self, workdir, recipe):
-        """The loop has no Trainer: the phases step in turn, on the full batch."""
+        """The loop does not use a Trainer. It runs the phases in order, on the full batch."""
         assert forked(fit, recipe, "--run", "trainer") == 0
         config = find_recipe(str(recipe)).content
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ class Contract(ABC):
             step()
         assert_equal(checkpoint(workdir, recipe, "trainer")["state_dict"], method.state_dict())
 
-    def test_two_ranks_equal_one_also_with_gradient_accumulation(self, workdir, recipe):
+    def test_two_ranks_match_one_rank_with_and_without_gradient_accumulation(self, workdir, recipe):
         overrides = ["--model", self.deterministic_model, "--trainer.precision", "64-true"]
         assert forked(fit, recipe, "--run", "one", *overrides) == 0
         for run, micro_batches in (("two", "1"), ("parts", "2")):
@@ -161,7 +161,7 @@ class Contract(ABC):
         assert forked(fit, recipe, "--run", "bf16", *overrides, "--trainer.precision", "bf16-mixed") == 0
         left, right = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("fp32", "bf16"))
         assert all(weights.dtype == torch.float32 for weights in right.values())
-        assert any(not torch.equal(left[name], right[name]) for name in left)  # the precision did differ
+        assert any(not torch.equal(left[name], right[name]) for name in left)  # the precisions differ
         logs = [read_metrics_csv(workdir / "runs" / recipe.stem / run / "metrics.csv") for run in ("fp32", "bf16")]
         losses = [[float(row["value"]) for row in log if row["name"].startswith("train/")] for log in logs]
         assert losses[0] == pytest.approx(losses[1], rel=self.bf16_rtol, abs=self.bf16_rtol / 10)

@@ -17,8 +17,8 @@ from modules.training.fsdp import gather_full_tensors
 class SignalAt(Callback):
     """Sends the signals named in DARKROOM_TEST_SIGNAL to this process.
 
-    "SIGKILL@32@0" is sent after 32 images on rank 0; "SIGTERM@24@0 SIGTERM@28@1" signals both ranks. "validation", "saving"
-    (the first after a training step) or "test" can replace the number of images.
+    "SIGKILL@32@0" is sent after 32 images on rank 0. "SIGTERM@24@0 SIGTERM@28@1" signals both ranks. An event can replace the
+    number of images: "validation" (the first one after a training step), "saving" or "test".
     """
 
     def __init__(self) -> None:

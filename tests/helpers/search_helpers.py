@@ -39,7 +39,7 @@ def trials_of(workdir, name="search"):
 
 
 def fast_worker(arguments):
-    """Work with a short heartbeat, as the leader of a session, as in a terminal."""
+    """Run a command with a short heartbeat, as a session leader, as in a terminal."""
     worker.HEARTBEAT_S, worker.STALE_S, worker.POLL_S = 0.3, STALE_S, 0.2
     os.setsid()
     return main(arguments)

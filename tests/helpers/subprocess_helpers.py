@@ -1,6 +1,6 @@
-"""Runs in child processes, forked from a server that has imported all modules and computed nothing.
+"""Functions in child processes, forked from a server that has imported all modules but has computed nothing.
 
-A SIGKILL kills only the child, children start without imports, and the server has no torch threads, which a fork would lose.
+SIGKILL ends only the child. Children start without imports. The server has no torch threads, which a fork would lose.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -
         output: file for its output; by default this process prints it after the child has exited.
 
     Returns:
-        The exit status (negative: killed by that signal).
+        The exit status, or the negative number of the signal that killed the child.
 
     Raises:
         TimeoutError: the child has not exited after five minutes.
@@ -78,7 +78,7 @@ def two_forked(action: Callable[..., Any], *args: Any) -> tuple[list[int | None]
 
 
 def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any, **variables: str) -> BaseProcess:
-    """Start a child process without waiting; it prints to two files, and has `variables` added to its environment."""
+    """Start a child process without waiting for it. It prints to two files. `variables` extend its environment."""
     names = [str(stream) for stream in streams]
     process = SERVER.Process(target=_child, args=(action, args, names, str(Path.cwd()), {**os.environ, **variables}))
     process.start()

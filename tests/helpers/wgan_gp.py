@@ -10,7 +10,7 @@ from modules.training.phases import Batch, Phase
 
 
 class WGANGP(GenerativeMethod):
-    """Updates the generator twice at every other step, clips the critic's gradient, averages the generator's weights."""
+    """Updates the generator twice in every second step, clips the critic's gradient, and averages the generator's weights."""
 
     double_backward_networks = ("critic",)
 

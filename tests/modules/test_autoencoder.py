@@ -51,7 +51,7 @@ class TestDenoisingAutoencoder(ReconstructionContract):
         )
 
     def has_learned(self, log):
-        """Denoising gains 2 dB; 8 seeds, AVX-512: 3.5 ... 3.8."""
+        """Require a gain of 2 dB by denoising. Observed for 8 seeds, AVX-512: 3.5 ... 3.8."""
         psnr = {row["name"].rpartition("/")[2]: float(row["value"]) for row in log if "/psnr/" in row["name"]}
         return psnr["output"] > psnr["input"] + 2
 
@@ -62,7 +62,7 @@ def digits():
 
 
 def test_linear_autoencoder_spans_the_principal_components():
-    """At the optimum on centred digits, the residual and the span of the decoder equal those of PCA."""
+    """At the optimum on centered digits, the residual and the span of the decoder equal those of PCA."""
     images = digits()[0][:, :, 6:22, 6:22]
     images = images - images.mean(0)
     method = Autoencoder(size=16, hidden_dims=[], latent_size=4).double()
@@ -85,7 +85,7 @@ def test_linear_autoencoder_spans_the_principal_components():
 
 
 @pytest.mark.parametrize(("corruption", "corruption_level"), [("noise", 0.3), ("masking", 0.25), ("block", 0.5)])
-def test_corruption_statistics(corruption, corruption_level):
+def test_corruption_has_the_requested_statistics(corruption, corruption_level):
     method = Autoencoder(corruption=corruption, corruption_level=corruption_level)
     image = torch.full((3000, 1, 28, 28), 0.5)
     batch = {"image": image, "sample_ids": range(3000), "repeat_index": 0}
@@ -265,7 +265,7 @@ def test_preview_stacks_images_inputs_and_reconstructions():
 
 
 def test_defect_detection_command_of_the_page_runs(workdir, photos):
-    """On image folders in the layout of MVTec."""
+    """The images are in folders in the layout of MVTec."""
     page = (METHODS / "autoencoder/README.md").read_text()
     command = re.search(r"```text\ndarkroom (.*?)```", page, re.DOTALL)[1]
     generator = np.random.default_rng(0)

@@ -22,7 +22,7 @@ from tests.tasks.translation import TranslationContract, write_translation_recip
 
 
 def write_tinted_textures(folder):
-    """Grass in orange and gravel in blue: domains that differ in color, so that a translation must change every pixel."""
+    """Write orange grass and blue gravel. The domains differ in color, so that a translation must change every pixel."""
     for split in ("train", "test"):
         pairs = zip("AB", load_domains(f"textures/grass2gravel/{split}"), ((1.0, 0.6, 0.2), (0.2, 0.6, 1.0)), strict=True)
         for domain, (image,), tint in pairs:
@@ -38,8 +38,8 @@ SMALL = {"crop": 32, "n_residual_blocks": 1, "base_channels": 4, "pool_size": 6,
 class TestCycleGAN(TranslationContract):
     model = {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicCycleGAN"
-    bf16_rtol = 0.15  # relative to small losses on fakes
-    # At 32, instance normalisation over 3 x 3 values amplifies rounding.
+    bf16_rtol = 0.15  # large, because the losses on fakes are small
+    # For 32 x 32 crops, instance normalization over 3 x 3 values amplifies rounding errors.
     bf16_overrides = ("--model.crop", "64", "--data.crop", "64")
     training_overrides = [
         "--model.total_images",
@@ -63,10 +63,10 @@ class TestCycleGAN(TranslationContract):
         super().test_training_improves_the_metric(workdir, recipe)
 
     def has_learned(self, log):
-        """The cycle error is small next to the change by translation, so that the networks are not the identity.
+        """Require a cycle error that is small compared with the change by translation. The networks are then not the identity.
 
-        Of the two errors, as a mean of both directions: 8 seeds, AVX-512: 0.12 ... 0.14; 4 seeds, AVX2: 0.12 ... 0.13; untrained
-        networks: 1.0. The cycle error falls to 0.44 ... 0.57 of its first value.
+        The ratio of cycle error to change, over both directions: 8 seeds, AVX-512: 0.12 ... 0.14; 4 seeds, AVX2: 0.12 ... 0.13;
+        untrained networks: 1.0. The cycle error decreases to 0.44 ... 0.57 of its first value.
         """
         first, last = {}, {}
         for row in log:
@@ -147,7 +147,7 @@ def test_losses_match_equations_2_and_3():
 
 @pytest.mark.parametrize("identity", [0.0, 0.5])
 def test_reference_step_gives_the_same_weights(identity):
-    """`bench` compares with this step: three steps lead to the same weights."""
+    """`bench` uses the reference step for comparison. Three steps of both give the same weights."""
     batch = {"A": torch.rand(1, 3, 32, 32).double(), "B": torch.rand(1, 3, 32, 32).double()}
     states = []
     for order in ("ours", "classic"):
@@ -162,7 +162,7 @@ def test_reference_step_gives_the_same_weights(identity):
         states.append(method.state_dict())
     torch.manual_seed(0)
     initial = CycleGAN(**SMALL).double().state_dict()
-    # Biases before a normalisation change only by rounding.
+    # Biases before a normalization change only by rounding errors.
     for name in (name for name in initial if name.endswith("weight")):
         assert (states[0][name] - states[1][name]).abs().max() < 1e-9, name
         assert not torch.equal(states[0][name], initial[name]), name
@@ -236,7 +236,7 @@ def test_inference_weights_exclude_the_image_pools(tmp_path):
 
 
 def test_predict_translates_user_images(workdir, capfd):
-    """Any size, gray or with alpha; images are resized to a short side of 32, as in training."""
+    """Images can have any size, one channel, or alpha. They are resized to a short side of 32, as in training."""
     method, recipe = CycleGAN(**SMALL).eval(), workdir / "tiny.yaml"
     save_file(inference_state_dict(method, method.state_dict()), workdir / "weights.safetensors")
     write_translation_recipe(recipe, {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL}, resize=36)
@@ -270,7 +270,7 @@ def numbered_fakes(sample_ids):
 
 
 def test_pool_with_batch_size_one_matches_the_reference():
-    """CycleGAN's code: fill the pool, then with probability 1/2 return a stored fake and replace it."""
+    """The reference code fills the pool. Then, with probability 1/2, it returns a stored fake and replaces it."""
     pool, stored, swaps = ImagePool(5, (3, 2, 2), "pool/A", seed=3), [], 0
     for sample_id in range(300):
         output = pool.query(numbered_fakes([sample_id]), range(sample_id, sample_id + 1), sample_id)[0, 0, 0, 0].item()

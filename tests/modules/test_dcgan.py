@@ -12,7 +12,7 @@ from tests.tasks.generation import GenerativeContract
 class TestDCGAN(GenerativeContract):
     model = {"class_path": "modules.dcgan.DCGAN", "init_args": {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicDCGAN"
-    # The last FID, 8 seeds, AVX2: 0.17 ... 0.21
+    # FID of the last validation; 8 seeds, AVX2: 0.17 ... 0.21
     training_overrides = [
         "--model.total_images",
         "12800",
@@ -25,7 +25,7 @@ class TestDCGAN(GenerativeContract):
     ]
 
     def test_ranks_keep_equal_weights_with_local_batch_statistics(self, workdir, recipe):
-        """In validations the statistics are equal too; `tests.helpers.probe_callbacks.RanksAgree` checks both."""
+        """During validation, the statistics are also equal. `tests.helpers.probe_callbacks.RanksAgree` checks both."""
         statuses, output = two_forked(fit, recipe, "--run", "two", "--trainer.devices", "2")
         assert statuses == [0, 0], output
 
@@ -43,7 +43,7 @@ def test_parameter_counts_match_the_original_code(kernel, width, generator, disc
 
 @pytest.mark.parametrize("size", [28, 32, 64, 128])
 @pytest.mark.parametrize("kernel", [4, 5])
-def test_sample_and_discriminator_shapes(size, kernel):
+def test_sample_and_discriminator_have_expected_shapes(size, kernel):
     method = DCGAN(1, size, kernel, 4).eval()
     images = method.sample(method.sample_latents(range(2)))
     assert images.shape == (2, 1, size, size)

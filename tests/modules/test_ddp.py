@@ -20,7 +20,7 @@ TWO = ["--trainer.devices", "2"]
 
 
 def run_on_ranks(recipe, *options):
-    """Train on one rank, or on two if the options say so; return the exit status of rank 0 and the output."""
+    """Train on two ranks if the options request them, otherwise on one. Return the exit status of rank 0 and the output."""
     argv = ["fit", str(recipe), *options]
     if "--trainer.devices" in options:
         statuses, output = two_forked(main, argv)
@@ -56,7 +56,7 @@ def test_signal_to_one_rank_stops_all_ranks_and_resume_is_exact(workdir, recipe,
         output = broken.stdout
     else:
         statuses, output = two_forked(main, ["fit", str(recipe), "--run", "broken", *TWO])
-        assert statuses == [85, 0], output  # Lightning's launcher would kill rank 0 for another status of rank 1
+        assert statuses == [85, 0], output  # Lightning's launcher would kill rank 0 if rank 1 failed
     assert output.count("Stopped and saved") == 1
     assert 24 < checkpoint(workdir, recipe, "broken")["images_seen"] < 40  # one or two steps after the signal
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
@@ -69,7 +69,7 @@ def test_signal_to_one_rank_stops_all_ranks_and_resume_is_exact(workdir, recipe,
 
 
 @pytest.mark.parametrize("options", [[], TWO], ids=["one", "two"])
-def test_signal_during_evaluation_keeps_the_training_and_resume_evaluates(workdir, monkeypatch, options):
+def test_run_stopped_during_evaluation_is_evaluated_on_resume(workdir, monkeypatch, options):
     model = {"class_path": "modules.vae.VAE", "init_args": {"hidden_dims": [20], "latent_size": 3, "total_images": 40}}
     recipe = write_reconstruction_recipe(workdir / "tiny.yaml", model)
     assert run_on_ranks(recipe, "--run", "full", *options)[0] == 0

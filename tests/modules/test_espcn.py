@@ -37,7 +37,7 @@ def test_tanh_and_relu_differ_only_in_the_activation():
     assert layer_types[1] == [name.replace("Tanh", "ReLU") for name in layer_types[0]]
 
 
-def test_forward_valid_equals_the_inside_of_forward():
+def test_forward_valid_equals_the_interior_of_forward():
     network, lr_image = ESPCN(3), torch.rand(2, 1, 20, 21)
     assert torch.allclose(network.forward_valid(lr_image), network(lr_image)[..., 12:-12, 12:-12], atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""FSDP2: sharded networks take the same steps as replicated ones."""
+"""FSDP2: training with sharded networks matches training with replicated networks."""
 
 import json
 
@@ -34,7 +34,7 @@ class SOAPVAE(VAE):
 
 
 def fit_on_two_ranks(strategy, recipe, *overrides):
-    """Return the exit status of rank 0 and the output."""
+    """Train on two ranks, and return the exit status of rank 0 and the output."""
     argv = ["fit", str(recipe), "--trainer.devices", "2", "--trainer.strategy", strategy, *overrides]
     statuses, output = two_forked(main, argv)
     assert statuses[1] in (0, statuses[0]), output
@@ -64,7 +64,7 @@ def assert_close(left, right, where):
 
 
 def flatten(value, path):
-    """Leaves of nested containers, by path."""
+    """Return the leaves of nested containers, by path."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {name: leaf for key, item in items for name, leaf in flatten(item, f"{path}/{key}").items()}

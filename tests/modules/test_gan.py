@@ -9,7 +9,7 @@ from tests.tasks.generation import GenerativeContract
 class TestGAN(GenerativeContract):
     model = {"class_path": "modules.gan.GAN", "init_args": {"hidden_dim": 60}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicGAN"
-    # The last FID, 8 seeds, AVX-512: 0.47 ... 0.79; 4 seeds, AVX2: 0.45 ... 0.73
+    # FID of the last validation; 8 seeds, AVX-512: 0.47 ... 0.79; 4 seeds, AVX2: 0.45 ... 0.73
     training_overrides = [
         "--model.hidden_dim",
         "400",
@@ -27,7 +27,7 @@ class TestGAN(GenerativeContract):
 
 
 def test_networks_match_the_code_of_the_paper():
-    """100-1200-1200-784, and 784-240-240-1 in maxout units of five pieces."""
+    """Layer sizes: 100-1200-1200-784, and 784-240-240-1 with maxout units of five pieces."""
     method = GAN()
     generator = 100 * 1200 + 1200 + 1200 * 1200 + 1200 + 1200 * 784 + 784
     discriminator = 784 * 1200 + 1200 + 240 * 1200 + 1200 + 240 + 1

@@ -82,7 +82,7 @@ def test_sync_logger_step_counts_batches_after_a_restore():
     assert steps == list(range(12))
 
 
-def test_profiler_and_log_every_n_steps():
+def test_trainer_uses_the_given_profiler_and_log_interval():
     trainer = run(Callback(), max_epochs=1, profiler=NoProfiler(), log_every_n_steps=3)
     assert isinstance(trainer.profiler, NoProfiler)
     assert log_every_n_steps(trainer) == 3

@@ -22,7 +22,7 @@ from tests.tasks.generation import GenerativeContract, write_generative_recipe
 class TestWGANGP(GenerativeContract):
     model = {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}}
     deterministic_model = "tests.helpers.wgan_gp.WGANGP"
-    # The last FID, 8 seeds, AVX-512: 0.39 ... 0.57; 4 seeds, AVX2: 0.47 ... 0.51
+    # FID of the last validation; 8 seeds, AVX-512: 0.39 ... 0.57; 4 seeds, AVX2: 0.47 ... 0.51
     training_overrides = [
         "--model.total_images",
         "12800",
@@ -153,7 +153,7 @@ def test_gradient_penalty_of_a_linear_critic_ignores_autocast(dtype):
 
 
 class Breaks(WGANGP):
-    """The generator loss is NaN at the 11th step, between two logs."""
+    """The generator loss is NaN after 40 images, between two logged steps."""
 
     def generator_losses(self, batch):
         terms = super().generator_losses(batch)
@@ -205,7 +205,7 @@ def test_global_step_counts_batches(workdir, monkeypatch):
 
 
 def test_fp16_skips_overflowing_steps_and_trains(workdir, monkeypatch):
-    """fp16 on a CPU requires an explicit scaler in Lightning; its initial scale overflows in every phase."""
+    """For fp16 on a CPU, Lightning requires an explicit scaler. The initial scale overflows in every phase."""
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     recipe = write_generative_recipe(workdir / "tiny.yaml", {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}})
     content = yaml.safe_load(recipe.read_text())

@@ -26,12 +26,12 @@ class TestDeepLab(SegmentationContract):
         "--model.learning_rate",
         "0.006",
     ]
-    min_score = 0.5  # best of the validations; 8 seeds, AVX-512: 0.63 ... 0.81; ground everywhere: 0.31
+    min_score = 0.5  # best of the validations; 8 seeds, AVX-512: 0.63 ... 0.81; background everywhere: 0.31
     bf16_rtol = 0.05
 
     @pytest.mark.slow  # two minutes: depthwise convolutions in float64
-    def test_two_ranks_equal_one_also_with_gradient_accumulation(self, workdir, recipe):
-        super().test_two_ranks_equal_one_also_with_gradient_accumulation(workdir, recipe)
+    def test_two_ranks_match_one_rank_with_and_without_gradient_accumulation(self, workdir, recipe):
+        super().test_two_ranks_match_one_rank_with_and_without_gradient_accumulation(workdir, recipe)
 
 
 @pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "deeplabv3", "pspnet"])
@@ -96,6 +96,6 @@ def test_unavailable_weights_raise_user_error(monkeypatch, tmp_path):
         method.setup("fit")
 
 
-def test_schedule_is_poly():
+def test_schedule_is_polynomial():
     method = SMPSegmenter("unet", "resnet18", None, total_images=1000, learning_rate=0.1)
     assert [method.schedule(images_seen) for images_seen in (0, 500, 1000)] == pytest.approx([0.1, 0.1 * 0.5**0.9, 0])

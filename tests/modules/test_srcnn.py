@@ -17,7 +17,7 @@ def test_weight_counts_match_the_paper(kernels, weights):
     assert sum(p.numel() for name, p in SRCNN(3, kernels).named_parameters() if name.endswith("weight")) == weights
 
 
-def test_forward_valid_equals_the_inside_of_forward():
+def test_forward_valid_equals_the_interior_of_forward():
     network, lr_image = SRCNN(3), torch.rand(2, 1, 20, 21)
     margin = 12
     inside = network(lr_image)[..., margin:-margin, margin:-margin]

@@ -1,7 +1,7 @@
-"""The contract of all methods, on tiny methods for what no shipped method has yet.
+"""The contract of all methods, for tiny methods with features that no bundled method uses.
 
-Stages that change the network and the batch size, two phases with one optimizer, a loss of a frozen network, pairs of images,
-and lists of images of different sizes.
+The features are stages that change the network and the batch size, two phases with one optimizer, a loss of a frozen network,
+pairs of images, and lists of images of different sizes.
 """
 
 import hashlib
@@ -39,7 +39,10 @@ from tests.tasks.superresolution import SuperResolutionContract, write_recipe
 
 
 class GrowingGAN(GenerativeMethod):
-    """14 x 14 pixels and batches of 8 in the first stage; then 28 x 28, batches of the datamodule, and fresh optimizers."""
+    """A GAN with two stages: 14 x 14 pixels in batches of 8, then 28 x 28 pixels.
+
+    The second stage uses the batch size of the datamodule, and resets the optimizers.
+    """
 
     def __init__(self, total_images: int = 60, learning_rate: float = 1e-3, seed: int = 0) -> None:
         super().__init__(8, "normal", total_images, learning_rate, seed=seed)
@@ -95,7 +98,7 @@ class GrowingGAN(GenerativeMethod):
 
 
 class LazyGAN(GrowingGAN):
-    """A regularisation of the discriminator at every third step, by the discriminator's own optimizer (StyleGAN2)."""
+    """A GAN that regularizes the discriminator in every third step, with the discriminator's optimizer (StyleGAN2)."""
 
     level = 1
 
@@ -170,7 +173,7 @@ class TestFeatureLoss(SuperResolutionContract):
 
 
 class PairGAN(SuperResolutionMethod):
-    """A discriminator of pairs: a target or its prediction, with the input that it belongs to (pix2pix)."""
+    """A GAN with a discriminator of pairs: the input, and the target or the prediction (pix2pix)."""
 
     def __init__(self, scale: int = 3, total_images: int = 60, learning_rate: float = 1e-3, warmup: int = 8) -> None:
         super().__init__(scale, total_images, learning_rate, warmup)
@@ -220,7 +223,7 @@ class TestPairGAN(SuperResolutionContract):
 
 
 class RaggedCrops(ResumableDataModule):
-    """Lists of crops of a photograph, each of its own size, with their mean gray values."""
+    """Lists of crops of a photograph, of different sizes, with their mean gray values."""
 
     def __init__(self, batch_size: int = 4, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(batch_size, num_workers, seed)
@@ -245,7 +248,7 @@ class RaggedCrops(ResumableDataModule):
 
 
 class Crops(Dataset[dict[str, Any]]):
-    """64 crops, of 8 to 23 pixels; batches by `InfiniteBatchSampler`."""
+    """64 crops with heights of 8 to 23 pixels, for batches of `InfiniteBatchSampler`."""
 
     def __init__(self) -> None:
         self.photograph = read_image(resolve_images("photographs/test")[0])[:1]
@@ -325,13 +328,13 @@ class TestMeanRegression(Contract):
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         errors = [float(row["value"]) for row in log if row["name"] == "crops/error"]
-        return errors[-1] < 0.1  # the mean of all crops: 0.31
+        return errors[-1] < 0.1  # error of predicting the mean of all crops: 0.31
 
     def example(self) -> Tensor:
         return torch.rand(1, 1, 12, 14)
 
 
-def test_metric_without_its_outputs_is_rejected_before_training(workdir, capfd):
+def test_metric_without_its_required_outputs_is_rejected_before_training(workdir, capfd):
     data = {"class_path": "tests.modules.test_step_features.RaggedCrops", "init_args": {"batch_size": 4}}
     metric = {"class_path": "callbacks.metrics.cycle_l1.CycleL1"}
     recipe = write_yaml(workdir / "tiny.yaml", TestMeanRegression.model, data, [metric])
@@ -366,7 +369,7 @@ def test_optimizers_are_reset_at_the_start_of_a_stage(workdir, monkeypatch):
     assert steps == {11}
 
 
-def test_lazy_phase_updates_the_optimizer_that_it_names(workdir, monkeypatch):
+def test_lazy_phase_updates_its_specified_optimizer(workdir, monkeypatch):
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     recipe = write_generative_recipe(workdir / "tiny.yaml", TestLazyGAN.model)
     assert forked(fit, recipe, "--run", "r") == 0
@@ -375,7 +378,7 @@ def test_lazy_phase_updates_the_optimizer_that_it_names(workdir, monkeypatch):
     assert steps == [{15 + 5}, {15}]
 
 
-def test_phases_and_optimizers_must_fit():
+def test_mismatched_phases_and_optimizers_raise():
     phase = Phase("a", lambda batch: {}, lambda images_seen: {})
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
     with pytest.raises(TypeError, match="a, a"):

@@ -53,7 +53,7 @@ def test_scatter_plot_places_and_colors_points():
     image = scatter_plot(torch.tensor([[1.0, 1.0]]), torch.tensor([[-1.0, -1.0]]), side=101)[0]
     red = (image[0] - image[1] > 0.5).nonzero().float().mean(0)
     gray = ((image[0] == image[1]) & (image[0] < 1)).nonzero().float().mean(0)
-    assert red.tolist() == pytest.approx([50 - 50 / 1.2, 50 + 50 / 1.2], abs=2)  # row, column: above, right
+    assert red.tolist() == pytest.approx([50 - 50 / 1.2, 50 + 50 / 1.2], abs=2)  # row, column: top right
     assert gray.tolist() == pytest.approx([50 + 50 / 1.2, 50 - 50 / 1.2], abs=2)
 
 

@@ -117,7 +117,7 @@ def test_log_weights_match_torch_distributions(likelihood, top_dims):
 
 
 def test_bound_with_many_samples_matches_the_integral():
-    """Two latents: -log p(x) by numerical integration; the negative ELBO is above it."""
+    """Numerical integration over two latents gives -log p(x). The negative ELBO exceeds this value."""
     torch.manual_seed(2)
     method = VAE(size=6, hidden_dims=[12], latent_size=2).double()
     for values in method.decoder.parameters():
@@ -309,7 +309,7 @@ def test_frey_images_are_28x20(workdir):
     data.setup("fit")
     image = next(iter(data.val_dataloader()))["image"]
     photograph = Image.open(resolve_images("photographs/test")[0]).convert("L")
-    # Image 1,565 is the first of the test split: row 39, fifth column of the crops.
+    # Image 1,565 is the first of the test split: row 39 and column 5 of the crops, counted from 0.
     assert torch.equal(image[0], to_tensor(photograph.crop((50, 39, 70, 67))))
     assert VAE(size=[28, 20], likelihood="gaussian").eval()(image).shape == image.shape
     for train, size, message in (
@@ -325,7 +325,7 @@ def test_frey_images_are_28x20(workdir):
 
 
 def test_folder_names_are_classes(workdir):
-    """Layout of MVTec: only good images in training; good and defective ones in the test."""
+    """In the layout of MVTec, the training split has only good images. The test split also has defective images."""
     classes_by_split = {"train": ["good"], "test": ["broken", "good", "scratched"]}
     for split, folders in classes_by_split.items():
         for i, folder in enumerate(folders):

@@ -110,6 +110,25 @@ class TranslationOutputs(UnpairedEvalBatch):
     identity: Tensor  # identity mapping: translation of `image` to the domain of `image`
 
 
+class StylizationBatch(TypedDict):
+    """Photographs."""
+
+    image: Tensor  # (N, 3, size, size)
+
+
+class StylizationEvalBatch(StylizationBatch, Named):
+    """A photograph; N is 1."""
+
+    index: Tensor  # int64 (N,), over all datasets
+
+
+class StylizationOutputs(StylizationEvalBatch):
+    """Evaluation batch with the stylized photograph."""
+
+    style: list[str]  # N names of styles
+    prediction: Tensor  # like `image`; may exceed [0, 1]
+
+
 class RingBatch(TypedDict):
     """Points in the plane."""
 

@@ -21,7 +21,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from callbacks.metrics.base import SampleSetMetric, gather_sorted, to_uint8
 from datamodules.errors import UserError
 from datamodules.io.paths import file_hash
-from modules.networks.feature_extractors import Extractor, find_weights
+from modules.networks.feature_extractors import Extractor
+from modules.networks.weights import find_or_download
 
 MetricName = Literal["fid", "fid-split-half", "kid", "inception-score", "precision-recall", "confidence", "effective-classes"]
 Features = dict[str, Tensor]  # "features" (N, F), and for a classifier "logits" (N, K)
@@ -83,7 +84,7 @@ class FeatureMetrics(SampleSetMetric):
         except (ImportError, AttributeError, ValueError):
             raise UserError(f"extractor: no class {self.extractor} exists. Check its import path") from None
         try:
-            path = find_weights(kind, self.weights)
+            path = find_or_download(kind.name, kind.url, self.weights)  # torch-fidelity would unpickle any object
         except UserError as error:
             if self.on_missing_weights == "error":
                 raise

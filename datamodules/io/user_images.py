@@ -120,6 +120,39 @@ class TranslationInputs(Dataset[dict[str, Any]]):
         }
 
 
+class PhotographInputs(Dataset[dict[str, Any]]):
+    """RGB inputs of style transfer, from images of any size and mode.
+
+    Args:
+        files: readable image files.
+        min_side: smallest side in pixels.
+    """
+
+    def __init__(self, files: Sequence[Path], min_side: int) -> None:
+        self.files, self.min_side = files, min_side
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {"image": float32 (1, 3, h, w) in [0, 1]}, and "chroma" (empty), "alpha", "path", "size" of `LumaInputs`.
+
+        Raises:
+            InvalidImage: the image is smaller than `min_side` pixels.
+        """
+        image = open_image(self.files[index])
+        if min(image.size) < self.min_side:
+            needed = f"at least {self.min_side}x{self.min_side} are needed"
+            raise InvalidImage(f"{self.files[index]}: {image.width}x{image.height} pixels, too small: {needed}")
+        return {
+            "image": to_channels(to_pixels(image, self.files[index]), 3)[None].float() / 255,
+            "chroma": torch.empty(0),
+            "alpha": read_alpha(image),
+            "path": str(self.files[index]),
+            "size": f"{image.width}x{image.height}",
+        }
+
+
 def read_alpha(image: Image.Image) -> Tensor:
     """Return the alpha channel of an image, float32 (1, H, W) in [0, 1]; empty if absent."""
     if not image.has_transparency_data:

@@ -3,10 +3,18 @@
 from typing import Any
 
 from datamodules.errors import UserError
-from experiments.tasks import generation, reconstruction, segmentation, superresolution, toys, translation
+from experiments.tasks import generation, reconstruction, segmentation, stylization, superresolution, toys, translation
 from experiments.tasks.task import Task
 
-TASKS: list[Task] = [superresolution.TASK, segmentation.TASK, translation.TASK, generation.TASK, reconstruction.TASK, toys.TASK]
+TASKS: list[Task] = [
+    superresolution.TASK,
+    segmentation.TASK,
+    translation.TASK,
+    generation.TASK,
+    reconstruction.TASK,
+    stylization.TASK,
+    toys.TASK,
+]
 
 
 def task_of(datamodule: Any) -> Task:

@@ -7,10 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.errors import UserError
-from datamodules.io.paths import find_file
-from modules.networks.weights import read_weights_file
-
 
 class Extractor(Protocol):
     """Protocol of feature networks; a recipe can name any class that implements it.
@@ -96,37 +92,3 @@ class MnistLeNet:
         maps = F.max_pool2d(F.relu(layers["c3"](maps)), 2)  # (N, 16, 5, 5)
         features = F.relu(layers["f6"](F.relu(layers["c5"](maps)).flatten(1)))
         return {"features": features, "logits": layers["f7"](features)}
-
-
-def find_weights(extractor: type[Extractor], weights_path: str | None) -> Path:
-    """Return the weights file of an extractor: `weights_path`, or the file in torch's cache, downloaded if it is missing.
-
-    Args:
-        extractor: extractor class.
-        weights_path: path, see `find_file`; None for the file in torch's cache.
-
-    Raises:
-        UserError: the file is missing and cannot be downloaded, is damaged, or contains objects other than tensors.
-    """
-    if weights_path is not None:
-        path = find_file(weights_path, f"weights of {extractor.name}")
-    elif extractor.url is None:
-        raise UserError(f"weights of {extractor.name}: they cannot be downloaded. Set `weights` to a file")
-    else:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / extractor.url.rpartition("/")[2]
-        if not path.is_file():
-            _download(extractor, path)
-    read_weights_file(path)  # torch-fidelity would unpickle any object
-    return path
-
-
-def _download(extractor: type[Extractor], path: Path) -> None:
-    url = str(extractor.url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: wrong checksum
-        raise UserError(
-            f"weights of {extractor.name}: download from {url} failed ({error}). Save the file as {path}, set `weights` to a "
-            "file, or set `on_missing_weights: skip`"
-        ) from None

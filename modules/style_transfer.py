@@ -1,0 +1,185 @@
+"""Fast style transfer: a network that stylizes photographs in one forward pass.
+
+J. Johnson, A. Alahi, L. Fei-Fei. Perceptual Losses for Real-Time Style Transfer and Super-Resolution. ECCV 2016.
+arXiv:1603.08155.
+V. Dumoulin, J. Shlens, M. Kudlur. A Learned Representation for Artistic Style. ICLR 2017. arXiv:1610.07629 (many styles).
+
+Paper and released code (jcjohnson/fast-neural-style) differ; each difference is an argument:
+
+1. The content layer is relu2_2 in the paper and relu3_3 in the code.
+2. The style loss sums over the entries of the Gram matrices in the paper, and takes their mean in the code (`gram`).
+3. The paper has batch normalization; the code's default is instance normalization, with half of the channels in its models.
+
+Differences from both, with reasons:
+
+1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires. The loss weights therefore depend on the network;
+   recipes state the weights that were used.
+2. Training images are random crops of resized photographs, not resized to a square, which would distort them.
+3. The learning rate is constant, as in the code.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from datamodules.errors import UserError
+from datamodules.io.image_io import read_image, to_channels
+from datamodules.io.paths import find_file
+from modules.losses.perceptual import GramReduction, feature_loss, gram_matrix, style_loss, total_variation
+from modules.networks.transform_net import PADDING, Norm, TransformNet, Upsampling
+from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, find_feature_weights
+from modules.tasks.stylization import StylizationMethod
+from modules.training.method import Batch
+
+VGG16_STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
+
+
+class StyleTransfer(StylizationMethod):
+    """Section 3: the image transformation network, trained with perceptual losses.
+
+    Args:
+        styles: files of the style images; more than one for a network of many styles. Their names are the file stems.
+        style_size: shorter side to which style images are resized.
+        feature_network: network of the losses: "vgg16" (paper), "vgg19" or "vgg19-distilled".
+        feature_weights: file of its weights; null for torchvision's, or for the distilled weights in the repository.
+        content_layer: layer of the feature reconstruction loss.
+        style_layers: layers of the style reconstruction loss.
+        content_weight, style_weight, tv_weight: weights of the losses.
+        gram: "sum" over the entries of the Gram matrices (paper) or their "mean" (code).
+        norm: "batch" (paper) or "instance" (code).
+        upsampling: "transposed" convolutions (paper), or "nearest" upsampling and convolutions (pytorch/examples).
+        base_channels: feature maps at full resolution; 32 in the paper.
+        total_images: training budget; 160,000 in the paper.
+        learning_rate: Adam learning rate.
+        seed: seed of the training.
+
+    Raises:
+        UserError: there are no styles, two have the same name, or a layer does not exist.
+    """
+
+    min_side = PADDING + 1  # reflection padding
+
+    def __init__(
+        self,
+        styles: Sequence[str],
+        style_size: PositiveInt = 256,
+        feature_network: FeatureNetworkName = "vgg16",
+        feature_weights: str | None = None,
+        content_layer: str = "relu2_2",
+        style_layers: Sequence[str] = VGG16_STYLE_LAYERS,
+        content_weight: NonNegativeFloat = 1.0,
+        style_weight: NonNegativeFloat = 5.0,
+        tv_weight: NonNegativeFloat = 1e-6,
+        gram: Literal["sum", "mean"] = "sum",
+        norm: Norm = "batch",
+        upsampling: Upsampling = "transposed",
+        base_channels: PositiveInt = 32,
+        total_images: int = 160_000,
+        learning_rate: PositiveFloat = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        names = [Path(style).stem for style in styles]
+        if not names:
+            raise UserError("model.styles: no style is given. Give the file of a style image")
+        if len(set(names)) < len(names):
+            raise UserError(f"model.styles: two styles have the same name: {', '.join(names)}. Rename a file")
+        super().__init__(names, total_images, learning_rate, seed)
+        self.save_hyperparameters()
+        self.styles, self.style_size = list(styles), style_size
+        self.content_layer, self.style_layers = content_layer, list(style_layers)
+        self.content_weight, self.style_weight, self.tv_weight = content_weight, style_weight, tv_weight
+        self.gram: GramReduction = gram
+        self.network = TransformNet(base_channels, norm, upsampling, len(names))
+        network = FeatureNetwork(feature_network, [content_layer, *style_layers])
+        self.add_reference("features", network, partial(find_feature_weights, feature_network, feature_weights))
+        self.target_grams: Mapping[str, Tensor] = {}  # layer name -> (number of styles, C, C)
+
+    def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
+        """See `StylizationMethod.forward`; sides are at least `min_side`."""
+        return self.network(image, mixture)
+
+    def setup(self, stage: str) -> None:
+        """Load the feature network, and compute the Gram matrices of the styles once.
+
+        Raises:
+            UserError: the weights or a style image are missing or unusable.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            self.compute_target_grams()
+
+    def compute_target_grams(self) -> None:
+        """Compute the Gram matrices of the style images.
+
+        Raises:
+            UserError: a style image is missing, unusable, or too small for the feature network.
+        """
+        self.references["features"].load()
+        grams = [self._style_grams(find_file(style, "model.styles")) for style in self.styles]
+        self.target_grams = {layer: torch.stack([gram[layer] for gram in grams]) for layer in self.style_layers}
+
+    def _style_grams(self, path: Path) -> dict[str, Tensor]:
+        image = read_style(path, self.style_size)
+        with torch.no_grad():
+            features = self.features(image.to(self.device).to(self.dtype), self.style_layers)
+            return {layer: gram_matrix(maps)[0] for layer, maps in features.items()}
+
+    def features(self, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Compute features of images (N, 3, H, W) in [0, 1] by the loss network, see `FeatureNetwork`."""
+        return self.references["features"].network(image, layers)
+
+    # Section 3.2: perceptual losses
+
+    def objective(self, image: Tensor, prediction: Tensor, mixture: Tensor) -> dict[str, Tensor]:
+        """Compute the weighted content, style and total variation losses.
+
+        The Gram matrices of a mixture of styles are mixed with the same weights.
+        """
+        with torch.no_grad():
+            content = self.features(image, [self.content_layer])[self.content_layer]
+        features = self.features(prediction, [self.content_layer, *self.style_layers])
+        with torch.autocast(image.device.type, enabled=False):
+            targets = {
+                layer: torch.einsum("ns,scd->ncd", mixture.float(), gram.to(image.device))
+                for layer, gram in self.target_grams.items()
+            }
+            return {
+                "content": self.content_weight * feature_loss(features[self.content_layer], content),
+                "style": self.style_weight * style_loss(features, targets, self.gram),
+                "total_variation": self.tv_weight * total_variation(prediction.float()),
+            }
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the objective of stylized training images."""
+        mixture = self.train_mixture(batch)
+        return self.objective(batch["image"], self(batch["image"], mixture), mixture)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Create Adam (Section 4.1)."""
+        return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, fused=True)
+
+    def schedule(self, images_seen: int) -> float:
+        """Return the constant learning rate."""
+        return self.learning_rate
+
+
+def read_style(path: Path, size: int) -> Tensor:
+    """Read a style image and resize its shorter side: (1, 3, H, W) in [0, 1].
+
+    Raises:
+        InvalidImage: the file is not an image.
+        UserError: the image is smaller than 32 pixels.
+    """
+    pixels = to_channels(read_image(path), 3)
+    height, width = pixels.shape[-2:]
+    if min(height, width) < 32:
+        raise UserError(f"{path}: {width}x{height} pixels, too small for a style. Use at least 32x32 pixels")
+    factor = size / min(height, width)
+    sides = (round(height * factor), round(width * factor))
+    resized = torch.nn.functional.interpolate(pixels[None].float(), sides, mode="bilinear", antialias=True)
+    return resized.clamp(0, 255) / 255

@@ -1,0 +1,80 @@
+"""Base class of methods that stylize photographs."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules.batches import StylizationEvalBatch, StylizationOutputs
+from datamodules.transforms.draw import image_row
+from modules.training.method import Batch, Method
+
+
+class StylizationMethod(Method, ABC):
+    """Method that transforms photographs of any size to one of several styles, or to a mixture of styles.
+
+    Args:
+        style_names: names of the styles.
+        total_images, learning_rate, seed: see `Method`.
+
+    Attributes:
+        stride: the network accepts sides that are multiples of it.
+        min_side: smallest side of an image in pixels.
+    """
+
+    stride = 4
+    min_side = 1
+
+    def __init__(self, style_names: list[str], total_images: int, learning_rate: float, seed: int = 0) -> None:
+        super().__init__(total_images, learning_rate, seed=seed)
+        self.style_names = style_names
+
+    @abstractmethod
+    def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
+        """Transform (N, 3, H, W) in [0, 1] to the same shape; sides are multiples of `stride`.
+
+        Args:
+            image: photographs.
+            mixture: weights of the styles of each photograph, (N, number of styles).
+        """
+
+    @abstractmethod
+    def objective(self, image: Tensor, prediction: Tensor, mixture: Tensor) -> dict[str, Tensor]:
+        """Compute the weighted loss terms of stylized photographs (N, 3, H, W), by name; a scalar each."""
+
+    def mixture_of(self, style_ids: Tensor) -> Tensor:
+        """Return the mixtures of single styles: int64 (N,) to (N, number of styles)."""
+        return F.one_hot(style_ids, len(self.style_names)).to(self.device).to(self.dtype)
+
+    def stylize(self, image: Tensor, mixture: Tensor) -> Tensor:
+        """Transform images (N, 3, H, W) in [0, 1] of any size: pad them at the right and the bottom, then crop the result."""
+        height, width = image.shape[-2:]
+        padding = (0, -width % self.stride, 0, -height % self.stride)
+        return self(F.pad(image.to(self.dtype), padding, mode="reflect"), mixture)[..., :height, :width]
+
+    def validation_step(self, batch: StylizationEvalBatch, batch_idx: int) -> StylizationOutputs:
+        """Add the photograph in one of the styles, in turn, as "prediction", and the name of the style as "style"."""
+        style_ids = batch["index"] % len(self.style_names)
+        prediction = self.stylize(batch["image"], self.mixture_of(style_ids))
+        return {**batch, "style": [self.style_names[i] for i in style_ids.tolist()], "prediction": prediction}
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Add the photograph in the first style as "prediction"."""
+        return {**batch, "prediction": self.stylize(batch["image"], self.mixture_of(torch.zeros(1, dtype=torch.long)))}
+
+    preview_limit = 2
+
+    def preview_group(self, outputs: Batch) -> str:
+        """Return the style, so that all styles have the same number of previews."""
+        return str(outputs["style"][0])
+
+    def preview(self, outputs: Batch) -> Tensor:
+        """Draw the photograph and the stylized photograph."""
+        return image_row(outputs["image"][:1], outputs["prediction"][:1])
+
+    def train_mixture(self, batch: Batch) -> Tensor:
+        """Return the mixtures of a training batch: the styles in turn, by the positions of the samples."""
+        return self.mixture_of(torch.tensor(list(batch["sample_ids"])) % len(self.style_names))

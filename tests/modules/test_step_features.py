@@ -29,7 +29,7 @@ from modules.networks.crop import center_crop
 from modules.tasks.generation import GenerativeMethod
 from modules.tasks.superresolution import SuperResolutionMethod
 from modules.training.method import Method
-from modules.training.phases import Batch, Phase, bind_phases
+from modules.training.phases import Batch, Phase, bind_phases, expect_dict
 from modules.training.stages import Stage, StagePlan
 from tests.helpers.method_contract import Contract, checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
@@ -408,3 +408,8 @@ def test_stage_plan_equals_a_simulation():
 def test_invalid_stages_are_refused(stages):
     with pytest.raises(UserError, match="stages: "):
         StagePlan(stages, 4)
+
+
+def test_wrong_return_types_of_losses_and_schedules_are_named():
+    with pytest.raises(TypeError, match=r"the losses of phase 'a' returned a Tensor\. Return a dict"):
+        expect_dict(torch.zeros(()), "the losses of phase 'a'", "loss terms by name")

@@ -133,8 +133,8 @@ class CycleGAN(TranslationMethod):
     def shared_forward(self, batch: Batch) -> Batch:
         """Compute images in [-1, 1] and their translations for both phases.
 
-        For the identity loss, each generator processes both domains in one pass, because instance normalization treats images
-        separately.
+        For the identity loss, each generator processes both domains in one pass. The result is the same as in two passes,
+        because instance normalization treats images separately.
         """
         a, b = batch["A"] * 2 - 1, batch["B"] * 2 - 1
         if not self.identity_weight:

@@ -87,7 +87,7 @@ class UNet(SegmentationMethod):
             Logits (N, num_classes, H - margin, W - margin).
 
         Raises:
-            UserError: a side would be odd before a pooling.
+            UserError: a side is too small, or would be odd before a pooling.
         """
         if any((side - self.tiling.margin - 4) % self.tiling.stride or side <= self.tiling.margin for side in image.shape[-2:]):
             valid_side = self.tiling.round_up(max(image.shape[-2:]) - self.tiling.margin) + self.tiling.margin
@@ -105,7 +105,7 @@ class UNet(SegmentationMethod):
         return self.head(x)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Create SGD with a momentum of 0.99, because a batch is one tile (Section 3)."""
+        """Create SGD with a momentum of 0.99, as in Section 3, where a batch is one tile."""
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.99)
 
 

@@ -8,7 +8,7 @@ Differences from the papers and their code:
 
 1. Weights have Glorot initialization, as in IWAE's code; AEVB's N(0, 0.01) was not tried.
 2. The last bias is initialized to zero. With `InitOutputBias`, the decoder initially outputs the mean training image, as in
-   IWAE's code. AEVB does not specify it.
+   IWAE's code. AEVB specifies no such initialization.
 3. There is no prior on the weights; AEVB's N(0, I) was not tried.
 4. The log variance of Gaussian pixels (AEVB, App. C.2) has a soft lower bound of -8. Without the bound, the density of 8-bit
    pixels that are predicted exactly would be unbounded.
@@ -241,7 +241,7 @@ class VAE(GenerativeMethod):
         return stages
 
     def schedule(self, images_seen: int) -> float:
-        """Return the learning rate: times 10^(-i/7) in stage i = 0, 1, ... (IWAE, Section 5), or constant."""
+        """Return the learning rate: `learning_rate` times 10^(-i/7) in stage i = 0, 1, ... (IWAE, Section 5), or constant."""
         if not self.first_stage_images:
             return self.learning_rate
         stage, stage_end = 0, self.first_stage_images

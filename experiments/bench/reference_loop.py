@@ -26,16 +26,16 @@ def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Ma
         size = batch_size_of(batch)
         step_index += 1
         due = [bound for bound in phases if not step_index % bound.phase.every_n_steps]
+        first_inputs: Batch = {}  # of the first update of the step; later phases use them too
         for bound in due:
             for repeat_index in range(bound.phase.n_updates):
-                if bound is due[0] or repeat_index:
+                inputs = first_inputs
+                if repeat_index or not first_inputs:
                     with train_only([bound] if repeat_index else due, phases):
-                        inputs = {
-                            **batch,
-                            "sample_ids": range(images_seen, images_seen + size),
-                            "repeat_index": repeat_index,
-                        }
+                        ids = range(images_seen, images_seen + size)
+                        inputs = {**batch, "sample_ids": ids, "repeat_index": repeat_index}
                         inputs.update(method.shared_forward(inputs))
+                first_inputs = first_inputs or inputs
                 with train_only([bound], phases):
                     for group in bound.optimizer.param_groups:
                         group.update(bound.phase.schedule(images_seen))

@@ -56,16 +56,16 @@ MIN_LOSS_SCALE = 2.0**-14  # smallest fp16 loss scale; torch starts at 2**16 and
 class Method(FastSetattrModule):
     """Networks with their losses, trained by manual optimization.
 
-    A method with one loss defines `losses` and `configure_optimizers`. A method with alternating networks defines `phases` and
-    `make_optimizers`, and `shared_forward` for tensors that several phases need. The base class runs the training step and
-    updates the `EMA` and `ImagePool` submodules. Progress is counted in images seen by all ranks together, so schedules are
-    independent of the batch size and the number of devices.
+    A method with one loss defines `losses` and `configure_optimizers`. A method with networks that are trained in turn defines
+    `phases` and `make_optimizers`, and `shared_forward` for tensors that several phases need. The base class runs the training
+    step and updates the `EMA` and `ImagePool` submodules. Progress is counted in images seen by all ranks together, so
+    schedules are independent of the batch size and the number of devices.
 
     Args:
         total_images: training budget, in images (patches) seen.
         learning_rate: maximum learning rate.
         warmup: images over which the learning rate rises linearly from zero; it then falls to zero along a half cosine.
-        seed: seed of the noise in training.
+        seed: seed of the noise and of dropout in training.
 
     Raises:
         UserError: `total_images` is less than 1.
@@ -115,10 +115,11 @@ class Method(FastSetattrModule):
     def shared_forward(self, batch: Batch) -> Batch:
         """Compute tensors that several phases need, such as the fakes of a step; they are added to the batch.
 
-        The tensors are valid until a network that produced them is updated. Only one phase may backpropagate through them; the
-        other phases must detach them. They are recomputed for each repeated update of a phase. With gradient accumulation, they
-        are recomputed for each micro-batch and phase. After the update of a network that produced them, later phases receive
-        the detached tensors of that update.
+        The first update of each phase receives tensors from the weights at the start of the step. Each repeated update of a
+        phase recomputes them. Only one phase may backpropagate through them; the other phases must detach them. Backpropagation
+        is possible until a network that produced them is updated. With gradient accumulation, each phase recomputes the tensors
+        of each micro-batch, until a network that produced them is updated. Later phases receive the detached tensors of that
+        update.
         """
         return {}
 
@@ -307,7 +308,7 @@ class Method(FastSetattrModule):
         return super()._apply(fn, recurse)
 
     def on_fit_start(self) -> None:
-        """Plan the stages, and pass the position in the stream and the batch size to the datamodule."""
+        """Plan the stages, and pass the position in the training data and the batch size to the datamodule."""
         data: Any = datamodule(self.trainer)
         self.stage_plan = StagePlan(self.stages(), data.batch_size)
         data.position, data.batch_size_at = lambda: self.images_seen, self.stage_plan.batch_size
@@ -340,7 +341,7 @@ class Method(FastSetattrModule):
                 optimizer.state.clear()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the loggers' step, enter a stage, and seed torch from the images seen, so that a resumed run repeats dropout."""
+        """Set the loggers' step, enter a stage, and seed torch from the images seen: a resumed run has the same dropout."""
         sync_logger_step(self.trainer)
         self._enter_stage()
         seed = derive_seed(self.seed, f"step/{self.images_seen}/{self.trainer.global_rank}")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -36,6 +37,8 @@ from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, find_featur
 from modules.tasks.stylization import StylizationMethod
 from modules.training.method import Batch
 
+TILED_PIXELS = 1024**2  # images with more pixels are processed in tiles
+TILE_SIZE = 512  # pixels
 VGG16_STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 
 
@@ -102,6 +105,23 @@ class StyleTransfer(StylizationMethod):
     def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
         """See `StylizationMethod.forward`; sides are at least `min_side`."""
         return self.network(image, mixture)
+
+    def stylize(self, image: Tensor, mixture: Tensor) -> Tensor:
+        """Transform images of any size, large ones tile by tile; see `StylizationMethod.stylize`.
+
+        An image of more than `TILED_PIXELS` pixels is processed in tiles, which need a bounded amount of memory. With batch
+        normalization, the result equals that of a single pass. Instance normalization requires statistics of the full image:
+        they are computed on the image at `TILED_PIXELS` pixels and are the same for all tiles, so that there are no seams.
+        """
+        height, width = image.shape[-2:]
+        if self.training or height * width <= TILED_PIXELS:
+            return super().stylize(image, mixture)
+        factor = (TILED_PIXELS / (height * width)) ** 0.5
+        sides = [max(PADDING + 4, int(side * factor)) // 4 * 4 for side in (height, width)]
+        small = F.interpolate(image.to(self.dtype), sides, mode="bilinear", antialias=True)
+        padded = F.pad(image.to(self.dtype), (0, -width % self.stride, 0, -height % self.stride), mode="reflect")
+        with self.network.fixed_statistics(small, mixture):
+            return self.network.transform_tiled(padded, mixture, TILE_SIZE)[..., :height, :width]
 
     def setup(self, stage: str) -> None:
         """Load the feature network, and compute the Gram matrices of the styles once.
@@ -181,5 +201,5 @@ def read_style(path: Path, size: int) -> Tensor:
         raise UserError(f"{path}: {width}x{height} pixels, too small for a style. Use at least 32x32 pixels")
     factor = size / min(height, width)
     sides = (round(height * factor), round(width * factor))
-    resized = torch.nn.functional.interpolate(pixels[None].float(), sides, mode="bilinear", antialias=True)
+    resized = F.interpolate(pixels[None].float(), sides, mode="bilinear", antialias=True)
     return resized.clamp(0, 255) / 255

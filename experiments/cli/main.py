@@ -66,7 +66,7 @@ COMMAND_OPTIONS = {
     "fit": "[--run NAME] [--wandb offline|online]",
     "validate": "[--ckpt FILE]",
     "test": "[--ckpt FILE] [--record FILE]",
-    "predict": "--input IMAGE_OR_FOLDER [--output FOLDER] [--direction AtoB|BtoA] [--ckpt FILE]",
+    "predict": "--input IMAGE_OR_FOLDER [--output FOLDER] [--direction AtoB|BtoA] [--style NAME] [--alpha A] [--ckpt FILE]",
 }
 
 STARTED = time.perf_counter()

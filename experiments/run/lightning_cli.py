@@ -10,6 +10,7 @@ import jsonargparse
 import lightning as L
 import torch
 import yaml
+from jsonargparse.typing import ClosedUnitInterval
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -136,6 +137,12 @@ class DarkroomCLI(LightningCLI):
             parser.add_argument("--output", type=str, default="out", help="output folder")
             parser.add_argument(
                 "--direction", type=Literal["AtoB", "BtoA"] | None, help="direction of a translation (default AtoB)"
+            )
+            parser.add_argument(
+                "--style", type=str | None, help="style of a style transfer, or weights: wave=0.7,the_scream=0.3"
+            )
+            parser.add_argument(
+                "--alpha", type=ClosedUnitInterval | None, help="weight of the stylized image in the output, 0 to 1 (default 1)"
             )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         if "seed" in parameters(self.recipe.class_path("model")):

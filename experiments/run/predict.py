@@ -12,7 +12,7 @@ from experiments.tasks.registry import task_of
 
 
 def predict(cli: DarkroomCLI) -> None:
-    """Enlarge, segment or translate a user's images, and write the results to the output folder.
+    """Enlarge, segment, translate or stylize a user's images, and write the results to the output folder.
 
     Raises:
         UserError: the method takes no images, an option is invalid, or a path cannot be read or written.
@@ -20,8 +20,9 @@ def predict(cli: DarkroomCLI) -> None:
     task = task_of(cli.datamodule)
     if task.predict is None:
         raise UserError(f"predict: {cli.recipe.name} takes no images. Use darkroom sample")
-    if cli.config.direction and not task.directions:
-        raise UserError(f"--direction: {cli.recipe.name} is not a translation. Remove the option")
+    for name in ("direction", "style", "alpha"):
+        if cli.config[name] is not None and name not in task.predict_options:
+            raise UserError(f"--{name}: {cli.recipe.name} does not have this option. Remove it")
     path = load_resolved_weights(cli)
     output = Path(cli.config.output)
     files = list_user_images(cli.config.input, exclude=output)

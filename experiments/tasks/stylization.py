@@ -20,7 +20,8 @@ from modules.tasks.stylization import StylizationMethod
 
 
 def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[PhotographInputs, ImageWriter]:
-    """Return a dataset of photographs, and a writer of stylized photographs."""
+    """Set the style, and return a dataset of photographs and a writer of stylized photographs."""
+    cli.model.select(cli.config.style, 1.0 if cli.config.alpha is None else cli.config.alpha)
     return PhotographInputs(files, cli.model.min_side), ImageWriter(paths)
 
 
@@ -51,4 +52,4 @@ def bench_inference(method: StylizationMethod, data: Stylization) -> dict[str, A
     return {"megapixels_per_second": data.size**2 / 1e6 / median_seconds(lambda: method.stylize(image, mixture))}
 
 
-TASK = Task(Stylization, PilCrops, bench_inference, predict)
+TASK = Task(Stylization, PilCrops, bench_inference, predict, ("style", "alpha"))

@@ -23,11 +23,11 @@ class Task:
         bench_inference: function from a trained method and its datamodule to speeds by name; None for no benchmark.
         predict: function that creates the input dataset and the output writer of `darkroom predict`; None if the task has no
             image inputs.
-        directions: whether predictions have a direction, "AtoB" or "BtoA".
+        predict_options: names of the options of `darkroom predict` that the task accepts.
     """
 
     datamodule: type
     baseline: Callable[[Any], Dataset[Any]] | None = None
     bench_inference: Callable[[Any, Any], dict[str, Any]] | None = None
     predict: PredictFn | None = None
-    directions: bool = False
+    predict_options: tuple[str, ...] = ()

@@ -59,4 +59,4 @@ def bench_inference(method: TranslationMethod, data: Unpaired) -> dict[str, Any]
     return {**results, **ratio_to_classic(method, batch)} if isinstance(method, CycleGAN) and method.adversarial else results
 
 
-TASK = Task(Unpaired, PilPairs, bench_inference, predict, directions=True)
+TASK = Task(Unpaired, PilPairs, bench_inference, predict, ("direction",))

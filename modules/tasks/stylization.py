@@ -1,5 +1,6 @@
 """Base class of methods that stylize photographs."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.batches import StylizationEvalBatch, StylizationOutputs
+from datamodules.errors import UserError
 from datamodules.transforms.draw import image_row
 from modules.training.method import Batch, Method
 
@@ -29,6 +31,7 @@ class StylizationMethod(Method, ABC):
     def __init__(self, style_names: list[str], total_images: int, learning_rate: float, seed: int = 0) -> None:
         super().__init__(total_images, learning_rate, seed=seed)
         self.style_names = style_names
+        self.mixture, self.alpha = [1.0] + [0.0] * (len(style_names) - 1), 1.0  # of predictions
 
     @abstractmethod
     def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
@@ -61,9 +64,24 @@ class StylizationMethod(Method, ABC):
 
     test_step = validation_step
 
+    def select(self, style: str | None, alpha: float) -> None:
+        """Select the style of predictions.
+
+        Args:
+            style: name of a style; weights of several styles, such as "wave=0.7,the_scream=0.3"; or None for the first style.
+            alpha: weight of the stylized photograph in the output, in [0, 1]; the rest is the photograph.
+
+        Raises:
+            UserError: a style does not exist, or a weight is not a number.
+        """
+        self.mixture = parse_mixture(style or self.style_names[0], self.style_names)
+        self.alpha = alpha
+
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Add the photograph in the first style as "prediction"."""
-        return {**batch, "prediction": self.stylize(batch["image"], self.mixture_of(torch.zeros(1, dtype=torch.long)))}
+        """Add the photograph in the selected style as "prediction"."""
+        mixture = torch.tensor([self.mixture]).to(self.device).to(self.dtype)
+        stylized = self.stylize(batch["image"], mixture)
+        return {**batch, "prediction": self.alpha * stylized + (1 - self.alpha) * batch["image"]}
 
     preview_limit = 2
 
@@ -78,3 +96,23 @@ class StylizationMethod(Method, ABC):
     def train_mixture(self, batch: Batch) -> Tensor:
         """Return the mixtures of a training batch: the styles in turn, by the positions of the samples."""
         return self.mixture_of(torch.tensor(list(batch["sample_ids"])) % len(self.style_names))
+
+
+def parse_mixture(text: str, style_names: list[str]) -> list[float]:
+    """Return the weights of the styles in a text such as "wave=0.7,the_scream=0.3"; a single name has the weight 1.
+
+    Raises:
+        UserError: a style does not exist, or a weight is not a number.
+    """
+    weights = dict.fromkeys(style_names, 0.0)
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        if name not in weights:
+            raise UserError(f"--style: no style '{name}'. Use one of: {', '.join(style_names)}")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise UserError(f"--style: '{weight}' is not a number. Use, for example, {name}=0.5") from None
+        if not math.isfinite(weights[name]):
+            raise UserError(f"--style: {name}={weight} is not finite. Use, for example, {name}=0.5")
+    return list(weights.values())

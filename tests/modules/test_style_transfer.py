@@ -174,6 +174,49 @@ def test_predict_stylizes_images_of_any_size(workdir, photos, three_photos):
     assert sizes == {"alpha.png": (61, 83, 4), "gray.png": (61, 83, 3)}
 
 
+def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, capfd):
+    recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
+    assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "40"]) == 0
+    photo = min(photos.iterdir())
+
+    def predicted(*options):
+        assert forked(main, ["predict", str(recipe), "--input", str(photo), "--output", "out", *options]) == 0
+        return np.asarray(Image.open(workdir / "out" / photo.name)).astype(int)
+
+    wave, scream = predicted("--style", "wave"), predicted("--style", "the_scream")
+    assert abs(predicted() - wave).max() == 0  # the first style
+    assert abs(wave - scream).max() > 2
+    assert abs(predicted("--style", "wave=0,the_scream=1") - scream).max() == 0
+    assert abs(predicted("--alpha", "0") - np.asarray(Image.open(photo).convert("RGB"))).max() == 0
+    half = predicted("--alpha", "0.5")
+    assert abs(half - (wave + np.asarray(Image.open(photo).convert("RGB"))) / 2).max() <= 1
+    capfd.readouterr()
+    for options, reason in (
+        (["--style", "monet"], "--style: no style 'monet'. Use one of: wave, the_scream"),
+        (["--style", "wave=much"], "--style: 'much' is not a number"),
+        (["--alpha", "2"], "alpha"),
+        (["--direction", "AtoB"], "--direction: "),
+    ):
+        assert forked(main, ["predict", str(recipe), "--input", str(photo), *options]) == 2
+        assert reason in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("upsampling", ["transposed", "nearest"])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_tiles_equal_a_single_pass(norm, upsampling):
+    """With instance normalization, the statistics are fixed first; computed from the same image, they are those of one pass."""
+    network = TransformNet(4, norm, upsampling).double()
+    image, mixture = torch.rand(1, 3, 156, 132).double(), torch.ones(1, 1).double()
+    with torch.no_grad():
+        network(torch.rand(2, 3, 64, 64).double(), torch.ones(2, 1).double())  # statistics of batch normalization
+        network.eval()
+        expected = network(image, mixture)
+        with network.fixed_statistics(image, mixture):
+            tiled = network.transform_tiled(image, mixture, 64)
+    assert (tiled - expected).abs().max() < 1e-12
+    assert torch.equal(network(image, mixture), expected)  # the statistics are no longer fixed
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

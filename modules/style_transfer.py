@@ -21,7 +21,6 @@ Differences from both, with reasons:
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from torch import Tensor
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.paths import find_file
-from modules.losses.perceptual import GramReduction, feature_loss, gram_matrix, style_loss, total_variation
+from modules.losses.perceptual import GramReduction, PerceptualObjective
 from modules.networks.transform_net import PADDING, Norm, TransformNet, Upsampling
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, find_feature_weights
 from modules.tasks.stylization import StylizationMethod
@@ -78,7 +77,7 @@ class StyleTransfer(StylizationMethod):
         content_weight: NonNegativeFloat = 1.0,
         style_weight: NonNegativeFloat = 5.0,
         tv_weight: NonNegativeFloat = 1e-6,
-        gram: Literal["sum", "mean"] = "sum",
+        gram: GramReduction = "sum",
         norm: Norm = "batch",
         upsampling: Upsampling = "transposed",
         base_channels: PositiveInt = 32,
@@ -94,9 +93,9 @@ class StyleTransfer(StylizationMethod):
         super().__init__(names, total_images, learning_rate, seed)
         self.save_hyperparameters()
         self.styles, self.style_size = list(styles), style_size
-        self.content_layer, self.style_layers = content_layer, list(style_layers)
-        self.content_weight, self.style_weight, self.tv_weight = content_weight, style_weight, tv_weight
-        self.gram: GramReduction = gram
+        self.perceptual = PerceptualObjective(
+            self.features, content_layer, tuple(style_layers), content_weight, style_weight, tv_weight, gram
+        )
         self.network = TransformNet(base_channels, norm, upsampling, len(names))
         network = FeatureNetwork(feature_network, [content_layer, *style_layers])
         self.add_reference("features", network, partial(find_feature_weights, feature_network, feature_weights))
@@ -140,14 +139,9 @@ class StyleTransfer(StylizationMethod):
             UserError: a style image is missing, unusable, or too small for the feature network.
         """
         self.references["features"].load()
-        grams = [self._style_grams(find_file(style, "model.styles")) for style in self.styles]
-        self.target_grams = {layer: torch.stack([gram[layer] for gram in grams]) for layer in self.style_layers}
-
-    def _style_grams(self, path: Path) -> dict[str, Tensor]:
-        image = read_style(path, self.style_size)
-        with torch.no_grad():
-            features = self.features(image.to(self.device).to(self.dtype), self.style_layers)
-            return {layer: gram_matrix(maps)[0] for layer, maps in features.items()}
+        images = [read_style(find_file(style, "model.styles"), self.style_size) for style in self.styles]
+        grams = [self.perceptual.style_targets(image.to(self.device).to(self.dtype)) for image in images]
+        self.target_grams = {layer: torch.cat([gram[layer] for gram in grams]) for layer in self.perceptual.style_layers}
 
     def features(self, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Compute features of images (N, 3, H, W) in [0, 1] by the loss network, see `FeatureNetwork`."""
@@ -160,19 +154,12 @@ class StyleTransfer(StylizationMethod):
 
         The Gram matrices of a mixture of styles are mixed with the same weights.
         """
-        with torch.no_grad():
-            content = self.features(image, [self.content_layer])[self.content_layer]
-        features = self.features(prediction, [self.content_layer, *self.style_layers])
         with torch.autocast(image.device.type, enabled=False):
-            targets = {
+            grams = {
                 layer: torch.einsum("ns,scd->ncd", mixture.float(), gram.to(image.device))
                 for layer, gram in self.target_grams.items()
             }
-            return {
-                "content": self.content_weight * feature_loss(features[self.content_layer], content),
-                "style": self.style_weight * style_loss(features, targets, self.gram),
-                "total_variation": self.tv_weight * total_variation(prediction.float()),
-            }
+        return self.perceptual.terms(prediction, self.perceptual.content_targets(image), grams)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the objective of stylized training images."""

@@ -7,7 +7,8 @@ The paper and its released code differ. The style loss of the paper is the squar
 matrices, summed over the C^2 entries. The code takes the mean over the entries, which is smaller by the factor C^2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -48,3 +49,50 @@ def total_variation(image: Tensor) -> Tensor:
     vertical = (image[..., 1:, :] - image[..., :-1, :]).square().flatten(1).sum(1)
     horizontal = (image[..., 1:] - image[..., :-1]).square().flatten(1).sum(1)
     return (vertical + horizontal).mean()
+
+
+@dataclass(frozen=True)
+class PerceptualObjective:
+    """Weighted sum of the content, style and total variation losses (eq. 5).
+
+    Args:
+        features: function from images (N, 3, H, W) in [0, 1] and layer names to features by layer name.
+        content_layer: layer of the feature reconstruction loss.
+        style_layers: layers of the style reconstruction loss.
+        content_weight, style_weight, tv_weight: weights of the losses.
+        gram: see `style_loss`.
+    """
+
+    features: Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
+    content_layer: str
+    style_layers: Sequence[str]
+    content_weight: float
+    style_weight: float
+    tv_weight: float
+    gram: GramReduction
+
+    def style_targets(self, style: Tensor) -> dict[str, Tensor]:
+        """Compute the Gram matrices of style images (N, 3, H, W), by layer: (N, C, C)."""
+        with torch.no_grad():
+            return {layer: gram_matrix(maps) for layer, maps in self.features(style, self.style_layers).items()}
+
+    def content_targets(self, image: Tensor) -> Tensor:
+        """Compute the content features of photographs (N, 3, H, W): (N, C, h, w)."""
+        with torch.no_grad():
+            return self.features(image, [self.content_layer])[self.content_layer]
+
+    def terms(self, prediction: Tensor, content: Tensor, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the weighted losses of stylized photographs (N, 3, H, W), by name.
+
+        Args:
+            prediction: stylized photographs.
+            content: see `content_targets`.
+            grams: see `style_targets`; (N or 1, C, C).
+        """
+        features = self.features(prediction, [self.content_layer, *self.style_layers])
+        with torch.autocast(prediction.device.type, enabled=False):
+            return {
+                "content": self.content_weight * feature_loss(features[self.content_layer], content),
+                "style": self.style_weight * style_loss(features, grams, self.gram),
+                "total_variation": self.tv_weight * total_variation(prediction.float()),
+            }

@@ -50,7 +50,7 @@ def test_predict_writes_masks_and_overlays_for_any_size_and_mode(workdir, weight
     Image.fromarray(generator.integers(0, 65535, (40, 40), np.uint16)).save(workdir / "in/sixteen.tif")
     arguments = ["predict", "unet/demo", "--input", "in", "--output", "out", "--ckpt", str(weights)]
     assert forked(main, arguments) == 0
-    for name, size in {"colour": (201, 150), "deep/tiny": (3, 7), "sixteen": (40, 40)}.items():
+    for name, size in {"color": (201, 150), "deep/tiny": (3, 7), "sixteen": (40, 40)}.items():
         mask, overlaid = Image.open(workdir / f"out/{name}.png"), Image.open(workdir / f"out/overlays/{name}.png")
         assert (mask.mode, mask.size, overlaid.mode, overlaid.size) == ("L", size, "RGB", size)
         assert set(np.unique(mask)) <= {0, 1}
@@ -59,7 +59,7 @@ def test_predict_writes_masks_and_overlays_for_any_size_and_mode(workdir, weight
     gray = torch.from_numpy(np.asarray(Image.open(workdir / "in/sixteen.tif")) / 257).add(0.5).floor().float()[None, None] / 255
     expected = method.probabilities(gray).argmax(1)[0].byte().numpy()
     assert (np.asarray(Image.open(workdir / "out/sixteen.png")) == expected).mean() > 0.999
-    assert re.search(r"colour\.jpg  201x150  ->  out/colour\.png", capfd.readouterr().out)
+    assert re.search(r"color\.jpg  201x150  ->  out/color\.png", capfd.readouterr().out)
 
 
 def test_predict_with_a_generative_model_reports_an_error(workdir, capfd):

@@ -36,7 +36,7 @@ class TestDeepLab(SegmentationContract):
 
 @pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "deeplabv3", "pspnet"])
 def test_probabilities_cover_every_pixel_with_any_architecture(architecture):
-    method = SMPSegmenter(architecture, "resnet18", None, classes=5, tile_size=64).eval()
+    method = SMPSegmenter(architecture, "resnet18", None, num_classes=5, tile_size=64).eval()
     with torch.no_grad():
         probabilities = method.probabilities(torch.rand(1, 3, 70, 41))
     assert probabilities.shape == (1, 5, 70, 41)
@@ -44,13 +44,13 @@ def test_probabilities_cover_every_pixel_with_any_architecture(architecture):
 
 
 def test_margin_is_cropped_on_every_side():
-    method = SMPSegmenter("unet", "resnet18", None, classes=2, tile_size=64, margin=64).eval()
+    method = SMPSegmenter("unet", "resnet18", None, num_classes=2, tile_size=64, margin=64).eval()
     image = torch.rand(2, 3, 128, 128)
     assert torch.equal(method(image), method.network((image - method.mean) / method.std)[..., 32:-32, 32:-32])
 
 
 def test_invalid_input_sizes_raise_user_error():
-    method = SMPSegmenter("deeplabv3plus", "resnet18", None, classes=2, tile_size=64)
+    method = SMPSegmenter("deeplabv3plus", "resnet18", None, num_classes=2, tile_size=64)
     with pytest.raises(UserError, match=r"data\.crop and data\.margin: .*100 "):
         method(torch.rand(2, 3, 100, 100))
     with pytest.raises(UserError, match=r"data\.batch_size: .*two images"):
@@ -72,7 +72,7 @@ def test_setup_loads_pretrained_encoder_and_channel_stats(monkeypatch):
 
 def test_output_stride_sets_the_encoder_downsampling():
     for stride in (8, 16):
-        method = SMPSegmenter("deeplabv3", "resnet18", None, output_stride=stride, classes=2).eval()
+        method = SMPSegmenter("deeplabv3", "resnet18", None, output_stride=stride, num_classes=2).eval()
         assert method.network.encoder(torch.rand(1, 3, 64, 64))[-1].shape[-1] == 64 // stride
 
 

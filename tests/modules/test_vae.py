@@ -92,7 +92,7 @@ def test_kl_matches_torch_and_monte_carlo():
 def test_log_weights_match_torch_distributions(likelihood, top_dims):
     torch.manual_seed(1)
     method = VAE(size=8, hidden_dims=[9], latent_size=4, top_dims=top_dims, likelihood=likelihood).double()
-    image, noise = torch.rand(2, 1, 8, 8).double(), torch.randn(5, 2, method.latent_size).double()
+    image, noise = torch.rand(2, 1, 8, 8).double(), torch.randn(5, 2, method.latent_dim).double()
     if likelihood == "bernoulli":
         image = image.round()
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_losses_are_the_negative_bounds():
     ):
         method = VAE(hidden_dims=[8], latent_size=3, **settings)
         noise = (
-            method.batch_noise(batch, "latent", method.n_samples * method.latent_size, "fast-normal")
+            method.batch_noise(batch, "latent", method.n_samples * method.latent_dim, "fast-normal")
             .view(4, method.n_samples, -1)
             .transpose(0, 1)
         )

@@ -80,7 +80,7 @@ class StylizationMethod(Method, ABC):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Add the photograph in the selected style as "prediction"."""
         mixture = torch.tensor([self.mixture]).to(self.device).to(self.dtype)
-        stylized = self.stylize(batch["image"], mixture)
+        stylized = self.stylize(batch["image"], mixture).clamp(0, 1)
         return {**batch, "prediction": self.alpha * stylized + (1 - self.alpha) * batch["image"]}
 
     preview_limit = 2

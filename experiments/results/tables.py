@@ -224,4 +224,4 @@ def _paper_values(group: list[Cell]) -> str:
     if len(datasets) == 1:
         rows = "; ".join(" ".join([row, *values]).strip() for row, values in by_row.items())
         return f"{beginning} on {datasets.pop()}: {rows}"
-    return f"{beginning}: " + "; ".join(f"{row}, {', '.join(values)}" for row, values in by_row.items())
+    return f"{beginning}: " + "; ".join(f"{row}: {', '.join(values)}" for row, values in by_row.items())

@@ -58,7 +58,7 @@ def test_following_the_guide_adds_a_method(project):
     short = ["--model.total_images", "1600", "--val_every_images", "800"]
     assert "photographs-val/psnr-y/crop3" in run(project, "experiments", "fit", "yours/demo", "--run", "r", *short)
     assert "photographs-test" in json.loads((project / "runs/yours/demo/r/record.json").read_text())["metrics"]
-    assert "another method, set5 31.50" in run(project, "experiments", "reproduce", "yours").replace("\n", " ")
+    assert "another method: set5 31.50" in run(project, "experiments", "reproduce", "yours").replace("\n", " ")
     run(project, "experiments", "reproduce", "yours", "--write")
     page = (project / "experiments/methods/yours/README.md").read_text()
     assert "Yours, trained on T91" in page

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from datamodules.errors import UserError
-from experiments.cli import latent_commands
+from experiments.cli import latent_commands, style_commands
 from experiments.cli.errors import one_line
 from experiments.cli.parser import Parser
 from experiments.run.recipes import find_recipe, known_method, methods, recipes
@@ -22,13 +22,15 @@ train, evaluate and predict
   fit RECIPE [--KEY VALUE]   train, then evaluate on the available test sets
   validate RECIPE            evaluate on the validation set
   test RECIPE                evaluate on the available test sets
-  predict RECIPE --input IMAGE_OR_FOLDER     enlarge, segment or translate images (--output FOLDER, --direction BtoA)
+  predict RECIPE --input IMAGE_OR_FOLDER     enlarge, segment, translate or stylize images (--output FOLDER)
   sample RECIPE --output FOLDER              generate images from noise (--count N)
   interpolate RECIPE --indices 3 17 42       interpolate in latent space between samples (--images: between test images)
   arithmetic RECIPE --plus 1 2 --minus 3 4   add and subtract the latents of samples
   manifold RECIPE                            plot decoder outputs over a 2-D latent grid (--grid-size N)
   reconstruct RECIPE                         show test images and their reconstructions (--indices 0 1 2)
   retrieve RECIPE                            find the test images with codes similar to a query image's (--indices 0 1 2, --k N)
+  neural-style CONTENT STYLE                 transfer a style by optimization of the image (--size N, --steps N)
+  deepdream IMAGE                            amplify the features of a network in an image (--layer NAME)
 
   RECIPE is a name, such as espcn/t91_x3, or the path of a YAML file. The name espcn alone means espcn/demo.
   Any key can be overridden: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
@@ -380,4 +382,6 @@ COMMANDS = {
     "manifold": latent_commands.manifold,
     "reconstruct": latent_commands.reconstruct,
     "retrieve": latent_commands.retrieve,
+    "neural-style": style_commands.neural_style,
+    "deepdream": style_commands.deepdream,
 }

@@ -1,0 +1,79 @@
+"""Command lines of `darkroom neural-style` and `deepdream`."""
+
+from datamodules.errors import UserError
+from experiments.cli.parser import Parser
+
+NETWORKS = ("vgg19", "vgg16", "vgg19-distilled")
+
+
+def neural_style(argv: list[str]) -> int:
+    """Run `darkroom neural-style` and return the exit status."""
+    parser = Parser(
+        prog="darkroom neural-style",
+        description="Transfer the style of an image to a photograph by optimization (Gatys et al.). Saves intermediate images.",
+    )
+    parser.add_argument("content", metavar="CONTENT", help="photograph")
+    parser.add_argument("style", metavar="STYLE", help="image with the style")
+    _add_common(parser, "stylized.png")
+    parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps (default 500)")
+    parser.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs", help="optimizer (default lbfgs)")
+    parser.add_argument("--init", choices=("content", "noise"), default="content", help="first image (default content)")
+    parser.add_argument("--pooling", choices=("max", "average"), default="max", help="pooling of the network (default max)")
+    parser.add_argument("--style-weight", type=float, default=0.05, metavar="W", help="weight of the style loss (default 0.05)")
+    parser.add_argument("--tv-weight", type=float, default=1e-4, metavar="W", help="weight of total variation (default 1e-4)")
+    parser.add_argument(
+        "--save-every", type=int, default=100, metavar="N", help="steps between intermediate images (default 100)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --init noise (default 0)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted command with the same --output")
+    args = parser.parse_args(argv)
+    _require("neural-style", args, {"size": 32, "steps": 1, "save_every": 1, "style_weight": 0, "tv_weight": 0})
+    from experiments.run import neural_style
+
+    neural_style.neural_style(
+        args.content,
+        args.style,
+        args.output,
+        args.size,
+        args.steps,
+        args.optimizer,
+        args.init,
+        args.network,
+        args.weights,
+        args.pooling,
+        args.style_weight,
+        args.tv_weight,
+        args.save_every,
+        args.resume,
+        args.seed,
+    )
+    return 0
+
+
+def deepdream(argv: list[str]) -> int:
+    """Run `darkroom deepdream` and return the exit status."""
+    parser = Parser(prog="darkroom deepdream", description="Amplify the features of a network in an image (DeepDream).")
+    parser.add_argument("image", metavar="IMAGE", help="image file")
+    _add_common(parser, "dream.png")
+    parser.add_argument("--layer", metavar="NAME", help="layer to amplify, such as relu3_3 (default: the deepest style layer)")
+    parser.add_argument("--octaves", type=int, default=4, metavar="N", help="resolutions, from coarse to fine (default 4)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per octave (default 10)")
+    args = parser.parse_args(argv)
+    _require("deepdream", args, {"size": 32, "steps": 1, "octaves": 1})
+    from experiments.run import neural_style
+
+    neural_style.deepdream(args.image, args.output, args.size, args.layer, args.octaves, args.steps, args.network, args.weights)
+    return 0
+
+
+def _add_common(parser: Parser, output: str) -> None:
+    parser.add_argument("--output", default=output, metavar="FILE", help=f"PNG file (default {output})")
+    parser.add_argument("--size", type=int, default=512, metavar="N", help="longer side in pixels (default 512)")
+    parser.add_argument("--network", choices=NETWORKS, default="vgg19-distilled", help="network (default vgg19-distilled)")
+    parser.add_argument("--weights", metavar="FILE", help="its weights (default: torchvision's, or those in the repository)")
+
+
+def _require(command: str, args: object, minima: dict[str, int]) -> None:
+    for name, minimum in minima.items():
+        if not getattr(args, name) >= minimum:  # also for NaN
+            raise UserError(f"{command}: --{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")

@@ -1,0 +1,178 @@
+"""`darkroom neural-style` and `darkroom deepdream`: images made by optimization of their pixels."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from datamodules.errors import UserError
+from datamodules.io.image_io import read_image, to_channels
+from experiments.run.sample import require_writable, save_png
+from modules.losses.perceptual import PerceptualObjective
+from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights, layer_names
+from modules.networks.weights import read_weights_file
+from modules.neural_style import LAYERS, OptimizerName, StyleOptimization, dream, resize
+from modules.style_transfer import read_style
+
+MIN_SIDE = 32  # pixels
+
+
+def neural_style(
+    content: str,
+    style: str,
+    output: str,
+    size: int,
+    steps: int,
+    optimizer: OptimizerName,
+    init: str,
+    network: FeatureNetworkName,
+    weights: str | None,
+    pooling: Pooling,
+    style_weight: float,
+    tv_weight: float,
+    save_every: int,
+    resume: bool,
+    seed: int,
+) -> None:
+    """Transfer the style of an image to a photograph, and save intermediate images and the state.
+
+    Args:
+        content, style: image files.
+        output: PNG file; the state is saved next to it.
+        size: longer side of the result in pixels, and shorter side of the style image.
+        steps: number of optimizer steps.
+        optimizer: see `StyleOptimization`.
+        init: "content" or "noise", the first image.
+        network, weights, pooling: see `FeatureNetwork` and `find_feature_weights`.
+        style_weight, tv_weight: weights of the losses; that of the content is 1.
+        save_every: steps between two intermediate images.
+        resume: continue from the state of an interrupted command.
+        seed: seed of the noise.
+
+    Raises:
+        UserError: a file is unusable, or the state belongs to another image.
+    """
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output: {output} must end in .png")
+    require_writable(path.parent)
+    content_layer, style_layers = LAYERS[network]
+    features = load_features(network, weights, [content_layer, *style_layers], pooling)
+    photograph = read_content(Path(content), size)
+    objective = PerceptualObjective(features, content_layer, style_layers, 1.0, style_weight, tv_weight, "sum")
+    generator = torch.Generator().manual_seed(seed)
+    start = photograph if init == "content" else torch.rand(photograph.shape, generator=generator)
+    rate = 1.0 if optimizer == "lbfgs" else 0.02
+    optimization = StyleOptimization(objective, photograph, read_style(Path(style), size), start, optimizer, rate)
+    state = path.with_suffix(".state")
+    if resume:
+        load_state(optimization, state)
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"objective {'':>12}", total=steps, completed=optimization.steps)
+        while optimization.steps < steps:
+            total = sum(optimization.step().values())
+            if not torch.isfinite(optimization.image).all():
+                raise UserError(f"the image is not finite after {optimization.steps} steps. Use --optimizer adam")
+            progress.update(task, completed=optimization.steps, description=f"objective {total:12.5g}")
+            if optimization.steps % save_every == 0 and optimization.steps < steps:
+                save_png(optimization.image[0].detach(), path.with_stem(f"{path.stem}-{optimization.steps:05d}"))
+                save_state(optimization, state)
+    save_png(optimization.image[0].detach(), path)
+    save_state(optimization, state)
+
+
+def deepdream(
+    image: str,
+    output: str,
+    size: int,
+    layer: str | None,
+    octaves: int,
+    steps: int,
+    network: FeatureNetworkName,
+    weights: str | None,
+) -> None:
+    """Amplify the features of a layer in an image, and save the result of each octave.
+
+    Args:
+        image: image file.
+        output: PNG file.
+        size: longer side of the result in pixels.
+        layer: layer to amplify; None for the deepest style layer of the network.
+        octaves, steps: see `dream`.
+        network, weights: see `FeatureNetwork` and `find_feature_weights`.
+
+    Raises:
+        UserError: a file is unusable, or the layer does not exist.
+    """
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output: {output} must end in .png")
+    require_writable(path.parent)
+    layer = layer or LAYERS[network][1][-1]
+    features = load_features(network, weights, [layer], "max")
+    picture = read_content(Path(image), size)
+    result: Tensor = picture
+    with Progress(transient=True) as progress:
+        task = progress.add_task(layer, total=octaves * steps)
+        for octave, step, value, result in dream(features, layer, picture, octaves, steps=steps):
+            progress.update(task, advance=1, description=f"{layer}  octave {octave + 1}  {value:.4g}")
+            if step == steps and octave + 1 < octaves:
+                save_png(result[0], path.with_stem(f"{path.stem}-octave{octave + 1}"))
+    save_png(result[0], path)
+
+
+def load_features(name: FeatureNetworkName, weights: str | None, layers: list[str], pooling: Pooling) -> FeatureNetwork:
+    """Return a feature network with its weights, frozen.
+
+    Raises:
+        UserError: the weights are missing, unusable or of another network, or a layer does not exist.
+    """
+    network = FeatureNetwork(name, layers, pooling)
+    path = find_feature_weights(name, weights)
+    try:
+        network.load_state_dict(read_weights_file(path))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"--weights: {path} does not contain the layers {layer_names(name)[0]} ... of {name}: {reason}"
+        ) from None
+    return network.eval().requires_grad_(False)
+
+
+def read_content(path: Path, size: int) -> Tensor:
+    """Read an image and resize its longer side: (1, 3, H, W) in [0, 1].
+
+    Raises:
+        InvalidImage: the file is not an image.
+        UserError: a side would be smaller than 32 pixels.
+    """
+    pixels = to_channels(read_image(path), 3)[None].float() / 255
+    factor = size / max(pixels.shape[-2:])
+    sides = [round(side * factor) for side in pixels.shape[-2:]]
+    if min(sides) < MIN_SIDE:
+        raise UserError(f"--size: {size} is too small for {path}: {sides[1]}x{sides[0]} pixels. Use a larger size")
+    return resize(pixels, sides).clamp(0, 1)
+
+
+def save_state(optimization: StyleOptimization, path: Path) -> None:
+    """Write the state to a temporary file, then move it to `path`."""
+    part = path.with_suffix(".part")
+    torch.save(optimization.state_dict(), part)
+    part.replace(path)
+
+
+def load_state(optimization: StyleOptimization, path: Path) -> None:
+    """Read the state of an interrupted command.
+
+    Raises:
+        UserError: the state is missing or belongs to another image.
+    """
+    if not path.is_file():
+        raise UserError(f"--resume: no file {path}. Remove the option to start a new image")
+    state: dict[str, Any] = read_weights_file(path)
+    image = state.get("image")
+    if not isinstance(image, Tensor) or image.shape != optimization.image.shape:
+        raise UserError(f"--resume: {path} belongs to an image of another size. Use the same --size and content")
+    optimization.load_state_dict(state)

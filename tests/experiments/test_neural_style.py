@@ -1,0 +1,95 @@
+"""Style transfer and DeepDream by optimization."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.catalog.catalog import resolve_images
+from experiments import ROOT
+from experiments.cli.main import main
+from experiments.run.neural_style import load_features
+from modules.losses.perceptual import PerceptualObjective
+from modules.neural_style import LAYERS, StyleOptimization, dream
+from tests.helpers.subprocess_helpers import forked
+
+WAVE = str(ROOT / "experiments/methods/style/styles/wave.jpg")
+NETWORK = "vgg19-distilled"
+
+
+@pytest.fixture
+def photo():
+    return str(resolve_images("photographs/test")[0])
+
+
+def optimization(optimizer, content, style):
+    content_layer, style_layers = LAYERS[NETWORK]
+    features = load_features(NETWORK, None, [content_layer, *style_layers], "max")
+    objective = PerceptualObjective(features, content_layer, style_layers, 1.0, 0.05, 1e-4, "sum")
+    return StyleOptimization(objective, content, style, content, optimizer, 1.0 if optimizer == "lbfgs" else 0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_optimization_lowers_the_objective_and_resumes_exactly(optimizer, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    content, style = torch.rand(2, 1, 3, 48, 48, generator=generator)
+    full, broken = (optimization(optimizer, content, style) for _ in range(2))
+    values = [sum(full.step().values()) for _ in range(8)]
+    assert values[-1] < values[0]
+    for _ in range(3):
+        broken.step()
+    torch.save(broken.state_dict(), tmp_path / "state")
+    resumed = optimization(optimizer, content, style)
+    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert [sum(resumed.step().values()) for _ in range(5)] == values[3:]
+    assert torch.equal(resumed.image, full.image)
+
+
+def test_command_writes_intermediate_images_and_resumes(workdir, photo):
+    argv = ["neural-style", photo, WAVE, "--size", "64", "--save-every", "2", "--output"]
+    assert forked(main, [*argv, "full.png", "--steps", "4"]) == 0
+    assert forked(main, [*argv, "broken.png", "--steps", "2"]) == 0
+    assert forked(main, [*argv, "broken.png", "--steps", "4", "--resume"]) == 0
+    assert {path.name for path in workdir.glob("full*")} == {"full.png", "full-00002.png", "full.state"}
+    full, broken = (np.asarray(Image.open(workdir / name)) for name in ("full.png", "broken.png"))
+    assert max(full.shape) == 64
+    assert (full == broken).all()
+
+
+def test_dream_without_steps_is_the_image_and_steps_amplify_the_layer():
+    features = load_features(NETWORK, None, ["relu3_1"], "max")
+    image = torch.rand(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+    assert not list(dream(features, "relu3_1", image, octaves=2, steps=0))
+    results = list(dream(features, "relu3_1", image, octaves=2, steps=5))
+    assert [result[:2] for result in results] == [(octave, step) for octave in (0, 1) for step in range(1, 6)]
+    values = [result[2] for result in results]
+    assert values[4] > values[0]
+    assert values[9] > values[5]
+    assert results[-1][3].shape == image.shape
+
+
+def test_deepdream_command_writes_each_octave(workdir, photo):
+    assert forked(main, ["deepdream", photo, "--size", "96", "--octaves", "2", "--steps", "2", "--output", "d.png"]) == 0
+    assert {path.name for path in workdir.glob("*.png")} == {"d.png", "d-octave1.png"}
+    assert max(Image.open(workdir / "d.png").size) == 96
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["none.jpg", WAVE], "none.jpg: no such file"),
+        ([WAVE, "none.jpg"], "none.jpg: no such file"),
+        ([WAVE, WAVE, "--output", "a.jpg"], "--output: a.jpg must end in .png"),
+        ([WAVE, WAVE, "--network", "vgg19", "--weights", "other.pth"], "other.pth does not contain the layers"),
+        ([WAVE, WAVE, "--resume"], "--resume: no file"),
+        ([WAVE, WAVE, "--steps", "0"], "--steps 0: must be at least 1"),
+        ([WAVE, WAVE, "--style-weight", "nan"], "--style-weight nan: must be at least 0"),
+        ([WAVE, WAVE, "--size", "40"], "--size: 40 is too small"),
+    ],
+)
+def test_unusable_input_is_one_line(workdir, capfd, arguments, reason):
+    torch.save({"features.0.weight": torch.zeros(3)}, workdir / "other.pth")
+    assert forked(main, ["neural-style", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert reason in error

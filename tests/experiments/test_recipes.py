@@ -15,6 +15,8 @@ from experiments.results.tables import load_table
 from experiments.run.lightning_cli import DarkroomCLI
 from experiments.run.recipes import methods, recipes
 from modules.networks.feature_extractors import Inception
+from modules.networks.vgg import URLS, FeatureNetwork
+from modules.style_transfer import VGG16_STYLE_LAYERS
 from tests.helpers.fake_datasets import accept_what_is_laid_out, lay_out
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import inception_weights
@@ -102,9 +104,11 @@ def test_super_resolution_recipe_trains_a_few_steps(recipe, workdir):
 
 @pytest.fixture(scope="session")
 def torch_home(tmp_path_factory):
-    """Return a torch cache folder with random weights of Inception."""
+    """Return a torch cache folder with random weights of Inception and VGG-16."""
     home = tmp_path_factory.mktemp("torch")
     (home / "hub/checkpoints").mkdir(parents=True)
+    vgg16 = FeatureNetwork("vgg16", VGG16_STYLE_LAYERS)
+    torch.save(vgg16.state_dict(), home / "hub/checkpoints" / str(URLS["vgg16"]).rpartition("/")[2])
     torch.save(inception_weights(), home / "hub/checkpoints" / Inception.url.rpartition("/")[2])
     return home
 
@@ -216,6 +220,25 @@ def test_translation_recipe_trains_a_few_steps(recipe, workdir):
     folder = workdir / "runs" / recipe.name / "short"
     assert (folder / "record.json").exists()
     assert len(list((folder / "samples").iterdir())) == 2
+    assert_losses_are_documented(recipe, folder)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Stylization"], ids=name_of)
+def test_stylization_recipe_trains_a_few_steps(recipe, workdir, torch_home, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
+    data, model = (recipe.content[section]["init_args"] for section in ("data", "model"))
+    for name in {data["train"], data["val"], *data["test"]}:
+        lay_out(name)
+    if weights := model.get("feature_weights"):
+        (workdir / "data" / weights).parent.mkdir(parents=True)
+        (workdir / "data" / weights).symlink_to(torch_home / "hub/checkpoints" / str(URLS["vgg16"]).rpartition("/")[2])
+    overrides = ["--model.total_images", "4", "--data.batch_size", "2", "--val_every_images", "2", "--model.base_channels", "2"]
+    overrides += ["--data.size", "64", "--data.resize", "64", "--model.style_size", "64", "--trainer.precision", "32-true"]
+    overrides += ["--data.num_workers", "1"] if data.get("num_workers") else []
+    assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
+    folder = workdir / "runs" / recipe.name / "short"
+    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert list((folder / "samples").iterdir())
     assert_losses_are_documented(recipe, folder)
 
 

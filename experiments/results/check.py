@@ -29,6 +29,7 @@ from callbacks.run.record_file import write_record
 from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
+from experiments.cli.errors import parameters
 from experiments.results.fingerprint import code_fingerprint
 from experiments.results.records import Record, changed_code, commit, committed_records, differences, record_path
 from experiments.results.renames import Renames
@@ -159,7 +160,7 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
 
 def is_trainable(recipe: Recipe) -> bool:
     """Return whether the method of a recipe is trained."""
-    return "total_images" in recipe.content["model"]["init_args"]
+    return "total_images" in parameters(recipe.class_path("model"))
 
 
 def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both: bool) -> Iterator[Code]:

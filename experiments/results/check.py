@@ -29,12 +29,11 @@ from callbacks.run.record_file import write_record
 from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
-from experiments.cli.errors import parameters
 from experiments.results.fingerprint import code_fingerprint
 from experiments.results.records import Record, changed_code, commit, committed_records, differences, record_path
 from experiments.results.renames import Renames
 from experiments.results.replay import STEPS, Code, Mismatch, Uncheckable, data_hashes, evaluate, replay, result_values
-from experiments.results.reproduce import missing_inputs
+from experiments.results.reproduce import is_trainable, missing_inputs
 from experiments.run.recipes import Recipe, recipes
 from modules.training.stages import StagePlan
 
@@ -156,11 +155,6 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
         outcome = Outcome("unchecked", [f"{record['file']} is nested too deeply"])
     outcome.seconds = time.monotonic() - began
     return outcome
-
-
-def is_trainable(recipe: Recipe) -> bool:
-    """Return whether the method of a recipe is trained."""
-    return "total_images" in parameters(recipe.class_path("model"))
 
 
 def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both: bool) -> Iterator[Code]:

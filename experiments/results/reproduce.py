@@ -18,6 +18,7 @@ from callbacks.run.record_file import read_record, write_record
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
+from experiments.cli.errors import parameters
 from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
 from experiments.results.records import Record, changed_code, committed_records, differences, record_path
 from experiments.results.tables import cells, format_ours, format_paper, format_provenance, load_table, render
@@ -75,7 +76,7 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
     Raises:
         UserError: a run failed, or its record cannot be used.
     """
-    learns = "total_images" in recipe.content["model"]["init_args"]
+    learns = is_trainable(recipe)
     current = {record["seed"]: record for record in committed_records(recipe.name)[0] if not differences(record, recipe)}
     if 0 in current and (sets := unevaluated_sets(recipe, current[0])):
         words = ["--ckpt", str(recipe.weights)] if learns else []
@@ -130,6 +131,11 @@ def _wait_for(process: subprocess.Popen[bytes]) -> int:
             return process.wait()
         except KeyboardInterrupt:
             continue
+
+
+def is_trainable(recipe: Recipe) -> bool:
+    """Return whether the method of a recipe is trained."""
+    return "total_images" in parameters(recipe.class_path("model"))
 
 
 def missing_inputs(recipe: Recipe, learns: bool) -> list[str]:

@@ -153,8 +153,8 @@ def test_fcn_scores_in_a_record_match_a_direct_evaluation(workdir, with_real_dat
     settings["data"]["init_args"] |= {"train": "camvid/val", "test": ["camvid/val"], "max_val_images": 1}
     recipe.write_text(yaml.safe_dump({**settings, "val_every_images": 2}))
     assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
-    record = json.loads((workdir / "runs" / "judged" / "one" / "record.json").read_text())
-    network = SMPSegmenter("deeplabv3plus", "timm-mobilenetv3_small_minimal_100", None, classes=11, tile_size=256)
+    record = json.loads((workdir / "runs" / "evaluated" / "one" / "record.json").read_text())
+    network = SMPSegmenter("deeplabv3plus", "timm-mobilenetv3_small_minimal_100", None, num_classes=11, tile_size=256)
     network.load_state_dict(load_file(weights))
     matrix = np.zeros((11, 11))
     for image in sorted((with_real_data / "CamVid" / "val").glob("*.png")):

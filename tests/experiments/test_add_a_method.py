@@ -62,16 +62,16 @@ def test_following_the_guide_adds_a_method(project):
     run(project, "experiments", "reproduce", "yours", "--write")
     page = (project / "experiments/methods/yours/README.md").read_text()
     assert "Yours, trained on T91" in page
+
+
+@pytest.mark.slow
+def test_method_of_the_guide_passes_the_contract_and_the_checks(project):
+    run(project, "pytest", "-q", "-p", "no:cacheprovider", "tests/modules/test_yours.py", "-m", "slow or not slow")
     shared = ["tests/experiments/test_recipes.py", "tests/experiments/test_reproduce.py", "tests/test_architecture.py"]
     run(project, "pytest", "-q", "-p", "no:cacheprovider", "-k", "yours or pages_follow", *shared)
     run(project, "ruff", "check", "modules/yours.py", "tests/modules/test_yours.py")
     run(project, "ruff", "format", "--check", "modules/yours.py", "tests/modules/test_yours.py")
     run(project, "mypy", "modules/yours.py")
-
-
-@pytest.mark.slow
-def test_method_of_the_guide_passes_the_contract(project):
-    run(project, "pytest", "-q", "-p", "no:cacheprovider", "tests/modules/test_yours.py", "-m", "slow or not slow")
 
 
 @pytest.mark.parametrize("attribute", re.findall(r"`(\w+)(?:\(log\))?`(?= |,)", GUIDE.partition("| attribute | meaning |")[2]))

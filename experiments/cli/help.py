@@ -6,7 +6,6 @@ The help of jsonargparse lists the method and the datamodule as one option each,
 import argparse
 import inspect
 import re
-from importlib import import_module
 
 import jsonargparse
 
@@ -25,8 +24,7 @@ def key_help(full_help: str, recipe: Recipe) -> str:
     """
     parser = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     for section in ("model", "data"):
-        module, _, name = recipe.class_path(section).rpartition(".")
-        parser.add_class_arguments(getattr(import_module(module), name), section, skip={"seed"})  # set by --seed_everything
+        parser.add_class_arguments(recipe.load_class(section), section, skip={"seed"})  # set by --seed_everything
         init_args = recipe.content[section].get("init_args", {})
         parser.set_defaults({f"{section}.{key}": value for key, value in init_args.items() if key != "seed"})
     text = re.sub(r"  --(model|data) CONFIG .*\n|(?<=\()required,\s+", "", parser.format_help())

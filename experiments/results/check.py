@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from experiments.results.fingerprint import code_fingerprint
 from experiments.results.records import Record, changed_code, commit, committed_records, differences, record_path
 from experiments.results.renames import Renames
 from experiments.results.replay import STEPS, Code, Mismatch, Uncheckable, data_hashes, evaluate, replay, result_values
-from experiments.results.reproduce import is_trainable, missing_inputs
+from experiments.results.reproduce import missing_inputs
 from experiments.run.recipes import Recipe, recipes
 from modules.training.stages import StagePlan
 
@@ -134,7 +133,7 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
         due = bool(changed_code(record, recipe)) or renamed != record
         has_weights = recipe.weights.exists() and record["seed"] == 0
         if due or has_weights:
-            if missing := missing_inputs(recipe, is_trainable(recipe)):
+            if missing := missing_inputs(recipe, recipe.is_trainable):
                 raise Uncheckable(f"not installed: {', '.join(missing)}")
             with tempfile.TemporaryDirectory() as folder:
                 outcome = Outcome("certified" if due else "unchanged")
@@ -199,7 +198,7 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
     """
     committed = recipe.weights.exists() and record["seed"] == 0
     starts: list[int] = []
-    if is_trainable(recipe) and len(codes) > 1:
+    if recipe.is_trainable and len(codes) > 1:
         batch_size = record["config"]["data"]["init_args"].get("batch_size")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise Uncheckable("the config of the record has no data.init_args.batch_size")
@@ -208,7 +207,7 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
             replay(codes, record["seed"], batch_size, f"stage-{i}", start, resume_from=f"stage-{i - 1}" if i else "")
     if committed and not codes[0].renames.weights and record.get("weights") != weights_hash(load_file(recipe.weights)):
         raise Mismatch(f"{recipe.weights.relative_to(ROOT)} are not the weights of the record")
-    results = evaluate(codes, "" if committed or not is_trainable(recipe) else f"stage-{len(starts) - 1}")
+    results = evaluate(codes, "" if committed or not recipe.is_trainable else f"stage-{len(starts) - 1}")
     data = data_hashes(codes[-1], trained=bool(starts))
     if changed := [name for name, value in data.items() if record["data"].get(name) != value]:
         raise Uncheckable(f"the installed data differ from those of the record: {', '.join(changed)}")
@@ -219,13 +218,13 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
     evaluated_protocols = {protocol for result in present.values() for protocol in result}
     if not all(record["metrics"][dataset].keys() <= evaluated_protocols for dataset in absent):
         raise Uncheckable(f"not installed: {', '.join(absent)}")
-    if committed or not is_trainable(recipe):
+    if committed or not recipe.is_trainable:
         recorded = {dataset: record["metrics"][dataset] for dataset in present}
         _compare_metrics(recorded, present, MEAN_TOLERANCE, IMAGE_TOLERANCE, "in the record", "with its weights")
     return {
         "steps": STEPS if starts else 0,
         "starts": starts,
-        "evaluated": "committed weights" if committed else "replay" if is_trainable(recipe) else "no weights needed",
+        "evaluated": "committed weights" if committed else "replay" if recipe.is_trainable else "no weights needed",
         "absent": absent,
         "processor": cpu_name(),
     }
@@ -242,11 +241,9 @@ def stage_starts(recipe: Recipe, batch_size: int, certified: list[int]) -> list[
     Raises:
         Mismatch: the current code cannot create the model.
     """
-    content = recipe.content["model"]
-    module, _, name = content["class_path"].rpartition(".")
     try:
         with torch.device("meta"):
-            method = getattr(import_module(module), name)(**content["init_args"])
+            method = recipe.load_class("model")(**recipe.content["model"]["init_args"])
     except (ImportError, AttributeError, SyntaxError, TypeError, UserError) as error:
         raise Mismatch(f"the current code cannot create the model: {error}") from None
     starts = sorted({*StagePlan(method.stages(), batch_size).starts, *certified})

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +222,7 @@ def has_large_batches(code: Code) -> bool:
     Other datamodules evaluate single images, and the first ones would be of one dataset or direction.
     """
     recipe = Recipe("replay", code.recipe)
-    module, _, name = recipe.class_path("data").rpartition(".")
-    datamodule = getattr(import_module(module), name)
-    return issubclass(datamodule, Generation) and len(recipe.content["data"]["init_args"].get("test", [])) == 1
+    return issubclass(recipe.load_class("data"), Generation) and len(recipe.content["data"]["init_args"].get("test", [])) == 1
 
 
 def few_items(code: Code) -> Path:

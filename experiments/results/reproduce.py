@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +17,6 @@ from callbacks.run.record_file import read_record, write_record
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
-from experiments.cli.errors import parameters
 from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
 from experiments.results.records import Record, changed_code, committed_records, differences, record_path
 from experiments.results.tables import cells, format_ours, format_paper, format_provenance, load_table, render
@@ -76,7 +74,7 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
     Raises:
         UserError: a run failed, or its record cannot be used.
     """
-    learns = is_trainable(recipe)
+    learns = recipe.is_trainable
     current = {record["seed"]: record for record in committed_records(recipe.name)[0] if not differences(record, recipe)}
     if 0 in current and (sets := unevaluated_sets(recipe, current[0])):
         words = ["--ckpt", str(recipe.weights)] if learns else []
@@ -133,11 +131,6 @@ def _wait_for(process: subprocess.Popen[bytes]) -> int:
             continue
 
 
-def is_trainable(recipe: Recipe) -> bool:
-    """Return whether the method of a recipe is trained."""
-    return "total_images" in parameters(recipe.class_path("model"))
-
-
 def missing_inputs(recipe: Recipe, learns: bool) -> list[str]:
     """List the inputs that a recipe lacks: its training data, or all of its test sets."""
     data: dict[str, Any] = recipe.content["data"].get("init_args", {})
@@ -156,9 +149,8 @@ def unevaluated_sets(recipe: Recipe, record: Record) -> list[str]:
 
 def is_available(recipe: Recipe, spec: str) -> bool:
     """Return whether the datamodule of a recipe finds the dataset `spec`."""
-    module, _, name = recipe.class_path("data").rpartition(".")
     try:
-        return getattr(import_module(module), name).is_installed(spec, recipe.content["data"].get("init_args", {}))
+        return recipe.load_class("data").is_installed(spec, recipe.content["data"].get("init_args", {}))
     except DatasetNotFound:
         return False
 
@@ -186,8 +178,7 @@ def commit_record(run: Run, recipe: Recipe) -> None:
         record["replayed_images"] = replay(run, recipe, record["seed"])
     write_record(record, record_path(recipe, record["seed"]))
     state = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    module, _, name = recipe.class_path("model").rpartition(".")
-    weights = inference_state_dict(getattr(import_module(module), name), state)
+    weights = inference_state_dict(recipe.load_class("model"), state)
     if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= MAX_WEIGHT_BYTES:
         recipe.weights.parent.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)

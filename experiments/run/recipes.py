@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ class Recipe:
         """Return the class path of the section "model" or "data"; empty if the section is malformed."""
         entry = self.content[section]
         return entry.get("class_path", "") if isinstance(entry, dict) else ""
+
+    def load_class(self, section: str) -> Any:
+        """Import and return the class of the section "model" or "data"."""
+        module, _, name = self.class_path(section).rpartition(".")
+        return getattr(import_module(module), name)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the method of the recipe is trained; the class is imported only if the recipe does not state the budget."""
+        stated = "total_images" in self.content["model"].get("init_args", {})
+        return stated or "total_images" in signature(self.load_class("model")).parameters
 
     @property
     def bundled(self) -> bool:

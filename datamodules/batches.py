@@ -18,10 +18,10 @@ class Named(TypedDict):
 
 
 class SuperResolutionBatch(TypedDict):
-    """Pairs of a luma image and its original."""
+    """Pairs of a downscaled image and its original, luma (C = 1) or RGB (C = 3)."""
 
-    input: Tensor  # (N, 1, h, w); the bicubic kernel may overshoot [0, 1]
-    target: Tensor  # (N, 1, h * scale, w * scale)
+    input: Tensor  # (N, C, h, w); the bicubic kernel may overshoot [0, 1]
+    target: Tensor  # (N, C, h * scale, w * scale)
 
 
 class SuperResolutionEvalBatch(SuperResolutionBatch, Named):

@@ -1,24 +1,26 @@
-"""Super-resolution of luma: training patches and full evaluation images, as in the papers' tables."""
+"""Super-resolution: training patches and full evaluation images, as in the papers' tables."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import SuperResolutionBatch
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
-from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches, SREvalImages, StreamedPatches, read_luma
+from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches, SREvalImages, StreamedPatches, read_pixels
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.resize import imresize
 
 
 class SuperResolution(ResumableDataModule):
-    """Pairs of a bicubically downscaled image and its original, luma only.
+    """Pairs of a bicubically downscaled image and its original, luma or RGB.
 
     Yields `SuperResolutionBatch` with inputs of `patch_size`, and `SuperResolutionEvalBatch`, see `datamodules/batches.py`.
 
@@ -28,6 +30,8 @@ class SuperResolution(ResumableDataModule):
         val_every_nth: every n-th image of `train` is held out for validation; 0 for none.
         val: validation images, if none are held out from `train`.
         test: datasets to evaluate; absent ones are reported and skipped.
+        channels: 1 for luma or 3 for RGB. Gray photographs are evaluated with one channel.
+        blur: standard deviation in HR pixels of the Gaussian filter that training images pass before they are downscaled.
         batch_size: global batch size, over all devices.
         patch_size: side of a training patch in LR pixels, including the context of valid convolutions.
         border_overhang: LR pixels by which a patch may exceed its image; the image border is replicated.
@@ -44,6 +48,8 @@ class SuperResolution(ResumableDataModule):
         val_every_nth: NonNegativeInt = 0,
         val: str | None = None,
         test: Sequence[str] = (),
+        channels: Literal[1, 3] = 1,
+        blur: NonNegativeFloat = 0.0,
         batch_size: int = 16,
         patch_size: PositiveInt = 25,
         border_overhang: NonNegativeInt = 0,
@@ -54,7 +60,10 @@ class SuperResolution(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, skip_bad)
         self.scale, self.train, self.val_every_nth, self.val, self.test = scale, train, val_every_nth, val, test
+        self.channels, self.blur = channels, blur
         self.patch_size, self.border_overhang, self.streaming = patch_size, border_overhang, streaming
+        self.blur_radius = math.ceil(3 * blur)  # HR pixels
+        self.margin = KERNEL_MARGIN + -(-self.blur_radius // scale)  # LR pixels around a patch that its pixels depend on
 
     # Setup
 
@@ -71,9 +80,12 @@ class SuperResolution(ResumableDataModule):
         window = 11 + 2 * self.scale  # SSIM window plus the cropped border
         min_size = window + -window % self.scale  # images are cropped to multiples of the scale
         if stage in ("fit", "validate"):
-            self.val_images = SREvalImages(self.data_report.validate(self._val_refs(), min_size), self.scale)
+            self.val_images = self._eval_images(self._val_refs(), min_size)
         if stage == "test":
-            self.test_images = SREvalImages(self.data_report.validate(self._load_test_sets(), min_size), self.scale)
+            self.test_images = self._eval_images(self._load_test_sets(), min_size)
+
+    def _eval_images(self, refs: Sequence[ImageRef], min_size: int) -> SREvalImages:
+        return SREvalImages(self.data_report.validate(refs, min_size), self.scale, self.channels)
 
     def _setup_training(self) -> None:
         min_size = (self.patch_size - 2 * self.border_overhang) * self.scale
@@ -81,15 +93,16 @@ class SuperResolution(ResumableDataModule):
         files = [ref.path for ref in refs]
         patch_options = {
             "seed": self.seed,
-            "size": (self.patch_size + 2 * KERNEL_MARGIN) * self.scale,
+            "size": (self.patch_size + 2 * self.margin) * self.scale,
             "grid": self.scale,
-            "border_overhang": (self.border_overhang + KERNEL_MARGIN) * self.scale,
+            "border_overhang": (self.border_overhang + self.margin) * self.scale,
         }
         self.patches: InMemoryPatches | StreamedPatches
         if self.streaming:
-            self.patches = StreamedPatches(files, **patch_options)
+            self.patches = StreamedPatches(files, self.channels, **patch_options)
         else:
-            self.patches = InMemoryPatches(RaggedImageBuffer([read_luma(path, self.scale) for path in files]), **patch_options)
+            images = [read_pixels(path, self.scale, self.channels) for path in files]
+            self.patches = InMemoryPatches(RaggedImageBuffer(images), **patch_options)
 
     def _split_train(self) -> tuple[list[ImageRef], list[ImageRef]]:
         """Return training images and held-out validation images."""
@@ -129,9 +142,9 @@ class SuperResolution(ResumableDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return an infinite loader of uint8 patches (N, 1, P, P); `on_after_batch_transfer` creates the pairs.
+        """Return an infinite loader of uint8 patches (N, C, P, P); `on_after_batch_transfer` creates the pairs.
 
-        P is (patch_size + 2 * KERNEL_MARGIN) * scale.
+        P is (patch_size + 2 * margin) * scale.
         """
         if self.num_workers and isinstance(self.patches, InMemoryPatches):
             self.patches.image_buffer.share_memory()
@@ -148,9 +161,10 @@ class SuperResolution(ResumableDataModule):
     # Batch processing on the device
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> SuperResolutionBatch:
-        """Create inputs and targets from uint8 patches (N, 1, P, P), and crop the margin of the bicubic kernel."""
+        """Create inputs and targets from uint8 patches (N, C, P, P), and crop the margin of the filters."""
         hr = batch["patches"].float() / 255
-        size = self.patch_size + 2 * KERNEL_MARGIN
-        lr = imresize(hr, (size, size))[..., KERNEL_MARGIN:-KERNEL_MARGIN, KERNEL_MARGIN:-KERNEL_MARGIN]
-        margin = KERNEL_MARGIN * self.scale
+        blurred = gaussian_blur(hr, [2 * self.blur_radius + 1] * 2, [self.blur] * 2) if self.blur else hr
+        size, margin = self.patch_size + 2 * self.margin, self.margin
+        lr = imresize(blurred, (size, size))[..., margin:-margin, margin:-margin]
+        margin *= self.scale
         return {"input": lr.contiguous(), "target": hr[..., margin:-margin, margin:-margin]}

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.catalog.catalog import catalog
-from datamodules.io.image_io import read_image
+from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.image_refs import ImageRef
 from datamodules.random.philox import randint_from_words, random_words
-from datamodules.transforms.color import luma
+from datamodules.transforms.color import is_gray, luma
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.resize import imresize
 
@@ -39,7 +39,7 @@ class RandomPatches(Dataset[dict[str, Tensor]]):
         """Crop patches of the images `image_ids` (B,) for the samples from position `start` on.
 
         Returns:
-            {"patches": uint8 (B, 1, size, size)}.
+            {"patches": uint8 (B, C, size, size)}.
         """
         words = random_words(self.seed, "crop", start, len(image_ids))  # (B, 4)
         corners = []
@@ -83,12 +83,13 @@ class StreamedPatches(RandomPatches):
 
     Args:
         files: image files.
+        channels: 1 for luma or 3 for RGB.
         seed, size, grid, border_overhang: see `RandomPatches`.
     """
 
-    def __init__(self, files: Sequence[Path], seed: int, size: int, grid: int, border_overhang: int) -> None:
+    def __init__(self, files: Sequence[Path], channels: int, seed: int, size: int, grid: int, border_overhang: int) -> None:
         super().__init__(seed, size, grid, border_overhang)
-        self.files = files
+        self.files, self.channels = files, channels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,36 +97,47 @@ class StreamedPatches(RandomPatches):
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Tensor]:
         """See `RandomPatches.crop`."""
         start, items = slice_
-        image_buffer = RaggedImageBuffer([read_luma(self.files[item], self.grid) for item in items])
+        image_buffer = RaggedImageBuffer([read_pixels(self.files[item], self.grid, self.channels) for item in items])
         return self.crop(image_buffer, np.arange(len(items)), start)
 
 
 class SREvalImages(Dataset[dict[str, Any]]):
-    """Full images as in the papers' tables: cropped, luma only, downscaled in floating point without quantization.
+    """Full images as in the papers' tables: cropped, and downscaled in floating point without quantization.
 
     Args:
         refs: images of any datasets.
         scale: upscaling factor.
+        channels: 1 for luma or 3 for RGB. Gray photographs have one channel.
     """
 
-    def __init__(self, refs: Sequence[ImageRef], scale: int) -> None:
-        self.refs, self.scale = refs, scale
+    def __init__(self, refs: Sequence[ImageRef], scale: int, channels: int = 1) -> None:
+        self.refs, self.scale, self.channels = refs, scale, channels
 
     def __len__(self) -> int:
         return len(self.refs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"input": (1, 1, h, w), "target": (1, 1, h * scale, w * scale), "name": [str], "dataset": [str]}."""
+        """Return {"input": (1, C, h, w), "target": (1, C, h * scale, w * scale), "name": [str], "dataset": [str]}."""
         ref = self.refs[index]
         entry = catalog().get(ref.dataset)
-        target = read_luma(ref.path, self.scale, entry.treat_equal_rgb_as_gray if entry else False).double() / 255
+        equal_is_gray = entry is not None and entry.treat_equal_rgb_as_gray
+        pixels = read_cropped(ref.path, self.scale)
+        if self.channels == 1 or (equal_is_gray and is_gray(pixels)):
+            pixels = luma(pixels, equal_is_gray)
+        target = pixels.double() / 255
         lr = imresize(target, (target.shape[-2] // self.scale, target.shape[-1] // self.scale))
         names = {"name": [ref.name], "dataset": [ref.dataset]}
         return {"input": lr.float()[None], "target": target.float()[None], **names}
 
 
-def read_luma(path: Path, multiple: int, treat_equal_rgb_as_gray: bool = False) -> Tensor:
-    """Read the luma of an image file, cropped at the bottom and right to multiples of `multiple`: uint8 (1, H, W)."""
+def read_cropped(path: Path, multiple: int) -> Tensor:
+    """Read an image file, cropped at the bottom and right to multiples of `multiple`: uint8 (1 or 3, H, W)."""
     pixels = read_image(path)
     height, width = (length - length % multiple for length in pixels.shape[-2:])
-    return luma(pixels[:, :height, :width], treat_equal_rgb_as_gray)
+    return pixels[:, :height, :width]
+
+
+def read_pixels(path: Path, multiple: int, channels: int) -> Tensor:
+    """Read luma (1 channel) or RGB (3 channels) of an image file, see `read_cropped`: uint8 (channels, H, W)."""
+    pixels = read_cropped(path, multiple)
+    return luma(pixels) if channels == 1 else to_channels(pixels, 3)

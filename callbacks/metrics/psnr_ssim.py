@@ -10,6 +10,7 @@ from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
 from datamodules.errors import UserError
+from datamodules.transforms.color import luma
 
 
 def psnr_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
@@ -19,13 +20,13 @@ def psnr_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
     each side. The mean over a dataset is the mean of the dB values. A perfect image has infinite PSNR.
 
     Args:
-        prediction, target: (N, 1, H, W) in [0, 1].
+        prediction, target: luma (N, 1, H, W) or RGB (N, 3, H, W) in [0, 1].
         crop_border: width of the border in pixels.
 
     Returns:
         float64 (N,).
     """
-    error = _uint8_levels(prediction, crop_border) - _uint8_levels(target, crop_border)
+    error = luma_levels(prediction, crop_border) - luma_levels(target, crop_border)
     return 10 * torch.log10(255**2 / error.square().mean(dim=(1, 2, 3)))
 
 
@@ -36,7 +37,7 @@ def ssim_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
     (torchmetrics includes windows over a mirrored border).
 
     Args:
-        prediction, target: (N, 1, H, W) in [0, 1], at least 11 pixels high and wide after cropping.
+        prediction, target: luma (N, 1, H, W) or RGB (N, 3, H, W) in [0, 1], at least 11 pixels high and wide after cropping.
         crop_border: width of the border in pixels.
 
     Returns:
@@ -45,7 +46,7 @@ def ssim_y(prediction: Tensor, target: Tensor, crop_border: int) -> Tensor:
     Raises:
         UserError: the cropped images are smaller than the window.
     """
-    x, y = _uint8_levels(prediction, crop_border), _uint8_levels(target, crop_border)
+    x, y = luma_levels(prediction, crop_border), luma_levels(target, crop_border)
     if min(x.shape[-2:]) < 11:
         raise UserError(
             f"crop_border: {x.shape[-1]}x{x.shape[-2]} pixels remain, but SSIM needs at least 11x11 pixels. Use larger images"
@@ -65,9 +66,19 @@ def _gaussian_filter(image: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(image, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11))
 
 
-def _uint8_levels(image: Tensor, crop_border: int) -> Tensor:
-    """Return cropped 8-bit levels as float64 on the CPU, because not every device supports double precision."""
+def luma_levels(image: Tensor, crop_border: int) -> Tensor:
+    """Return the 8-bit luma of images without borders, as float64 on the CPU, because not every device supports doubles.
+
+    Args:
+        image: luma (N, 1, H, W) or RGB (N, 3, H, W) in [0, 1]; it is clipped and rounded to 8 bits first.
+        crop_border: width of the border in pixels.
+
+    Returns:
+        (N, 1, H - 2 * crop_border, W - 2 * crop_border), integers in 0 ... 255.
+    """
     levels = (image.detach().cpu().double() * 255 + 0.5).floor().clamp(0, 255)
+    if levels.shape[1] == 3:
+        levels = torch.stack([luma(one) for one in levels.to(torch.uint8)]).double()
     return levels[..., crop_border : levels.shape[-2] - crop_border, crop_border : levels.shape[-1] - crop_border]
 
 
@@ -82,7 +93,8 @@ def protocols(crop_border: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]
 class PSNRSSIM(ImageMetric):
     """PSNR and SSIM of each validation and test image; the mean over a dataset is logged as `<dataset>/<protocol>`.
 
-    Required outputs: {"prediction", "target"}, (N, 1, H, W) in [0, 1], with "name" and "dataset", N strings each.
+    Required outputs: {"prediction", "target"}, luma (N, 1, H, W) or RGB (N, 3, H, W) in [0, 1], with "name" and "dataset", N
+    strings each.
 
     Args:
         crop_border: width of the cropped border in pixels, by convention the scale.

@@ -19,15 +19,16 @@ from datamodules.transforms.downsample import downsample_image
 from datamodules.transforms.resize import imresize
 
 
-class LumaInputs(Dataset[dict[str, Any]]):
-    """Luma inputs of super-resolution, from images of any size and mode (gray, RGB, palette, alpha, CMYK, 16-bit).
+class SuperResolutionInputs(Dataset[dict[str, Any]]):
+    """Inputs of super-resolution, from images of any size and mode (gray, RGB, palette, alpha, CMYK, 16-bit).
 
     Args:
         files: readable image files.
+        channels: 1 for luma or 3 for RGB.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path], channels: int) -> None:
+        self.files, self.channels = files, channels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -35,18 +36,19 @@ class LumaInputs(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the luma as "input" (1, 1, h, w), "chroma" (2, h, w), "alpha" (1, h, w), "path" and "size" ("WxH").
 
-        "chroma" and "alpha" are empty if absent. Pixels are float32 in [0, 1].
+        "chroma" and "alpha" are empty if absent. Pixels are float32 in [0, 1]. With three channels, the "input" of color images
+        is RGB (1, 3, h, w), and "chroma" is empty.
         """
         resize._placed_matrix.cache_clear()  # matrices of the last image's size: 25 MiB for 1500 pixels at scale 3
         image = open_image(self.files[index])
         pixels = to_pixels(image, self.files[index]).float() / 255
         chroma = torch.empty(0)
         if is_gray(pixels):
-            luma = pixels[:1]
-        else:
-            luma, chroma = rgb_to_ycbcr(pixels).split([1, 2])
+            pixels = pixels[:1]
+        elif self.channels == 1:
+            pixels, chroma = rgb_to_ycbcr(pixels).split([1, 2])
         return {
-            "input": luma[None],
+            "input": pixels[None],
             "chroma": chroma,
             "alpha": read_alpha(image),
             "path": str(self.files[index]),
@@ -101,9 +103,9 @@ class TranslationInputs(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": float32 (1, 3, h, w) in [0, 1], "direction": [str]}, and the other entries of `LumaInputs`.
+        """Return {"image": float32 (1, 3, h, w) in [0, 1], "direction": [str]}, and the entries of `SuperResolutionInputs`.
 
-        "chroma" is empty.
+        "input" is absent and "chroma" is empty.
         """
         image = open_image(self.files[index])
         source_pixels = to_channels(to_pixels(image, self.files[index]), 3)[None].float()
@@ -135,7 +137,9 @@ class PhotographInputs(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": float32 (1, 3, h, w) in [0, 1]}, and "chroma" (empty), "alpha", "path", "size" of `LumaInputs`.
+        """Return {"image": float32 (1, 3, h, w) in [0, 1]}, and the entries of `SuperResolutionInputs`.
+
+        "input" is absent and "chroma" is empty.
 
         Raises:
             InvalidImage: the image is smaller than `min_side` pixels.

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from callbacks.writers.image_writer import ImageWriter
 from datamodules.catalog.catalog import DatasetNotFound, resolve_images
 from datamodules.io.image_refs import list_image_refs
-from datamodules.io.user_images import LumaInputs
+from datamodules.io.user_images import SuperResolutionInputs
 from datamodules.superresolution import SuperResolution
 from datamodules.superresolution_datasets import SREvalImages
 from experiments.bench.timing import count_flops
@@ -24,9 +24,9 @@ from experiments.tasks.task import Task
 from modules.srcnn import SRCNN
 
 
-def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[LumaInputs, ImageWriter]:
-    """Return a dataset of luma inputs and a writer of upscaled images."""
-    return LumaInputs(files), ImageWriter(paths)
+def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[SuperResolutionInputs, ImageWriter]:
+    """Return a dataset of luma or RGB inputs and a writer of upscaled images."""
+    return SuperResolutionInputs(files, cli.model.channels), ImageWriter(paths)
 
 
 class PilPatches(Dataset[dict[str, Tensor]]):
@@ -34,13 +34,14 @@ class PilPatches(Dataset[dict[str, Tensor]]):
 
     def __init__(self, data: SuperResolution) -> None:
         self.files, self.scale = resolve_images(data.train, data.scale), data.scale
+        self.mode = "RGB" if data.channels == 3 else "L"
         self.size = data.scale * data.patch_size
 
     def __len__(self) -> int:
         return 100 * len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image = Image.open(self.files[index % len(self.files)]).convert("YCbCr").getchannel(0)
+        image = Image.open(self.files[index % len(self.files)]).convert(self.mode)
         left, top = (int(torch.randint(max(1, length - self.size + 1), ())) for length in image.size)
         high = image.crop((left, top, left + self.size, top + self.size))
         low = high.resize((self.size // self.scale,) * 2, Image.Resampling.BICUBIC)
@@ -58,7 +59,7 @@ def bench_inference(method: Any, data: SuperResolution) -> dict[str, Any]:
     except DatasetNotFound:
         name = "photographs/test"
         image_refs = list_image_refs(name)
-    images = SREvalImages(image_refs, method.scale)
+    images = SREvalImages(image_refs, method.scale, method.channels)
     inputs = [images[i]["input"] for i in range(len(images))]
     networks = (method, SRCNN(method.scale, "9-5-5").eval())
     ours, srcnn = (_milliseconds(network, inputs) for network in networks)

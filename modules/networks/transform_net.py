@@ -19,6 +19,9 @@ from modules.networks.crop import center_crop
 Norm = Literal["batch", "instance"]
 Upsampling = Literal["transposed", "nearest"]
 PADDING = 40  # pixels of reflection at the start; the unpadded residual blocks remove it
+CONTEXT = 16  # pixels beyond a tile that its pixels depend on, because of the zero padding of convolutions
+IMAGE_MEAN = (0.485, 0.458, 0.408)  # of Caffe's VGG
+SCALE = 0.225  # about one standard deviation of a pixel
 
 
 class StyleNorm(nn.Module):
@@ -131,8 +134,7 @@ class TransformNet(nn.Module):
     def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
         """Transform images (N, 3, H, W) in [0, 1] to the same shape; sides are multiples of 4 and at least 44 pixels.
 
-        The output is 150 tanh + the mean of ImageNet in 0 ... 255, as in the released code, here in units of 1; it may exceed
-        [0, 1].
+        The output may exceed [0, 1], see `from_network_range`.
 
         Args:
             image: input images.
@@ -142,11 +144,10 @@ class TransformNet(nn.Module):
 
     def transform_padded(self, padded: Tensor, mixture: Tensor) -> Tensor:
         """Transform padded images (N, 3, H + 80, W + 80) to (N, 3, H, W)."""
-        mean = padded.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-        maps = (padded - mean) / SCALE
+        maps = to_network_range(padded)
         for layer in (*self.down, *self.residuals, *self.up):
             maps = layer(maps, mixture)
-        return 150 / 255 * self.head(maps).tanh() + mean
+        return from_network_range(self.head(maps))
 
     def transform_tiled(self, image: Tensor, mixture: Tensor, tile_size: int) -> Tensor:
         """Transform images of any size tile by tile, in evaluation mode: (N, 3, H, W) in [0, 1] to the same shape.
@@ -190,6 +191,14 @@ class TransformNet(nn.Module):
                 norm.collect, norm.statistics = False, None
 
 
-IMAGE_MEAN = (0.485, 0.458, 0.408)  # of Caffe's VGG
-SCALE = 0.225  # about one standard deviation of a pixel
-CONTEXT = 16  # pixels beyond a tile that its pixels depend on, because of the zero padding of convolutions
+def to_network_range(image: Tensor) -> Tensor:
+    """Normalize images (N, 3, H, W) in [0, 1] for an image transformation network."""
+    return (image - image.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)) / SCALE
+
+
+def from_network_range(output: Tensor) -> Tensor:
+    """Convert the output of the last convolution to images, which may exceed [0, 1].
+
+    As in the released code, the image is 150 tanh + the mean of ImageNet in 0 ... 255, here in units of 1.
+    """
+    return 150 / 255 * output.tanh() + output.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)

@@ -14,7 +14,7 @@ from modules.training.method import Batch, Method
 
 
 class SuperResolutionMethod(Method):
-    """Method that upscales luma images (N, 1, h, w) by `scale`.
+    """Method that upscales images (N, C, h, w) by `scale`.
 
     Training uses unpadded networks on patches with context, so that the weights do not adapt to zero padding. Evaluation
     replicates the image border instead.
@@ -22,7 +22,14 @@ class SuperResolutionMethod(Method):
     Args:
         scale: integer scale factor.
         total_images, learning_rate, warmup: see `Method`.
+
+    Attributes:
+        channels: C, 1 for luma or 3 for RGB.
+        context: pixels beyond a strip of the input that its output depends on, see `predict_in_strips`.
     """
+
+    channels = 1
+    context = 8
 
     def __init__(self, scale: int, total_images: int, learning_rate: float, warmup: int = 0) -> None:
         super().__init__(total_images, learning_rate, warmup)
@@ -30,7 +37,7 @@ class SuperResolutionMethod(Method):
         self.min_patch_size = 1  # LR pixels that the unpadded network needs
 
     def forward_valid(self, lr_image: Tensor) -> Tensor:
-        """Apply the network without padding: (N, 1, h, w) to slightly less than (N, 1, h * scale, w * scale)."""
+        """Apply the network without padding: (N, C, h, w) to slightly less than (N, C, h * scale, w * scale)."""
         raise TypeError(f"{type(self).__name__} has no network without padding")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -46,7 +53,7 @@ class SuperResolutionMethod(Method):
 
     def validation_step(self, batch: SuperResolutionEvalBatch, batch_idx: int) -> SuperResolutionOutputs:
         """Add the upscaled image as "prediction"; callbacks compute the metrics."""
-        return {**batch, "prediction": self(batch["input"])}
+        return {**batch, "prediction": self.enlarge(batch["input"])}
 
     test_step = validation_step
 
@@ -58,8 +65,12 @@ class SuperResolutionMethod(Method):
         return image_row(enlarged, outputs["prediction"][:1], outputs["target"][:1])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Add the upscaled image as "prediction"; the memory of the network does not grow with the image height."""
-        return {**batch, "prediction": predict_in_strips(self, batch["input"], self.scale)}
+        """Add the upscaled image as "prediction"."""
+        return {**batch, "prediction": self.enlarge(batch["input"])}
+
+    def enlarge(self, lr_image: Tensor) -> Tensor:
+        """Upscale images of any size, (N, C, h, w) to (N, C, h * scale, w * scale), in bounded memory."""
+        return predict_in_strips(self, lr_image, self.scale, context=self.context)
 
 
 def predict_in_strips(
@@ -68,14 +79,14 @@ def predict_in_strips(
     """Upscale an image in horizontal strips; the result equals that of a single pass.
 
     Args:
-        network: function from (N, 1, h, w) to (N, 1, h * scale, w * scale).
-        lr_image: (N, 1, h, w).
+        network: function from (N, C, h, w) to (N, C, h * scale, w * scale).
+        lr_image: (N, C, h, w).
         scale: integer scale factor.
         pixels: approximate number of input pixels of a strip.
         context: input rows above and below a strip that are passed to the network too; at least its receptive radius.
 
     Returns:
-        (N, 1, h * scale, w * scale).
+        (N, C, h * scale, w * scale).
     """
     height, width = lr_image.shape[-2:]
     rows = max(context, pixels // width)

@@ -14,6 +14,7 @@ from modules.cyclegan import CycleGAN
 from modules.dcgan import DCGAN
 from modules.espcn import ESPCN
 from modules.gan import GAN
+from modules.perceptual_sr import PerceptualSR
 from modules.smp import SMPSegmenter
 from modules.srcnn import SRCNN
 from modules.unet import UNet
@@ -77,3 +78,15 @@ class DeterministicCycleGAN(CycleGAN):
     def adam(self, *networks: nn.Module) -> torch.optim.Optimizer:
         parameters = [parameter for network in networks for parameter in network.parameters()]
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), eps=1e-3)
+
+
+class DeterministicPerceptualSR(PerceptualSR):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
+        for module in list(self.network.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.GroupNorm(4, child.num_features))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, eps=1e-3)

@@ -31,6 +31,7 @@ def write_recipe(path: Path, photos: Path, model: Model, **data: Any) -> Path:
 
 class SuperResolutionContract(Contract):
     min_psnr_gain_db: ClassVar[float]  # gain over the first validation
+    data: ClassVar[dict[str, Any]] = {}  # arguments of the datamodule
 
     @pytest.fixture
     def recipe(self, workdir: Path, photos: Path, three_photos: Path) -> Path:
@@ -38,7 +39,7 @@ class SuperResolutionContract(Contract):
         has_warmup = "warmup" in signature(getattr(import_module(module), name)).parameters
         small = {"total_images": 60, **({"warmup": 8} if has_warmup else {})}
         model = {**self.model, "init_args": {**self.model["init_args"], **small}}
-        return write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)])
+        return write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)], **self.data)
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         psnr_values = [float(row["value"]) for row in log if "-holdout/psnr" in row["name"]]

@@ -1,0 +1,215 @@
+"""Super-resolution with perceptual losses: the network, RGB data, distances, and the contract."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.exposure import match_histograms
+from torch import nn
+from torchmetrics.functional.image.lpips import _LPIPS
+from torchvision.models import alexnet, squeezenet1_0
+
+from callbacks.metrics.perceptual_distance import FeatureDistance
+from callbacks.metrics.psnr_ssim import psnr_y
+from datamodules.errors import UserError
+from datamodules.io.image_io import read_image
+from datamodules.io.image_refs import list_image_refs
+from datamodules.superresolution import SuperResolution
+from datamodules.superresolution_datasets import SREvalImages, read_cropped, read_pixels
+from datamodules.transforms.color import luma
+from datamodules.transforms.resize import imresize
+from experiments.cli.main import main
+from modules.bicubic import Bicubic
+from modules.networks.squeezenet import CAFFE_NAMES, FIRE_INDICES, SqueezeNetFeatures
+from modules.perceptual_sr import PerceptualSR
+from modules.tasks.superresolution import predict_in_strips
+from tests.helpers.subprocess_helpers import forked
+from tests.tasks.superresolution import SuperResolutionContract, write_recipe
+
+MODEL = {
+    "class_path": "modules.perceptual_sr.PerceptualSR",
+    "init_args": {
+        "scale": 4,
+        "loss": "feature",
+        "feature_network": "vgg19-distilled",
+        "base_channels": 8,
+        "tv_weight": 1e-6,
+    },
+}
+
+
+class TestPerceptualSR(SuperResolutionContract):
+    model = MODEL
+    deterministic_model = "tests.helpers.deterministic_variants.DeterministicPerceptualSR"
+    data = {"channels": 3, "blur": 1.0, "patch_size": 12, "border_overhang": 2}
+    training_overrides = ["--model.total_images", "800", "--val_every_images", "200", "--model.learning_rate", "0.003"]
+    min_psnr_gain_db = 2
+
+    def example(self):
+        return torch.rand(1, 3, 19, 23)
+
+
+@pytest.mark.parametrize("scale", [4, 8])
+def test_network_has_the_layers_of_the_supplement(scale):
+    """Parameters by hand: 9 x 9 convolutions, 4 residual blocks, 2 or 3 transposed convolutions, batch normalization."""
+    c, ups = 64, {4: 2, 8: 3}[scale]
+    convolutions = (3 * 81 * c + c) + 8 * (9 * c * c + c) + ups * (9 * c * c + c) + (c * 81 * 3 + 3)
+    method = PerceptualSR(scale, "pixel")
+    assert sum(p.numel() for p in method.parameters()) == convolutions + (1 + 8 + ups) * 2 * c
+    assert method.eval()(torch.rand(2, 3, 12, 9)).shape == (2, 3, 12 * scale, 9 * scale)
+
+
+def test_strips_equal_one_pass():
+    torch.manual_seed(0)
+    method, image = PerceptualSR(4, "pixel", base_channels=8).eval(), torch.rand(1, 3, 70, 31)
+    for module in method.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(0.1)  # so that all layers matter
+    with torch.no_grad():
+        strips = predict_in_strips(method, image, 4, pixels=31 * 20, context=method.context)
+        assert torch.allclose(strips, method(image), atol=1e-5)
+
+
+def test_histogram_is_matched_to_the_input():
+    method = PerceptualSR(4, "pixel", base_channels=4).eval()
+    image = torch.rand(1, 3, 24, 20) * 0.5
+    with torch.no_grad():
+        plain = method(image).clamp(0, 1)
+        matched = method.enlarge(image)
+    expected = [match_histograms(plain[0, i].numpy(), image[0, i].numpy()) for i in range(3)]
+    assert np.allclose(matched[0].numpy(), np.stack(expected), atol=1e-5)
+    method.match_histogram = False
+    with torch.no_grad():
+        assert torch.equal(method.enlarge(image), plain)
+
+
+def test_gray_image_stays_gray():
+    method, gray = PerceptualSR(4, "pixel", base_channels=4).eval(), torch.rand(1, 1, 16, 16)
+    with torch.no_grad():
+        expected = method(gray.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
+        assert torch.equal(method(gray), expected)
+
+
+def test_training_pairs_match_scipy(photos):
+    """The input is the Gaussian-filtered and bicubically downscaled image, at the position of the target."""
+    data = SuperResolution(4, str(photos), val_every_nth=4, channels=3, blur=1.0, patch_size=8)
+    data.setup("fit")
+    batch = data.patches[(0, np.arange(3))]
+    pair = data.prepare_train_batch(batch)
+    assert pair["input"].shape == (3, 3, 8, 8)
+    assert pair["target"].shape == (3, 3, 32, 32)
+    for i in range(3):
+        pixels = batch["patches"][i].double() / 255
+        blurred = torch.from_numpy(gaussian_filter(pixels.numpy(), (0, 1, 1), truncate=3))
+        small = imresize(blurred, (pixels.shape[-2] // 4, pixels.shape[-1] // 4))
+        m = data.margin
+        assert torch.allclose(pair["input"][i].double(), small[:, m:-m, m:-m], atol=1e-5)
+        assert torch.allclose(pair["target"][i].double(), pixels[:, 4 * m : -4 * m, 4 * m : -4 * m])
+
+
+def test_luma_of_rgb_evaluation_is_the_luma_protocol(three_photos):
+    """For RGB, PSNR of bicubic interpolation differs from the luma protocol only by the rounding of RGB to 8 bits."""
+    refs = list_image_refs(str(three_photos))
+    for i, ref in enumerate(refs):
+        values = []
+        for channels in (1, 3):
+            pair = SREvalImages(refs, 4, channels)[i]
+            assert pair["input"].shape[1] == min(channels, len(read_cropped(ref.path, 4)))  # a gray image keeps one channel
+            values.append(psnr_y(Bicubic(4)(pair["input"]), pair["target"], 4).item())
+        assert values[0] == pytest.approx(values[1], abs=0.05)
+        target = read_pixels(ref.path, 4, 3)
+        assert torch.equal((SREvalImages(refs, 4, 1)[i]["target"][0] * 255).round().to(torch.uint8), luma(target))
+
+
+class Slices(nn.Module):
+    """AlexNet's features as in LPIPS, from torchvision's layers."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, image):
+        maps = 2 * image - 1 - torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+        maps, outputs = maps / torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), []
+        for layer in self.layers:
+            maps = layer(maps)
+            if isinstance(layer, nn.ReLU):
+                outputs.append(maps)
+        return outputs
+
+
+def test_feature_distance_matches_lpips_without_linear_layers():
+    torch.manual_seed(0)
+    reference = _LPIPS(pretrained=False, net="alex", lpips=False, pnet_rand=True, eval_mode=True)
+    layers = alexnet(weights=None).features[:12].eval()
+    layers.load_state_dict({f"{i}.{kind}": value for i, kind, value in named_parameters(reference.net)})
+    for parameter in layers.parameters():
+        if parameter.ndim == 1:
+            parameter.data.normal_()
+    images = torch.rand(2, 3, 64, 80), torch.rand(2, 3, 64, 80)
+    for (_, _, theirs), ours in zip(named_parameters(reference.net), layers.parameters(), strict=True):
+        theirs.data.copy_(ours.data)
+    with torch.no_grad():
+        expected = reference(*images, normalize=True).flatten()
+        assert torch.allclose(FeatureDistance(Slices(layers))(*images), expected, rtol=1e-4)
+
+
+def named_parameters(network):
+    """Return index, kind and tensor of the convolutions of LPIPS' AlexNet, whose slices keep torchvision's indices."""
+    return [(name.split(".")[-2], name.split(".")[-1], value) for name, value in network.named_parameters()]
+
+
+@pytest.fixture
+def caffe_weights(tmp_path):
+    """Return a SqueezeNet with random weights, and its weights under the names of the Caffe model."""
+    torch.manual_seed(0)
+    network = squeezenet1_0(weights=None).eval()
+    state = network.features.state_dict()
+    arrays = {}
+    for kind in ("weight", "bias"):
+        arrays[f"conv1.{kind}"] = state[f"0.{kind}"].numpy()
+        for fire, index in FIRE_INDICES.items():
+            for ours, caffe in CAFFE_NAMES.items():
+                arrays[f"fire{fire}/{caffe}.{kind}"] = state[f"{index}.{ours}.{kind}"].numpy()
+    np.savez(tmp_path / "squeezenet.npz", **arrays)
+    return network, tmp_path / "squeezenet.npz"
+
+
+def test_squeezenet_features_match_torchvision(caffe_weights):
+    network, path = caffe_weights
+    image = torch.rand(2, 3, 64, 64)
+    maps = image.flip(1) * 255 - torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        features = SqueezeNetFeatures(path)(image)
+        for end, ours in zip((2, 6, 11, 13), features, strict=True):
+            assert torch.allclose(ours, network.features[:end](maps), rtol=1e-4, atol=1e-4)
+
+
+def test_files_without_the_weights_are_refused(tmp_path, caffe_weights):
+    _, path = caffe_weights
+    arrays = dict(np.load(path))
+    np.savez(tmp_path / "missing.npz", **{name: value for name, value in arrays.items() if name != "conv1.bias"})
+    np.savez(tmp_path / "shape.npz", **{**arrays, "conv1.bias": np.zeros(3, np.float32)})
+    np.savez(tmp_path / "pickle.npz", **{**arrays, "conv1.bias": np.array([{}], dtype=object)})
+    (tmp_path / "text.npz").write_text("text")
+    for name in ("missing", "shape", "pickle", "text"):
+        with pytest.raises(UserError, match=f"{name}.npz does not contain the weights of SqueezeNet"):
+            SqueezeNetFeatures(tmp_path / f"{name}.npz")
+
+
+def test_photographs_are_enlarged_in_color_and_gray(workdir, photos, three_photos):
+    model = {**MODEL, "init_args": {**MODEL["init_args"], "base_channels": 2, "total_images": 4}}
+    recipe = write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)], channels=3, patch_size=12)
+    assert forked(main, ["fit", str(recipe), "--run", "r"]) == 0
+    folder = workdir / "input"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / "color.png")
+    Image.fromarray(rng.integers(0, 256, (20, 24), np.uint8)).save(folder / "gray.png")
+    Image.fromarray(rng.integers(0, 256, (20, 24, 4), np.uint8)).save(folder / "alpha.png")
+    assert forked(main, ["predict", str(recipe), "--input", str(folder), "--output", "out"]) == 0
+    for name, mode in (("color", "RGB"), ("gray", "L"), ("alpha", "RGBA")):
+        with Image.open(workdir / "out" / f"{name}.png") as image:
+            assert (image.size, image.mode) == ((96, 80), mode)
+    assert read_image(workdir / "out" / "color.png").shape == (3, 80, 96)

@@ -15,7 +15,8 @@ Differences from both, with reasons:
 1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires. The loss weights therefore depend on the network;
    recipes state the weights that were used.
 2. Training images are random crops of resized photographs, not resized to a square, which would distort them.
-3. The learning rate is constant, as in the code.
+3. The learning rate is constant in the code. Short trainings are better with a linear rise at the start, without which the
+   output saturates, and a half cosine to zero (`warmup`, `decay`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from datamodules.errors import UserError
@@ -57,7 +58,9 @@ class StyleTransfer(StylizationMethod):
         upsampling: "transposed" convolutions (paper), or "nearest" upsampling and convolutions (pytorch/examples).
         base_channels: feature maps at full resolution; 32 in the paper.
         total_images: training budget; 160,000 in the paper.
-        learning_rate: Adam learning rate.
+        learning_rate: maximum learning rate of Adam.
+        warmup: photographs over which the learning rate rises; 0 in the paper.
+        decay: decrease the learning rate to 0 along a half cosine; constant in the paper.
         seed: seed of the training.
 
     Raises:
@@ -83,6 +86,8 @@ class StyleTransfer(StylizationMethod):
         base_channels: PositiveInt = 32,
         total_images: int = 160_000,
         learning_rate: PositiveFloat = 1e-3,
+        warmup: NonNegativeInt = 0,
+        decay: bool = False,
         seed: int = 0,
     ) -> None:
         names = [Path(style).stem for style in styles]
@@ -90,9 +95,9 @@ class StyleTransfer(StylizationMethod):
             raise UserError("model.styles: no style is given. Give the file of a style image")
         if len(set(names)) < len(names):
             raise UserError(f"model.styles: two styles have the same name: {', '.join(names)}. Rename a file")
-        super().__init__(names, total_images, learning_rate, seed)
+        super().__init__(names, total_images, learning_rate, warmup, seed)
         self.save_hyperparameters()
-        self.styles, self.style_size = list(styles), style_size
+        self.styles, self.style_size, self.decay = list(styles), style_size, decay
         self.perceptual = PerceptualObjective(
             self.features, content_layer, tuple(style_layers), content_weight, style_weight, tv_weight, gram
         )
@@ -171,8 +176,10 @@ class StyleTransfer(StylizationMethod):
         return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, fused=True)
 
     def schedule(self, images_seen: int) -> float:
-        """Return the constant learning rate."""
-        return self.learning_rate
+        """Return the learning rate after `images_seen` images: a linear rise, then constant or a half cosine to zero."""
+        if self.decay:
+            return super().schedule(images_seen)
+        return self.learning_rate * min(1.0, (images_seen + 1) / max(1, self.warmup))
 
 
 def read_style(path: Path, size: int) -> Tensor:

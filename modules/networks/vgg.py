@@ -74,6 +74,7 @@ class FeatureNetwork(nn.Module):
         mean, std = ((0.0,) * 3, (1.0,) * 3) if name == "vgg19-distilled" else (IMAGENET_MEAN, IMAGENET_STD)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.to(memory_format=torch.channels_last)  # 1.5 times as fast in bfloat16 on CPUs
 
     def forward(self, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Compute the features of images (N, 3, H, W) in [0, 1] up to the deepest of some layers.

@@ -7,14 +7,16 @@ Differences from Gatys et al., with reasons:
 
 1. The losses are those of Johnson et al. (arXiv:1603.08155, Section 3.2), including total variation, so that the objective can
    be compared with that of a trained network.
-2. Pixels are kept in [0, 1] by clipping after each step.
+2. Pixels are kept in [0, 1], as by Johnson et al. (Section 4.1). Without bounds and line search, L-BFGS diverged here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import Bounds, OptimizeResult, minimize
 from torch import Tensor
 
 from modules.losses.perceptual import PerceptualObjective
@@ -32,13 +34,14 @@ LAYERS: dict[FeatureNetworkName, tuple[str, tuple[str, ...]]] = {
 class StyleOptimization:
     """Optimization of the pixels of an image, to match the content of a photograph and the style of a painting.
 
+    The pixels stay in [0, 1]: L-BFGS-B (SciPy) has bounds, and Adam is followed by clipping.
+
     Args:
         objective: weighted losses.
         content: photograph, (1, 3, H, W) in [0, 1].
         style: painting, (1, 3, h, w) in [0, 1].
         start: first image, like `content`.
-        optimizer: "lbfgs" (Gatys et al.) or "adam".
-        learning_rate: step size; 1 is usual for L-BFGS, 0.02 for Adam.
+        optimizer: "lbfgs" (Gatys et al.) or "adam", with a learning rate of 0.02.
 
     Attributes:
         image: current image, like `content`.
@@ -46,50 +49,78 @@ class StyleOptimization:
     """
 
     def __init__(
-        self,
-        objective: PerceptualObjective,
-        content: Tensor,
-        style: Tensor,
-        start: Tensor,
-        optimizer: OptimizerName,
-        learning_rate: float,
+        self, objective: PerceptualObjective, content: Tensor, style: Tensor, start: Tensor, optimizer: OptimizerName
     ) -> None:
         self.objective = objective
         self.content, self.grams = objective.content_targets(content), objective.style_targets(style)
         self.image = start.clone().requires_grad_()
         self.steps = 0
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.LBFGS([self.image], lr=learning_rate, max_iter=1, history_size=10, tolerance_change=0, tolerance_grad=0)
-            if optimizer == "lbfgs"
-            else torch.optim.Adam([self.image], lr=learning_rate)
-        )
+        self.adam = torch.optim.Adam([self.image], lr=0.02) if optimizer == "adam" else None
 
-    def step(self) -> dict[str, float]:
-        """Run one step of the optimizer, and return the loss terms before it."""
-        terms: dict[str, Tensor] = {}
+    def value_and_gradient(self, image: Tensor) -> tuple[float, Tensor]:
+        """Compute the objective of an image (1, 3, H, W), and its gradient."""
+        image = image.detach().requires_grad_()
+        value = torch.stack(list(self.objective.terms(image, self.content, self.grams).values())).sum()
+        (gradient,) = torch.autograd.grad(value, image)
+        return float(value.detach()), gradient
 
-        def closure() -> float:
-            self.optimizer.zero_grad()
-            terms.update(self.objective.terms(self.image, self.content, self.grams))
-            total = torch.stack(list(terms.values())).sum()
-            total.backward()
-            return float(total.detach())
+    def run(self, steps: int, report: Callable[[int, float], None]) -> bool:
+        """Run up to `steps` steps of the optimizer.
 
-        self.optimizer.step(closure)
+        L-BFGS starts with an empty history, so that the image is its entire state between two calls.
+
+        Args:
+            steps: maximum number of steps.
+            report: function that is called after each step with the number of steps so far and the objective.
+
+        Returns:
+            Whether all steps were run; False if L-BFGS cannot lower the objective further in single precision.
+        """
+        return self._run_lbfgs(steps, report) if self.adam is None else self._run_adam(steps, report)
+
+    def _run_lbfgs(self, steps: int, report: Callable[[int, float], None]) -> bool:
+        def function(pixels: np.ndarray) -> tuple[float, np.ndarray]:
+            image = torch.from_numpy(pixels).to(self.image).view_as(self.image)
+            value, gradient = self.value_and_gradient(image)
+            return value, gradient.flatten().double().cpu().numpy()
+
+        def callback(intermediate_result: OptimizeResult) -> None:
+            self.steps += 1
+            report(self.steps, intermediate_result.fun)
+
+        start, end = self.image.detach().flatten().double().cpu().numpy(), self.steps + steps
+        options = {"maxiter": steps, "maxfun": 100 * steps, "maxcor": 10, "ftol": 0.0, "gtol": 0.0}
+        result = minimize(function, start, jac=True, method="L-BFGS-B", bounds=Bounds(0, 1), callback=callback, options=options)
         with torch.no_grad():
-            self.image.clamp_(0, 1)
-        self.steps += 1
-        return {name: float(value.detach()) for name, value in terms.items()}
+            self.image.copy_(torch.from_numpy(result.x).to(self.image).view_as(self.image))
+        return self.steps == end
+
+    def _run_adam(self, steps: int, report: Callable[[int, float], None]) -> bool:
+        assert self.adam is not None
+        for _ in range(steps):
+            value, self.image.grad = self.value_and_gradient(self.image)
+            self.adam.step()
+            with torch.no_grad():
+                self.image.clamp_(0, 1)
+            self.steps += 1
+            report(self.steps, value)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the image, the state of the optimizer and the number of steps."""
-        return {"image": self.image.detach(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+        """Return the image, the number of steps, and the state of Adam."""
+        adam = {} if self.adam is None else self.adam.state_dict()
+        return {"image": self.image.detach(), "steps": self.steps, "adam": adam}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state; the optimization continues as if it had not been interrupted."""
+        """Restore the state; the optimization continues as if it had not been interrupted.
+
+        Raises:
+            KeyError: the state is incomplete, or of another optimizer.
+        """
         with torch.no_grad():
             self.image.copy_(state["image"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.adam is not None:
+            self.adam.load_state_dict(state["adam"])
         self.steps = state["steps"]
 
 

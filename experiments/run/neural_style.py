@@ -47,7 +47,7 @@ def neural_style(
         init: "content" or "noise", the first image.
         network, weights, pooling: see `FeatureNetwork` and `find_feature_weights`.
         style_weight, tv_weight: weights of the losses; that of the content is 1.
-        save_every: steps between two intermediate images.
+        save_every: steps between two intermediate images; L-BFGS starts with an empty history after each.
         resume: continue from the state of an interrupted command.
         seed: seed of the noise.
 
@@ -64,23 +64,27 @@ def neural_style(
     objective = PerceptualObjective(features, content_layer, style_layers, 1.0, style_weight, tv_weight, "sum")
     generator = torch.Generator().manual_seed(seed)
     start = photograph if init == "content" else torch.rand(photograph.shape, generator=generator)
-    rate = 1.0 if optimizer == "lbfgs" else 0.02
-    optimization = StyleOptimization(objective, photograph, read_style(Path(style), size), start, optimizer, rate)
+    optimization = StyleOptimization(objective, photograph, read_style(Path(style), size), start, optimizer)
     state = path.with_suffix(".state")
     if resume:
         load_state(optimization, state)
     with Progress(transient=True) as progress:
-        task = progress.add_task(f"objective {'':>12}", total=steps, completed=optimization.steps)
-        while optimization.steps < steps:
-            total = sum(optimization.step().values())
+        task = progress.add_task("objective", total=steps, completed=optimization.steps)
+
+        def report(step: int, value: float) -> None:
+            progress.update(task, completed=step, description=f"objective {value:.5g}")
+
+        complete = True
+        while complete and optimization.steps < steps:
+            complete = optimization.run(min(save_every - optimization.steps % save_every, steps - optimization.steps), report)
             if not torch.isfinite(optimization.image).all():
-                raise UserError(f"the image is not finite after {optimization.steps} steps. Use --optimizer adam")
-            progress.update(task, completed=optimization.steps, description=f"objective {total:12.5g}")
-            if optimization.steps % save_every == 0 and optimization.steps < steps:
+                raise UserError(f"the image is not finite after {optimization.steps} steps. Use smaller weights")
+            save_state(optimization, state)
+            if optimization.steps < steps:
                 save_png(optimization.image[0].detach(), path.with_stem(f"{path.stem}-{optimization.steps:05d}"))
-                save_state(optimization, state)
+    if not complete:
+        print(f"converged after {optimization.steps} steps")
     save_png(optimization.image[0].detach(), path)
-    save_state(optimization, state)
 
 
 def deepdream(
@@ -175,4 +179,7 @@ def load_state(optimization: StyleOptimization, path: Path) -> None:
     image = state.get("image")
     if not isinstance(image, Tensor) or image.shape != optimization.image.shape:
         raise UserError(f"--resume: {path} belongs to an image of another size. Use the same --size and content")
-    optimization.load_state_dict(state)
+    try:
+        optimization.load_state_dict(state)
+    except (KeyError, ValueError):
+        raise UserError(f"--resume: {path} belongs to another optimizer. Use the same --optimizer") from None

@@ -28,9 +28,7 @@ class StylizationMethod(Method, ABC):
     stride = 4
     min_side = 1
 
-    def __init__(
-        self, style_names: list[str], total_images: int, learning_rate: float, warmup: int = 0, seed: int = 0
-    ) -> None:
+    def __init__(self, style_names: list[str], total_images: int, learning_rate: float, warmup: int = 0, seed: int = 0) -> None:
         super().__init__(total_images, learning_rate, warmup, seed)
         self.style_names = style_names
         self.mixture, self.alpha = [1.0] + [0.0] * (len(style_names) - 1), 1.0  # of predictions

@@ -1,5 +1,8 @@
 """Style transfer and DeepDream by optimization."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,10 @@ from PIL import Image
 from datamodules.catalog.catalog import resolve_images
 from experiments import ROOT
 from experiments.cli.main import main
-from experiments.run.neural_style import load_features
+from experiments.run.neural_style import load_features, read_content
 from modules.losses.perceptual import PerceptualObjective
 from modules.neural_style import LAYERS, StyleOptimization, dream
+from modules.style_transfer import read_style
 from tests.helpers.subprocess_helpers import forked
 
 WAVE = str(ROOT / "experiments/methods/style/styles/wave.jpg")
@@ -26,26 +30,39 @@ def optimization(optimizer, content, style):
     content_layer, style_layers = LAYERS[NETWORK]
     features = load_features(NETWORK, None, [content_layer, *style_layers], "max")
     objective = PerceptualObjective(features, content_layer, style_layers, 1.0, 0.05, 1e-4, "sum")
-    return StyleOptimization(objective, content, style, content, optimizer, 1.0 if optimizer == "lbfgs" else 0.02)
+    return StyleOptimization(objective, content, style, content, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
-def test_optimization_lowers_the_objective_and_resumes_exactly(optimizer, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    content, style = torch.rand(2, 1, 3, 48, 48, generator=generator)
+def test_optimization_lowers_the_objective_and_resumes_exactly(optimizer, photo, tmp_path):
+    content, style = read_content(Path(photo), 64), read_style(Path(WAVE), 64)
     full, broken = (optimization(optimizer, content, style) for _ in range(2))
-    values = [sum(full.step().values()) for _ in range(8)]
-    assert values[-1] < values[0]
+    values, resumed_values = [], []
     for _ in range(3):
-        broken.step()
+        assert full.run(4, lambda step, value: values.append((step, value)))
+    assert [step for step, _ in values] == list(range(1, 13))
+    assert values[-1][1] < full.value_and_gradient(content)[0]
+    assert 0 <= full.image.min() <= full.image.max() <= 1
+    broken.run(4, lambda step, value: None)
     torch.save(broken.state_dict(), tmp_path / "state")
     resumed = optimization(optimizer, content, style)
     resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    assert [sum(resumed.step().values()) for _ in range(5)] == values[3:]
+    for _ in range(2):
+        resumed.run(4, lambda step, value: resumed_values.append((step, value)))
+    assert resumed_values == values[4:]
     assert torch.equal(resumed.image, full.image)
 
 
-def test_command_writes_intermediate_images_and_resumes(workdir, photo):
+def test_lbfgs_stops_where_the_objective_is_minimal():
+    """Without a style, the photograph is the minimum; the gradient is zero."""
+    content, style = torch.rand(2, 1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    start = optimization("lbfgs", content, style)
+    start.objective = replace(start.objective, style_weight=0.0, tv_weight=0.0)
+    assert not start.run(5, lambda step, value: None)
+    assert torch.equal(start.image, content)
+
+
+def test_command_writes_intermediate_images_and_resumes(workdir, photo, capfd):
     argv = ["neural-style", photo, WAVE, "--size", "64", "--save-every", "2", "--output"]
     assert forked(main, [*argv, "full.png", "--steps", "4"]) == 0
     assert forked(main, [*argv, "broken.png", "--steps", "2"]) == 0
@@ -54,6 +71,8 @@ def test_command_writes_intermediate_images_and_resumes(workdir, photo):
     full, broken = (np.asarray(Image.open(workdir / name)) for name in ("full.png", "broken.png"))
     assert max(full.shape) == 64
     assert (full == broken).all()
+    assert forked(main, [*argv, "broken.png", "--optimizer", "adam", "--resume"]) == 2
+    assert "another optimizer" in capfd.readouterr().err
 
 
 def test_dream_without_steps_is_the_image_and_steps_amplify_the_layer():

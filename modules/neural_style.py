@@ -160,7 +160,7 @@ def dream(
         for step in range(steps):
             shift = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
             current = torch.roll((base + detail).clamp(0, 1), shift, (2, 3)).requires_grad_()
-            value = features(current, [layer])[layer].float().square().mean() / 2
+            value = features(current, [layer])[layer].square().mean() / 2
             (gradient,) = torch.autograd.grad(value, current)
             change = step_size * gradient / gradient.abs().mean().clamp(min=1e-12)
             dreamed = (current.detach() + change).clamp(0, 1)

@@ -20,6 +20,7 @@ from skimage.exposure import match_histograms
 from torch import Tensor, nn
 
 from modules.losses.perceptual import feature_loss, total_variation
+from modules.losses.precision import to_float32
 from modules.networks.transform_net import from_network_range, to_network_range
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, find_feature_weights
 from modules.tasks.superresolution import SuperResolutionMethod
@@ -110,13 +111,13 @@ class PerceptualSR(SuperResolutionMethod):
         """Compute the pixel loss or the feature loss, and total variation if it has a weight."""
         prediction = self(batch["input"])
         if self.loss == "pixel":
-            terms = {"pixel": F.mse_loss(prediction.float(), batch["target"])}
+            terms = {"pixel": F.mse_loss(to_float32(prediction), batch["target"])}
         else:
             with torch.no_grad():
                 target = self.features(batch["target"])
             terms = {"feature": feature_loss(self.features(prediction), target)}
         if self.tv_weight:
-            terms["total_variation"] = self.tv_weight * total_variation(prediction.float())
+            terms["total_variation"] = self.tv_weight * total_variation(to_float32(prediction))
         return terms
 
     def features(self, image: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class PerceptualSR(SuperResolutionMethod):
 
     def enlarge(self, lr_image: Tensor) -> Tensor:
         """Upscale images of any size, and match their histograms to those of the inputs if `match_histogram`."""
-        images = super().enlarge(lr_image).float().clamp(0, 1)
+        images = to_float32(super().enlarge(lr_image)).clamp(0, 1)
         if not self.match_histogram:
             return images
         return torch.stack([match(image, reference) for image, reference in zip(images, lr_image, strict=True)])
@@ -142,5 +143,5 @@ class PerceptualSR(SuperResolutionMethod):
 
 def match(image: Tensor, reference: Tensor) -> Tensor:
     """Match the histogram of each channel of an image (C, H, W) to that of a reference (C, h, w)."""
-    matched = match_histograms(image.cpu().numpy(), reference.float().cpu().numpy(), channel_axis=0)
+    matched = match_histograms(image.cpu().numpy(), to_float32(reference).cpu().numpy(), channel_axis=0)
     return torch.from_numpy(matched).to(image)

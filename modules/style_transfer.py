@@ -161,7 +161,7 @@ class StyleTransfer(StylizationMethod):
         """
         with torch.autocast(image.device.type, enabled=False):
             grams = {
-                layer: torch.einsum("ns,scd->ncd", mixture.float(), gram.to(image.device))
+                layer: torch.einsum("ns,scd->ncd", mixture.to(gram.dtype), gram.to(image.device))
                 for layer, gram in self.target_grams.items()
             }
         return self.perceptual.terms(prediction, self.perceptual.content_targets(image), grams)

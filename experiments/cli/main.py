@@ -45,6 +45,8 @@ inspect, reproduce and scale
   submit RECIPE|FILE         train or search on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
   bench RECIPE               compare the training speed with a plain PyTorch loop and with PIL loading (--json)
   scaling RECIPE ...         measure the speedup of several processes, and estimate that of 8 and 64 GPUs (--write)
+  style-speed RECIPE         compare the speed of a style network with that of optimization (--write)
+  style-objective RECIPE     compare the objective of a style network with that of optimization (--write)
   data list                  list the datasets and whether they are installed
   data get NAME              download a dataset
   data verify NAME           compare a dataset with its manifest, a list of hashes
@@ -384,4 +386,6 @@ COMMANDS = {
     "retrieve": latent_commands.retrieve,
     "neural-style": style_commands.neural_style,
     "deepdream": style_commands.deepdream,
+    "style-speed": style_commands.style_speed,
+    "style-objective": style_commands.style_objective,
 }

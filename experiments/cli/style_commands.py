@@ -1,7 +1,8 @@
-"""Command lines of `darkroom neural-style` and `deepdream`."""
+"""Command lines of `darkroom neural-style`, `deepdream`, `style-speed` and `style-objective`."""
 
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
+from experiments.run.recipes import find_recipe
 
 NETWORKS = ("vgg19", "vgg16", "vgg19-distilled")
 
@@ -63,6 +64,45 @@ def deepdream(argv: list[str]) -> int:
     from experiments.run import neural_style
 
     neural_style.deepdream(args.image, args.output, args.size, args.layer, args.octaves, args.steps, args.network, args.weights)
+    return 0
+
+
+def style_speed(argv: list[str]) -> int:
+    """Run `darkroom style-speed` and return the exit status."""
+    parser = Parser(
+        prog="darkroom style-speed",
+        description="Compare the speed of a style network with that of optimization (Johnson et al., Table 1). Takes about 15 "
+        "minutes on two CPU cores. --KEY VALUE overrides a key of the recipe.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe of style transfer")
+    parser.add_argument(
+        "--write", action="store_true", help="write the record and the page in experiments/methods/style/comparison"
+    )
+    args, overrides = parser.parse_known_args(argv)
+    recipe = find_recipe(args.recipe)
+    from experiments.bench import style
+
+    style.speed(recipe, overrides, args.write)
+    return 0
+
+
+def style_objective(argv: list[str]) -> int:
+    """Run `darkroom style-objective` and return the exit status."""
+    parser = Parser(
+        prog="darkroom style-objective",
+        description="Compare the objective of a trained style network with that of optimization, by iterations (Johnson et "
+        "al., Figure 5). --KEY VALUE overrides a key of the recipe.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe of style transfer")
+    parser.add_argument("--ckpt", metavar="FILE", help="weights (default: those of the newest run, or the committed ones)")
+    parser.add_argument(
+        "--write", action="store_true", help="write the record and the page in experiments/methods/style/comparison"
+    )
+    args, overrides = parser.parse_known_args(argv)
+    recipe = find_recipe(args.recipe)
+    from experiments.bench import style
+
+    style.objective(recipe, args.ckpt, overrides, args.write)
     return 0
 
 

@@ -15,18 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.losses.precision import to_float32
+
 GramReduction = Literal["sum", "mean"]
 
 
 def gram_matrix(features: Tensor) -> Tensor:
     """Compute Gram matrices G = psi psi^T / (C H W) of features (eq. 3): (N, C, H, W) to (N, C, C)."""
-    psi = features.flatten(2).float()  # half precision overflows in the sum over pixels
+    psi = to_float32(features.flatten(2))  # half precision overflows in the sum over pixels
     return psi @ psi.mT / features[0].numel()
 
 
 def feature_loss(features: Tensor, targets: Tensor) -> Tensor:
     """Compute the feature reconstruction loss (eq. 2): the mean over C, H and W, and over the batch."""
-    return F.mse_loss(features.float(), targets.float())
+    return F.mse_loss(to_float32(features), to_float32(targets))
 
 
 def style_loss(features: Mapping[str, Tensor], target_grams: Mapping[str, Tensor], reduction: GramReduction) -> Tensor:
@@ -94,5 +96,5 @@ class PerceptualObjective:
             return {
                 "content": self.content_weight * feature_loss(features[self.content_layer], content),
                 "style": self.style_weight * style_loss(features, grams, self.gram),
-                "total_variation": self.tv_weight * total_variation(prediction.float()),
+                "total_variation": self.tv_weight * total_variation(to_float32(prediction)),
             }

@@ -17,6 +17,7 @@ from modules.gan import GAN
 from modules.perceptual_sr import PerceptualSR
 from modules.smp import SMPSegmenter
 from modules.srcnn import SRCNN
+from modules.style_transfer import StyleTransfer
 from modules.unet import UNet
 
 
@@ -88,5 +89,10 @@ class DeterministicPerceptualSR(PerceptualSR):
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, nn.GroupNorm(4, child.num_features))
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, eps=1e-3)
+
+
+class DeterministicStyleTransfer(StyleTransfer):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, eps=1e-3)

@@ -42,7 +42,9 @@ class TestPerceptualSR(SuperResolutionContract):
     model = MODEL
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicPerceptualSR"
     data = {"channels": 3, "blur": 1.0, "patch_size": 12, "border_overhang": 2}
-    training_overrides = ["--model.total_images", "800", "--val_every_images", "200", "--model.learning_rate", "0.003"]
+    bf16_rtol = 0.05
+    # with the pixel loss, because the feature loss does not raise PSNR
+    training_overrides = ["--model.total_images", "800", "--val_every_images", "200", "--model.loss", "pixel"]
     min_psnr_gain_db = 2
 
     def example(self):

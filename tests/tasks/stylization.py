@@ -37,5 +37,5 @@ class StylizationContract(Contract):
         values = [float(row["value"]) for row in log if row["name"].endswith("/objective")]
         return values[-1] < self.max_objective_ratio * values[0]
 
-    def example(self) -> torch.Tensor:
-        return torch.rand(1, 3, 64, 68)
+    def example(self) -> tuple[torch.Tensor, ...]:
+        return torch.rand(1, 3, 64, 68), torch.tensor([[0.3, 0.7]])

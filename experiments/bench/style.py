@@ -1,0 +1,167 @@
+"""`darkroom style-speed` and `style-objective`: a style network compared with optimization of the image.
+
+J. Johnson, A. Alahi, L. Fei-Fei. ECCV 2016. arXiv:1603.08155, Table 1 and Figure 5.
+"""
+
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markdown import Markdown
+from torch import Tensor
+
+from callbacks.run.run_record import cpu_name
+from datamodules.errors import UserError
+from datamodules.io.image_refs import list_image_refs
+from datamodules.io.paths import find_file
+from datamodules.stylization import Stylization
+from experiments.bench import style_report
+from experiments.bench.timing import synchronize
+from experiments.results.records import commit
+from experiments.run.lightning_cli import DarkroomCLI, build_cli
+from experiments.run.neural_style import read_content
+from experiments.run.recipes import Recipe
+from experiments.run.weights import load_resolved_weights
+from modules.neural_style import StyleOptimization
+from modules.style_transfer import StyleTransfer, read_style
+
+SIZES = (256, 512, 1024)  # pixels
+WHOLE_RUN = 256  # largest size at which all iterations are run
+ITERATIONS = 500  # of a whole run
+TIMED_ITERATIONS = 20  # of the other sizes; the rest is extrapolated
+WARM_UP = 2  # iterations and forward passes
+PASSES = 10  # timed forward passes
+PHOTOGRAPHS = "photographs/test"
+
+
+def speed(recipe: Recipe, overrides: list[str], write: bool) -> None:
+    """Time forward passes and iterations of L-BFGS in one run, and print Table 1.
+
+    The weights of the style network are random, because they do not influence the time.
+
+    Args:
+        recipe: recipe of the network and the losses.
+        overrides: overridden keys of the recipe.
+        write: save the record, and render the page of the comparison.
+
+    Raises:
+        UserError: the recipe is not a style transfer, or its style image or feature network is missing.
+    """
+    cli, method = _build(recipe, overrides)
+    device = cli.trainer.strategy.root_device
+    record: dict[str, Any] = {
+        **_metadata(cli, recipe, "style-speed", overrides),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "sizes": {},
+    }
+    for size in SIZES:
+        image = _photograph(size).to(device)
+        network = _time_network(method, image)
+        iterations = ITERATIONS if size <= WHOLE_RUN else TIMED_ITERATIONS
+        seconds = _time_optimization(method, image, iterations)
+        record["sizes"][str(size)] = {"network": network, "iterations": seconds}
+        print(f"{size} x {size}: network {network:.3g} s, {iterations} iterations {sum(seconds):.3g} s", flush=True)
+    style_report.save("speed", record, write)
+    Console().print(Markdown(style_report.render_speed(record)))
+
+
+def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: bool) -> None:
+    """Compare the objective of a trained network with that of L-BFGS by iterations, and print Figure 5.
+
+    Args:
+        recipe: recipe of the network and the losses.
+        ckpt: weights file of the network; None for those of the newest run or the committed ones.
+        overrides: overridden keys of the recipe.
+        write: save the record and the figure, and render the page of the comparison.
+
+    Raises:
+        UserError: see `speed`; or the network has no weights.
+    """
+    cli, method = _build(recipe, [*overrides, *(["--ckpt", ckpt] if ckpt else [])])
+    load_resolved_weights(cli)
+    method = method.to(cli.trainer.strategy.root_device).eval()
+    curves = {}
+    for ref in list_image_refs(PHOTOGRAPHS):
+        image = _square(read_content(ref.path, 2 * WHOLE_RUN), WHOLE_RUN).to(method.device)
+        values: list[float] = []
+        optimization = _optimization(method, image)
+        optimization.run(ITERATIONS, lambda step, value, values=values: values.append(value))  # type: ignore[misc]
+        with torch.no_grad():
+            prediction = method.stylize(image, method.mixture_of(torch.tensor([0]))).clamp(0, 1)
+        curves[ref.name] = {
+            "content": optimization.value_and_gradient(image)[0],
+            "network": optimization.value_and_gradient(prediction)[0],
+            "iterations": values,
+        }
+        print(f"{ref.name}: network {curves[ref.name]['network']:.5g}, {ITERATIONS} iterations {values[-1]:.5g}", flush=True)
+    record = {**_metadata(cli, recipe, "style-objective", overrides), "size": WHOLE_RUN, "photographs": curves}
+    style_report.save("objective", record, write)
+    Console().print(Markdown(style_report.render_objective(record)))
+
+
+def _build(recipe: Recipe, overrides: list[str]) -> tuple[DarkroomCLI, StyleTransfer]:
+    cli = build_cli("test", recipe, overrides)
+    if not isinstance(cli.datamodule, Stylization) or not isinstance(cli.model, StyleTransfer):
+        raise UserError(f"{recipe.name} is not a style transfer. Choose a recipe of darkroom list style")
+    cli.model.to(cli.trainer.strategy.root_device)
+    cli.model.compute_target_grams()
+    return cli, cli.model
+
+
+def _metadata(cli: DarkroomCLI, recipe: Recipe, command: str, overrides: list[str]) -> dict[str, Any]:
+    model = cli.model.hparams
+    return {
+        "command": " ".join(["darkroom", command, recipe.name, *overrides]),
+        "commit": commit(),
+        "feature_network": model["feature_network"],
+        "base_channels": model["base_channels"],
+        "norm": model["norm"],
+        "upsampling": model["upsampling"],
+    }
+
+
+def _photograph(size: int) -> Tensor:
+    """Return a square photograph: (1, 3, size, size)."""
+    return _square(read_content(list_image_refs(PHOTOGRAPHS)[0].path, 2 * size), size)
+
+
+def _square(image: Tensor, size: int) -> Tensor:
+    """Resize the shorter side of an image to `size` and crop its center: (1, 3, size, size)."""
+    height, width = image.shape[-2:]
+    factor = size / min(height, width)
+    sides = (max(size, round(height * factor)), max(size, round(width * factor)))
+    image = F.interpolate(image, sides, mode="bilinear", antialias=True).clamp(0, 1)
+    top, left = ((side - size) // 2 for side in sides)
+    return image[..., top : top + size, left : left + size]
+
+
+def _optimization(method: StyleTransfer, image: Tensor) -> StyleOptimization:
+    style = read_style(find_file(method.styles[0], "model.styles"), method.style_size).to(image)
+    return StyleOptimization(method.perceptual, image, style, image, "lbfgs")
+
+
+def _time_network(method: StyleTransfer, image: Tensor) -> float:
+    """Return the median duration of a forward pass in seconds."""
+    method.eval()
+    mixture, times = method.mixture_of(torch.tensor([0])), []
+    with torch.no_grad():
+        for i in range(WARM_UP + PASSES):
+            started = time.perf_counter()
+            method(image, mixture)
+            synchronize(image.device)
+            if i >= WARM_UP:
+                times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _time_optimization(method: StyleTransfer, image: Tensor, iterations: int) -> list[float]:
+    """Return the duration of each iteration of L-BFGS in seconds, after a warm-up."""
+    _optimization(method, image).run(WARM_UP, lambda step, value: None)
+    ends = [time.perf_counter()]
+    _optimization(method, image).run(iterations, lambda step, value: ends.append(time.perf_counter()))
+    return [end - start for start, end in pairwise(ends)]

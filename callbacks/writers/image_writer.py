@@ -15,11 +15,14 @@ class ImageWriter(BasePredictionWriter):
 
     Args:
         targets: output file of each image, by its "path".
+
+    Attributes:
+        verbose: print the name of each image.
     """
 
     def __init__(self, targets: dict[str, Path]) -> None:
         super().__init__("batch")
-        self.targets = targets
+        self.targets, self.verbose = targets, True
 
     def write_on_batch_end(
         self,
@@ -31,10 +34,11 @@ class ImageWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one image and print its name."""
+        """Write one image."""
         predicted = prediction["prediction"][0].float().cpu()
         image = merge_channels(predicted, prediction["chroma"].cpu(), prediction["alpha"].cpu())
         target = self.targets[prediction["path"]]
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)
-        print(f"{prediction['path']}  {prediction['size']}  ->  {target}  {image.width}x{image.height}", flush=True)
+        if self.verbose:
+            print(f"{prediction['path']}  {prediction['size']}  ->  {target}  {image.width}x{image.height}", flush=True)

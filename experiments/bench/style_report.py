@@ -43,8 +43,8 @@ def render_speed(record: dict[str, Any]) -> str:
         "",
         f"Rendered by `{record['command']} --write` at {record['commit']} on {record['hardware']}, {record['threads']} "
         f"threads. Losses: {record['feature_network']}. Network: {record['base_channels']} maps at full resolution, "
-        f"{record['norm']} normalization, {record['upsampling']} upsampling. The duration of iterations of L-BFGS is divided by "
-        "that of a forward pass of the network, all measured in one run. (extrapolated): the mean of at least 20 iterations "
+        f"{record['norm']} normalization, {record['upsampling']} upsampling. The duration of iterations of L-BFGS is divided "
+        "by that of a forward pass of the network, all measured in one run. (extrapolated): the mean of at least 20 iterations "
         "times their number. The paper's values, on a GTX Titan X, are from memory, confirmed by an arithmetic check.",
         "",
         "| image | network, s | iteration, s | 100 iterations | paper | 300 iterations | paper | 500 iterations | paper |",

@@ -22,7 +22,7 @@ train, evaluate and predict
   fit RECIPE [--KEY VALUE]   train, then evaluate on the available test sets
   validate RECIPE            evaluate on the validation set
   test RECIPE                evaluate on the available test sets
-  predict RECIPE --input IMAGE_OR_FOLDER     enlarge, segment, translate or stylize images (--output FOLDER)
+  predict RECIPE --input PATH                apply a method to an image, a folder or a video (--output FOLDER)
   sample RECIPE --output FOLDER              generate images from noise (--count N)
   interpolate RECIPE --indices 3 17 42       interpolate in latent space between samples (--images: between test images)
   arithmetic RECIPE --plus 1 2 --minus 3 4   add and subtract the latents of samples
@@ -70,7 +70,7 @@ COMMAND_OPTIONS = {
     "fit": "[--run NAME] [--wandb offline|online]",
     "validate": "[--ckpt FILE]",
     "test": "[--ckpt FILE] [--record FILE]",
-    "predict": "--input IMAGE_OR_FOLDER [--output FOLDER] [--direction AtoB|BtoA] [--style NAME] [--alpha A] [--ckpt FILE]",
+    "predict": "--input PATH [--output FOLDER] [--direction AtoB|BtoA] [--style NAME] [--alpha A] [--ckpt FILE]",
 }
 
 STARTED = time.perf_counter()

@@ -1,18 +1,21 @@
-"""`darkroom predict`: apply a method to a user's images."""
+"""`darkroom predict`: apply a method to a user's images or video."""
 
+import tempfile
 from pathlib import Path
 
+from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
 from datamodules.io.loader import make_loader
 from datamodules.io.user_images import list_user_images
 from datamodules.sampler import RankSampler
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
+from experiments.run.video import is_video, read_frames, write_video
 from experiments.run.weights import load_resolved_weights
 from experiments.tasks.registry import task_of
 
 
 def predict(cli: DarkroomCLI) -> None:
-    """Enlarge, segment, translate or stylize a user's images, and write the results to the output folder.
+    """Enlarge, segment, translate or stylize a user's images or video, and write the results to the output folder.
 
     Raises:
         UserError: the method takes no images, an option is invalid, or a path cannot be read or written.
@@ -24,18 +27,64 @@ def predict(cli: DarkroomCLI) -> None:
         if cli.config[name] is not None and name not in task.predict_options:
             raise UserError(f"--{name}: {cli.recipe.name} does not have this option. Remove it")
     path = load_resolved_weights(cli)
-    output = Path(cli.config.output)
-    files = list_user_images(cli.config.input, exclude=output)
+    source, output = Path(cli.config.input), Path(cli.config.output)
+    files = [] if is_video(source) else list_user_images(cli.config.input, exclude=output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: cannot write to {output}: {error.strerror}. Choose another folder") from None
     print_rank_zero(f"weights   {path or 'none needed'}")
-    paths = output_paths(files, Path(cli.config.input), output)
+    if is_video(source):
+        predict_video(cli, source, output)
+    else:
+        predict_images(cli, files, output_paths(files, source, output), output)
+
+
+def predict_images(cli: DarkroomCLI, files: list[Path], paths: dict[str, Path], output: Path, verbose: bool = True) -> None:
+    """Apply the method to image files.
+
+    Args:
+        cli: model and Trainer.
+        files: image files.
+        paths: output path of each file.
+        output: output folder.
+        verbose: print the name of each image; with False, the method must write one image for each.
+
+    Raises:
+        UserError: `verbose` is False, and the method writes something other than images.
+    """
+    task = task_of(cli.datamodule)
+    assert task.predict is not None
     inputs, writer = task.predict(cli, files, paths, output)
+    if not verbose:
+        if not isinstance(writer, ImageWriter):
+            raise UserError(
+                f"--input: {cli.recipe.name} does not write images, so it takes no video. Give an image or a folder"
+            )
+        writer.verbose = False
     cli.trainer.callbacks.append(writer)
     loader = make_loader(inputs, RankSampler(len(files), cli.trainer.global_rank, cli.trainer.world_size))
     cli.trainer.predict(cli.model, loader, return_predictions=False)
+
+
+def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
+    """Apply the method to each frame of a video, and write an MP4 file without sound.
+
+    Raises:
+        UserError: the video cannot be read, would be overwritten, or there are several processes.
+    """
+    target = output / f"{source.stem}.mp4"
+    if target.resolve() == source.resolve():
+        raise UserError(f"--output: {target} is the input and would be overwritten. Choose another folder")
+    if cli.trainer.world_size > 1:
+        raise UserError("--input: a video is processed by one process. Use --trainer.devices 1")
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / "before", Path(folder) / "after"
+        before.mkdir()
+        files, rate = read_frames(source, before)
+        predict_images(cli, files, {str(file): after / file.name for file in files}, output, verbose=False)
+        write_video([after / file.name for file in files], rate, target)
+    print_rank_zero(f"{source}  {len(files)} frames  ->  {target}")
 
 
 def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Path]:

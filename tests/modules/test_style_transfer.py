@@ -1,5 +1,6 @@
 """Fast style transfer: features and losses against independent implementations, the network, and the contract."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
 from datamodules.stylization import Stylization
 from experiments.cli.main import main
+from experiments.run.video import read_frames, write_video
 from modules.losses.perceptual import feature_loss, gram_matrix, style_loss, total_variation
 from modules.networks.transform_net import StyleNorm, TransformNet
 from modules.networks.vgg import FeatureNetwork, layer_names
@@ -41,7 +43,7 @@ MODEL = {
 class TestStyleTransfer(StylizationContract):
     model = MODEL
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicStyleTransfer"
-    bf16_rtol = 0.1  # the style loss is the square of a small difference
+    bf16_rtol = 0.2  # the style loss is the square of a small difference
     training_overrides = ["--model.total_images", "400", "--val_every_images", "100", "--model.learning_rate", "0.003"]
     max_objective_ratio = 0.8
 
@@ -199,6 +201,39 @@ def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, 
         (["--direction", "AtoB"], "--direction: "),
     ):
         assert forked(main, ["predict", str(recipe), "--input", str(photo), *options]) == 2
+        assert reason in capfd.readouterr().err
+
+
+def test_video_is_stylized_frame_by_frame(workdir, photos, three_photos, capfd):
+    recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
+    assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "4"]) == 0
+    (workdir / "frames").mkdir()
+    photo = Image.open(min(photos.iterdir())).convert("RGB")
+    for i in range(4):
+        photo.crop((6 * i, 0, 6 * i + 71, 64)).save(workdir / f"frames/{i}.png")
+    write_video(sorted((workdir / "frames").iterdir()), Fraction(10), workdir / "clip.mp4")
+    frames, rate = read_frames(workdir / "clip.mp4", workdir / "frames")  # those of the encoded video, 70 pixels wide
+    assert (len(frames), rate) == (4, 10)
+    assert forked(main, ["predict", str(recipe), "--input", "clip.mp4", "--output", "out"]) == 0
+    assert [path.name for path in (workdir / "out").iterdir()] == ["clip.mp4"]
+    (workdir / "decoded").mkdir()
+    decoded, rate = read_frames(workdir / "out/clip.mp4", workdir / "decoded")
+    assert (len(decoded), rate) == (4, 10)
+    assert forked(main, ["predict", str(recipe), "--input", "frames", "--output", "images"]) == 0
+    stylized = [read_image(workdir / "images" / path.name).float() for path in frames]
+    for i, path in enumerate(decoded):
+        errors = [(read_image(path).float() - other).square().mean().sqrt().item() for other in stylized]
+        assert errors.index(min(errors)) == i
+        assert errors[i] < 25  # of 255; the compression is lossy
+    capfd.readouterr()
+    (workdir / "text.mp4").write_text("text")
+    for video, options, reason in (
+        ("text.mp4", [], "text.mp4 cannot be read as a video"),
+        ("none.mp4", [], "none.mp4 cannot be read as a video: No such file or directory"),
+        ("out/clip.mp4", [], "is the input and would be overwritten"),
+        ("clip.mp4", ["--trainer.devices", "2"], "--trainer.devices 1"),
+    ):
+        assert forked(main, ["predict", str(recipe), "--input", video, "--output", "out", *options]) == 2
         assert reason in capfd.readouterr().err
 
 

@@ -93,7 +93,7 @@ class PerceptualSR(SuperResolutionMethod):
             *(ResidualBlock(c) for _ in range(4)),
             *upsampling,
             nn.Conv2d(c, 3, 9, padding=4),
-        )
+        ).to(memory_format=torch.channels_last)
         if loss == "feature":
             network = FeatureNetwork(feature_network, [feature_layer])
             self.add_reference("features", network, partial(find_feature_weights, feature_network, feature_weights))

@@ -81,7 +81,11 @@ def test_model_is_built_on_the_meta_device(recipe):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "SuperResolution"], ids=name_of)
+PERCEPTUAL_SR = [recipe for recipe in TRAINED if recipe.name.startswith("perceptual_sr/")]
+LUMA_SR = [recipe for recipe in TRAINED if datamodule_of(recipe) == "SuperResolution" and recipe not in PERCEPTUAL_SR]
+
+
+@pytest.mark.parametrize("recipe", LUMA_SR, ids=name_of)
 def test_super_resolution_recipe_trains_a_few_steps(recipe, workdir):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], *data.get("test", [])}:
@@ -117,6 +121,29 @@ def main_with_fake_datasets(argv):
     with pytest.MonkeyPatch.context() as patch:
         accept_what_is_laid_out(patch)
         return main(argv)
+
+
+@pytest.mark.parametrize("recipe", PERCEPTUAL_SR, ids=name_of)
+def test_perceptual_super_resolution_recipe_trains_a_few_steps(recipe, workdir, torch_home, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
+    data, model = (recipe.content[section]["init_args"] for section in ("data", "model"))
+    for name in {data["train"], *data["test"]}:
+        lay_out(name)
+    link_feature_weights(model, workdir, torch_home)
+    overrides = ["--model.total_images", "4", "--data.batch_size", "2", "--val_every_images", "2", "--model.base_channels", "2"]
+    overrides += ["--data.patch_size", "8", "--trainer.precision", "32-true"]
+    overrides += ["--data.num_workers", "1"] if data.get("num_workers") else []
+    assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
+    folder = workdir / "runs" / recipe.name / "short"
+    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_losses_are_documented(recipe, folder)
+
+
+def link_feature_weights(model, workdir, torch_home):
+    """Link the random weights of VGG-16 to the file that a recipe names."""
+    if weights := model.get("feature_weights"):
+        (workdir / "data" / weights).parent.mkdir(parents=True)
+        (workdir / "data" / weights).symlink_to(torch_home / "hub/checkpoints" / str(URLS["vgg16"]).rpartition("/")[2])
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Generation"], ids=name_of)
@@ -229,9 +256,7 @@ def test_stylization_recipe_trains_a_few_steps(recipe, workdir, torch_home, monk
     data, model = (recipe.content[section]["init_args"] for section in ("data", "model"))
     for name in {data["train"], data["val"], *data["test"]}:
         lay_out(name)
-    if weights := model.get("feature_weights"):
-        (workdir / "data" / weights).parent.mkdir(parents=True)
-        (workdir / "data" / weights).symlink_to(torch_home / "hub/checkpoints" / str(URLS["vgg16"]).rpartition("/")[2])
+    link_feature_weights(model, workdir, torch_home)
     overrides = ["--model.total_images", "4", "--data.batch_size", "2", "--val_every_images", "2", "--model.base_channels", "2"]
     overrides += ["--data.size", "64", "--data.resize", "64", "--model.style_size", "64", "--trainer.precision", "32-true"]
     overrides += ["--data.num_workers", "1"] if data.get("num_workers") else []

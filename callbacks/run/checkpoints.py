@@ -10,11 +10,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from datamodules.errors import UserError
+from modules.networks.weights import read_weights_file
 from modules.training.gradients import broadcast_buffers
 
 # Raised by torch.load for a truncated checkpoint or a file of another format.
@@ -112,14 +111,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights of a checkpoint (.ckpt) or of committed weights (.safetensors), by name.
 
     Raises:
-        UserError: see `read_checkpoint`.
+        UserError: see `read_checkpoint` and `read_weights_file`.
     """
-    if path.suffix != ".safetensors":
-        return read_checkpoint(path)["state_dict"]
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}") from None
+    return read_weights_file(path) if path.suffix == ".safetensors" else read_checkpoint(path)["state_dict"]
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:

@@ -22,7 +22,7 @@ from callbacks.metrics.base import SampleSetMetric, gather_sorted, to_uint8
 from datamodules.errors import UserError
 from datamodules.io.paths import file_hash
 from modules.networks.feature_extractors import Extractor
-from modules.networks.weights import find_or_download
+from modules.networks.pretrained import find_or_download
 
 MetricName = Literal["fid", "fid-split-half", "kid", "inception-score", "precision-recall", "confidence", "effective-classes"]
 Features = dict[str, Tensor]  # "features" (N, F), and for a classifier "logits" (N, K)

@@ -13,8 +13,8 @@ from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.psnr_ssim import luma_levels
 from datamodules.errors import UserError
 from datamodules.io.paths import file_hash, find_file
+from modules.networks.pretrained import find_or_download
 from modules.networks.squeezenet import SqueezeNetFeatures
-from modules.networks.weights import find_or_download
 
 
 class PerceptualDistance(ImageMetric):

@@ -2,7 +2,8 @@
 
 A changed recipe invalidates a record. Changed code only requires a check (`experiments/results/check.py`). The code
 fingerprint is a hash of the syntax trees of a recipe's classes and of all modules of this project that they import. It excludes
-comments, docstrings, type annotations, error messages, and the names of variables and files, which do not affect the results.
+comments, docstrings, type annotations, TypedDict classes, error messages, and the names of variables and files, which do not
+affect the results.
 """
 
 import ast
@@ -190,7 +191,7 @@ def _is_installed(path: Path) -> bool:
 
 @cache
 def _read(source: str, package: str) -> File:
-    tree = ast.parse(source)
+    tree = parse(source)
     imported: dict[str, tuple[str, str]] = {}
     attributes: dict[str, int] = {}
     parameters: dict[str, list[list[str]]] = {}
@@ -222,6 +223,16 @@ def _read(source: str, package: str) -> File:
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return File(source, package, imported, definitions, attributes, parameters, frozenset(used))
+
+
+def parse(source: str) -> ast.Module:
+    """Parse a file without its TypedDict classes, which are type annotations: their keys are strings."""
+    tree, typed_dicts = ast.parse(source), {"TypedDict"}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in typed_dicts for base in node.bases):
+            typed_dicts.add(node.name)
+    tree.body = [node for node in tree.body if not isinstance(node, ast.ClassDef) or node.name not in typed_dicts]
+    return tree
 
 
 def _defined(statement: ast.stmt) -> Iterator[str]:
@@ -284,7 +295,7 @@ def _hash_of(source: str, own: frozenset[str], imported: Pairs, attributes: Pair
 
     With empty `imported` and `attributes`, names of other files are numbered as those of this file.
     """
-    tree = ast.parse(source)
+    tree = parse(source)
     essence = Essence(_bound_names(tree), own, dict(imported), dict(attributes), json.loads(parameters)).visit(tree)
     return _hash(ast.dump(essence))
 

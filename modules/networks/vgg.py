@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
-from modules.networks.weights import find_or_download
+from modules.networks.pretrained import find_or_download
 
 FeatureNetworkName = Literal["vgg16", "vgg19", "vgg19-distilled"]
 Pooling = Literal["max", "average"]

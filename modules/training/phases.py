@@ -148,14 +148,3 @@ def has_gradients(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(has_gradients, value.values()))
     return any(map(has_gradients, value)) if isinstance(value, list) else False
-
-
-def expect_dict(value: Any, name: str, expected: str) -> dict[str, Any]:
-    """Return what a function of a method has returned, if it is a dict.
-
-    Raises:
-        TypeError: it is not.
-    """
-    if not isinstance(value, dict):
-        raise TypeError(f"{name} returned a {type(value).__name__}. Return a dict: {expected}")
-    return value

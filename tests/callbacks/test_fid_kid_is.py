@@ -24,7 +24,8 @@ from datamodules.catalog.array_readers import read_split
 from datamodules.errors import UserError
 from datamodules.io.image_refs import DataReport
 from datamodules.io.image_set import load_image_set
-from modules.networks.feature_extractors import VGG16, Inception, MnistLeNet, find_weights
+from modules.networks.feature_extractors import VGG16, Inception, MnistLeNet
+from modules.networks.pretrained import find_or_download
 from tests.helpers.tiny_recipes import Projection, inception_weights, random_weights
 
 
@@ -173,9 +174,9 @@ def test_downloaded_weights_are_verified_by_the_checksum_in_their_name(tmp_path,
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(VGG16, "url", f"http://127.0.0.1:{server.server_port}/wrong-00000000.pth")
     with pytest.raises(UserError, match="invalid hash value"):
-        find_weights(VGG16, None)
+        find_or_download(VGG16.name, VGG16.url, None)
     monkeypatch.setattr(VGG16, "url", f"http://127.0.0.1:{server.server_port}/right-{digest}.pth")
-    assert find_weights(VGG16, None).read_bytes() == content
+    assert find_or_download(VGG16.name, VGG16.url, None).read_bytes() == content
     server.shutdown()
 
 
@@ -231,7 +232,7 @@ def test_parzen_log_likelihood_of_mnist_training_images(with_real_data):
 def test_mnist_lenet_has_the_accuracy_in_its_file_name(with_real_data):
     weights = "weights/mnist-lenet/lenet_epoch12_acc0.991.pth"
     images = load_image_set("mnist/test", 28, 1, None, DataReport())
-    network = MnistLeNet(find_weights(MnistLeNet, weights))
+    network = MnistLeNet(find_or_download(MnistLeNet.name, None, weights))
     correct = fid_kid_is.extract(network, images.pixels)["logits"].argmax(1) == images.labels
     assert correct.double().mean().item() == pytest.approx(0.991, abs=0.001)
 
@@ -239,6 +240,7 @@ def test_mnist_lenet_has_the_accuracy_in_its_file_name(with_real_data):
 def test_custom_extractor_is_accepted(tmp_path):
     torch.save(torch.ones(784, 2), tmp_path / "p.pth")
     outputs = fid_kid_is.extract(
-        Projection(find_weights(Projection, str(tmp_path / "p.pth"))), torch.full((3, 1, 28, 28), 255, dtype=torch.uint8)
+        Projection(find_or_download(Projection.name, None, str(tmp_path / "p.pth"))),
+        torch.full((3, 1, 28, 28), 255, dtype=torch.uint8),
     )
     assert outputs["features"].tolist() == [[784.0] * 2] * 3

@@ -57,6 +57,9 @@ SAME = {
     "comments, types and docstrings": BEFORE.replace('"""Adds."""', '"""Add."""  # up').replace(
         "image, size):", "image: int, size: int) -> int:", 1
     ),
+    "a TypedDict": BEFORE.replace(
+        "\nclass Net", "\nclass Pair(TypedDict):\n    scale: int\n\n\nclass More(Pair):\n    up: int\n\n\nclass Net"
+    ),
     "an error message": BEFORE.replace("is too small", "must be at least 1"),
     "names": BEFORE.replace("image", "picture").replace("mean,", "m,").replace("* mean", "* m").replace("def f", "def g"),
     "an import alias": BEFORE.replace("import relu", "import relu as rectify").replace("relu(gain", "rectify(gain"),

@@ -12,7 +12,7 @@ from experiments.cli.main import main
 from modules.losses.adversarial import bce_fake, bce_real, gradient_penalty
 from modules.training import gradients
 from modules.training.ema import EMA
-from modules.training.phases import Phase, bind_phases, expect_dict, split_micro_batches, train_only
+from modules.training.phases import Phase, bind_phases, split_micro_batches, train_only
 from tests.helpers.method_contract import checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.wgan_gp import WGANGP
@@ -253,8 +253,3 @@ def test_mismatched_phases_and_optimizers_raise():
     for optimizers in ({}, {"b": optimizer}, {"a": optimizer, "b": optimizer}):
         with pytest.raises(TypeError, match="the phases use the optimizers"):
             bind_phases([phase], optimizers)
-
-
-def test_wrong_return_types_of_losses_and_schedules_are_named():
-    with pytest.raises(TypeError, match=r"the losses of phase 'a' returned a Tensor\. Return a dict"):
-        expect_dict(torch.zeros(()), "the losses of phase 'a'", "loss terms by name")

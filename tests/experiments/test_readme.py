@@ -36,10 +36,17 @@ def test_readme_command_runs(command, workdir, capfd):
         assert dry_run.returncode == 0, dry_run.stderr
         return
     assert argv[0] == "darkroom"
-    extra = {"fit": SHORT, "bench": ["--pairs", "6", "--steps", "2"], "sweep": ["--n-trials", "1", *SHORT]}.get(argv[1], [])
+    extra = {
+        "fit": SHORT,
+        "bench": ["--pairs", "6", "--steps", "2"],
+        "sweep": ["--n-trials", "1", *SHORT],
+        "neural-style": ["--steps", "2"],
+        "deepdream": ["--steps", "1"],
+    }.get(argv[1], [])
     (workdir / "sweeps").symlink_to(ROOT / "sweeps")
-    if argv[1] == "predict":
-        Image.open(resolve_images("photographs/test")[0]).resize((60, 50)).save(argv[argv.index("--input") + 1])
+    (workdir / "experiments").symlink_to(ROOT / "experiments")
+    for name in {"photo.jpg", "slice.png"} & set(argv):
+        Image.open(resolve_images("photographs/test")[0]).resize((60, 50)).save(name)
     assert forked(main, argv[1:] + extra) == 0, capfd.readouterr().err
 
 

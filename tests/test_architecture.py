@@ -16,6 +16,7 @@ MAY_IMPORT = {
         "datamodules.transforms",
         "datamodules.random",
         "datamodules.io.paths",
+        "datamodules.io.image_io",  # a style image is a part of the method, as its weights
     },
     "datamodules": set(),
     "callbacks": {"modules.training", "modules.networks", "datamodules"},

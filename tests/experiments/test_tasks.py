@@ -56,7 +56,7 @@ def test_predict_uses_an_external_task(workdir, photos, capfd):
 
 
 def test_every_bundled_datamodule_has_a_task():
-    from datamodules import generation, reconstruction, segmentation, superresolution, toys, unpaired
+    from datamodules import generation, reconstruction, segmentation, stylization, superresolution, toys, unpaired
 
     classes = {
         superresolution.SuperResolution,
@@ -64,6 +64,7 @@ def test_every_bundled_datamodule_has_a_task():
         unpaired.Unpaired,
         generation.Generation,
         reconstruction.Reconstruction,
+        stylization.Stylization,
         toys.Ring,
     }
     assert {task.datamodule for task in registry.TASKS} == classes

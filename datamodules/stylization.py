@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Stylization(ResumableDataModule):
         size: side of a crop in pixels; a multiple of 4.
         resize: shorter side of a resized photograph; smaller photographs are enlarged.
         batch_size: global batch size, over all devices.
+        streaming: decode training photographs on demand instead of keeping them in memory; use with `num_workers`.
         num_workers: loader processes; 0 is fastest for images in memory.
         skip_bad: skip unusable files and report their count instead of raising an error.
         seed: seed of the order and of the crops.
@@ -50,6 +52,7 @@ class Stylization(ResumableDataModule):
         size: PositiveInt = 256,
         resize: PositiveInt = 288,
         batch_size: int = 4,
+        streaming: bool = False,
         num_workers: int = 0,
         skip_bad: bool = False,
         seed: int = 0,
@@ -60,6 +63,7 @@ class Stylization(ResumableDataModule):
         if resize < size:
             raise UserError(f"data.resize: {resize} is smaller than data.size: {size}. Use at least {size}")
         self.train, self.val, self.test, self.size, self.resize = train, val, test, size, resize
+        self.streaming = streaming
 
     # Setup
 
@@ -71,8 +75,12 @@ class Stylization(ResumableDataModule):
             InvalidImage: files are unusable; the message names each of them.
         """
         if stage == "fit":
-            refs = self.data_report.validate(list_image_refs(self.train), 1)
-            self.crops = RandomCrops(self._read(refs), self.size, self.seed)
+            refs = self.data_report.validate(list_image_refs(self.train), 1, decode=not self.streaming)
+            self.crops: RandomCrops | StreamedCrops
+            if self.streaming:
+                self.crops = StreamedCrops([ref.path for ref in refs], self.resize, self.size, self.seed)
+            else:
+                self.crops = RandomCrops(self._read(refs), self.size, self.seed)
         if stage in ("fit", "validate"):
             self.val_images = self._read_eval(list_image_refs(self.val))
         if stage == "test":
@@ -91,7 +99,7 @@ class Stylization(ResumableDataModule):
 
     def _read(self, refs: Sequence[ImageRef]) -> list[Tensor]:
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda ref: resize_short_side(to_channels(read_image(ref.path), 3), self.resize), refs))
+            return list(pool.map(lambda ref: read_resized(ref.path, self.resize), refs))
 
     def _read_eval(self, refs: Sequence[ImageRef]) -> "CenterCrops":
         usable = self.data_report.validate(refs, 1)
@@ -101,7 +109,7 @@ class Stylization(ResumableDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return an infinite loader of random crops."""
-        if self.num_workers:
+        if self.num_workers and isinstance(self.crops, RandomCrops):
             self.crops.images.share_memory()
         return self.train_loader(self.crops, len(self.crops))
 
@@ -147,11 +155,43 @@ class RandomCrops(Dataset[dict[str, Any]]):
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Return {"image": uint8 (B, 3, size, size)}."""
         start, items = slice_
-        words = random_words(self.seed, "crop", start, len(items))
-        positions = np.stack([self.images.heights[items], self.images.widths[items]], axis=1) - self.size + 1
-        corners = randint_from_words(words[:, :2], positions)
-        flips = 2 * randint_from_words(words[:, 2], 2)
-        return {"image": self.images.crop_patches(items, corners[:, 0], corners[:, 1], self.size, flips)}
+        return {"image": crop_at_random(self.images, items, start, self.size, self.seed)}
+
+
+class StreamedCrops(Dataset[dict[str, Any]]):
+    """The crops of `RandomCrops`, of photographs that are decoded on demand, for datasets larger than memory.
+
+    Args:
+        files: image files.
+        resize: shorter side of a resized photograph in pixels.
+        size: side of the crops in pixels.
+        seed: seed of the positions.
+    """
+
+    def __init__(self, files: Sequence[Path], resize: int, size: int, seed: int) -> None:
+        self.files, self.resize, self.size, self.seed = files, resize, size, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Return {"image": uint8 (B, 3, size, size)}."""
+        start, items = slice_
+        images = RaggedImageBuffer([read_resized(self.files[item], self.resize) for item in items])
+        return {"image": crop_at_random(images, np.arange(len(items)), start, self.size, self.seed)}
+
+
+def crop_at_random(images: RaggedImageBuffer, image_ids: np.ndarray, start: int, size: int, seed: int) -> Tensor:
+    """Crop the images `image_ids` (B,) for the samples from position `start` on; half of the crops are flipped.
+
+    Returns:
+        uint8 (B, 3, size, size).
+    """
+    words = random_words(seed, "crop", start, len(image_ids))
+    positions = np.stack([images.heights[image_ids], images.widths[image_ids]], axis=1) - size + 1
+    corners = randint_from_words(words[:, :2], positions)
+    flips = 2 * randint_from_words(words[:, 2], 2)
+    return images.crop_patches(image_ids, corners[:, 0], corners[:, 1], size, flips)
 
 
 class CenterCrops(Dataset[dict[str, Any]]):
@@ -175,6 +215,11 @@ class CenterCrops(Dataset[dict[str, Any]]):
         top, left = ((length - self.size) // 2 for length in image.shape[-2:])
         crop = image[None, :, top : top + self.size, left : left + self.size]
         return {"image": crop, "index": torch.tensor([index]), "name": [ref.name], "dataset": [ref.dataset]}
+
+
+def read_resized(path: Path, length: int) -> Tensor:
+    """Read an RGB image, and resize its shorter side, see `resize_short_side`."""
+    return resize_short_side(to_channels(read_image(path), 3), length)
 
 
 def resize_short_side(image: Tensor, length: int) -> Tensor:

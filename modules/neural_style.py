@@ -8,6 +8,8 @@ Differences from Gatys et al., with reasons:
 1. The losses are those of Johnson et al. (arXiv:1603.08155, Section 3.2), including total variation, so that the objective can
    be compared with that of a trained network.
 2. Pixels are kept in [0, 1], as by Johnson et al. (Section 4.1). Without bounds and line search, L-BFGS diverged here.
+3. The optimization starts from the photograph, and pooling takes the maximum. White noise and average pooling, as in the paper,
+   are options. The weights of the network are not rescaled, and the shorter side of the painting is resized.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,8 @@ from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetworkName
 
 OptimizerName = Literal["lbfgs", "adam"]
-# Content and style layers: Gatys et al., Section 2.3, for VGG-19; Johnson et al., Section 3.2, for VGG-16.
+# Content and style layers: Gatys et al., Section 2.3, for VGG-19; Johnson et al., Section 3.2, for VGG-16. The distilled VGG-19
+# ends at relu4_1.
 LAYERS: dict[FeatureNetworkName, tuple[str, tuple[str, ...]]] = {
     "vgg19": ("relu4_2", ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")),
     "vgg16": ("relu2_2", ("relu1_2", "relu2_2", "relu3_3", "relu4_3")),
@@ -71,7 +74,8 @@ class StyleOptimization:
 
         Args:
             steps: maximum number of steps.
-            report: function that is called after each step with the number of steps so far and the objective.
+            report: function that is called after each step with the number of steps so far and the objective; with Adam, the
+                objective before the step.
 
         Returns:
             Whether all steps were run; False if L-BFGS cannot lower the objective further in single precision.

@@ -12,21 +12,22 @@ Paper and released code (jcjohnson/fast-neural-style) differ; each difference is
 
 Differences from both, with reasons:
 
-1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires. The loss weights therefore depend on the network;
-   recipes state the weights that were used.
-2. Training images are random crops of resized photographs, not resized to a square, which would distort them.
+1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires; the input of the style network is divided by 0.225.
+   The loss weights therefore differ from those of the code, which has Caffe's VGG and 0 ... 255, and depend on the network.
+2. Training images are random crops of resized photographs, half of them flipped. They are not resized to a square, which would
+   distort them. The code adds the gradient of total variation; here it is a loss.
 3. The learning rate is constant in the code. Short trainings are better with a linear rise at the start, without which the
    output saturates, and a half cosine to zero (`warmup`, `decay`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image, to_channels
@@ -39,6 +40,7 @@ from modules.training.method import Batch
 
 TILED_PIXELS = 1024**2  # images with more pixels are processed in tiles
 TILE_SIZE = 512  # pixels
+MIN_STYLE_SIDE = 32  # pixels
 VGG16_STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 
 
@@ -64,7 +66,7 @@ class StyleTransfer(StylizationMethod):
         seed: seed of the training.
 
     Raises:
-        UserError: there are no styles, two have the same name, or a layer does not exist.
+        UserError: there are no styles, two have the same name, `style_size` is too small, or a layer does not exist.
     """
 
     min_side = PADDING + 1  # reflection padding
@@ -95,6 +97,10 @@ class StyleTransfer(StylizationMethod):
             raise UserError("model.styles: no style is given. Give the file of a style image")
         if len(set(names)) < len(names):
             raise UserError(f"model.styles: two styles have the same name: {', '.join(names)}. Rename a file")
+        if style_size < MIN_STYLE_SIDE:
+            raise UserError(f"model.style_size: {style_size} is too small for a style. Use at least {MIN_STYLE_SIDE}")
+        if not style_layers:
+            raise UserError(f"model.style_layers: no layer is given. Use, for example, {list(VGG16_STYLE_LAYERS)}")
         super().__init__(names, total_images, learning_rate, warmup, seed)
         self.save_hyperparameters()
         self.styles, self.style_size, self.decay = list(styles), style_size, decay
@@ -104,10 +110,19 @@ class StyleTransfer(StylizationMethod):
         self.network = TransformNet(base_channels, norm, upsampling, len(names))
         network = FeatureNetwork(feature_network, [content_layer, *style_layers])
         self.add_reference("features", network, partial(find_feature_weights, feature_network, feature_weights))
-        self.target_grams: Mapping[str, Tensor] = {}  # layer name -> (number of styles, C, C)
+        self.target_grams = nn.Module()  # its buffers, by layer name: (number of styles, C, C)
 
     def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
-        """See `StylizationMethod.forward`; sides are at least `min_side`."""
+        """See `StylizationMethod.forward`; sides are at least `min_side`.
+
+        Raises:
+            UserError: an image is smaller.
+        """
+        if min(image.shape[-2:]) < self.min_side:
+            raise UserError(
+                f"{image.shape[-1]}x{image.shape[-2]} pixels are too few for the network. Use at least {self.min_side} on each "
+                "side, in training with data.size"
+            )
         return self.network(image, mixture)
 
     def stylize(self, image: Tensor, mixture: Tensor) -> Tensor:
@@ -128,7 +143,7 @@ class StyleTransfer(StylizationMethod):
             return self.network.transform_tiled(padded, mixture, TILE_SIZE)[..., :height, :width]
 
     def setup(self, stage: str) -> None:
-        """Load the feature network, and compute the Gram matrices of the styles once.
+        """Load the feature network, and compute the Gram matrices of the styles.
 
         Raises:
             UserError: the weights or a style image are missing or unusable.
@@ -138,15 +153,24 @@ class StyleTransfer(StylizationMethod):
             self.compute_target_grams()
 
     def compute_target_grams(self) -> None:
-        """Compute the Gram matrices of the style images.
+        """Compute the Gram matrices of the style images once.
 
         Raises:
             UserError: a style image is missing, unusable, or too small for the feature network.
         """
-        self.references["features"].load()
+        if self.gram_matrices():
+            return
+        reference = self.references["features"]
+        reference.load()
         images = [read_style(find_file(style, "model.styles"), self.style_size) for style in self.styles]
-        grams = [self.perceptual.style_targets(image.to(self.device).to(self.dtype)) for image in images]
-        self.target_grams = {layer: torch.cat([gram[layer] for gram in grams]) for layer in self.perceptual.style_layers}
+        # Before a run, Lightning has not yet moved the networks to `self.device`.
+        grams = [self.perceptual.style_targets(image.to(next(reference.network.parameters()))) for image in images]
+        for layer in self.perceptual.style_layers:
+            self.target_grams.register_buffer(layer, torch.cat([gram[layer] for gram in grams]), persistent=False)
+
+    def gram_matrices(self) -> dict[str, Tensor]:
+        """Return the Gram matrices of the styles by layer, (number of styles, C, C); empty before `compute_target_grams`."""
+        return dict(self.target_grams.named_buffers())
 
     def features(self, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Compute features of images (N, 3, H, W) in [0, 1] by the loss network, see `FeatureNetwork`."""
@@ -161,8 +185,7 @@ class StyleTransfer(StylizationMethod):
         """
         with torch.autocast(image.device.type, enabled=False):
             grams = {
-                layer: torch.einsum("ns,scd->ncd", mixture.to(gram.dtype), gram.to(image.device))
-                for layer, gram in self.target_grams.items()
+                layer: torch.einsum("ns,scd->ncd", mixture.to(gram.dtype), gram) for layer, gram in self.gram_matrices().items()
             }
         return self.perceptual.terms(prediction, self.perceptual.content_targets(image), grams)
 
@@ -191,8 +214,9 @@ def read_style(path: Path, size: int) -> Tensor:
     """
     pixels = to_channels(read_image(path), 3)
     height, width = pixels.shape[-2:]
-    if min(height, width) < 32:
-        raise UserError(f"{path}: {width}x{height} pixels, too small for a style. Use at least 32x32 pixels")
+    if min(height, width) < MIN_STYLE_SIDE:
+        needed = f"{MIN_STYLE_SIDE}x{MIN_STYLE_SIDE}"
+        raise UserError(f"{path}: {width}x{height} pixels, too small for a style. Use at least {needed} pixels")
     factor = size / min(height, width)
     sides = (round(height * factor), round(width * factor))
     resized = F.interpolate(pixels[None].float(), sides, mode="bilinear", antialias=True)

@@ -59,13 +59,13 @@ class PerceptualDistance(ImageMetric):
             UserError: the weights are missing or do not fit the network.
         """
         never_evaluated = stage == "fit" and not self.on_validation and not trainer.datamodule.test
-        if self.distance is not None or never_evaluated:
+        if self.distance is not None or stage == "predict" or never_evaluated:
             return
         try:
             path = self.find_weights()
         except UserError as error:
             if self.on_missing_weights == "error":
-                raise
+                raise UserError(f"{error}, or set `on_missing_weights: skip`") from None
             if trainer.is_global_zero:
                 print(f"skipped   {self.protocol}: {error}", flush=True)
             return

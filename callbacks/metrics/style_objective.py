@@ -48,6 +48,9 @@ class StyleObjective(ImageMetric):
         Raises:
             UserError: the method does not stylize, or the weights or a style are missing.
         """
+        never_evaluated = stage == "fit" and not self.on_validation and not trainer.datamodule.test
+        if stage == "predict" or never_evaluated:
+            return
         if not isinstance(pl_module, Stylizer):
             raise UserError(f"StyleObjective: {type(pl_module).__name__} does not stylize. Remove this metric")
         pl_module.compute_target_grams()

@@ -17,7 +17,7 @@ from torch import Tensor
 from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
 from datamodules.io.image_refs import list_image_refs
-from datamodules.io.paths import find_file
+from datamodules.io.paths import file_hash, find_file
 from datamodules.stylization import Stylization
 from experiments.bench import style_report
 from experiments.bench.timing import synchronize
@@ -30,7 +30,7 @@ from modules.neural_style import StyleOptimization
 from modules.style_transfer import StyleTransfer, read_style
 
 SIZES = (256, 512, 1024)  # pixels
-WHOLE_RUN = 256  # largest size at which all iterations are run
+FULL_RUN_SIZE = 256  # largest size at which all iterations are run
 ITERATIONS = 500  # of a whole run
 TIMED_ITERATIONS = 20  # of the other sizes; the rest is extrapolated
 WARM_UP = 2  # iterations and forward passes
@@ -62,10 +62,10 @@ def speed(recipe: Recipe, overrides: list[str], write: bool) -> None:
     for size in SIZES:
         image = _photograph(size).to(device)
         network = _time_network(method, image)
-        iterations = ITERATIONS if size <= WHOLE_RUN else TIMED_ITERATIONS
+        iterations = ITERATIONS if size <= FULL_RUN_SIZE else TIMED_ITERATIONS
         seconds = _time_optimization(method, image, iterations)
         record["sizes"][str(size)] = {"network": network, "iterations": seconds}
-        print(f"{size} x {size}: network {network:.3g} s, {iterations} iterations {sum(seconds):.3g} s", flush=True)
+        print(f"{size} x {size}: network {network:.3g} s, {len(seconds)} iterations {sum(seconds):.3g} s", flush=True)
     style_report.save("speed", record, write)
     Console().print(Markdown(style_report.render_speed(record)))
 
@@ -83,14 +83,16 @@ def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: boo
         UserError: see `speed`; or the network has no weights.
     """
     cli, method = _build(recipe, [*overrides, *(["--ckpt", ckpt] if ckpt else [])])
-    load_resolved_weights(cli)
+    weights = load_resolved_weights(cli)
     method = method.to(cli.trainer.strategy.root_device).eval()
     curves = {}
     for ref in list_image_refs(PHOTOGRAPHS):
-        image = _square(read_content(ref.path, 2 * WHOLE_RUN), WHOLE_RUN).to(method.device)
+        image = _square(read_content(ref.path, 2 * FULL_RUN_SIZE), FULL_RUN_SIZE).to(method.device)
         values: list[float] = []
         optimization = _optimization(method, image)
         optimization.run(ITERATIONS, lambda step, value, values=values: values.append(value))  # type: ignore[misc]
+        if not values:
+            raise UserError(f"L-BFGS cannot lower the objective of {ref.name}. Use a larger model.style_weight")
         with torch.no_grad():
             prediction = method.stylize(image, method.mixture_of(torch.tensor([0]))).clamp(0, 1)
         curves[ref.name] = {
@@ -98,8 +100,14 @@ def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: boo
             "network": optimization.value_and_gradient(prediction)[0],
             "iterations": values,
         }
-        print(f"{ref.name}: network {curves[ref.name]['network']:.5g}, {ITERATIONS} iterations {values[-1]:.5g}", flush=True)
-    record = {**_metadata(cli, recipe, "style-objective", overrides), "size": WHOLE_RUN, "photographs": curves}
+        print(f"{ref.name}: network {curves[ref.name]['network']:.5g}, {len(values)} iterations {values[-1]:.5g}", flush=True)
+    record = {
+        **_metadata(cli, recipe, "style-objective", overrides),
+        "weights": file_hash(weights) if weights else "",
+        "style": method.style_names[0],
+        "size": FULL_RUN_SIZE,
+        "photographs": curves,
+    }
     style_report.save("objective", record, write)
     Console().print(Markdown(style_report.render_objective(record)))
 
@@ -162,6 +170,9 @@ def _time_network(method: StyleTransfer, image: Tensor) -> float:
 def _time_optimization(method: StyleTransfer, image: Tensor, iterations: int) -> list[float]:
     """Return the duration of each iteration of L-BFGS in seconds, after a warm-up."""
     _optimization(method, image).run(WARM_UP, lambda step, value: None)
+    optimization = _optimization(method, image)
     ends = [time.perf_counter()]
-    _optimization(method, image).run(iterations, lambda step, value: ends.append(time.perf_counter()))
+    optimization.run(iterations, lambda step, value: ends.append(time.perf_counter()))
+    if len(ends) == 1:
+        raise UserError("L-BFGS cannot lower the objective of the photograph. Use a larger model.style_weight")
     return [end - start for start, end in pairwise(ends)]

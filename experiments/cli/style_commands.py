@@ -1,5 +1,7 @@
 """Command lines of `darkroom neural-style`, `deepdream`, `style-speed` and `style-objective`."""
 
+import math
+
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
 from experiments.run.recipes import find_recipe
@@ -31,23 +33,7 @@ def neural_style(argv: list[str]) -> int:
     _require("neural-style", args, {"size": 32, "steps": 1, "save_every": 1, "style_weight": 0, "tv_weight": 0})
     from experiments.run import neural_style
 
-    neural_style.neural_style(
-        args.content,
-        args.style,
-        args.output,
-        args.size,
-        args.steps,
-        args.optimizer,
-        args.init,
-        args.network,
-        args.weights,
-        args.pooling,
-        args.style_weight,
-        args.tv_weight,
-        args.save_every,
-        args.resume,
-        args.seed,
-    )
+    neural_style.neural_style(**vars(args))
     return 0
 
 
@@ -63,7 +49,7 @@ def deepdream(argv: list[str]) -> int:
     _require("deepdream", args, {"size": 32, "steps": 1, "octaves": 1})
     from experiments.run import neural_style
 
-    neural_style.deepdream(args.image, args.output, args.size, args.layer, args.octaves, args.steps, args.network, args.weights)
+    neural_style.deepdream(**vars(args))
     return 0
 
 
@@ -115,5 +101,7 @@ def _add_common(parser: Parser, output: str) -> None:
 
 def _require(command: str, args: object, minima: dict[str, int]) -> None:
     for name, minimum in minima.items():
-        if not getattr(args, name) >= minimum:  # also for NaN
-            raise UserError(f"{command}: --{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")
+        if not minimum <= getattr(args, name) < math.inf:  # also for NaN
+            raise UserError(
+                f"{command}: --{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}, and finite"
+            )

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from datamodules.errors import UserError
-from datamodules.io.image_io import read_image, to_channels
+from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from experiments.run.sample import require_writable, save_png
 from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights, layer_names
@@ -17,6 +17,7 @@ from modules.neural_style import LAYERS, OptimizerName, StyleOptimization, dream
 from modules.style_transfer import read_style
 
 MIN_SIDE = 32  # pixels
+OCTAVE_SCALE, MIN_OCTAVE_SIDE = 1.4, 16  # DeepDream; at least 2 pixels at relu4_1, for reflection padding
 
 
 def neural_style(
@@ -52,7 +53,7 @@ def neural_style(
         seed: seed of the noise.
 
     Raises:
-        UserError: a file is unusable, or the state belongs to another image.
+        UserError: a file is unusable, or the state was saved with other settings.
     """
     path = Path(output)
     if path.suffix.lower() != ".png":
@@ -61,13 +62,26 @@ def neural_style(
     content_layer, style_layers = LAYERS[network]
     features = load_features(network, weights, [content_layer, *style_layers], pooling)
     photograph = read_content(Path(content), size)
+    painting = read_style(Path(style), size)
     objective = PerceptualObjective(features, content_layer, style_layers, 1.0, style_weight, tv_weight, "sum")
     generator = torch.Generator().manual_seed(seed)
     start = photograph if init == "content" else torch.rand(photograph.shape, generator=generator)
-    optimization = StyleOptimization(objective, photograph, read_style(Path(style), size), start, optimizer)
+    device = features.mean.device
+    optimization = StyleOptimization(objective, photograph.to(device), painting.to(device), start.to(device), optimizer)
+    settings = {
+        "content": pixel_hash(photograph),
+        "style": pixel_hash(painting),
+        "--optimizer": optimizer,
+        "--network": network,
+        "--weights": weights or "",
+        "--pooling": pooling,
+        "--style-weight": style_weight,
+        "--tv-weight": tv_weight,
+        "--save-every": save_every,
+    }
     state = path.with_suffix(".state")
     if resume:
-        load_state(optimization, state)
+        load_state(optimization, settings, state)
     with Progress(transient=True) as progress:
         task = progress.add_task("objective", total=steps, completed=optimization.steps)
 
@@ -77,14 +91,12 @@ def neural_style(
         complete = True
         while complete and optimization.steps < steps:
             complete = optimization.run(min(save_every - optimization.steps % save_every, steps - optimization.steps), report)
-            if not torch.isfinite(optimization.image).all():
-                raise UserError(f"the image is not finite after {optimization.steps} steps. Use smaller weights")
-            save_state(optimization, state)
-            if optimization.steps < steps:
-                save_png(optimization.image[0].detach(), path.with_stem(f"{path.stem}-{optimization.steps:05d}"))
+            save_state(optimization, settings, state)
+            if complete and optimization.steps < steps:
+                save_png(optimization.image[0].detach().cpu(), path.with_stem(f"{path.stem}-{optimization.steps:05d}"))
     if not complete:
         print(f"converged after {optimization.steps} steps")
-    save_png(optimization.image[0].detach(), path)
+    save_png(optimization.image[0].detach().cpu(), path)
 
 
 def deepdream(
@@ -115,20 +127,28 @@ def deepdream(
         raise UserError(f"--output: {output} must end in .png")
     require_writable(path.parent)
     layer = layer or LAYERS[network][1][-1]
+    if path.resolve() == Path(image).resolve():
+        raise UserError(f"--output: {path} is the input and would be overwritten. Choose another file")
     features = load_features(network, weights, [layer], "max")
-    picture = read_content(Path(image), size)
+    picture = read_content(Path(image), size).to(features.mean)
+    smallest = min(picture.shape[-2:]) / OCTAVE_SCALE ** (octaves - 1)
+    if smallest < MIN_OCTAVE_SIDE:
+        raise UserError(
+            f"--octaves: the smallest of {octaves} octaves has {smallest:.0f} pixels on a side, fewer than {MIN_OCTAVE_SIDE}. "
+            "Use a larger --size or fewer octaves"
+        )
     result: Tensor = picture
     with Progress(transient=True) as progress:
         task = progress.add_task(layer, total=octaves * steps)
-        for octave, step, value, result in dream(features, layer, picture, octaves, steps=steps):
+        for octave, step, value, result in dream(features, layer, picture, octaves, OCTAVE_SCALE, steps):
             progress.update(task, advance=1, description=f"{layer}  octave {octave + 1}  {value:.4g}")
             if step == steps and octave + 1 < octaves:
-                save_png(result[0], path.with_stem(f"{path.stem}-octave{octave + 1}"))
-    save_png(result[0], path)
+                save_png(result[0].cpu(), path.with_stem(f"{path.stem}-octave{octave + 1}"))
+    save_png(result[0].cpu(), path)
 
 
 def load_features(name: FeatureNetworkName, weights: str | None, layers: list[str], pooling: Pooling) -> FeatureNetwork:
-    """Return a feature network with its weights, frozen.
+    """Return a feature network with its weights, frozen, on the GPU if there is one.
 
     Raises:
         UserError: the weights are missing, unusable or of another network, or a layer does not exist.
@@ -142,7 +162,7 @@ def load_features(name: FeatureNetworkName, weights: str | None, layers: list[st
         raise UserError(
             f"--weights: {path} does not contain the layers {layer_names(name)[0]} ... of {name}: {reason}"
         ) from None
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_content(path: Path, size: int) -> Tensor:
@@ -160,26 +180,23 @@ def read_content(path: Path, size: int) -> Tensor:
     return resize(pixels, sides).clamp(0, 1)
 
 
-def save_state(optimization: StyleOptimization, path: Path) -> None:
-    """Write the state to a temporary file, then move it to `path`."""
+def save_state(optimization: StyleOptimization, settings: dict[str, Any], path: Path) -> None:
+    """Write the state and the settings of the command to a temporary file, then move it to `path`."""
     part = path.with_suffix(".part")
-    torch.save(optimization.state_dict(), part)
+    torch.save({**optimization.state_dict(), "settings": settings}, part)
     part.replace(path)
 
 
-def load_state(optimization: StyleOptimization, path: Path) -> None:
+def load_state(optimization: StyleOptimization, settings: dict[str, Any], path: Path) -> None:
     """Read the state of an interrupted command.
 
     Raises:
-        UserError: the state is missing or belongs to another image.
+        UserError: the state is missing, or was saved with other settings.
     """
     if not path.is_file():
         raise UserError(f"--resume: no file {path}. Remove the option to start a new image")
     state: dict[str, Any] = read_weights_file(path)
-    image = state.get("image")
-    if not isinstance(image, Tensor) or image.shape != optimization.image.shape:
-        raise UserError(f"--resume: {path} belongs to an image of another size. Use the same --size and content")
-    try:
-        optimization.load_state_dict(state)
-    except (KeyError, ValueError):
-        raise UserError(f"--resume: {path} belongs to another optimizer. Use the same --optimizer") from None
+    saved = state.get("settings", {})
+    if differing := [f"{name} {saved.get(name)}, now {value}" for name, value in settings.items() if saved.get(name) != value]:
+        raise UserError(f"--resume: {path} was saved with {differing[0]}. Use the same images and options")
+    optimization.load_state_dict(state)

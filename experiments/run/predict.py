@@ -9,6 +9,7 @@ from datamodules.io.loader import make_loader
 from datamodules.io.user_images import list_user_images
 from datamodules.sampler import RankSampler
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
+from experiments.run.sample import require_writable
 from experiments.run.video import is_video, read_frames, write_video
 from experiments.run.weights import load_resolved_weights
 from experiments.tasks.registry import task_of
@@ -29,10 +30,7 @@ def predict(cli: DarkroomCLI) -> None:
     path = load_resolved_weights(cli)
     source, output = Path(cli.config.input), Path(cli.config.output)
     files = [] if is_video(source) else list_user_images(cli.config.input, exclude=output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot write to {output}: {error.strerror}. Choose another folder") from None
+    require_writable(output)
     print_rank_zero(f"weights   {path or 'none needed'}")
     if is_video(source):
         predict_video(cli, source, output)

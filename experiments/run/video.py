@@ -33,7 +33,10 @@ def read_frames(path: Path, folder: Path) -> tuple[list[Path], Fraction]:
             rate = stream.average_rate or Fraction(25)
             for i, frame in enumerate(container.decode(stream)):
                 files.append(folder / f"{i:06d}.png")
-                frame.to_image().save(files[-1], compress_level=1)
+                image = frame.to_image()
+                if frame.rotation:  # of a video that was recorded with a rotated camera, in degrees counterclockwise
+                    image = image.rotate(frame.rotation, expand=True)
+                image.save(files[-1], compress_level=1)
     except (av.FFmpegError, IndexError) as error:
         reason = getattr(error, "strerror", None) or "no video stream"
         raise UserError(f"--input: {path} cannot be read as a video: {reason}. Check the file") from None

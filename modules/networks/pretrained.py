@@ -23,7 +23,7 @@ def find_or_download(name: str, url: str | None, path: str | None) -> Path:
     if path is not None:
         file = find_file(path, f"weights of {name}")
     elif url is None:
-        raise UserError(f"weights of {name}: they cannot be downloaded. Set `weights` to a file")
+        raise UserError(f"weights of {name}: they cannot be downloaded. Name a file")
     else:
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         if not file.is_file():
@@ -38,6 +38,5 @@ def _download(name: str, url: str, file: Path) -> None:
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: wrong checksum
         raise UserError(
-            f"weights of {name}: download from {url} failed ({error}). Save the file as {file}, set `weights` to a file, or "
-            "set `on_missing_weights: skip`"
+            f"weights of {name}: download from {url} failed ({error}). Save the file as {file}, or name another file"
         ) from None

@@ -44,7 +44,7 @@ class SqueezeNetFeatures(nn.Module):
                 f"{n}.{kind}": torch.from_numpy(arrays[f"{names[n]}.{kind}"]) for n in names for kind in ("weight", "bias")
             }
             self.layers.load_state_dict(state)
-        except (RuntimeError, KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, OSError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{weights} does not contain the weights of SqueezeNet 1.0: {reason}. Replace the file") from None
         self.register_buffer("mean", torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1))  # BGR

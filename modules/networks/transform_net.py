@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.losses.precision import to_float32
 from modules.networks.crop import center_crop
 
 Norm = Literal["batch", "instance"]
@@ -201,4 +202,5 @@ def from_network_range(output: Tensor) -> Tensor:
 
     As in the released code, the image is 150 tanh + the mean of ImageNet in 0 ... 255, here in units of 1.
     """
+    output = to_float32(output)  # bf16 has fewer levels than an 8-bit image
     return 150 / 255 * output.tanh() + output.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)

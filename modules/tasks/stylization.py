@@ -99,20 +99,24 @@ class StylizationMethod(Method, ABC):
 
 
 def parse_mixture(text: str, style_names: list[str]) -> list[float]:
-    """Return the weights of the styles in a text such as "wave=0.7,the_scream=0.3"; a single name has the weight 1.
+    """Return the weights of the styles in a text such as "wave=0.7,the_scream=0.3", divided by their sum.
+
+    A name without a weight has the weight 1.
 
     Raises:
-        UserError: a style does not exist, or a weight is not a number.
+        UserError: a style does not exist, a weight is not a number or negative, or all weights are zero.
     """
     weights = dict.fromkeys(style_names, 0.0)
     for part in text.split(","):
-        name, _, weight = part.partition("=")
+        name, _, weight = (word.strip() for word in part.partition("="))
         if name not in weights:
             raise UserError(f"--style: no style '{name}'. Use one of: {', '.join(style_names)}")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
             raise UserError(f"--style: '{weight}' is not a number. Use, for example, {name}=0.5") from None
-        if not math.isfinite(weights[name]):
-            raise UserError(f"--style: {name}={weight} is not finite. Use, for example, {name}=0.5")
-    return list(weights.values())
+        if not 0 <= weights[name] < math.inf:
+            raise UserError(f"--style: {name}={weight} is negative or not finite. Use, for example, {name}=0.5")
+    if not (total := sum(weights.values())):
+        raise UserError(f"--style: all weights of '{text}' are zero. Use, for example, {style_names[0]}=0.5")
+    return [weight / total for weight in weights.values()]

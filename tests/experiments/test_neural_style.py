@@ -72,7 +72,9 @@ def test_command_writes_intermediate_images_and_resumes(workdir, photo, capfd):
     assert max(full.shape) == 64
     assert (full == broken).all()
     assert forked(main, [*argv, "broken.png", "--optimizer", "adam", "--resume"]) == 2
-    assert "another optimizer" in capfd.readouterr().err
+    assert "was saved with --optimizer lbfgs, now adam. Use the same" in capfd.readouterr().err
+    assert forked(main, ["neural-style", photo, photo, *argv[3:], "broken.png", "--resume"]) == 2
+    assert "was saved with style " in capfd.readouterr().err
 
 
 def test_dream_without_steps_is_the_image_and_steps_amplify_the_layer():
@@ -103,12 +105,29 @@ def test_deepdream_command_writes_each_octave(workdir, photo):
         ([WAVE, WAVE, "--resume"], "--resume: no file"),
         ([WAVE, WAVE, "--steps", "0"], "--steps 0: must be at least 1"),
         ([WAVE, WAVE, "--style-weight", "nan"], "--style-weight nan: must be at least 0"),
+        ([WAVE, WAVE, "--tv-weight", "inf"], "--tv-weight inf: must be at least 0, and finite"),
         ([WAVE, WAVE, "--size", "40"], "--size: 40 is too small"),
     ],
 )
 def test_unusable_input_is_one_line(workdir, capfd, arguments, reason):
     torch.save({"features.0.weight": torch.zeros(3)}, workdir / "other.pth")
     assert forked(main, ["neural-style", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert reason in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["a.png", "--output", "a.png"], "--output: a.png is the input"),
+        (["a.png", "--size", "64", "--octaves", "9"], "--octaves: the smallest of 9 octaves has 3 pixels on a side"),
+        (["a.png", "--layer", "relu7_1"], "vgg19-distilled has no layer relu7_1"),
+    ],
+)
+def test_unusable_input_of_deepdream_is_one_line(workdir, capfd, arguments, reason):
+    Image.new("RGB", (64, 48)).save("a.png")
+    assert forked(main, ["deepdream", *arguments]) == 2
     error = capfd.readouterr().err
     assert len(error.splitlines()) == 1
     assert reason in error

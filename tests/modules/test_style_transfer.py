@@ -141,7 +141,12 @@ def test_styles_take_turns_and_their_grams_are_computed_once():
     assert mixture.argmax(1).tolist() == [1, 0, 1, 0]
     style = read_style(STYLES / "wave.jpg", 64)
     target = gram_matrix(method.features(style, ["relu2_1"])["relu2_1"])[0]
-    assert torch.allclose(method.target_grams["relu2_1"][0], target)
+    grams = method.gram_matrices()
+    assert torch.allclose(grams["relu2_1"][0], target)
+    method.compute_target_grams()
+    assert method.gram_matrices()["relu2_1"] is grams["relu2_1"]
+    assert all(gram.dtype == torch.float64 for gram in method.double().gram_matrices().values())  # they move with the method
+    method.float()
     terms = method.objective(style[..., :64, :64], style[..., :64, :64], method.mixture_of(torch.tensor([0])))
     assert terms["content"].item() == 0
 
@@ -163,6 +168,23 @@ def test_crops_are_crops_of_the_resized_photographs(photos):
         for crop in view.unfold(1, 64, 1).unfold(2, 64, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
     ]
     assert any((crop - batch[2]).abs().max() <= 1 for crop in candidates)
+
+
+def test_streamed_crops_are_those_of_memory(photos):
+    crops = []
+    for streaming in (False, True):
+        data = Stylization(str(photos), str(photos), size=64, resize=72, streaming=streaming)
+        data.setup("fit")
+        crops.append(data.crops[10, np.array([3, 3, 5])]["image"])
+    assert torch.equal(*crops)
+
+
+def test_styles_are_computed_where_the_feature_network_is():
+    """Lightning sets the device of a method before it moves its networks."""
+    method = StyleTransfer(**MODEL["init_args"])
+    method._device = torch.device("meta")
+    method.setup("fit")
+    assert all(gram.device.type == "cpu" for gram in method.gram_matrices().values())
 
 
 def test_predict_stylizes_images_of_any_size(workdir, photos, three_photos):
@@ -189,7 +211,7 @@ def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, 
     wave, scream = predicted("--style", "wave"), predicted("--style", "the_scream")
     assert abs(predicted() - wave).max() == 0  # the first style
     assert abs(wave - scream).max() > 2
-    assert abs(predicted("--style", "wave=0,the_scream=1") - scream).max() == 0
+    assert abs(predicted("--style", "wave=0, the_scream=2") - scream).max() == 0
     assert abs(predicted("--alpha", "0") - np.asarray(Image.open(photo).convert("RGB"))).max() == 0
     half = predicted("--alpha", "0.5")
     assert abs(half - (wave + np.asarray(Image.open(photo).convert("RGB"))) / 2).max() <= 1
@@ -197,6 +219,8 @@ def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, 
     for options, reason in (
         (["--style", "monet"], "--style: no style 'monet'. Use one of: wave, the_scream"),
         (["--style", "wave=much"], "--style: 'much' is not a number"),
+        (["--style", "wave=-1"], "--style: wave=-1 is negative"),
+        (["--style", "wave=0"], "--style: all weights of 'wave=0' are zero"),
         (["--alpha", "2"], "alpha"),
         (["--direction", "AtoB"], "--direction: "),
     ):
@@ -262,6 +286,9 @@ def test_tiles_equal_a_single_pass(norm, upsampling):
         (["--model.styles", "[]"], "model.styles: no style is given"),
         (["--model.feature_weights", "other.pth"], "other.pth does not contain the weights of FeatureNetwork"),
         (["--model.content_layer", "relu9_9"], "vgg19-distilled has no layer relu9_9"),
+        (["--model.style_size", "8"], "model.style_size: 8 is too small for a style"),
+        (["--model.style_layers", "[]"], "model.style_layers: no layer is given"),
+        (["--data.size", "32"], "32x32 pixels are too few for the network"),
     ],
 )
 def test_unusable_styles_and_weights_are_one_line_before_training(workdir, photos, three_photos, capfd, options, reason):

@@ -1,5 +1,6 @@
 """`darkroom neural-style` and `darkroom deepdream`: images made by optimization of their pixels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from experiments.run.sample import require_writable, save_png
 from modules.losses.perceptual import PerceptualObjective
-from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights, layer_names
+from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights
 from modules.networks.weights import read_weights_file
 from modules.neural_style import LAYERS, OptimizerName, StyleOptimization, dream, resize
 from modules.style_transfer import read_style
+from modules.training.references import ReferenceNetwork
 
 MIN_SIDE = 32  # pixels
 OCTAVE_SCALE, MIN_OCTAVE_SIDE = 1.4, 16  # DeepDream; at least 2 pixels at relu4_1, for reflection padding
@@ -154,15 +156,8 @@ def load_features(name: FeatureNetworkName, weights: str | None, layers: list[st
         UserError: the weights are missing, unusable or of another network, or a layer does not exist.
     """
     network = FeatureNetwork(name, layers, pooling)
-    path = find_feature_weights(name, weights)
-    try:
-        network.load_state_dict(read_weights_file(path))
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"--weights: {path} does not contain the layers {layer_names(name)[0]} ... of {name}: {reason}"
-        ) from None
-    return network.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    ReferenceNetwork(network, partial(find_feature_weights, name, weights)).load()
+    return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_content(path: Path, size: int) -> Tensor:

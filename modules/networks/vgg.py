@@ -58,19 +58,17 @@ class FeatureNetwork(nn.Module):
         last = max(known.index(layer) for layer in layers)
         self.names: dict[int, str] = {}  # index of a module -> name of its output
         self.features = nn.Sequential()
-        in_channels = 3
-        for block, (count, channels) in enumerate(zip(CONVOLUTIONS[name], WIDTHS[name], strict=True), 1):
-            for i in range(1, count + 1):
-                padding_mode: Literal["reflect", "zeros"] = "reflect" if name == "vgg19-distilled" else "zeros"
-                self.features.append(nn.Conv2d(in_channels, channels, 3, padding=1, padding_mode=padding_mode))
-                self.features.append(nn.ReLU())
-                self.names[len(self.features) - 1] = f"relu{block}_{i}"
-                in_channels = channels
-                if known.index(f"relu{block}_{i}") == last:
-                    break
-            if known.index(f"relu{block}_{i}") == last:
-                break
-            self.features.append(nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2))
+        padding_mode: Literal["reflect", "zeros"] = "reflect" if name == "vgg19-distilled" else "zeros"
+        in_channels, block = 3, 1
+        for layer in known[: last + 1]:
+            if not layer.startswith(f"relu{block}_"):
+                self.features.append(nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2))
+                block += 1
+            channels = WIDTHS[name][block - 1]
+            self.features.append(nn.Conv2d(in_channels, channels, 3, padding=1, padding_mode=padding_mode))
+            self.features.append(nn.ReLU())
+            self.names[len(self.features) - 1] = layer
+            in_channels = channels
         mean, std = ((0.0,) * 3, (1.0,) * 3) if name == "vgg19-distilled" else (IMAGENET_MEAN, IMAGENET_STD)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

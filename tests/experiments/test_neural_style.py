@@ -101,7 +101,10 @@ def test_deepdream_command_writes_each_octave(workdir, photo):
         (["none.jpg", WAVE], "none.jpg: no such file"),
         ([WAVE, "none.jpg"], "none.jpg: no such file"),
         ([WAVE, WAVE, "--output", "a.jpg"], "--output: a.jpg must end in .png"),
-        ([WAVE, WAVE, "--network", "vgg19", "--weights", "other.pth"], "other.pth does not contain the layers"),
+        (
+            [WAVE, WAVE, "--network", "vgg19", "--weights", "other.pth"],
+            "other.pth does not contain the weights of FeatureNetwork",
+        ),
         ([WAVE, WAVE, "--resume"], "--resume: no file"),
         ([WAVE, WAVE, "--steps", "0"], "--steps 0: must be at least 1"),
         ([WAVE, WAVE, "--style-weight", "nan"], "--style-weight nan: must be at least 0"),

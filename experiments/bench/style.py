@@ -16,7 +16,7 @@ from torch import Tensor
 
 from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
-from datamodules.io.image_refs import list_image_refs
+from datamodules.io.image_refs import ImageRef, list_image_refs
 from datamodules.io.paths import file_hash, find_file
 from datamodules.stylization import Stylization
 from experiments.bench import style_report
@@ -85,22 +85,7 @@ def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: boo
     cli, method = _build(recipe, [*overrides, *(["--ckpt", ckpt] if ckpt else [])])
     weights = load_resolved_weights(cli)
     method = method.to(cli.trainer.strategy.root_device).eval()
-    curves = {}
-    for ref in list_image_refs(PHOTOGRAPHS):
-        image = _square(read_content(ref.path, 2 * FULL_RUN_SIZE), FULL_RUN_SIZE).to(method.device)
-        values: list[float] = []
-        optimization = _optimization(method, image)
-        optimization.run(ITERATIONS, lambda step, value, values=values: values.append(value))  # type: ignore[misc]
-        if not values:
-            raise UserError(f"L-BFGS cannot lower the objective of {ref.name}. Use a larger model.style_weight")
-        with torch.no_grad():
-            prediction = method.stylize(image, method.mixture_of(torch.tensor([0]))).clamp(0, 1)
-        curves[ref.name] = {
-            "content": optimization.value_and_gradient(image)[0],
-            "network": optimization.value_and_gradient(prediction)[0],
-            "iterations": values,
-        }
-        print(f"{ref.name}: network {curves[ref.name]['network']:.5g}, {len(values)} iterations {values[-1]:.5g}", flush=True)
+    curves = {ref.name: _curve(method, ref) for ref in list_image_refs(PHOTOGRAPHS)}
     record = {
         **_metadata(cli, recipe, "style-objective", overrides),
         "weights": file_hash(weights) if weights else "",
@@ -110,6 +95,21 @@ def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: boo
     }
     style_report.save("objective", record, write)
     Console().print(Markdown(style_report.render_objective(record)))
+
+
+def _curve(method: StyleTransfer, ref: ImageRef) -> dict[str, Any]:
+    """Return the objective of a photograph, of the output of the network, and of each iteration of L-BFGS."""
+    image = _square(read_content(ref.path, 2 * FULL_RUN_SIZE), FULL_RUN_SIZE).to(method.device)
+    values: list[float] = []
+    optimization = _optimization(method, image)
+    optimization.run(ITERATIONS, lambda step, value: values.append(value))
+    if not values:
+        raise UserError(f"L-BFGS cannot lower the objective of {ref.name}. Use a larger model.style_weight")
+    with torch.no_grad():
+        prediction = method.stylize(image, method.mixture_of(torch.tensor([0]))).clamp(0, 1)
+    content, network = (optimization.value_and_gradient(picture)[0] for picture in (image, prediction))
+    print(f"{ref.name}: network {network:.5g}, {len(values)} iterations {values[-1]:.5g}", flush=True)
+    return {"content": content, "network": network, "iterations": values}
 
 
 def _build(recipe: Recipe, overrides: list[str]) -> tuple[DarkroomCLI, StyleTransfer]:

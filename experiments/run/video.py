@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 from PIL import Image
 
 from datamodules.errors import UserError
@@ -26,6 +25,8 @@ def read_frames(path: Path, folder: Path) -> tuple[list[Path], Fraction]:
     Raises:
         UserError: the file is missing, damaged, or contains no video.
     """
+    import av  # here, because all commands import this file
+
     files = []
     try:
         with av.open(str(path)) as container:
@@ -47,6 +48,8 @@ def read_frames(path: Path, folder: Path) -> tuple[list[Path], Fraction]:
 
 def write_video(frames: Sequence[Path], rate: Fraction, path: Path) -> None:
     """Encode image files of one size as an H.264 video; an odd side loses its last row or column."""
+    import av
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
         stream.pix_fmt = "yuv420p"

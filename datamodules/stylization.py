@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +19,7 @@ from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.image_refs import ImageRef, list_image_refs
 from datamodules.random.philox import randint_from_words, random_words
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
+from datamodules.transforms.short_side import resize_short_side
 
 
 class Stylization(ResumableDataModule):
@@ -220,12 +220,3 @@ class CenterCrops(Dataset[dict[str, Any]]):
 def read_resized(path: Path, length: int) -> Tensor:
     """Read an RGB image, and resize its shorter side, see `resize_short_side`."""
     return resize_short_side(to_channels(read_image(path), 3), length)
-
-
-def resize_short_side(image: Tensor, length: int) -> Tensor:
-    """Resize a uint8 image (C, H, W) by antialiased bilinear interpolation, so that its shorter side has `length` pixels."""
-    height, width = image.shape[-2:]
-    factor = length / min(height, width)
-    size = (max(length, round(height * factor)), max(length, round(width * factor)))
-    resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)
-    return resized[0].round().clamp(0, 255).to(torch.uint8)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.paths import find_file
+from datamodules.transforms.short_side import resize_short_side
 from modules.losses.perceptual import GramReduction, PerceptualObjective
 from modules.networks.transform_net import PADDING, Norm, TransformNet, Upsampling
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, find_feature_weights
@@ -217,7 +218,4 @@ def read_style(path: Path, size: int) -> Tensor:
     if min(height, width) < MIN_STYLE_SIDE:
         needed = f"{MIN_STYLE_SIDE}x{MIN_STYLE_SIDE}"
         raise UserError(f"{path}: {width}x{height} pixels, too small for a style. Use at least {needed} pixels")
-    factor = size / min(height, width)
-    sides = (round(height * factor), round(width * factor))
-    resized = F.interpolate(pixels[None].float(), sides, mode="bilinear", antialias=True)
-    return resized.clamp(0, 255) / 255
+    return resize_short_side(pixels, size)[None] / 255

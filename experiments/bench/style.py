@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
@@ -18,12 +17,11 @@ from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
 from datamodules.io.image_refs import ImageRef, list_image_refs
 from datamodules.io.paths import file_hash, find_file
-from datamodules.stylization import Stylization
+from datamodules.stylization import Stylization, read_resized
 from experiments.bench import style_report
 from experiments.bench.timing import synchronize
 from experiments.results.records import commit
 from experiments.run.lightning_cli import DarkroomCLI, build_cli
-from experiments.run.neural_style import read_content
 from experiments.run.recipes import Recipe
 from experiments.run.weights import load_resolved_weights
 from modules.neural_style import StyleOptimization
@@ -60,7 +58,7 @@ def speed(recipe: Recipe, overrides: list[str], write: bool) -> None:
         "sizes": {},
     }
     for size in SIZES:
-        image = _photograph(size).to(device)
+        image = _photograph(list_image_refs(PHOTOGRAPHS)[0], size).to(device)
         network = _time_network(method, image)
         iterations = ITERATIONS if size <= FULL_RUN_SIZE else TIMED_ITERATIONS
         seconds = _time_optimization(method, image, iterations)
@@ -99,7 +97,7 @@ def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: boo
 
 def _curve(method: StyleTransfer, ref: ImageRef) -> dict[str, Any]:
     """Return the objective of a photograph, of the output of the network, and of each iteration of L-BFGS."""
-    image = _square(read_content(ref.path, 2 * FULL_RUN_SIZE), FULL_RUN_SIZE).to(method.device)
+    image = _photograph(ref, FULL_RUN_SIZE).to(method.device)
     values: list[float] = []
     optimization = _optimization(method, image)
     optimization.run(ITERATIONS, lambda step, value: values.append(value))
@@ -133,19 +131,11 @@ def _metadata(cli: DarkroomCLI, recipe: Recipe, command: str, overrides: list[st
     }
 
 
-def _photograph(size: int) -> Tensor:
-    """Return a square photograph: (1, 3, size, size)."""
-    return _square(read_content(list_image_refs(PHOTOGRAPHS)[0].path, 2 * size), size)
-
-
-def _square(image: Tensor, size: int) -> Tensor:
-    """Resize the shorter side of an image to `size` and crop its center: (1, 3, size, size)."""
-    height, width = image.shape[-2:]
-    factor = size / min(height, width)
-    sides = (max(size, round(height * factor)), max(size, round(width * factor)))
-    image = F.interpolate(image, sides, mode="bilinear", antialias=True).clamp(0, 1)
-    top, left = ((side - size) // 2 for side in sides)
-    return image[..., top : top + size, left : left + size]
+def _photograph(ref: ImageRef, size: int) -> Tensor:
+    """Return the central square of a photograph: (1, 3, size, size)."""
+    image = read_resized(ref.path, size)
+    top, left = ((side - size) // 2 for side in image.shape[-2:])
+    return image[None, :, top : top + size, left : left + size] / 255
 
 
 def _optimization(method: StyleTransfer, image: Tensor) -> StyleOptimization:

@@ -57,20 +57,9 @@ class StyleNorm(nn.Module):
 class ConvNorm(nn.Module):
     """A convolution, normalization, and ReLU if `relu`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        norm: Norm,
-        n_styles: int,
-        stride: int = 1,
-        padding: int = 0,
-        relu: bool = True,
-    ) -> None:
+    def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, norm: Norm, n_styles: int, relu: bool = True) -> None:
         super().__init__()
-        self.conv: nn.Module = nn.Conv2d(in_channels, out_channels, kernel, stride, padding)
-        self.norm, self.relu = StyleNorm(norm, out_channels, n_styles), relu
+        self.conv, self.norm, self.relu = conv, StyleNorm(norm, conv.out_channels, n_styles), relu
 
     def forward(self, maps: Tensor, mixture: Tensor) -> Tensor:
         """Apply the layers to (N, C, H, W)."""
@@ -82,9 +71,11 @@ class Upsample(ConvNorm):
     """A layer that doubles the resolution: a transposed convolution, or nearest-neighbor upsampling and a convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm, n_styles: int, upsampling: Upsampling) -> None:
-        super().__init__(in_channels, out_channels, 3, norm, n_styles, padding=1)
-        if upsampling == "transposed":
-            self.conv = nn.ConvTranspose2d(in_channels, out_channels, 3, 2, padding=1, output_padding=1)
+        if upsampling == "nearest":
+            conv: nn.Conv2d | nn.ConvTranspose2d = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        else:
+            conv = nn.ConvTranspose2d(in_channels, out_channels, 3, 2, padding=1, output_padding=1)
+        super().__init__(conv, norm, n_styles)
         self.nearest = upsampling == "nearest"
 
     def forward(self, maps: Tensor, mixture: Tensor) -> Tensor:
@@ -97,8 +88,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int, norm: Norm, n_styles: int) -> None:
         super().__init__()
-        self.first = ConvNorm(channels, channels, 3, norm, n_styles)
-        self.second = ConvNorm(channels, channels, 3, norm, n_styles, relu=False)
+        self.first = ConvNorm(nn.Conv2d(channels, channels, 3), norm, n_styles)
+        self.second = ConvNorm(nn.Conv2d(channels, channels, 3), norm, n_styles, relu=False)
 
     def forward(self, maps: Tensor, mixture: Tensor) -> Tensor:
         """(N, C, h, w) to (N, C, h - 4, w - 4)."""
@@ -121,9 +112,9 @@ class TransformNet(nn.Module):
         c = base_channels
         self.down = nn.ModuleList(
             [
-                ConvNorm(3, c, 9, norm, n_styles, padding=4),
-                ConvNorm(c, 2 * c, 3, norm, n_styles, stride=2, padding=1),
-                ConvNorm(2 * c, 4 * c, 3, norm, n_styles, stride=2, padding=1),
+                ConvNorm(nn.Conv2d(3, c, 9, padding=4), norm, n_styles),
+                ConvNorm(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), norm, n_styles),
+                ConvNorm(nn.Conv2d(2 * c, 4 * c, 3, stride=2, padding=1), norm, n_styles),
             ]
         )
         self.residuals = nn.ModuleList(Residual(4 * c, norm, n_styles) for _ in range(5))

@@ -71,6 +71,7 @@ class StyleTransfer(StylizationMethod):
     """
 
     min_side = PADDING + 1  # reflection padding
+    inference_dtype = torch.float16  # of committed weights; half of the size, with the same pictures
 
     def __init__(
         self,

@@ -149,11 +149,15 @@ def load_weights(module: L.LightningModule, path: Path) -> None:
 
 
 def inference_state_dict(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that are used after training: all except those of the method's `training_only_modules`.
+    """Return the weights that are used after training, as they are committed.
+
+    They exclude those of the method's `training_only_modules`, and are rounded to its `inference_dtype` if it has one.
 
     Args:
         method: a method, or its class.
         weights: state dict of the method.
     """
     prefixes = tuple(f"{prefix}." for prefix in getattr(method, "training_only_modules", ()))
-    return {name: tensor for name, tensor in weights.items() if not (prefixes and name.startswith(prefixes))}
+    used = {name: tensor for name, tensor in weights.items() if not (prefixes and name.startswith(prefixes))}
+    dtype = getattr(method, "inference_dtype", None)
+    return {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in used.items()}

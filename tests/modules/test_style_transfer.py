@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.models import vgg16, vgg19
 
+from callbacks.run.checkpoints import inference_state_dict, load_weights
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
 from datamodules.stylization import Stylization
@@ -197,6 +199,17 @@ def test_predict_stylizes_images_of_any_size(workdir, photos, three_photos):
     assert forked(main, ["predict", str(recipe), "--input", "mine", "--output", "out"]) == 0
     sizes = {path.name: np.asarray(Image.open(path)).shape for path in (workdir / "out").iterdir()}
     assert sizes == {"alpha.png": (61, 83, 4), "gray.png": (61, 83, 3)}
+
+
+def test_a_checkpoint_is_evaluated_with_the_precision_of_the_committed_weights(tmp_path):
+    trained, from_checkpoint, committed = (StyleTransfer([str(STYLES / "wave.jpg")], base_channels=4) for _ in range(3))
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "last.ckpt")
+    save_file(inference_state_dict(trained, trained.state_dict()), tmp_path / "committed.safetensors")
+    load_weights(from_checkpoint, tmp_path / "last.ckpt")
+    load_weights(committed, tmp_path / "committed.safetensors")
+    for name, values in trained.state_dict().items():
+        assert torch.equal(from_checkpoint.state_dict()[name], values.half().float())
+        assert torch.equal(committed.state_dict()[name], values.half().float())
 
 
 def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, capfd):

@@ -1,12 +1,11 @@
 """`darkroom fit`: train or resume training, then evaluate."""
 
-import ctypes
 import gc
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
 from modules.training.stages import StagePlan
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def fit(cli: DarkroomCLI) -> None:
@@ -122,19 +119,15 @@ def has_test_data(cli: DarkroomCLI) -> bool:
 
 
 def reduce_step_overhead() -> None:
-    """Remove three per-step overheads.
+    """Remove two per-step overheads.
 
     Existing objects are excluded from garbage collection. Without a GPU, torch's Adam checks for one at each step. With
     Lightning's settings, this check searches the disk for a driver library (0.2 ms); the environment variable selects a query
-    of CUDA instead. By default, glibc returns large blocks to the system and faults them in again page by page, which takes a
-    tenth of a small network's step on a CPU. The thresholds keep these blocks allocated.
+    of CUDA instead.
     """
     gc.collect()
     gc.freeze()
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-    with suppress(OSError, AttributeError):  # a C library other than glibc
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL("libc.so.6").mallopt(option, 2**30)
 
 
 def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple[int, Path | None]:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jsonargparse
 import lightning as L
-import torch
 import yaml
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -28,6 +27,7 @@ from datamodules.errors import UserError
 from experiments.cli.errors import format_cli_error, parameters
 from experiments.cli.help import key_help
 from experiments.results import records
+from experiments.run.cpu import configure_cpu
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run, open_run, program_name
 from modules.training.ddp import ManualDDPStrategy
@@ -263,9 +263,7 @@ def build_cli(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI
     Raises:
         UserError: the recipe or an override is invalid.
     """
-    # Flush denormals (below 1e-38) to zero: a CPU multiplies them 200 times more slowly, and the gradients of IWAE's least
-    # likely samples contain many of them. Threads inherit the setting, so it must be set before they start.
-    torch.set_flush_denormal(True)
+    configure_cpu()
     silence_lightning()
     try:
         return DarkroomCLI(command, recipe, overrides)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
+from experiments.run.cpu import configure_cpu
 from experiments.run.sample import require_writable, save_png
 from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights
@@ -155,6 +156,7 @@ def load_features(name: FeatureNetworkName, weights: str | None, layers: list[st
     Raises:
         UserError: the weights are missing, unusable or of another network, or a layer does not exist.
     """
+    configure_cpu()
     network = FeatureNetwork(name, layers, pooling)
     ReferenceNetwork(network, partial(find_feature_weights, name, weights)).load()
     return network.to("cuda" if torch.cuda.is_available() else "cpu")

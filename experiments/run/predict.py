@@ -93,12 +93,14 @@ def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Pat
     """
     base = source if source.is_dir() else source.parent
     inputs = {file.resolve() for file in files}
+    taken: set[Path] = set()
     paths: dict[str, Path] = {}
     for file in files:
         path = output / file.relative_to(base).with_suffix(".png")
-        if path in paths.values():  # photo.jpg and photo.png in one folder
+        if path in taken:  # photo.jpg and photo.png in one folder
             path = path.with_name(f"{file.name}.png")
         if path.resolve() in inputs:
             raise UserError(f"--output: {path} is one of the inputs and would be overwritten. Choose another folder")
+        taken.add(path)
         paths[str(file)] = path
     return paths

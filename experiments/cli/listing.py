@@ -10,7 +10,7 @@ from datamodules.io.paths import data_root
 from experiments.results.tables import cells
 from experiments.run.recipes import Recipe, methods, recipes
 
-STATES = ("reproduced", "measured", "short", "not run")  # prefixes of the states of most table cells
+STATES = ("reproduced", "measured", "short", "not comparable", "not run")  # prefixes of the states of most table cells
 
 
 def show_methods() -> None:

@@ -34,7 +34,7 @@ def cells(method: str) -> list[Cell]:
     """Return all cells of a method's tables.
 
     In `table.yaml`, `better` of a table is "higher" (the default) or "lower", and `decimals` is the number of decimals of its
-    values (default 2). The paper's value in a row may be null.
+    values (default 2). `comparable: false` means that the paper used another protocol. The paper's value in a row may be null.
 
     Returns:
         Cells with the keys `table`, `row`, `dataset`, `metric` (name of the protocol), `decimals`, `paper` (value or None),
@@ -76,7 +76,7 @@ def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float
     sources = [record for record, _ in used]
     names = set(table.get("average", {})) if dataset == "average" else {dataset.partition("/")[0]}
     try:
-        state = _state(cell, row, sources, bool(records), broken, table.get("better", "higher"))
+        state = _state(cell, table, row, sources, bool(records), broken)
         return {**cell, "state": state, "checked": _checked(row, names, sources)}
     except UserError as error:  # a missing recipe, or a file with a syntax error
         return {**cell, "state": f"{NOT_RUN}{error}", "checked": ""}
@@ -109,7 +109,9 @@ def record_value(record: Record, dataset: str, metric: str, average: dict[str, i
     return None if value is None else float(value)
 
 
-def _state(cell: Cell, row: dict[str, Any], records: list[Record], has_records: bool, broken: list[str], better: str) -> str:
+def _state(
+    cell: Cell, table: dict[str, Any], row: dict[str, Any], records: list[Record], has_records: bool, broken: list[str]
+) -> str:
     if broken:
         return f"broken record: {'; '.join(broken)}"
     if not records:
@@ -117,18 +119,20 @@ def _state(cell: Cell, row: dict[str, Any], records: list[Record], has_records: 
     recipe = find_recipe(row["recipe"])
     if changed := list(dict.fromkeys(line for record in records for line in differences(record, recipe))):
         return f"stale: the recipe has changed: {'; '.join(changed)}"
-    state = _verdict(cell, row, better)
+    state = _verdict(cell, table, row)
     if any(record["commit"].endswith("+") for record in records):
         state += ", made in a modified checkout"
     return state
 
 
-def _verdict(cell: Cell, row: dict[str, Any], better: str) -> str:
+def _verdict(cell: Cell, table: dict[str, Any], row: dict[str, Any]) -> str:
     if cell["ours"] is None:
         return "not finite"
     if cell["paper"] is None:
         return "measured"
-    sign = -1 if better == "lower" else 1
+    if not table.get("comparable", True):
+        return "not comparable"
+    sign = -1 if table.get("better") == "lower" else 1
     ahead = sign * (round(cell["ours"], cell["decimals"]) - cell["paper"])
     if row.get("exact") and ahead > 0.02 + 1e-9:
         return f"over by {ahead:.2f}"

@@ -160,10 +160,10 @@ def test_pages_follow_one_plan(method):
 def one_row(monkeypatch):
     """Return a function that creates a table cell from a record with the given changes."""
 
-    def cell(paper, row=None, dataset="set5", **changes):
+    def cell(paper, row=None, dataset="set5", settings=None, **changes):
         record = {**a_record(**changes), "file": "a.json"}
         monkeypatch.setattr(tables, "committed_records", lambda name: ([record], []))
-        table = {"table": "T", "metric": "m", "provenance": "V"}
+        table = {"table": "T", "metric": "m", "provenance": "V", **(settings or {})}
         return tables._cell(table, {"row": "r", "recipe": "bicubic/x3", **(row or {})}, dataset, paper)
 
     return cell
@@ -174,6 +174,8 @@ def test_cell_state_follows_the_difference_from_the_paper(one_row):
     assert one_row(29.5)["state"] == "reproduced"  # better than the paper
     assert one_row(29.5, {"exact": True})["state"] == "over by 0.50"  # but exact rows must match the paper
     assert one_row(30.55)["state"] == "short by 0.55"
+    assert one_row(29.5, settings={"better": "lower"})["state"] == "short by 0.50"
+    assert one_row(29.5, settings={"comparable": False})["state"] == "not comparable"
     assert one_row(30.0, commit="abcdef0+")["state"] == "reproduced, made in a modified checkout"
     assert one_row(31.0, dataset="set5/bird")["ours"] == 31.0
     assert one_row(31.0, dataset="set14")["state"] == "not run: its images were not available"

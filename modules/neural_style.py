@@ -1,6 +1,7 @@
 """Style transfer and DeepDream by optimization of the image.
 
-L. A. Gatys, A. S. Ecker, M. Bethge. Image Style Transfer Using Convolutional Neural Networks. CVPR 2016. arXiv:1508.06576.
+L. A. Gatys, A. S. Ecker, M. Bethge. Image Style Transfer Using Convolutional Neural Networks. CVPR 2016; an earlier version is
+A Neural Algorithm of Artistic Style, arXiv:1508.06576.
 A. Mordvintsev, C. Olah, M. Tyka. Inceptionism: Going Deeper into Neural Networks. Google Research blog, 2015.
 
 Differences from Gatys et al., with reasons:
@@ -9,7 +10,14 @@ Differences from Gatys et al., with reasons:
    be compared with that of a trained network.
 2. Pixels are kept in [0, 1], as by Johnson et al. (Section 4.1). Without bounds and line search, L-BFGS diverged here.
 3. The optimization starts from the photograph, and pooling takes the maximum. White noise and average pooling, as in the paper,
-   are options. The weights of the network are not rescaled, and the shorter side of the painting is resized.
+   are options. The weights of the network are not rescaled. The shorter side of the painting gets the size of the longer side
+   of the photograph.
+
+Differences of DeepDream from the published notebook, with reasons:
+
+1. The network is a VGG, which the other methods use too, and the layer is its deepest style layer. The notebook has GoogLeNet.
+2. Each octave is resized from the photograph with antialiasing. The notebook zooms repeatedly without.
+3. A guide image is not supported.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +30,13 @@ from scipy.optimize import Bounds, OptimizeResult, minimize
 from torch import Tensor
 
 from modules.losses.perceptual import PerceptualObjective
-from modules.networks.vgg import FeatureNetworkName
+from modules.networks.vgg import VGG16_STYLE_LAYERS, FeatureNetworkName
 
 OptimizerName = Literal["lbfgs", "adam"]
-# Content and style layers: Gatys et al., Section 2.3, for VGG-19; Johnson et al., Section 3.2, for VGG-16. The distilled VGG-19
-# ends at relu4_1.
+# Content and style layers: Gatys et al. for VGG-19; Johnson et al. for VGG-16. The distilled VGG-19 ends at relu4_1.
 LAYERS: dict[FeatureNetworkName, tuple[str, tuple[str, ...]]] = {
     "vgg19": ("relu4_2", ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")),
-    "vgg16": ("relu2_2", ("relu1_2", "relu2_2", "relu3_3", "relu4_3")),
+    "vgg16": ("relu2_2", VGG16_STYLE_LAYERS),
     "vgg19-distilled": ("relu3_1", ("relu1_1", "relu2_1", "relu3_1", "relu4_1")),
 }
 

@@ -1,12 +1,14 @@
 """Super-resolution with perceptual losses.
 
 J. Johnson, A. Alahi, L. Fei-Fei. Perceptual Losses for Real-Time Style Transfer and Super-Resolution. ECCV 2016.
-arXiv:1603.08155, Section 4.2; the architecture is in the supplementary material. The code of this part was not released.
+arXiv:1603.08155, Section 4.2; the architecture is in the supplementary material. Of this part, the training script was
+released, but neither the script that makes the data, nor networks, nor the histogram matching.
 
 Differences from the paper, with reasons:
 
 1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires.
 2. Training patches are at random positions, flipped and rotated. The paper does not say how patches are chosen.
+3. The output is 150 tanh + the mean of ImageNet, as in the released code, and not in 0 ... 255 as in the paper.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from skimage.exposure import match_histograms
 from torch import Tensor, nn
 
+from datamodules.errors import UserError
 from modules.losses.perceptual import feature_loss, total_variation
 from modules.losses.precision import to_float32
 from modules.networks.transform_net import from_network_range, to_network_range
@@ -108,16 +111,22 @@ class PerceptualSR(SuperResolutionMethod):
         return from_network_range(self.network(to_network_range(lr_image)))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the pixel loss or the feature loss, and total variation if it has a weight."""
+        """Compute the pixel loss or the feature loss, and total variation if it has a weight.
+
+        Raises:
+            UserError: the images are not RGB.
+        """
+        if batch["target"].shape[1] != self.channels:
+            raise UserError(f"data.channels: {batch['target'].shape[1]} does not fit PerceptualSR. Use {self.channels}")
         prediction = self(batch["input"])
         if self.loss == "pixel":
-            terms = {"pixel": F.mse_loss(to_float32(prediction), batch["target"])}
+            terms = {"pixel": F.mse_loss(prediction, batch["target"])}
         else:
             with torch.no_grad():
                 target = self.features(batch["target"])
             terms = {"feature": feature_loss(self.features(prediction), target)}
         if self.tv_weight:
-            terms["total_variation"] = self.tv_weight * total_variation(to_float32(prediction))
+            terms["total_variation"] = self.tv_weight * total_variation(prediction)
         return terms
 
     def features(self, image: Tensor) -> Tensor:

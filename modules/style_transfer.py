@@ -4,20 +4,27 @@ J. Johnson, A. Alahi, L. Fei-Fei. Perceptual Losses for Real-Time Style Transfer
 arXiv:1603.08155.
 V. Dumoulin, J. Shlens, M. Kudlur. A Learned Representation for Artistic Style. ICLR 2017. arXiv:1610.07629 (many styles).
 
-Paper and released code (jcjohnson/fast-neural-style) differ; each difference is an argument:
+Paper and released code (jcjohnson/fast-neural-style) differ. Each of these differences is an argument:
 
 1. The content layer is relu2_2 in the paper and relu3_3 in the code.
 2. The style loss sums over the entries of the Gram matrices in the paper, and takes their mean in the code (`gram`).
 3. The paper has batch normalization; the code's default is instance normalization, with half of the channels in its models.
+
+4. The output of the paper is in 0 ... 255. That of the code, used here, is 150 tanh + the mean of ImageNet.
 
 Differences from both, with reasons:
 
 1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires; the input of the style network is divided by 0.225.
    The loss weights therefore differ from those of the code, which has Caffe's VGG and 0 ... 255, and depend on the network.
 2. Training images are random crops of resized photographs, half of them flipped. They are not resized to a square, which would
-   distort them. The code adds the gradient of total variation; here it is a loss.
-3. The learning rate is constant in the code. Short trainings are better with a linear rise at the start, without which the
+   distort them.
+3. Total variation is a loss. The code adds half of its gradient, summed over the batch: its strength s corresponds to the
+   weight N s / 2 for N images, before the change of the pixel range.
+4. `style_size` is the shorter side of the style image. In the code, it is the longer side.
+5. The learning rate is constant in the code. Short trainings are better with a linear rise at the start, without which the
    output saturates, and a half cosine to zero (`warmup`, `decay`).
+6. The scales of normalization layers start at 1, in the code at random values in [0, 1].
+7. The code applies a 3 x 3 median filter to its results by default, which is omitted.
 """
 
 from collections.abc import Sequence
@@ -34,15 +41,15 @@ from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.paths import find_file
 from datamodules.transforms.short_side import resize_short_side
 from modules.losses.perceptual import GramReduction, PerceptualObjective
+from modules.networks.tiled_transform import transform_tiled
 from modules.networks.transform_net import PADDING, Norm, TransformNet, Upsampling
-from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, find_feature_weights
+from modules.networks.vgg import VGG16_STYLE_LAYERS, FeatureNetwork, FeatureNetworkName, find_feature_weights
 from modules.tasks.stylization import StylizationMethod
 from modules.training.method import Batch
 
 TILED_PIXELS = 1024**2  # images with more pixels are processed in tiles
 TILE_SIZE = 512  # pixels
 MIN_STYLE_SIDE = 32  # pixels
-VGG16_STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 
 
 class StyleTransfer(StylizationMethod):
@@ -70,7 +77,7 @@ class StyleTransfer(StylizationMethod):
         UserError: there are no styles, two have the same name, `style_size` is too small, or a layer does not exist.
     """
 
-    min_side = PADDING + 1  # reflection padding
+    min_side = PADDING + 1  # of an image for `stylize`: the padding reflects it
     inference_dtype = torch.float16  # of committed weights; half of the size, with the same pictures
 
     def __init__(
@@ -97,6 +104,8 @@ class StyleTransfer(StylizationMethod):
         names = [Path(style).stem for style in styles]
         if not names:
             raise UserError("model.styles: no style is given. Give the file of a style image")
+        if marked := [name for name in names if "=" in name or "," in name]:
+            raise UserError(f"model.styles: {marked[0]} contains '=' or ',', which --style uses. Rename the file")
         if len(set(names)) < len(names):
             raise UserError(f"model.styles: two styles have the same name: {', '.join(names)}. Rename a file")
         if style_size < MIN_STYLE_SIDE:
@@ -115,34 +124,28 @@ class StyleTransfer(StylizationMethod):
         self.target_grams = nn.Module()  # its buffers, by layer name: (number of styles, C, C)
 
     def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
-        """See `StylizationMethod.forward`; sides are at least `min_side`.
+        """See `StylizationMethod.forward`; sides are at least 44 pixels.
 
         Raises:
             UserError: an image is smaller.
         """
         if min(image.shape[-2:]) < self.min_side:
             raise UserError(
-                f"{image.shape[-1]}x{image.shape[-2]} pixels are too few for the network. Use at least {self.min_side} on each "
-                "side, in training with data.size"
+                f"{image.shape[-1]}x{image.shape[-2]} pixels are too few for the network. Use at least 44 on each side, in "
+                "training with data.size"
             )
         return self.network(image, mixture)
 
     def stylize(self, image: Tensor, mixture: Tensor) -> Tensor:
-        """Transform images of any size, large ones tile by tile; see `StylizationMethod.stylize`.
+        """Transform images of any size, in tiles if they have more than `TILED_PIXELS` pixels; see `StylizationMethod.stylize`.
 
-        An image of more than `TILED_PIXELS` pixels is processed in tiles, which need a bounded amount of memory. With batch
-        normalization, the result equals that of a single pass. Instance normalization requires statistics of the full image:
-        they are computed on the image at `TILED_PIXELS` pixels and are the same for all tiles, so that there are no seams.
+        The result is that of a single pass, see `tiled_transform`.
         """
         height, width = image.shape[-2:]
         if self.training or height * width <= TILED_PIXELS:
             return super().stylize(image, mixture)
-        factor = (TILED_PIXELS / (height * width)) ** 0.5
-        sides = [max(PADDING + 4, int(side * factor)) // 4 * 4 for side in (height, width)]
-        small = F.interpolate(image.to(self.dtype), sides, mode="bilinear", antialias=True)
         padded = F.pad(image.to(self.dtype), (0, -width % self.stride, 0, -height % self.stride), mode="reflect")
-        with self.network.fixed_statistics(small, mixture):
-            return self.network.transform_tiled(padded, mixture, TILE_SIZE)[..., :height, :width]
+        return transform_tiled(self.network, padded, mixture, TILE_SIZE)[..., :height, :width]
 
     def setup(self, stage: str) -> None:
         """Load the feature network, and compute the Gram matrices of the styles.

@@ -22,8 +22,20 @@ def neural_style(argv: list[str]) -> int:
     parser.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs", help="optimizer (default lbfgs)")
     parser.add_argument("--init", choices=("content", "noise"), default="content", help="first image (default content)")
     parser.add_argument("--pooling", choices=("max", "average"), default="max", help="pooling of the network (default max)")
-    parser.add_argument("--style-weight", type=float, default=0.05, metavar="W", help="weight of the style loss (default 0.05)")
-    parser.add_argument("--tv-weight", type=float, default=1e-4, metavar="W", help="weight of total variation (default 1e-4)")
+    parser.add_argument(
+        "--style-weight",
+        type=float,
+        default=0.05,
+        metavar="W",
+        help="weight of the style loss (default 0.05, for the vgg19-distilled)",
+    )
+    parser.add_argument(
+        "--tv-weight",
+        type=float,
+        default=1e-4,
+        metavar="W",
+        help="weight of total variation (default 1e-4, for the vgg19-distilled)",
+    )
     parser.add_argument(
         "--save-every", type=int, default=100, metavar="N", help="steps between intermediate images (default 100)"
     )

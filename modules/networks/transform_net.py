@@ -6,8 +6,6 @@ V. Dumoulin, J. Shlens, M. Kudlur. A Learned Representation for Artistic Style. 
 many styles, by conditional instance normalization.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -20,7 +18,6 @@ from modules.networks.crop import center_crop
 Norm = Literal["batch", "instance"]
 Upsampling = Literal["transposed", "nearest"]
 PADDING = 40  # pixels of reflection at the start; the unpadded residual blocks remove it
-CONTEXT = 16  # pixels beyond a tile that its pixels depend on, because of the zero padding of convolutions
 IMAGE_MEAN = (0.485, 0.458, 0.408)  # of Caffe's VGG
 SCALE = 0.225  # about one standard deviation of a pixel
 
@@ -38,19 +35,16 @@ class StyleNorm(nn.Module):
         super().__init__()
         self.norm: nn.Module = nn.InstanceNorm2d(channels) if kind == "instance" else nn.BatchNorm2d(channels, affine=False)
         self.weight, self.bias = nn.Parameter(torch.ones(n_styles, channels)), nn.Parameter(torch.zeros(n_styles, channels))
-        self.statistics: tuple[Tensor, Tensor] | None = None  # fixed mean and variance of instance normalization
-        self.collect = False  # whether to fix the statistics of the next images
+        self.statistics: tuple[Tensor, Tensor] | None = None  # mean and variance of a whole image, while it is in tiles
 
     def forward(self, maps: Tensor, mixture: Tensor) -> Tensor:
         """Normalize (N, C, H, W) and apply the scales and shifts, weighted by `mixture` (N, n_styles)."""
         scale, shift = (mixture.to(maps.dtype) @ values.to(maps.dtype) for values in (self.weight, self.bias))
-        if self.collect:
-            self.statistics = (maps.mean((2, 3), keepdim=True), maps.var((2, 3), keepdim=True, correction=0))
         if self.statistics is None:
             normalized = self.norm(maps)
         else:
             mean, variance = self.statistics
-            normalized = (maps - mean) * (variance + 1e-5).rsqrt()
+            normalized = ((maps - mean) * (variance + 1e-5).rsqrt()).to(maps.dtype)
         return normalized * scale[:, :, None, None] + shift[:, :, None, None]
 
 
@@ -61,9 +55,13 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv, self.norm, self.relu = conv, StyleNorm(norm, conv.out_channels, n_styles), relu
 
+    def convolve(self, maps: Tensor) -> Tensor:
+        """Apply the convolution to (N, C, H, W)."""
+        return self.conv(maps)
+
     def forward(self, maps: Tensor, mixture: Tensor) -> Tensor:
         """Apply the layers to (N, C, H, W)."""
-        maps = self.norm(self.conv(maps), mixture)
+        maps = self.norm(self.convolve(maps), mixture)
         return F.relu(maps) if self.relu else maps
 
 
@@ -78,9 +76,9 @@ class Upsample(ConvNorm):
         super().__init__(conv, norm, n_styles)
         self.nearest = upsampling == "nearest"
 
-    def forward(self, maps: Tensor, mixture: Tensor) -> Tensor:
+    def convolve(self, maps: Tensor) -> Tensor:
         """Upsample (N, C, h, w) to (N, C', 2 h, 2 w)."""
-        return super().forward(F.interpolate(maps, scale_factor=2, mode="nearest") if self.nearest else maps, mixture)
+        return self.conv(F.interpolate(maps, scale_factor=2, mode="nearest") if self.nearest else maps)
 
 
 class Residual(nn.Module):
@@ -132,55 +130,10 @@ class TransformNet(nn.Module):
             image: input images.
             mixture: weights of the styles of each sample, (N, n_styles).
         """
-        return self.transform_padded(F.pad(image, (PADDING,) * 4, mode="reflect"), mixture)
-
-    def transform_padded(self, padded: Tensor, mixture: Tensor) -> Tensor:
-        """Transform padded images (N, 3, H + 80, W + 80) to (N, 3, H, W)."""
-        maps = to_network_range(padded)
+        maps = to_network_range(F.pad(image, (PADDING,) * 4, mode="reflect"))
         for layer in (*self.down, *self.residuals, *self.up):
             maps = layer(maps, mixture)
         return from_network_range(self.head(maps))
-
-    def transform_tiled(self, image: Tensor, mixture: Tensor, tile_size: int) -> Tensor:
-        """Transform images of any size tile by tile, in evaluation mode: (N, 3, H, W) in [0, 1] to the same shape.
-
-        Tiles overlap by the receptive field, so that the result equals that of `forward` up to rounding, as long as the
-        statistics of instance normalization are fixed, see `fixed_statistics`.
-
-        Args:
-            image: sides are multiples of 4 and at least 41 pixels.
-            mixture: see `forward`.
-            tile_size: side of a tile in pixels, a multiple of 4.
-        """
-        height, width = image.shape[-2:]
-        padded, result = F.pad(image, (PADDING,) * 4, mode="reflect"), torch.empty_like(image)
-        for top in range(0, height, tile_size):
-            for left in range(0, width, tile_size):
-                bottom, right = min(top + tile_size, height), min(left + tile_size, width)
-                first_row, first_column = max(0, top - CONTEXT), max(0, left - CONTEXT)
-                last_row, last_column = bottom + 2 * PADDING + CONTEXT, right + 2 * PADDING + CONTEXT
-                tile = self.transform_padded(padded[..., first_row:last_row, first_column:last_column], mixture)
-                rows = slice(top - first_row, bottom - first_row)
-                columns = slice(left - first_column, right - first_column)
-                result[..., top:bottom, left:right] = tile[..., rows, columns]
-        return result
-
-    @contextmanager
-    def fixed_statistics(self, image: Tensor, mixture: Tensor) -> Iterator[None]:
-        """Fix the statistics of instance normalization to those of an image, for the duration of the context."""
-        norms = [module for module in self.modules() if isinstance(module, StyleNorm)]
-        instance_norms = [norm for norm in norms if isinstance(norm.norm, nn.InstanceNorm2d)]
-        try:
-            for norm in instance_norms:
-                norm.collect = True
-            if instance_norms:
-                self(image, mixture)
-            for norm in instance_norms:
-                norm.collect = False
-            yield
-        finally:
-            for norm in instance_norms:
-                norm.collect, norm.statistics = False, None
 
 
 def to_network_range(image: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from modules.networks.pretrained import find_or_download
 
 FeatureNetworkName = Literal["vgg16", "vgg19", "vgg19-distilled"]
 Pooling = Literal["max", "average"]
+VGG16_STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")  # Johnson et al., Section 3.2
 CONVOLUTIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4), "vgg19-distilled": (2, 2, 4, 4, 4)}  # per block
 WIDTHS = {"vgg16": (64, 128, 256, 512, 512), "vgg19": (64, 128, 256, 512, 512), "vgg19-distilled": (16, 32, 64, 128, 128)}
 URLS: dict[str, str | None] = {

@@ -59,7 +59,7 @@ class StylizationMethod(Method, ABC):
     def validation_step(self, batch: StylizationEvalBatch, batch_idx: int) -> StylizationOutputs:
         """Add the photograph in one of the styles, in turn, as "prediction", and the name of the style as "style"."""
         style_ids = batch["index"] % len(self.style_names)
-        prediction = self.stylize(batch["image"], self.mixture_of(style_ids))
+        prediction = self.stylize(batch["image"], self.mixture_of(style_ids)).clamp(0, 1)
         return {**batch, "style": [self.style_names[i] for i in style_ids.tolist()], "prediction": prediction}
 
     test_step = validation_step
@@ -74,7 +74,8 @@ class StylizationMethod(Method, ABC):
         Raises:
             UserError: a style does not exist, or a weight is not a number.
         """
-        self.mixture = parse_mixture(style or self.style_names[0], self.style_names)
+        weights = {self.style_names[0]: 1.0} if style is None else parse_mixture(style, self.style_names)
+        self.mixture = [weights.get(name, 0.0) / sum(weights.values()) for name in self.style_names]
         self.alpha = alpha
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
@@ -98,18 +99,20 @@ class StylizationMethod(Method, ABC):
         return self.mixture_of(torch.tensor(list(batch["sample_ids"])) % len(self.style_names))
 
 
-def parse_mixture(text: str, style_names: list[str]) -> list[float]:
-    """Return the weights of the styles in a text such as "wave=0.7,the_scream=0.3", divided by their sum.
+def parse_mixture(text: str, style_names: list[str]) -> dict[str, float]:
+    """Return the weights of the styles in a text such as "wave=0.7,the_scream=0.3".
 
     A name without a weight has the weight 1.
 
     Raises:
-        UserError: a style does not exist, a weight is not a number or negative, or all weights are zero.
+        UserError: a style does not exist or is repeated, a weight is not a number or negative, or all weights are zero.
     """
-    weights = dict.fromkeys(style_names, 0.0)
+    weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = (word.strip() for word in part.partition("="))
-        if name not in weights:
+        if name in weights:
+            raise UserError(f"--style: '{name}' is repeated. Give each style once")
+        if name not in style_names:
             raise UserError(f"--style: no style '{name}'. Use one of: {', '.join(style_names)}")
         try:
             weights[name] = float(weight or 1)
@@ -117,6 +120,6 @@ def parse_mixture(text: str, style_names: list[str]) -> list[float]:
             raise UserError(f"--style: '{weight}' is not a number. Use, for example, {name}=0.5") from None
         if not 0 <= weights[name] < math.inf:
             raise UserError(f"--style: {name}={weight} is negative or not finite. Use, for example, {name}=0.5")
-    if not (total := sum(weights.values())):
+    if not sum(weights.values()):
         raise UserError(f"--style: all weights of '{text}' are zero. Use, for example, {style_names[0]}=0.5")
-    return [weight / total for weight in weights.values()]
+    return weights

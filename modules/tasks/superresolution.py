@@ -16,8 +16,8 @@ from modules.training.method import Batch, Method
 class SuperResolutionMethod(Method):
     """Method that upscales images (N, C, h, w) by `scale`.
 
-    Training uses unpadded networks on patches with context, so that the weights do not adapt to zero padding. Evaluation
-    replicates the image border instead.
+    Methods with `forward_valid` train unpadded networks on patches with context, so that the weights do not adapt to zero
+    padding. Their evaluation replicates the image border instead.
 
     Args:
         scale: integer scale factor.

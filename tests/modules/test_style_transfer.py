@@ -18,9 +18,11 @@ from datamodules.stylization import Stylization
 from experiments.cli.main import main
 from experiments.run.video import read_frames, write_video
 from modules.losses.perceptual import feature_loss, gram_matrix, style_loss, total_variation
+from modules.networks.tiled_transform import transform_tiled
 from modules.networks.transform_net import StyleNorm, TransformNet
 from modules.networks.vgg import FeatureNetwork, layer_names
 from modules.style_transfer import StyleTransfer, read_style
+from modules.tasks.stylization import parse_mixture
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.stylization import StylizationContract, write_stylization_recipe
 
@@ -241,6 +243,13 @@ def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, 
         assert reason in capfd.readouterr().err
 
 
+def test_repeated_styles_and_names_with_separators_are_refused():
+    with pytest.raises(UserError, match="--style: 'wave' is repeated"):
+        parse_mixture("wave=0.3,wave=0.7", ["wave", "the_scream"])
+    with pytest.raises(UserError, match=r"model\.styles: a=b contains '=' or ','"):
+        StyleTransfer(["a=b.jpg"])
+
+
 def test_video_is_stylized_frame_by_frame(workdir, photos, three_photos, capfd):
     recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
     assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "4"]) == 0
@@ -277,17 +286,15 @@ def test_video_is_stylized_frame_by_frame(workdir, photos, three_photos, capfd):
 @pytest.mark.parametrize("upsampling", ["transposed", "nearest"])
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_tiles_equal_a_single_pass(norm, upsampling):
-    """With instance normalization, the statistics are fixed first; computed from the same image, they are those of one pass."""
-    network = TransformNet(4, norm, upsampling).double()
-    image, mixture = torch.rand(1, 3, 156, 132).double(), torch.ones(1, 1).double()
+    network = TransformNet(4, norm, upsampling, n_styles=2).double()
+    image, mixture = torch.rand(2, 3, 156, 132).double(), torch.tensor([[1.0, 0.0], [0.3, 0.7]]).double()
     with torch.no_grad():
-        network(torch.rand(2, 3, 64, 64).double(), torch.ones(2, 1).double())  # statistics of batch normalization
+        network(torch.rand(2, 3, 64, 64).double(), mixture)  # statistics of batch normalization
         network.eval()
         expected = network(image, mixture)
-        with network.fixed_statistics(image, mixture):
-            tiled = network.transform_tiled(image, mixture, 64)
+        tiled = transform_tiled(network, image, mixture, 64)
     assert (tiled - expected).abs().max() < 1e-12
-    assert torch.equal(network(image, mixture), expected)  # the statistics are no longer fixed
+    assert torch.equal(network(image, mixture), expected)  # the network is as before
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,12 @@ def test_files_without_the_weights_are_refused(tmp_path, caffe_weights):
             SqueezeNetFeatures(tmp_path / f"{name}.npz")
 
 
+def test_training_on_luma_is_refused(workdir, photos, capfd):
+    recipe = write_recipe(workdir / "tiny.yaml", photos, MODEL, **TestPerceptualSR.data)
+    assert forked(main, ["fit", str(recipe), "--model.total_images", "8", "--data.channels", "1"]) == 2
+    assert "data.channels: 1 does not fit PerceptualSR. Use 3" in capfd.readouterr().err
+
+
 def test_photographs_are_enlarged_in_color_and_gray(workdir, photos, three_photos):
     model = {**MODEL, "init_args": {**MODEL["init_args"], "base_channels": 2, "total_images": 4}}
     recipe = write_recipe(workdir / "tiny.yaml", photos, model, test=[str(three_photos)], channels=3, patch_size=12)

@@ -128,10 +128,16 @@ class PhotographInputs(Dataset[dict[str, Any]]):
     Args:
         files: readable image files.
         min_side: smallest side in pixels.
+
+    Raises:
+        InvalidImage: images are smaller than `min_side` pixels; the message names them.
     """
 
     def __init__(self, files: Sequence[Path], min_side: int) -> None:
-        self.files, self.min_side = files, min_side
+        sizes = {file: open_image(file).size for file in files}
+        if small := [f"{file}: {w}x{h} pixels" for file, (w, h) in sizes.items() if min(w, h) < min_side]:
+            raise InvalidImage(f"{'; '.join(small)}, too small: at least {min_side}x{min_side} are needed")
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.files)
@@ -140,14 +146,8 @@ class PhotographInputs(Dataset[dict[str, Any]]):
         """Return {"image": float32 (1, 3, h, w) in [0, 1]}, and the entries of `SuperResolutionInputs`.
 
         "input" is absent and "chroma" is empty.
-
-        Raises:
-            InvalidImage: the image is smaller than `min_side` pixels.
         """
         image = open_image(self.files[index])
-        if min(image.size) < self.min_side:
-            needed = f"at least {self.min_side}x{self.min_side} are needed"
-            raise InvalidImage(f"{self.files[index]}: {image.width}x{image.height} pixels, too small: {needed}")
         return {
             "image": to_channels(to_pixels(image, self.files[index]), 3)[None].float() / 255,
             "chroma": torch.empty(0),

@@ -23,6 +23,7 @@ from experiments.bench.timing import synchronize
 from experiments.results.records import commit
 from experiments.run.lightning_cli import DarkroomCLI, build_cli
 from experiments.run.recipes import Recipe
+from experiments.run.sample import require_writable
 from experiments.run.weights import load_resolved_weights
 from modules.neural_style import StyleOptimization
 from modules.style_transfer import StyleTransfer, read_style
@@ -49,6 +50,8 @@ def speed(recipe: Recipe, overrides: list[str], write: bool) -> None:
     Raises:
         UserError: the recipe is not a style transfer, or its style image or feature network is missing.
     """
+    if write:
+        require_writable(style_report.FOLDER)
     cli, method = _build(recipe, overrides)
     device = cli.trainer.strategy.root_device
     record: dict[str, Any] = {
@@ -64,8 +67,8 @@ def speed(recipe: Recipe, overrides: list[str], write: bool) -> None:
         seconds = _time_optimization(method, image, iterations)
         record["sizes"][str(size)] = {"network": network, "iterations": seconds}
         print(f"{size} x {size}: network {network:.3g} s, {len(seconds)} iterations {sum(seconds):.3g} s", flush=True)
-    style_report.save("speed", record, write)
     Console().print(Markdown(style_report.render_speed(record)))
+    style_report.save("speed", record, write)
 
 
 def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: bool) -> None:
@@ -80,19 +83,21 @@ def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: boo
     Raises:
         UserError: see `speed`; or the network has no weights.
     """
+    if write:
+        require_writable(style_report.FOLDER)
     cli, method = _build(recipe, [*overrides, *(["--ckpt", ckpt] if ckpt else [])])
     weights = load_resolved_weights(cli)
     method = method.to(cli.trainer.strategy.root_device).eval()
     curves = {ref.name: _curve(method, ref) for ref in list_image_refs(PHOTOGRAPHS)}
     record = {
-        **_metadata(cli, recipe, "style-objective", overrides),
+        **_metadata(cli, recipe, "style-objective", [*overrides, *(["--ckpt", ckpt] if ckpt else [])]),
         "weights": file_hash(weights) if weights else "",
         "style": method.style_names[0],
         "size": FULL_RUN_SIZE,
         "photographs": curves,
     }
-    style_report.save("objective", record, write)
     Console().print(Markdown(style_report.render_objective(record)))
+    style_report.save("objective", record, write)
 
 
 def _curve(method: StyleTransfer, ref: ImageRef) -> dict[str, Any]:

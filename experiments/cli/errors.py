@@ -35,6 +35,8 @@ def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
         value = values[0].strip()
         if choices := [c for group in re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", message) for c in _literals(group)]:
             return f"{key}: '{value}' is not one of {', '.join(choices)}{_suggest(value, choices)}"
+        if "Not of type ClosedUnitInterval" in message:
+            return f"{key}: '{value}' is not a number from 0 to 1"
         if bound := re.search(r"Input should be ((?:greater|less) than(?: or equal to)?)(?: (\S+))? \[type", message):
             limit = bound[2] or _first(r"Annotated\[\w+, \w+\(\w+=([^)]+)\)", message)  # an optional number
             return f"{key}: {value} must be {bound[1]} {limit}"

@@ -3,13 +3,16 @@
 import argparse
 import re
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from datamodules.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises a one-line UserError."""
+    """ArgumentParser that raises a one-line UserError, and does not accept abbreviated options."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a UserError; for a misspelled option, suggest the closest one."""

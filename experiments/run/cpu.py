@@ -17,5 +17,7 @@ def configure_cpu() -> None:
     """
     torch.set_flush_denormal(True)
     with suppress(OSError, AttributeError):  # a C library other than glibc
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL("libc.so.6").mallopt(option, 2**30)
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        # Older versions of glibc accept at most 32 MiB as the first threshold. Without it, the second one has no use.
+        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
+            mallopt(M_TRIM_THRESHOLD, 2**30)

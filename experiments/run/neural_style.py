@@ -1,5 +1,6 @@
 """`darkroom neural-style` and `darkroom deepdream`: images made by optimization of their pixels."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,13 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from callbacks.run.checkpoints import LOAD_ERRORS
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from experiments.run.cpu import configure_cpu
 from experiments.run.sample import require_writable, save_png
 from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights
-from modules.networks.weights import read_weights_file
 from modules.neural_style import LAYERS, OptimizerName, StyleOptimization, dream, resize
 from modules.style_transfer import read_style
 from modules.training.references import ReferenceNetwork
@@ -52,16 +53,19 @@ def neural_style(
         network, weights, pooling: see `FeatureNetwork` and `find_feature_weights`.
         style_weight, tv_weight: weights of the losses; that of the content is 1.
         save_every: steps between two intermediate images; L-BFGS starts with an empty history after each.
-        resume: continue from the state of an interrupted command.
+        resume: continue after the last intermediate image of an interrupted command.
         seed: seed of the noise.
 
     Raises:
-        UserError: a file is unusable, or the state was saved with other settings.
+        UserError: a file is unusable or would be overwritten, the state was saved with other settings, or the objective is not
+            finite.
     """
     path = Path(output)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--output: {output} must end in .png")
-    require_writable(path.parent)
+    state = path.with_suffix(".state")
+    images = [intermediate_path(path, step) for step in range(save_every, steps, save_every)]
+    check_output([path, state, state.with_suffix(".part"), *images], [Path(content), Path(style)])
+    if state.exists() and not resume:
+        raise UserError(f"--output: {state} exists. Continue it with --resume, or choose another file")
     content_layer, style_layers = LAYERS[network]
     features = load_features(network, weights, [content_layer, *style_layers], pooling)
     photograph = read_content(Path(content), size)
@@ -81,14 +85,19 @@ def neural_style(
         "--style-weight": style_weight,
         "--tv-weight": tv_weight,
         "--save-every": save_every,
+        "--init": init,
+        "--seed": seed,
     }
-    state = path.with_suffix(".state")
     if resume:
         load_state(optimization, settings, state)
+        if optimization.steps > steps:
+            raise UserError(f"--steps: {state} has {optimization.steps} steps already. Use at least as many")
+    require_finite(optimization.value_and_gradient(optimization.image)[0])
     with Progress(transient=True) as progress:
         task = progress.add_task("objective", total=steps, completed=optimization.steps)
 
         def report(step: int, value: float) -> None:
+            require_finite(value)
             progress.update(task, completed=step, description=f"objective {value:.5g}")
 
         complete = True
@@ -96,7 +105,7 @@ def neural_style(
             complete = optimization.run(min(save_every - optimization.steps % save_every, steps - optimization.steps), report)
             save_state(optimization, settings, state)
             if complete and optimization.steps < steps:
-                save_png(optimization.image[0].detach().cpu(), path.with_stem(f"{path.stem}-{optimization.steps:05d}"))
+                save_png(optimization.image[0].detach().cpu(), intermediate_path(path, optimization.steps))
     if not complete:
         print(f"converged after {optimization.steps} steps")
     save_png(optimization.image[0].detach().cpu(), path)
@@ -123,18 +132,14 @@ def deepdream(
         network, weights: see `FeatureNetwork` and `find_feature_weights`.
 
     Raises:
-        UserError: a file is unusable, or the layer does not exist.
+        UserError: a file is unusable or would be overwritten, or the layer does not exist.
     """
     path = Path(output)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--output: {output} must end in .png")
-    require_writable(path.parent)
+    check_output([path, *(octave_path(path, octave) for octave in range(octaves - 1))], [Path(image)])
     layer = layer or LAYERS[network][1][-1]
-    if path.resolve() == Path(image).resolve():
-        raise UserError(f"--output: {path} is the input and would be overwritten. Choose another file")
     features = load_features(network, weights, [layer], "max")
     picture = read_content(Path(image), size).to(features.mean)
-    smallest = min(picture.shape[-2:]) / OCTAVE_SCALE ** (octaves - 1)
+    smallest = min(picture.shape[-2:]) * OCTAVE_SCALE ** (1 - octaves)
     if smallest < MIN_OCTAVE_SIDE:
         raise UserError(
             f"--octaves: the smallest of {octaves} octaves has {smallest:.0f} pixels on a side, fewer than {MIN_OCTAVE_SIDE}. "
@@ -146,8 +151,41 @@ def deepdream(
         for octave, step, value, result in dream(features, layer, picture, octaves, OCTAVE_SCALE, steps):
             progress.update(task, advance=1, description=f"{layer}  octave {octave + 1}  {value:.4g}")
             if step == steps and octave + 1 < octaves:
-                save_png(result[0].cpu(), path.with_stem(f"{path.stem}-octave{octave + 1}"))
+                save_png(result[0].cpu(), octave_path(path, octave))
     save_png(result[0].cpu(), path)
+
+
+def intermediate_path(path: Path, step: int) -> Path:
+    """Return the path of the image after a step."""
+    return path.with_stem(f"{path.stem}-{step:05d}")
+
+
+def octave_path(path: Path, octave: int) -> Path:
+    """Return the path of the result of an octave."""
+    return path.with_stem(f"{path.stem}-octave{octave + 1}")
+
+
+def check_output(files: list[Path], inputs: list[Path]) -> None:
+    """Check the files that a command writes, before it starts; the first is the value of --output.
+
+    Raises:
+        UserError: the first is not a PNG file, its folder is not writable, or a file is a folder or an input.
+    """
+    if files[0].suffix.lower() != ".png":
+        raise UserError(f"--output: {files[0]} must end in .png")
+    require_writable(files[0].parent)
+    originals = {path.resolve() for path in inputs}
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"--output: {file} is a folder. Choose another file")
+        if file.resolve() in originals:
+            raise UserError(f"--output: {file} is the input and would be overwritten. Choose another file")
+
+
+def require_finite(objective: float) -> None:
+    """Raise a UserError if the objective is not finite."""
+    if not math.isfinite(objective):
+        raise UserError("the objective is not finite. Use a smaller --style-weight or --tv-weight")
 
 
 def load_features(name: FeatureNetworkName, weights: str | None, layers: list[str], pooling: Pooling) -> FeatureNetwork:
@@ -178,22 +216,35 @@ def read_content(path: Path, size: int) -> Tensor:
 
 
 def save_state(optimization: StyleOptimization, settings: dict[str, Any], path: Path) -> None:
-    """Write the state and the settings of the command to a temporary file, then move it to `path`."""
+    """Write the state and the settings of the command to a temporary file, then move it to `path`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     part = path.with_suffix(".part")
-    torch.save({**optimization.state_dict(), "settings": settings}, part)
-    part.replace(path)
+    try:
+        torch.save({**optimization.state_dict(), "settings": settings}, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch cannot write
+        raise UserError(f"--output: cannot write {path}: {' '.join(str(error).split())}. Is the disk full?") from None
 
 
 def load_state(optimization: StyleOptimization, settings: dict[str, Any], path: Path) -> None:
     """Read the state of an interrupted command.
 
     Raises:
-        UserError: the state is missing, or was saved with other settings.
+        UserError: the state is missing or damaged, or was saved with other settings.
     """
     if not path.is_file():
         raise UserError(f"--resume: no file {path}. Remove the option to start a new image")
-    state: dict[str, Any] = read_weights_file(path)
-    saved = state.get("settings", {})
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["settings"]
+    except (OSError, *LOAD_ERRORS):
+        raise UserError(f"--resume: {path} is damaged. Delete it and remove the option to start a new image") from None
     if differing := [f"{name} {saved.get(name)}, now {value}" for name, value in settings.items() if saved.get(name) != value]:
         raise UserError(f"--resume: {path} was saved with {differing[0]}. Use the same images and options")
-    optimization.load_state_dict(state)
+    try:
+        optimization.load_state_dict(state)
+    except LOAD_ERRORS:
+        raise UserError(f"--resume: {path} is damaged. Delete it and remove the option to start a new image") from None

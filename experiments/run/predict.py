@@ -5,6 +5,7 @@ from pathlib import Path
 
 from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
+from datamodules.io.image_io import InvalidImage
 from datamodules.io.loader import make_loader
 from datamodules.io.user_images import list_user_images
 from datamodules.sampler import RankSampler
@@ -27,6 +28,9 @@ def predict(cli: DarkroomCLI) -> None:
     for name in ("direction", "style", "alpha"):
         if cli.config[name] is not None and name not in task.predict_options:
             raise UserError(f"--{name}: {cli.recipe.name} does not have this option. Remove it")
+    for name in ("input", "output"):
+        if not cli.config[name]:
+            raise UserError(f"--{name} is empty. Give a path")
     path = load_resolved_weights(cli)
     source, output = Path(cli.config.input), Path(cli.config.output)
     files = [] if is_video(source) else list_user_images(cli.config.input, exclude=output)
@@ -35,7 +39,16 @@ def predict(cli: DarkroomCLI) -> None:
     if is_video(source):
         predict_video(cli, source, output)
     else:
+        report_videos(source, output)
         predict_images(cli, files, output_paths(files, source, output), output)
+
+
+def report_videos(source: Path, output: Path) -> None:
+    """Print the videos of an input folder, which are not processed."""
+    videos = [file for file in source.rglob("*") if is_video(file)] if source.is_dir() else []
+    for video in sorted(videos):
+        if output not in video.parents:
+            print_rank_zero(f"{video}  skipped: give a video as --input")
 
 
 def predict_images(cli: DarkroomCLI, files: list[Path], paths: dict[str, Path], output: Path, verbose: bool = True) -> None:
@@ -74,13 +87,17 @@ def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
     target = output / f"{source.stem}.mp4"
     if target.resolve() == source.resolve():
         raise UserError(f"--output: {target} is the input and would be overwritten. Choose another folder")
+    check_target(target, source.parent)
     if cli.trainer.world_size > 1:
         raise UserError("--input: a video is processed by one process. Use --trainer.devices 1")
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before", Path(folder) / "after"
         before.mkdir()
         files, rate = read_frames(source, before)
-        predict_images(cli, files, {str(file): after / file.name for file in files}, output, verbose=False)
+        try:
+            predict_images(cli, files, {str(file): after / file.name for file in files}, output, verbose=False)
+        except InvalidImage as error:  # names a temporary file
+            raise UserError(f"--input: frames of {source}: {str(error).partition(': ')[2]}") from None
         write_video([after / file.name for file in files], rate, target)
     print_rank_zero(f"{source}  {len(files)} frames  ->  {target}")
 
@@ -89,7 +106,7 @@ def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Pat
     """Map each input file to its output path: a PNG in the same sub-folder as below `source`.
 
     Raises:
-        UserError: an output would overwrite an input.
+        UserError: an output would overwrite an input, or another file in the folder of an input.
     """
     base = source if source.is_dir() else source.parent
     inputs = {file.resolve() for file in files}
@@ -101,6 +118,19 @@ def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Pat
             path = path.with_name(f"{file.name}.png")
         if path.resolve() in inputs:
             raise UserError(f"--output: {path} is one of the inputs and would be overwritten. Choose another folder")
+        check_target(path, file.parent)
         taken.add(path)
         paths[str(file)] = path
     return paths
+
+
+def check_target(path: Path, input_folder: Path) -> None:
+    """Check that an output path is not a folder, and no existing file in the folder of its input.
+
+    Raises:
+        UserError: it is.
+    """
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder. Choose another one, or move it")
+    if path.exists() and path.parent.resolve() == input_folder.resolve():
+        raise UserError(f"--output: {path} exists, and may be one of your files. Choose another folder, or move it")

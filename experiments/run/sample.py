@@ -164,5 +164,8 @@ def save_png(image: Tensor, path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"--output {path}: must end in .png")
     require_writable(path.parent)
-    save_image(image, path)
+    try:
+        save_image(image, path)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror or error}. Choose another path") from None
     print_rank_zero(f"image     {path}")

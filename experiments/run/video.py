@@ -32,6 +32,7 @@ def read_frames(path: Path, folder: Path) -> tuple[list[Path], Fraction]:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             rate = stream.average_rate or Fraction(25)
+            expected = container.duration / av.time_base if container.duration else 0.0  # seconds
             for i, frame in enumerate(container.decode(stream)):
                 files.append(folder / f"{i:06d}.png")
                 image = frame.to_image()
@@ -43,11 +44,32 @@ def read_frames(path: Path, folder: Path) -> tuple[list[Path], Fraction]:
         raise UserError(f"--input: {path} cannot be read as a video: {reason}. Check the file") from None
     if not files:
         raise UserError(f"--input: {path} has no frames. Check the file")
+    if len(files) / rate < 0.9 * expected - 0.5:  # the sound may be longer than the pictures
+        raise UserError(f"--input: {path} ends after {float(len(files) / rate):.1f} of {expected:.1f} s. Replace the file")
     return files, rate
 
 
 def write_video(frames: Sequence[Path], rate: Fraction, path: Path) -> None:
-    """Encode image files of one size as an H.264 video; an odd side loses its last row or column."""
+    """Encode image files of one size as an H.264 video; an odd side loses its last row or column.
+
+    Raises:
+        UserError: the video cannot be written, or is too large for H.264.
+    """
+    import av
+
+    part = path.with_suffix(".part.mp4")
+    try:
+        _encode(frames, rate, part)
+        part.replace(path)
+    except (av.FFmpegError, OSError) as error:
+        part.unlink(missing_ok=True)
+        with Image.open(frames[0]) as image:
+            size = f"{image.width}x{image.height}"
+        reason = f"--output: cannot write {path} with {size} pixels: {error.strerror}"
+        raise UserError(f"{reason}. Is the disk full, or a side longer than 16384 pixels?") from None
+
+
+def _encode(frames: Sequence[Path], rate: Fraction, path: Path) -> None:
     import av
 
     with av.open(str(path), "w") as container:

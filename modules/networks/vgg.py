@@ -98,8 +98,9 @@ class FeatureNetwork(nn.Module):
 
 
 def layer_names(name: FeatureNetworkName) -> list[str]:
-    """Return the names of the feature layers of a network, in order."""
-    return [f"relu{block}_{i}" for block, count in enumerate(CONVOLUTIONS[name], 1) for i in range(1, count + 1)]
+    """Return the names of the feature layers of a network, in order; the distilled network ends at relu4_1."""
+    names = [f"relu{block}_{i}" for block, count in enumerate(CONVOLUTIONS[name], 1) for i in range(1, count + 1)]
+    return names[: names.index("relu4_1") + 1] if name == "vgg19-distilled" else names
 
 
 def find_feature_weights(name: FeatureNetworkName, path: str | None) -> Path:

@@ -75,6 +75,17 @@ def test_command_writes_intermediate_images_and_resumes(workdir, photo, capfd):
     assert "was saved with --optimizer lbfgs, now adam. Use the same" in capfd.readouterr().err
     assert forked(main, ["neural-style", photo, photo, *argv[3:], "broken.png", "--resume"]) == 2
     assert "was saved with style " in capfd.readouterr().err
+    for options, reason in (
+        (["--init", "noise", "--resume"], "was saved with --init content, now noise"),
+        (["--steps", "3", "--resume"], "--steps: broken.state has 4 steps already"),
+        ([], "--output: broken.state exists. Continue it with --resume"),
+    ):
+        assert forked(main, [*argv, "broken.png", *options]) == 2
+        assert reason in capfd.readouterr().err
+    for content in (b"hello", b""):
+        Path("broken.state").write_bytes(content)
+        assert forked(main, [*argv, "broken.png", "--resume"]) == 2
+        assert "--resume: broken.state is damaged" in capfd.readouterr().err
 
 
 def test_dream_without_steps_is_the_image_and_steps_amplify_the_layer():
@@ -110,10 +121,18 @@ def test_deepdream_command_writes_each_octave(workdir, photo):
         ([WAVE, WAVE, "--style-weight", "nan"], "--style-weight nan: must be at least 0"),
         ([WAVE, WAVE, "--tv-weight", "inf"], "--tv-weight inf: must be at least 0, and finite"),
         ([WAVE, WAVE, "--size", "40"], "--size: 40 is too small"),
+        ([WAVE, WAVE, "--size", "1000000"], "--size 1000000: must be at most 16384"),
+        ([WAVE, WAVE, "--seed", "-1"], "--seed -1: must be at least 0"),
+        ([WAVE, WAVE, "--size", "64", "--style-weight", "1e39"], "the objective is not finite"),
+        (["a.png", WAVE, "--output", "a.png"], "--output: a.png is the input"),
+        (["a-00001.png", WAVE, "--output", "a.png", "--save-every", "1"], "--output: a-00001.png is the input"),
+        ([WAVE, WAVE, "--output", "folder.png"], "--output: folder.png is a folder"),
+        ([WAVE, "--style", WAVE], "unknown argument --style"),
     ],
 )
 def test_unusable_input_is_one_line(workdir, capfd, arguments, reason):
     torch.save({"features.0.weight": torch.zeros(3)}, workdir / "other.pth")
+    Path("folder.png").mkdir()
     assert forked(main, ["neural-style", *arguments]) == 2
     error = capfd.readouterr().err
     assert len(error.splitlines()) == 1
@@ -125,7 +144,8 @@ def test_unusable_input_is_one_line(workdir, capfd, arguments, reason):
     [
         (["a.png", "--output", "a.png"], "--output: a.png is the input"),
         (["a.png", "--size", "64", "--octaves", "9"], "--octaves: the smallest of 9 octaves has 3 pixels on a side"),
-        (["a.png", "--layer", "relu7_1"], "vgg19-distilled has no layer relu7_1"),
+        (["a-octave1.png", "--output", "a.png"], "--output: a-octave1.png is the input"),
+        (["a.png", "--layer", "relu5_1"], "vgg19-distilled has no layer relu5_1. Use relu1_1 ... relu4_1"),
     ],
 )
 def test_unusable_input_of_deepdream_is_one_line(workdir, capfd, arguments, reason):

@@ -203,6 +203,35 @@ def test_predict_stylizes_images_of_any_size(workdir, photos, three_photos):
     assert sizes == {"alpha.png": (61, 83, 4), "gray.png": (61, 83, 3)}
 
 
+def test_predict_refuses_what_it_would_overwrite_or_cannot_use(workdir, photos, three_photos, capfd):
+    recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
+    weights = StyleTransfer(**MODEL["init_args"]).state_dict()
+    save_file(weights, workdir / "weights.safetensors")
+    (workdir / "mine/small").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(workdir / "mine/photo.jpg")
+    Image.new("RGB", (64, 64)).save(workdir / "mine/photo.png")
+    for name in ("a", "b"):
+        Image.new("RGB", (20, 64)).save(workdir / f"mine/small/{name}.png")
+    (workdir / "mine/clip.mp4").write_bytes(b"")
+    predict = ["predict", str(recipe), "--ckpt", "weights.safetensors"]
+    for options, reason in (
+        (["--input", "mine/photo.jpg", "--output", "mine"], "--output: mine/photo.png exists, and may be one of your files"),
+        (["--input", "mine/photo.jpg", "--output", ""], "--output is empty"),
+        (["--input", "", "--output", "out"], "--input is empty"),
+        (["--input", "mine/photo.jpg", "--output", "out", "--alpha", "2"], "alpha: '2' is not a number from 0 to 1"),
+        (
+            ["--input", "mine/small", "--output", "out"],
+            "a.png: 20x64 pixels; mine/small/b.png: 20x64 pixels, too small: at least 41",
+        ),
+    ):
+        assert forked(main, [*predict, *options]) == 2
+        assert reason in capfd.readouterr().err
+    assert not list((workdir / "out").glob("*"))
+    (workdir / "mine/small").rename(workdir / "small")
+    assert forked(main, [*predict, "--input", "mine", "--output", "out"]) == 0
+    assert "mine/clip.mp4  skipped: give a video as --input" in capfd.readouterr().out
+
+
 def test_a_checkpoint_is_evaluated_with_the_precision_of_the_committed_weights(tmp_path):
     trained, from_checkpoint, committed = (StyleTransfer([str(STYLES / "wave.jpg")], base_channels=4) for _ in range(3))
     torch.save({"state_dict": trained.state_dict()}, tmp_path / "last.ckpt")

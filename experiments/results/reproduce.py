@@ -26,7 +26,7 @@ from experiments.run.run_dir import Run, runs_root
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MAX_WEIGHT_BYTES = 8 * 2**20  # larger weights are not committed
 RESULTS = ROOT / "experiments/RESULTS.md"
-REPLAY_STEPS = 1_000  # steps that are replayed if other code started a run
+REPLAY_STEPS = 100  # steps that are replayed if other code started a run; at least two rows of its log
 TRAINING = ("train/", "learning_rate")  # prefixes of the names of training values in a log
 
 

@@ -85,12 +85,13 @@ def objective(recipe: Recipe, ckpt: str | None, overrides: list[str], write: boo
     """
     if write:
         require_writable(style_report.FOLDER)
-    cli, method = _build(recipe, [*overrides, *(["--ckpt", ckpt] if ckpt else [])])
+    words = [*overrides, *(["--ckpt", ckpt] if ckpt else [])]
+    cli, method = _build(recipe, words)
     weights = load_resolved_weights(cli)
     method = method.to(cli.trainer.strategy.root_device).eval()
     curves = {ref.name: _curve(method, ref) for ref in list_image_refs(PHOTOGRAPHS)}
     record = {
-        **_metadata(cli, recipe, "style-objective", [*overrides, *(["--ckpt", ckpt] if ckpt else [])]),
+        **_metadata(cli, recipe, "style-objective", words),
         "weights": file_hash(weights) if weights else "",
         "style": method.style_names[0],
         "size": FULL_RUN_SIZE,

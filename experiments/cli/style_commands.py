@@ -7,7 +7,7 @@ from experiments.cli.parser import Parser
 from experiments.run.recipes import find_recipe
 
 NETWORKS = ("vgg19", "vgg16", "vgg19-distilled")
-SIZES = {"size": 32, "steps": 1}  # smallest values
+MINIMA = {"size": 32, "steps": 1}
 MAXIMA = {"size": 16384, "octaves": 100, "seed": 2**32 - 1}
 
 
@@ -44,7 +44,7 @@ def neural_style(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --init noise (default 0)")
     parser.add_argument("--resume", action="store_true", help="continue after the last intermediate image")
     args = parser.parse_args(argv)
-    _require("neural-style", args, {**SIZES, "seed": 0, "save_every": 1, "style_weight": 0, "tv_weight": 0})
+    _require("neural-style", args, {**MINIMA, "seed": 0, "save_every": 1, "style_weight": 0, "tv_weight": 0})
     from experiments.run import neural_style
 
     neural_style.neural_style(**vars(args))
@@ -60,7 +60,7 @@ def deepdream(argv: list[str]) -> int:
     parser.add_argument("--octaves", type=int, default=4, metavar="N", help="resolutions, from coarse to fine (default 4)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per octave (default 10)")
     args = parser.parse_args(argv)
-    _require("deepdream", args, {**SIZES, "octaves": 1})
+    _require("deepdream", args, {**MINIMA, "octaves": 1})
     from experiments.run import neural_style
 
     neural_style.deepdream(**vars(args))
@@ -79,7 +79,8 @@ def style_speed(argv: list[str]) -> int:
         "--write", action="store_true", help="write the record and the page in experiments/methods/style/comparison"
     )
     args, overrides = parser.parse_known_args(argv)
-    _refuse_ckpt(overrides)
+    if any(word.partition("=")[0] == "--ckpt" for word in overrides):
+        raise UserError("style-speed: --ckpt has no effect, because the weights do not influence the time. Remove it")
     recipe = find_recipe(args.recipe)
     from experiments.bench import style
 
@@ -121,8 +122,3 @@ def _require(command: str, args: object, minima: dict[str, int]) -> None:
             raise UserError(f"{command}: {option} {value}: must be at least {minimum}, and finite")
         if value > MAXIMA.get(name, math.inf):
             raise UserError(f"{command}: {option} {value}: must be at most {MAXIMA[name]}")
-
-
-def _refuse_ckpt(overrides: list[str]) -> None:
-    if any(word.partition("=")[0] == "--ckpt" for word in overrides):
-        raise UserError("style-speed: --ckpt has no effect, because the weights do not influence the time. Remove it")

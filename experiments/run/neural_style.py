@@ -237,14 +237,15 @@ def load_state(optimization: StyleOptimization, settings: dict[str, Any], path: 
     """
     if not path.is_file():
         raise UserError(f"--resume: no file {path}. Remove the option to start a new image")
+    damaged = UserError(f"--resume: {path} is damaged. Delete it and remove the option to start a new image")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["settings"]
     except (OSError, *LOAD_ERRORS):
-        raise UserError(f"--resume: {path} is damaged. Delete it and remove the option to start a new image") from None
+        raise damaged from None
     if differing := [f"{name} {saved.get(name)}, now {value}" for name, value in settings.items() if saved.get(name) != value]:
         raise UserError(f"--resume: {path} was saved with {differing[0]}. Use the same images and options")
     try:
         optimization.load_state_dict(state)
     except LOAD_ERRORS:
-        raise UserError(f"--resume: {path} is damaged. Delete it and remove the option to start a new image") from None
+        raise damaged from None

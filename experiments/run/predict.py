@@ -81,13 +81,17 @@ def predict_images(cli: DarkroomCLI, files: list[Path], paths: dict[str, Path], 
 def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
     """Apply the method to each frame of a video, and write an MP4 file without sound.
 
+    If the command is interrupted, the frames so far are written to another file.
+
     Raises:
         UserError: the video cannot be read, would be overwritten, or there are several processes.
     """
     target = output / f"{source.stem}.mp4"
     if target.resolve() == source.resolve():
         raise UserError(f"--output: {target} is the input and would be overwritten. Choose another folder")
-    check_target(target, source.parent)
+    partial = target.with_stem(f"{target.stem}-partial")
+    for path in (target, partial):
+        check_target(path, source.parent)
     if cli.trainer.world_size > 1:
         raise UserError("--input: a video is processed by one process. Use --trainer.devices 1")
     with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +102,11 @@ def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
             predict_images(cli, files, {str(file): after / file.name for file in files}, output, verbose=False)
         except InvalidImage as error:  # names a temporary file
             raise UserError(f"--input: frames of {source}: {str(error).partition(': ')[2]}") from None
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+            if written := sorted(after.glob("*.png"))[:-1]:  # the last frame may be incomplete
+                write_video(written, rate, partial)
+                print_rank_zero(f"{source}  interrupted after {len(written)} of {len(files)} frames  ->  {partial}")
+            raise
         write_video([after / file.name for file in files], rate, target)
     print_rank_zero(f"{source}  {len(files)} frames  ->  {target}")
 

@@ -1,7 +1,10 @@
 """Fast style transfer: features and losses against independent implementations, the network, and the contract."""
 
+import os
+import signal
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 from torchvision.models import vgg16, vgg19
 
 from callbacks.run.checkpoints import inference_state_dict, load_weights
+from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
 from datamodules.stylization import Stylization
@@ -279,6 +283,19 @@ def test_repeated_styles_and_names_with_separators_are_refused():
         StyleTransfer(["a=b.jpg"])
 
 
+def interrupted_main(arguments: list[str]) -> int:
+    """Run a command line that receives Ctrl-C after its third image."""
+    write = ImageWriter.write_on_batch_end
+
+    def write_and_interrupt(*args: Any) -> None:
+        write(*args)
+        if args[-2] == 2:  # index of the batch
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ImageWriter.write_on_batch_end = write_and_interrupt
+    return main(arguments)
+
+
 def test_video_is_stylized_frame_by_frame(workdir, photos, three_photos, capfd):
     recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
     assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "4"]) == 0
@@ -310,6 +327,12 @@ def test_video_is_stylized_frame_by_frame(workdir, photos, three_photos, capfd):
     ):
         assert forked(main, ["predict", str(recipe), "--input", video, "--output", "out", *options]) == 2
         assert reason in capfd.readouterr().err
+
+    assert forked(interrupted_main, ["predict", str(recipe), "--input", "clip.mp4", "--output", "stopped"]) != 0
+    assert "interrupted after 2 of 4 frames" in capfd.readouterr().out
+    partial = read_frames(workdir / "stopped/clip-partial.mp4", workdir / "decoded")[0]
+    assert len(partial) == 2
+    assert (read_image(partial[1]).float() - stylized[1]).square().mean().sqrt() < 25
 
 
 @pytest.mark.parametrize("upsampling", ["transposed", "nearest"])

@@ -9,6 +9,7 @@ Differences from the paper, with reasons:
 1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires.
 2. Training patches are at random positions, flipped and rotated. The paper does not say how patches are chosen.
 3. The output is 150 tanh + the mean of ImageNet, as in the released code, and not in 0 ... 255 as in the paper.
+4. For short trainings, the learning rate can fall to zero along a half cosine (`decay`).
 """
 
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ class PerceptualSR(SuperResolutionMethod):
         base_channels: feature maps; 64 in the paper.
         total_images: training budget in patches; 800,000 in the paper.
         learning_rate: Adam learning rate.
+        decay: decrease the learning rate to 0 along a half cosine; constant in the paper.
     """
 
     channels = 3
@@ -81,10 +83,12 @@ class PerceptualSR(SuperResolutionMethod):
         base_channels: PositiveInt = 64,
         total_images: int = 800_000,
         learning_rate: PositiveFloat = 1e-3,
+        decay: bool = False,
     ) -> None:
         super().__init__(scale, total_images, learning_rate)
         self.save_hyperparameters()
         self.loss, self.feature_layer, self.tv_weight, self.match_histogram = loss, feature_layer, tv_weight, match_histogram
+        self.decay = decay
         c = base_channels
         upsampling: list[nn.Module] = []
         for _ in range({4: 2, 8: 3}[scale]):
@@ -146,8 +150,8 @@ class PerceptualSR(SuperResolutionMethod):
         return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, fused=True)
 
     def schedule(self, images_seen: int) -> float:
-        """Return the constant learning rate."""
-        return self.learning_rate
+        """Return the learning rate after `images_seen` images: constant or a half cosine to zero."""
+        return super().schedule(images_seen) if self.decay else self.learning_rate
 
 
 def match(image: Tensor, reference: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ Differences from the paper, with reasons:
 1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires.
 2. Training patches are at random positions, flipped and rotated. The paper does not say how patches are chosen.
 3. The output is 150 tanh + the mean of ImageNet, as in the released code, and not in 0 ... 255 as in the paper.
-4. For short trainings, the learning rate can fall to zero along a half cosine (`decay`).
+4. For short trainings, the learning rate can rise at the start, because otherwise the output saturates, and fall to zero along
+   a half cosine (`warmup`, `decay`).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from skimage.exposure import match_histograms
 from torch import Tensor, nn
 
@@ -65,6 +66,7 @@ class PerceptualSR(SuperResolutionMethod):
         base_channels: feature maps; 64 in the paper.
         total_images: training budget in patches; 800,000 in the paper.
         learning_rate: Adam learning rate.
+        warmup: patches over which the learning rate rises; 0 in the paper.
         decay: decrease the learning rate to 0 along a half cosine; constant in the paper.
     """
 
@@ -83,9 +85,10 @@ class PerceptualSR(SuperResolutionMethod):
         base_channels: PositiveInt = 64,
         total_images: int = 800_000,
         learning_rate: PositiveFloat = 1e-3,
+        warmup: NonNegativeInt = 0,
         decay: bool = False,
     ) -> None:
-        super().__init__(scale, total_images, learning_rate)
+        super().__init__(scale, total_images, learning_rate, warmup)
         self.save_hyperparameters()
         self.loss, self.feature_layer, self.tv_weight, self.match_histogram = loss, feature_layer, tv_weight, match_histogram
         self.decay = decay
@@ -150,8 +153,10 @@ class PerceptualSR(SuperResolutionMethod):
         return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, fused=True)
 
     def schedule(self, images_seen: int) -> float:
-        """Return the learning rate after `images_seen` images: constant or a half cosine to zero."""
-        return super().schedule(images_seen) if self.decay else self.learning_rate
+        """Return the learning rate after `images_seen` images: a linear rise, then constant or a half cosine to zero."""
+        if self.decay:
+            return super().schedule(images_seen)
+        return self.learning_rate * min(1.0, (images_seen + 1) / max(1, self.warmup))
 
 
 def match(image: Tensor, reference: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ Differences from the paper, with reasons:
 1. Images are in [0, 1], RGB, and normalized as torchvision's VGG requires.
 2. Training patches are at random positions, flipped and rotated. The paper does not say how patches are chosen.
 3. The output is 150 tanh + the mean of ImageNet, as in the released code, and not in 0 ... 255 as in the paper.
-4. For short trainings, the learning rate can rise at the start, because otherwise the output saturates, and fall to zero along
-   a half cosine (`warmup`, `decay`).
+4. For short trainings, the learning rate can rise at the start and fall to zero along a half cosine (`warmup`, `decay`), and a
+   training with the feature loss can start with the pixel loss (`pixel_images`). With the feature loss alone, the output
+   saturates, and it takes many steps until its colors are right.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from modules.networks.transform_net import from_network_range, to_network_range
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, find_feature_weights
 from modules.tasks.superresolution import SuperResolutionMethod
 from modules.training.method import Batch
+from modules.training.stages import Stage
 
 Loss = Literal["pixel", "feature"]
 
@@ -61,6 +63,7 @@ class PerceptualSR(SuperResolutionMethod):
         feature_network: network of the feature loss: "vgg16" (paper), "vgg19" or "vgg19-distilled".
         feature_weights: file of its weights; null for torchvision's, or for the distilled weights in the repository.
         feature_layer: layer of the feature loss.
+        pixel_images: patches at the start that are trained with the pixel loss, if `loss` is "feature"; 0 in the paper.
         tv_weight: weight of total variation.
         match_histogram: match the histogram of each channel to that of the input (Section 4.2), except in training.
         base_channels: feature maps; 64 in the paper.
@@ -80,6 +83,7 @@ class PerceptualSR(SuperResolutionMethod):
         feature_network: FeatureNetworkName = "vgg16",
         feature_weights: str | None = None,
         feature_layer: str = "relu2_2",
+        pixel_images: NonNegativeInt = 0,
         tv_weight: NonNegativeFloat = 0.0,
         match_histogram: bool = True,
         base_channels: PositiveInt = 64,
@@ -91,7 +95,7 @@ class PerceptualSR(SuperResolutionMethod):
         super().__init__(scale, total_images, learning_rate, warmup)
         self.save_hyperparameters()
         self.loss, self.feature_layer, self.tv_weight, self.match_histogram = loss, feature_layer, tv_weight, match_histogram
-        self.decay = decay
+        self.pixel_images, self.decay = pixel_images, decay
         c = base_channels
         upsampling: list[nn.Module] = []
         for _ in range({4: 2, 8: 3}[scale]):
@@ -126,7 +130,7 @@ class PerceptualSR(SuperResolutionMethod):
         if batch["target"].shape[1] != self.channels:
             raise UserError(f"data.channels: {batch['target'].shape[1]} does not fit PerceptualSR. Use {self.channels}")
         prediction = self(batch["input"])
-        if self.loss == "pixel":
+        if self.loss == "pixel" or self.images_seen < self.pixel_images:
             terms = {"pixel": F.mse_loss(prediction, batch["target"])}
         else:
             with torch.no_grad():
@@ -151,6 +155,13 @@ class PerceptualSR(SuperResolutionMethod):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Create Adam (Section 4.2)."""
         return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, fused=True)
+
+    def stages(self) -> list[Stage]:
+        """Return the stages of training; the state of Adam is reset when the loss changes, because of its scale."""
+        stages = super().stages()
+        if self.loss == "feature" and self.pixel_images:
+            stages.append(Stage(self.pixel_images, reset_optimizers=True))
+        return sorted(stages, key=lambda stage: stage.start)
 
     def schedule(self, images_seen: int) -> float:
         """Return the learning rate after `images_seen` images: a linear rise, then constant or a half cosine to zero."""

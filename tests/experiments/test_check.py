@@ -101,7 +101,7 @@ def project(trained, tmp_path):
     return Project(tmp_path / "darkroom")
 
 
-def test_renaming_is_certified_and_a_changed_network_is_reported(project, tmp_path):
+def test_renaming_is_certified(project, tmp_path):
     """Both code versions evaluate the current weights, because the commit of the record contains no weights."""
     first = read_record(project.record)
     project.change("modules/tasks/superresolution.py", '{"mse"', '{"squared_error"')
@@ -115,11 +115,16 @@ def test_renaming_is_certified_and_a_changed_network_is_reported(project, tmp_pa
     assert certified["certified"]["absent"] == ["set5"]
     assert "without set5, which is not installed" in said
     assert certified["metrics"] == first["metrics"]
+
+
+@pytest.mark.slow
+def test_changed_network_is_reported(project):
+    record = read_record(project.record)
     project.change("modules/espcn.py", "nn.PixelShuffle(scale)", "nn.PixelShuffle(scale), nn.Hardtanh(0.0, 0.999)")
-    status, said = project.check()  # the check runs although the new record is not committed
+    status, said = project.check()
     assert status == 1
-    assert "the log, from 0 images on: train/squared_error after 4 images was" in said
-    assert read_record(project.record) == certified
+    assert "the log, from 0 images on: train/mse after 4 images was" in said
+    assert read_record(project.record) == record
 
 
 @pytest.mark.slow

@@ -42,9 +42,11 @@ def test_header_states_cell_value_time_and_command(recipe):
     assert any(line.startswith("Command:") and recipe.name in line for line in header)
 
 
-def build(recipe):
-    cli = DarkroomCLI("fit", recipe, [])
-    assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
+def build(recipes):
+    for recipe in recipes:
+        print(recipe.name)
+        cli = DarkroomCLI("fit", recipe, [])
+        assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
 
 
 def assert_losses_are_documented(recipe, folder):
@@ -68,9 +70,10 @@ def accepted(recipe, overrides):
 TRAINED_IN_FULL = [recipe for recipe in TRAINED if datamodule_of(recipe) in ("SuperResolution", "Reconstruction")]
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED_IN_FULL], ids=name_of)
-def test_recipe_is_built_at_full_size(recipe, workdir):
-    assert forked(build, recipe) == 0
+@pytest.mark.parametrize("method", sorted({recipe.name.partition("/")[0] for recipe in ALL if recipe not in TRAINED_IN_FULL}))
+def test_recipes_are_built_at_full_size(method, workdir):
+    recipes = [recipe for recipe in ALL if recipe.name.startswith(f"{method}/") and recipe not in TRAINED_IN_FULL]
+    assert forked(build, recipes) == 0
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=name_of)

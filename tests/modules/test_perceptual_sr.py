@@ -44,8 +44,8 @@ class TestPerceptualSR(SuperResolutionContract):
     data = {"channels": 3, "blur": 1.0, "patch_size": 12, "border_overhang": 2}
     bf16_rtol = 0.05
     # with the pixel loss, because the feature loss does not raise PSNR
-    training_overrides = ["--model.total_images", "800", "--val_every_images", "200", "--model.loss", "pixel"]
-    min_psnr_gain_db = 0.6  # seeds 1 to 3, AVX-512 and AVX2: 1.1 ... 1.8
+    training_overrides = ["--model.total_images", "800", "--val_every_images", "80", "--model.loss", "pixel"]
+    min_psnr_gain_db = 2  # over the first validation; seeds 0 to 4: 4.6 ... 6.2
 
     def example(self):
         return torch.rand(1, 3, 19, 23)

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two processes on two cores
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ from tests.helpers.subprocess_helpers import start_server
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the server before this process computes anything."""
+    hashes = tempfile.TemporaryDirectory()
+    session.config.add_cleanup(hashes.cleanup)
+    os.environ["DARKROOM_TEST_HASHES"] = hashes.name  # of code, see `forkserver_preload.py`
     start_server()
 
 

@@ -1,14 +1,17 @@
 """Import modules, hash the code and read the digits once for all runs, in the server of `subprocess_helpers.py`."""
 
 import gc
+import hashlib
 import importlib
 import os
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from datamodules.catalog.array_readers import READERS
-from experiments.results.fingerprint import code_fingerprint
+from experiments import ROOT
+from experiments.results import fingerprint
 from experiments.run.recipes import recipes
 
 for name in (
@@ -22,7 +25,25 @@ for name in (
 ):
     importlib.import_module(name)
 for recipe in recipes():
-    code_fingerprint(recipe)
+    fingerprint.code_fingerprint(recipe)
+
+hash_of_classes = fingerprint._hash_of_classes
+fingerprint._files([f"tests.modules.{path.stem}" for path in (ROOT / "tests/modules").glob("test_*.py")])  # parses them
+
+
+def shared_hash_of_classes(classes: list[str]) -> str:
+    """Look up the hash in the folder DARKROOM_TEST_HASHES. The hash of a class of the tests takes a second of every run."""
+    files = fingerprint._files([name.rpartition(".")[0] for name in classes])
+    sources = sorted((name, file.source) for name, file in files.items())
+    path = Path(os.environ["DARKROOM_TEST_HASHES"], hashlib.sha256(repr(sources).encode()).hexdigest())
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(hash_of_classes(classes))
+        part.replace(path)
+    return path.read_text()
+
+
+fingerprint._hash_of_classes = shared_hash_of_classes
 READERS["digits"] = cache(READERS["digits"])  # a run reads this file six times, 0.1 s each
 READERS["digits"]("all")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -30,8 +30,9 @@ class TestDeepLab(SegmentationContract):
     bf16_rtol = 0.05
 
     @pytest.mark.slow  # two minutes: depthwise convolutions in float64
-    def test_two_ranks_match_one_rank_with_and_without_gradient_accumulation(self, workdir, recipe):
-        super().test_two_ranks_match_one_rank_with_and_without_gradient_accumulation(workdir, recipe)
+    @pytest.mark.parametrize("micro_batches", [1, 2])
+    def test_two_ranks_match_one_rank(self, workdir, recipe, micro_batches):
+        super().test_two_ranks_match_one_rank(workdir, recipe, micro_batches)
 
 
 @pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "deeplabv3", "pspnet"])

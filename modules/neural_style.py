@@ -15,7 +15,7 @@ Differences from Gatys et al., with reasons:
 
 Differences of DeepDream from the published notebook, with reasons:
 
-1. The network is a VGG, which the other methods use too, and the layer is its deepest style layer. The notebook has GoogLeNet.
+1. The network is a VGG, which the other methods use too, and the layer is one of `DREAM_LAYERS`. The notebook has GoogLeNet.
 2. Each octave is resized from the photograph with antialiasing. The notebook zooms repeatedly without.
 3. A guide image is not supported.
 """
@@ -39,6 +39,7 @@ LAYERS: dict[FeatureNetworkName, tuple[str, tuple[str, ...]]] = {
     "vgg16": ("relu2_2", VGG16_STYLE_LAYERS),
     "vgg19-distilled": ("relu3_1", ("relu1_1", "relu2_1", "relu3_1", "relu4_1")),
 }
+DREAM_LAYERS: dict[FeatureNetworkName, str] = {"vgg19": "relu5_1", "vgg16": "relu4_3", "vgg19-distilled": "relu3_1"}
 
 
 class StyleOptimization:

@@ -27,9 +27,9 @@ def neural_style(argv: list[str]) -> int:
     parser.add_argument(
         "--style-weight",
         type=float,
-        default=0.05,
+        default=5.0,
         metavar="W",
-        help="weight of the style loss (default 0.05, for the vgg19-distilled)",
+        help="weight of the style loss (default 5, for the vgg19-distilled)",
     )
     parser.add_argument(
         "--tv-weight",
@@ -56,7 +56,9 @@ def deepdream(argv: list[str]) -> int:
     parser = Parser(prog="darkroom deepdream", description="Amplify the features of a network in an image (DeepDream).")
     parser.add_argument("image", metavar="IMAGE", help="image file")
     _add_common(parser, "dream.png")
-    parser.add_argument("--layer", metavar="NAME", help="layer to amplify, such as relu3_3 (default: the deepest style layer)")
+    parser.add_argument(
+        "--layer", metavar="NAME", help="layer to amplify, such as relu3_3 (default: relu3_1 of the vgg19-distilled)"
+    )
     parser.add_argument("--octaves", type=int, default=4, metavar="N", help="resolutions, from coarse to fine (default 4)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per octave (default 10)")
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ from experiments.run.cpu import configure_cpu
 from experiments.run.sample import require_writable, save_png
 from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights
-from modules.neural_style import LAYERS, OptimizerName, StyleOptimization, dream, resize
+from modules.neural_style import DREAM_LAYERS, LAYERS, OptimizerName, StyleOptimization, dream, resize
 from modules.style_transfer import read_style
 from modules.training.references import ReferenceNetwork
 
@@ -127,7 +127,7 @@ def deepdream(
         image: image file.
         output: PNG file.
         size: longer side of the result in pixels.
-        layer: layer to amplify; None for the deepest style layer of the network.
+        layer: layer to amplify; None for that of `DREAM_LAYERS`.
         octaves, steps: see `dream`.
         network, weights: see `FeatureNetwork` and `find_feature_weights`.
 
@@ -136,7 +136,7 @@ def deepdream(
     """
     path = Path(output)
     check_output([path, *(octave_path(path, octave) for octave in range(octaves - 1))], [Path(image)])
-    layer = layer or LAYERS[network][1][-1]
+    layer = layer or DREAM_LAYERS[network]
     features = load_features(network, weights, [layer], "max")
     picture = read_content(Path(image), size).to(features.mean)
     smallest = min(picture.shape[-2:]) * OCTAVE_SCALE ** (1 - octaves)

@@ -28,7 +28,7 @@ from callbacks.run.record_file import write_record
 from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
-from experiments.results.fingerprint import code_fingerprint
+from experiments.results.fingerprint import canonical, code_fingerprint
 from experiments.results.records import Record, changed_code, commit, committed_records, differences, record_path
 from experiments.results.renames import Renames
 from experiments.results.replay import STEPS, Code, Mismatch, Uncheckable, data_hashes, evaluate, replay, result_values
@@ -128,9 +128,9 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
     outcome = Outcome("unchanged")
     try:
         renamed = renames.record(record)
-        if changed := differences(renamed, recipe):
+        if changed := differences(renamed, canonical(recipe)):
             raise Mismatch(f"the recipe has changed: {'; '.join(changed)}")
-        due = bool(changed_code(record, recipe)) or renamed != record
+        due = bool(changed_code(record, code_fingerprint(recipe))) or renamed != record
         has_weights = recipe.weights.exists() and record["seed"] == 0
         if due or has_weights:
             if missing := missing_inputs(recipe, recipe.is_trainable):

@@ -127,6 +127,7 @@ class File:
         attributes: position of each method, field and attribute of the classes.
         parameters: names of the parameters of the functions and classes, by function or class name.
         used: all names and attributes that occur in the file.
+        bound: names of the variables, arguments, functions and classes, and of the imports from this project.
     """
 
     source: str
@@ -136,6 +137,7 @@ class File:
     attributes: dict[str, int]
     parameters: dict[str, list[list[str]]]
     used: frozenset[str]
+    bound: frozenset[str]
 
 
 def _files(modules: list[str]) -> dict[str, File]:
@@ -226,7 +228,7 @@ def _read(source: str, package: str) -> File:
             definitions.setdefault(name, len(definitions))
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return File(source, package, imported, definitions, attributes, parameters, frozenset(used))
+    return File(source, package, imported, definitions, attributes, parameters, frozenset(used), _bound_names(tree))
 
 
 def _defined(statement: ast.stmt) -> Iterator[str]:
@@ -252,7 +254,9 @@ def _file_hash(name: str, files: dict[str, File]) -> str:
         for function in file.used & other.parameters.keys():
             parameters.setdefault(function, []).extend(other.parameters[function])
     joined = {attribute: ",".join(sorted(places)) for attribute, places in attributes.items()}
-    return _hash_of(file.source, own & file.used, _frozen(imported), _frozen(joined), json.dumps(parameters, sort_keys=True))
+    return _hash_of(
+        file.source, file.bound, own & file.used, _frozen(imported), _frozen(joined), json.dumps(parameters, sort_keys=True)
+    )
 
 
 def _place(module: str, member: str, files: dict[str, File], own: frozenset[str]) -> str:
@@ -273,7 +277,7 @@ def _place(module: str, member: str, files: dict[str, File], own: frozenset[str]
 
 
 def _place_of(file: File, position: int, own: frozenset[str]) -> str:
-    return f"{_hash_of(file.source, own & file.used, (), (), 'null')}:{position}"
+    return f"{_hash_of(file.source, file.bound, own & file.used, (), (), 'null')}:{position}"
 
 
 Pairs = tuple[tuple[str, str], ...]
@@ -284,13 +288,14 @@ def _frozen(mapping: dict[str, str]) -> Pairs:
 
 
 @cache
-def _hash_of(source: str, own: frozenset[str], imported: Pairs, attributes: Pairs, parameters: str) -> str:
+def _hash_of(
+    source: str, bound: frozenset[str], own: frozenset[str], imported: Pairs, attributes: Pairs, parameters: str
+) -> str:
     """Return the hash of the reduced syntax tree of a file, see `Essence`.
 
     With empty `imported` and `attributes`, names of other files are numbered as those of this file.
     """
-    tree = parse(source)
-    essence = Essence(_bound_names(tree), own, dict(imported), dict(attributes), json.loads(parameters)).visit(tree)
+    essence = Essence(bound, own, dict(imported), dict(attributes), json.loads(parameters)).visit(parse(source))
     return _hash(ast.dump(essence))
 
 

@@ -185,9 +185,9 @@ def committed_records(recipe: str) -> tuple[list[Record], list[str]]:
     return sorted(records, key=lambda record: record["seed"]), broken
 
 
-def differences(record: Record, recipe: Recipe) -> list[str]:
-    """List the keys in which a recipe differs from the recipe of a record, with both values."""
-    return _differences(record["content"], canonical(recipe), "")
+def differences(record: Record, content: dict[str, Any]) -> list[str]:
+    """List the keys in which a recipe differs from the recipe of a record, with both values; `content`: see `canonical`."""
+    return _differences(record["content"], content, "")
 
 
 def _differences(old: Any, new: Any, key: str) -> list[str]:
@@ -199,7 +199,12 @@ def _differences(old: Any, new: Any, key: str) -> list[str]:
     return [] if old == new else [f"{key} {json.dumps(old)}, now {json.dumps(new)}"]
 
 
-def changed_code(record: Record, recipe: Recipe) -> list[str]:
-    """List the parts of the code ("training", "metrics") that differ from both the record's code and the certified code."""
-    known = [code for code in (record.get("code"), record.get("certified", {}).get("code")) if code]
-    return [part for part, value in code_fingerprint(recipe).items() if all(code.get(part) != value for code in known)]
+def changed_code(record: Record, code: dict[str, str]) -> list[str]:
+    """List the parts of the code ("training", "metrics") that differ from both the record's code and the certified code.
+
+    Args:
+        record: the run record.
+        code: hashes of the current code, see `code_fingerprint`.
+    """
+    known = [hashes for hashes in (record.get("code"), record.get("certified", {}).get("code")) if hashes]
+    return [part for part, value in code.items() if all(hashes.get(part) != value for hashes in known)]

@@ -17,7 +17,7 @@ from callbacks.run.record_file import read_record, write_record
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
-from experiments.results.fingerprint import code_fingerprint, recipe_fingerprint
+from experiments.results.fingerprint import canonical, code_fingerprint, recipe_fingerprint
 from experiments.results.records import Record, changed_code, committed_records, differences, record_path
 from experiments.results.tables import cells, format_ours, format_paper, format_provenance, load_table, render
 from experiments.run.recipes import Recipe, find_recipe, methods
@@ -75,7 +75,8 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
         UserError: a run failed, or its record cannot be used.
     """
     learns = recipe.is_trainable
-    current = {record["seed"]: record for record in committed_records(recipe.name)[0] if not differences(record, recipe)}
+    content = canonical(recipe)
+    current = {record["seed"]: record for record in committed_records(recipe.name)[0] if not differences(record, content)}
     if 0 in current and (sets := unevaluated_sets(recipe, current[0])):
         words = ["--ckpt", str(recipe.weights)] if learns else []
         run_command("test", recipe.name, *words, "--data.test", json.dumps(sets), "--record", str(record_path(recipe, 0)))
@@ -84,7 +85,7 @@ def run_recipe(recipe: Recipe, seeds: int) -> None:
         return
     for seed in range(seeds if learns else 1):
         if seed in current:
-            due = changed_code(current[seed], recipe)
+            due = changed_code(current[seed], code_fingerprint(recipe))
             print(f"{recipe.name}: the record of seed {seed} is current{', but a check is due' if due else ''}", flush=True)
             continue
         if learns:
@@ -169,7 +170,7 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     from callbacks.run.checkpoints import inference_state_dict
 
     record = read_record(run.record)
-    changed = [*differences(record, recipe), *changed_code(record, recipe)]
+    changed = [*differences(record, canonical(recipe)), *changed_code(record, code_fingerprint(recipe))]
     if changed or [word for word in record["overrides"] if word.startswith(("--model", "--data", "--trainer"))]:
         raise UserError(f"{run.folder} is not a run of the current {recipe.name}; repeat it: {changed or record['overrides']}")
     if "metrics" not in record:

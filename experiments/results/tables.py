@@ -5,12 +5,14 @@ This module imports no heavy packages.
 
 import math
 import statistics
+from functools import cache
 from typing import Any
 
 import yaml
 
 from datamodules.errors import UserError
 from experiments import METHODS
+from experiments.results.fingerprint import canonical, code_fingerprint
 from experiments.results.records import Record, changed_code, committed_records, differences
 from experiments.run.recipes import find_recipe
 
@@ -41,17 +43,27 @@ def cells(method: str) -> list[Cell]:
         `provenance` (key of `PROVENANCE`), `ours` (mean over seeds or None), `std` (None below two seeds), `seeds` (number of
         records), `difference`, `state`, `checked` and `record` (paths of the record files).
     """
+    files = _Files()
     return [
-        _cell(table, row, dataset, paper)
+        _cell(table, row, dataset, paper, files)
         for table in load_table(method)["tables"]
         for row in table["rows"]
         for dataset, paper in row["paper"].items()
     ]
 
 
-def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float | None) -> Cell:
+class _Files:
+    """Functions that read the records, the content and the code of a recipe, by its name. Each file is read once."""
+
+    def __init__(self) -> None:
+        self.records = cache(committed_records)
+        self.content = cache(lambda name: canonical(find_recipe(name)))
+        self.code = cache(lambda name: code_fingerprint(find_recipe(name)))
+
+
+def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float | None, files: _Files) -> Cell:
     metric = row.get("metric", table["metric"])
-    records, broken = committed_records(row["recipe"]) if "recipe" in row else ([], [])
+    records, broken = files.records(row["recipe"]) if "recipe" in row else ([], [])
     used = []
     for record in records:
         if (value := record_value(record, dataset, metric, table.get("average", {}))) is not None:
@@ -76,8 +88,8 @@ def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float
     sources = [record for record, _ in used]
     names = set(table.get("average", {})) if dataset == "average" else {dataset.partition("/")[0]}
     try:
-        state = _state(cell, table, row, sources, bool(records), broken)
-        return {**cell, "state": state, "checked": _checked(row, names, sources)}
+        state = _state(cell, table, row, sources, bool(records), broken, files)
+        return {**cell, "state": state, "checked": _checked(row, names, sources, files)}
     except UserError as error:  # a missing recipe, or a file with a syntax error
         return {**cell, "state": f"{NOT_RUN}{error}", "checked": ""}
 
@@ -110,14 +122,20 @@ def record_value(record: Record, dataset: str, metric: str, average: dict[str, i
 
 
 def _state(
-    cell: Cell, table: dict[str, Any], row: dict[str, Any], records: list[Record], has_records: bool, broken: list[str]
+    cell: Cell,
+    table: dict[str, Any],
+    row: dict[str, Any],
+    records: list[Record],
+    has_records: bool,
+    broken: list[str],
+    files: _Files,
 ) -> str:
     if broken:
         return f"broken record: {'; '.join(broken)}"
     if not records:
         return f"{NOT_RUN}{_why_not(cell, row, has_records)}"
-    recipe = find_recipe(row["recipe"])
-    if changed := list(dict.fromkeys(line for record in records for line in differences(record, recipe))):
+    content = files.content(row["recipe"])
+    if changed := list(dict.fromkeys(line for record in records for line in differences(record, content))):
         return f"stale: the recipe has changed: {'; '.join(changed)}"
     state = _verdict(cell, table, row)
     if any(record["commit"].endswith("+") for record in records):
@@ -140,12 +158,12 @@ def _verdict(cell: Cell, table: dict[str, Any], row: dict[str, Any]) -> str:
     return f"short by {-sign * cell['difference']:.{cell['decimals']}f}" if missed else "reproduced"
 
 
-def _checked(row: dict[str, Any], datasets: set[str], records: list[Record]) -> str:
+def _checked(row: dict[str, Any], datasets: set[str], records: list[Record], files: _Files) -> str:
     """Return the certified commits and the datasets without a check; "check due: ..." if the code has changed."""
     if not records:
         return ""
-    recipe = find_recipe(row["recipe"])
-    if changed := {part for record in records for part in changed_code(record, recipe)}:
+    code = files.code(row["recipe"])
+    if changed := {part for record in records for part in changed_code(record, code)}:
         return f"check due: code of {' and '.join(sorted(changed))}"
     commits = ", ".join(dict.fromkeys(record.get("certified", record)["commit"][:7] for record in records))
     absent = {name for record in records for name in record.get("certified", {}).get("absent", [])}

@@ -37,7 +37,7 @@ def test_committed_pages_are_rendered_from_the_records():
 def test_every_committed_record_is_valid_and_belongs_to_its_current_recipe(path):
     record = read_record(path)
     validate(record, path)
-    assert differences(record, find_recipe(record["recipe"])) == []
+    assert differences(record, canonical(find_recipe(record["recipe"]))) == []
     assert not record["commit"].endswith("+")
     assert record.get("certified", record)["commit"]  # a new record was made with the code that it names
 
@@ -164,7 +164,7 @@ def one_row(monkeypatch):
         record = {**a_record(**changes), "file": "a.json"}
         monkeypatch.setattr(tables, "committed_records", lambda name: ([record], []))
         table = {"table": "T", "metric": "m", "provenance": "V", **(settings or {})}
-        return tables._cell(table, {"row": "r", "recipe": "bicubic/x3", **(row or {})}, dataset, paper)
+        return tables._cell(table, {"row": "r", "recipe": "bicubic/x3", **(row or {})}, dataset, paper, tables._Files())
 
     return cell
 
@@ -227,7 +227,7 @@ def test_several_seeds_give_mean_and_spread(monkeypatch):
     ]
     monkeypatch.setattr(tables, "committed_records", lambda name: (found, []))
     table = {"table": "T", "metric": "m", "provenance": "V"}
-    cell = tables._cell(table, {"row": "r", "recipe": "bicubic/x3"}, "set5", 32.55)
+    cell = tables._cell(table, {"row": "r", "recipe": "bicubic/x3"}, "set5", 32.55, tables._Files())
     assert (cell["ours"], cell["std"], cell["seeds"]) == (32.7, 0.2, 3)
     assert tables.format_ours(cell) == "32.70 ± 0.20 (3 seeds)"
 

@@ -27,9 +27,9 @@ def neural_style(argv: list[str]) -> int:
     parser.add_argument(
         "--style-weight",
         type=float,
-        default=5.0,
+        default=20.0,
         metavar="W",
-        help="weight of the style loss (default 5, for the vgg19-distilled)",
+        help="weight of the style loss (default 20, for the vgg19-distilled)",
     )
     parser.add_argument(
         "--tv-weight",

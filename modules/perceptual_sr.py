@@ -63,14 +63,17 @@ class PerceptualSR(SuperResolutionMethod):
         feature_network: network of the feature loss: "vgg16" (paper), "vgg19" or "vgg19-distilled".
         feature_weights: file of its weights; null for torchvision's, or for the distilled weights in the repository.
         feature_layer: layer of the feature loss.
-        pixel_images: patches at the start that are trained with the pixel loss, if `loss` is "feature"; 0 in the paper.
-        tv_weight: weight of total variation.
+        pixel_images: patches at the start that are trained with the pixel loss alone, if `loss` is "feature"; 0 in the paper.
+        tv_weight: weight of total variation, relative to `loss`.
         match_histogram: match the histogram of each channel to that of the input (Section 4.2), except in training.
         base_channels: feature maps; 64 in the paper.
         total_images: training budget in patches; 800,000 in the paper.
         learning_rate: Adam learning rate.
         warmup: patches over which the learning rate rises; 0 in the paper.
         decay: decrease the learning rate to 0 along a half cosine; constant in the paper.
+
+    Raises:
+        UserError: with the feature loss, `pixel_images` is not below `total_images`.
     """
 
     channels = 3
@@ -93,6 +96,8 @@ class PerceptualSR(SuperResolutionMethod):
         decay: bool = False,
     ) -> None:
         super().__init__(scale, total_images, learning_rate, warmup)
+        if loss == "feature" and pixel_images >= total_images:
+            raise UserError(f"model.pixel_images: {pixel_images} must be less than model.total_images, {total_images}")
         self.save_hyperparameters()
         self.loss, self.feature_layer, self.tv_weight, self.match_histogram = loss, feature_layer, tv_weight, match_histogram
         self.pixel_images, self.decay = pixel_images, decay
@@ -130,7 +135,9 @@ class PerceptualSR(SuperResolutionMethod):
         if batch["target"].shape[1] != self.channels:
             raise UserError(f"data.channels: {batch['target'].shape[1]} does not fit PerceptualSR. Use {self.channels}")
         prediction = self(batch["input"])
-        if self.loss == "pixel" or self.images_seen < self.pixel_images:
+        if self.loss == "feature" and self.images_seen < self.pixel_images:
+            return {"pixel": F.mse_loss(prediction, batch["target"])}
+        if self.loss == "pixel":
             terms = {"pixel": F.mse_loss(prediction, batch["target"])}
         else:
             with torch.no_grad():

@@ -135,6 +135,7 @@ def test_perceptual_super_resolution_recipe_trains_a_few_steps(recipe, workdir, 
     link_feature_weights(model, workdir, torch_home)
     overrides = ["--model.total_images", "4", "--data.batch_size", "2", "--val_every_images", "2", "--model.base_channels", "2"]
     overrides += ["--data.patch_size", "8", "--trainer.precision", "32-true"]
+    overrides += ["--model.pixel_images", "2"] if "pixel_images" in model else []
     overrides += ["--data.num_workers", "1"] if data.get("num_workers") else []
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"

@@ -199,6 +199,19 @@ def test_files_without_the_weights_are_refused(tmp_path, caffe_weights):
             SqueezeNetFeatures(tmp_path / f"{name}.npz")
 
 
+def test_first_images_are_trained_with_the_pixel_loss_alone():
+    """Total variation with a weight for the feature loss would outweigh the pixel loss, and the output would become constant."""
+    method = PerceptualSR(**{**MODEL["init_args"], "pixel_images": 8, "total_images": 16})
+    method.setup("fit")
+    batch = {"input": torch.rand(2, 3, 8, 8), "target": torch.rand(2, 3, 32, 32)}
+    assert method.losses(batch).keys() == {"pixel"}
+    method.images_seen = 8
+    assert method.losses(batch).keys() == {"feature", "total_variation"}
+    assert [(stage.start, stage.reset_optimizers) for stage in method.stages()] == [(0, False), (8, True)]
+    with pytest.raises(UserError, match="model.pixel_images: 16 must be less than model.total_images, 16"):
+        PerceptualSR(**{**MODEL["init_args"], "pixel_images": 16, "total_images": 16})
+
+
 def test_training_on_luma_is_refused(workdir, photos, capfd):
     recipe = write_recipe(workdir / "tiny.yaml", photos, MODEL, **TestPerceptualSR.data)
     assert forked(main, ["fit", str(recipe), "--model.total_images", "8", "--data.channels", "1"]) == 2

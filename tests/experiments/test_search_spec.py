@@ -92,6 +92,7 @@ SHRUNK = {
         "--model.n_residual_blocks",
         "1",
     ],
+    "perceptual_sr": ["--model.total_images", "64", "--val_every_images", "32", "--model.pixel_images", "32"],
     "unet": [
         "--model.total_images",
         "8",

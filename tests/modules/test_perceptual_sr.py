@@ -208,7 +208,7 @@ def test_first_images_are_trained_with_the_pixel_loss_alone():
     method.images_seen = 8
     assert method.losses(batch).keys() == {"feature", "total_variation"}
     assert [(stage.start, stage.reset_optimizers) for stage in method.stages()] == [(0, False), (8, True)]
-    with pytest.raises(UserError, match="model.pixel_images: 16 must be less than model.total_images, 16"):
+    with pytest.raises(UserError, match=r"model\.pixel_images: 16 must be less than model\.total_images, 16"):
         PerceptualSR(**{**MODEL["init_args"], "pixel_images": 16, "total_images": 16})
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.run.run_record import cpu_name, peak_memory_mib
 from datamodules.errors import UserError
-from experiments.bench.reference_loop import Step, bare_batches, make_optimizers, make_reference_step
+from experiments.bench.reference_loop import Precision, Step, bare_batches, make_optimizers, make_reference_step
 from experiments.bench.timing import count_flops, quartiles, synchronize
 from experiments.cli.errors import parameters
 from experiments.run.fit import train_without_eval
@@ -97,12 +97,11 @@ class InterleavedTimer(Callback):
         """At the end of an interval, record its time, run the other loops and restart the clock."""
         if batch_idx == 0:
             self.seconds_to_first_step = time.perf_counter() - self.command_started
-            self.loops = {
-                name: make_reference_step(
-                    method.to(pl_module.device), batches(self.data, pl_module.device), make_optimizers(method)
-                )
-                for (name, method), batches in zip(self.methods.items(), (bare_batches, pil_batches), strict=True)
-            }
+            precision, device = trainer.precision_plugin.forward_context, pl_module.device
+            for (name, method), batches in zip(self.methods.items(), (bare_batches, pil_batches), strict=True):
+                method.setup("fit")
+                method.to(device)
+                self.loops[name] = make_reference_step(method, batches(self.data, device), make_optimizers(method), precision)
         if (batch_idx + 1) % self.steps:
             return
         synchronize(pl_module.device)
@@ -129,7 +128,7 @@ class InterleavedTimer(Callback):
         return 1000 * (time.perf_counter() - started) / steps
 
 
-def step_breakdown(method: Method, data: Any, steps: int) -> dict[str, float]:
+def step_breakdown(method: Method, data: Any, steps: int, precision: Precision) -> dict[str, float]:
     """Return the milliseconds that a bare step spends on data, on the optimizers and on the networks (the remainder)."""
     spent = {"data_ms": 0.0, "network_ms": 0.0, "optimizer_ms": 0.0}
 
@@ -150,7 +149,7 @@ def step_breakdown(method: Method, data: Any, steps: int) -> dict[str, float]:
         name: SimpleNamespace(param_groups=o.param_groups, zero_grad=o.zero_grad, step=timed("optimizer_ms", o.step))
         for name, o in make_optimizers(method).items()
     }
-    step = make_reference_step(method, iter(next_batch, None), optimizers)
+    step = make_reference_step(method, iter(next_batch, None), optimizers, precision)
     for _ in range(10):
         step()
     spent.update(dict.fromkeys(spent, 0.0))
@@ -169,11 +168,11 @@ def bench_training(timer: InterleavedTimer, cli: DarkroomCLI) -> dict[str, Any]:
     to_bare = [bare / ours for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     to_pil = [pil / ours for ours, pil in zip(timer.before_pil, spent["pil"], strict=True)]
     extra = [ours - bare for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
-    device = cli.model.device
-    breakdown = step_breakdown(timer.methods["bare"], cli.datamodule, 10 * timer.steps)
+    device, precision = cli.model.device, cli.trainer.precision_plugin.forward_context
+    breakdown = step_breakdown(timer.methods["bare"], cli.datamodule, 10 * timer.steps, precision)
     pil_ms = statistics.median(spent["pil"])
     gflops = rate["ours"] * count_flops(timer.loops["bare"]) / cli.datamodule.batch_size / 1e9
-    peak = convolution_peak(device)
+    peak = convolution_peak(device, precision)
     return {
         "recipe": cli.recipe.name,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -199,7 +198,7 @@ def bench_training(timer: InterleavedTimer, cli: DarkroomCLI) -> dict[str, Any]:
     }
 
 
-def convolution_peak(device: torch.device) -> float:
+def convolution_peak(device: torch.device, precision: Precision) -> float:
     """Return the GFLOP/s of the fastest of ten forward passes of a 3 x 3 convolution with 64 input and output channels."""
     layer = torch.nn.Conv2d(64, 64, 3).to(device).to(memory_format=torch.channels_last)
     image = torch.rand(8, 64, 130, 130, device=device).to(memory_format=torch.channels_last)
@@ -207,7 +206,8 @@ def convolution_peak(device: torch.device) -> float:
     with torch.no_grad():
         for _ in range(10):
             started = time.perf_counter()
-            layer(image)
+            with precision():
+                layer(image)
             synchronize(device)
             times.append(time.perf_counter() - started)
     return 2 * 8 * 64 * 64 * 9 * 128 * 128 / min(times) / 1e9

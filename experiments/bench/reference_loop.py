@@ -1,6 +1,7 @@
 """Training steps without a Trainer, as the baseline of `darkroom bench` and of the tests of all methods."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -13,10 +14,23 @@ from modules.training.method import Method
 from modules.training.phases import Batch, batch_size_of, bind_phases, map_tensors, train_only
 
 Step = Callable[[], None]
+Precision = Callable[[], AbstractContextManager[Any]]  # context of forward passes, such as autocast
 
 
-def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Mapping[str, Any]) -> Step:
-    """Return a handwritten training step: update each network in turn, with the other networks frozen."""
+def make_reference_step(
+    method: Method,
+    batches: Iterator[Batch],
+    optimizers: Mapping[str, Any],
+    precision: Precision = nullcontext,
+) -> Step:
+    """Return a handwritten training step: update each network in turn, with the other networks frozen.
+
+    Args:
+        method: the method to train, after `setup`.
+        batches: training batches.
+        optimizers: optimizers by name, see `make_optimizers`.
+        precision: context of the forward passes, such as autocast.
+    """
     phases = bind_phases(method.phases(), optimizers)
     images_seen = step_index = 0
 
@@ -31,7 +45,7 @@ def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Ma
             for repeat_index in range(bound.phase.n_updates):
                 inputs = first_inputs
                 if repeat_index or not first_inputs:
-                    with train_only([bound] if repeat_index else due, phases):
+                    with train_only([bound] if repeat_index else due, phases), precision():
                         ids = range(images_seen, images_seen + size)
                         inputs = {**batch, "sample_ids": ids, "repeat_index": repeat_index}
                         inputs.update(method.shared_forward(inputs))
@@ -40,7 +54,9 @@ def make_reference_step(method: Method, batches: Iterator[Batch], optimizers: Ma
                     for group in bound.optimizer.param_groups:
                         group.update(bound.phase.schedule(images_seen))
                     bound.optimizer.zero_grad()
-                    torch.stack(list(bound.phase.losses(inputs).values())).sum().backward()
+                    with precision():
+                        loss = torch.stack(list(bound.phase.losses(inputs).values())).sum()
+                    loss.backward()
                     if bound.phase.max_grad_norm is not None:
                         torch.nn.utils.clip_grad_norm_(bound.parameters, bound.phase.max_grad_norm)
                     bound.optimizer.step()

@@ -1,5 +1,6 @@
 """Fast style transfer: features and losses against independent implementations, the network, and the contract."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -371,3 +372,15 @@ def test_unusable_styles_and_weights_are_one_line_before_training(workdir, photo
     assert len(error.splitlines()) == 1
     assert reason in error
     assert not list((workdir / "runs").rglob("last.ckpt"))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_bench_trains_the_bare_loop_with_the_losses_and_the_precision_of_the_recipe(
+    workdir, photos, three_photos, capfd, precision
+):
+    recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
+    recipe.write_text(recipe.read_text().replace("trainer:", f"trainer:\n  precision: {precision}"))
+    assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "1", "--json"]) == 0
+    results = json.loads(capfd.readouterr().out)
+    for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", "share_of_peak"):
+        assert results[name] > 0

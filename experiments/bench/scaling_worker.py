@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.run.run_record import hardware
 from datamodules.errors import UserError
-from experiments.bench.reference_loop import bare_batches, make_optimizers, make_reference_step
+from experiments.bench.reference_loop import Precision, bare_batches, make_optimizers, make_reference_step
 from experiments.bench.timing import count_flops, synchronize
 from experiments.run.fit import train_without_eval
 from experiments.run.lightning_cli import build_cli, print_rank_zero
@@ -69,12 +69,13 @@ def gradient_bytes(phases: Sequence[BoundPhase]) -> list[dict[str, Any]]:
     ]
 
 
-def step_cost(method: Method, data: Any) -> dict[str, Any]:
+def step_cost(method: Method, data: Any, precision: Precision) -> dict[str, Any]:
     """Return "flops", "operators" and gradient bytes ("phases") per training step."""
+    method.setup("fit")
     optimizers = make_optimizers(method)
     phases = bind_phases(method.phases(), optimizers)
     period = math.lcm(*(bound.phase.every_n_steps for bound in phases))
-    step = make_reference_step(method, bare_batches(data, method.device), optimizers)
+    step = make_reference_step(method, bare_batches(data, method.device), optimizers, precision)
     flops = count_flops(lambda: [step() for _ in range(period)]) / period
     with OpCounter() as operators:
         for _ in range(period):
@@ -90,7 +91,7 @@ def main(recipe: str, steps: str, *overrides: str) -> None:
     train_without_eval(cli, WARMUP_STEPS + int(steps), timer)
     result = {"batch": cli.datamodule.batch_size, "seconds": timer.seconds, "hardware": hardware(cli.trainer)}
     if untrained is not None:
-        result |= step_cost(untrained.to(cli.model.device), cli.datamodule)
+        result |= step_cost(untrained.to(cli.model.device), cli.datamodule, cli.trainer.precision_plugin.forward_context)
     print_rank_zero(json.dumps(result))
 
 

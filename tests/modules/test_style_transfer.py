@@ -18,6 +18,7 @@ from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
 from datamodules.stylization import Stylization
+from experiments.bench import scaling_worker
 from experiments.cli.main import main
 from experiments.run.video import read_frames, write_video
 from modules.losses.perceptual import feature_loss, gram_matrix, style_loss, total_variation
@@ -384,3 +385,5 @@ def test_bench_trains_the_bare_loop_with_the_losses_and_the_precision_of_the_rec
     results = json.loads(capfd.readouterr().out)
     for name in ("ratio_to_bare", "ratio_to_pil", "images_per_second", "gflops", "share_of_peak"):
         assert results[name] > 0
+    assert forked(scaling_worker.main, str(recipe), "2") == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["flops"] > 0

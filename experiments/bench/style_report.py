@@ -39,10 +39,12 @@ def render_speed(record: dict[str, Any]) -> str:
         "## Speed: Table 1",
         "",
         f"Rendered by `{record['command']} --write` at {record['commit']} on {record['hardware']}, {record['threads']} "
-        f"threads. Losses: {record['feature_network']}. Network: {record['base_channels']} maps at full resolution, "
+        f"threads. Loss network: {record['feature_network']}. Style network, with random weights: {record['base_channels']} "
+        f"channels at full resolution, "
         f"{record['norm']} normalization, {record['upsampling']} upsampling. The duration of iterations of L-BFGS is divided "
-        "by that of a forward pass of the network, all measured in one run. (extrapolated): the mean of the timed iterations "
-        "times their number. L-BFGS is SciPy's, which computes on the CPU in double precision. The paper's values, on a GTX "
+        "by that of a forward pass of the style network, all measured in one run. Cells marked (extrapolated) are the mean "
+        "duration of the timed iterations, multiplied by their number. The objective is computed in single precision, the "
+        "update of L-BFGS by SciPy on the CPU in double precision. The paper's values, on a GTX "
         "Titan X, are from memory, confirmed by an arithmetic check.",
         "",
         "| image | network, s | iteration, s | 100 iterations | paper | 300 iterations | paper | 500 iterations | paper |",
@@ -71,9 +73,9 @@ def render_objective(record: dict[str, Any]) -> str:
         "",
         f"Rendered by `{record['command']} --write` at {record['commit']}, at {record['size']} x {record['size']} pixels. The "
         "optimization starts from the photograph. In the paper, the objective of the network is that of 50 to 100 iterations "
-        "(Section 4.1, from memory).",
+        "(Section 4.1, from memory), for a network with a longer training and the losses of VGG-16.",
         "",
-        "| photograph | photograph itself | 50 iterations | 100 | 300 | last | network | equals iteration |",
+        "| photograph | photograph itself | 50 iterations | 100 | 300 | last (at most 500) | network | equals iteration |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, curve in record["photographs"].items():

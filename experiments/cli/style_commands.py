@@ -18,28 +18,32 @@ def neural_style(argv: list[str]) -> int:
         description="Transfer the style of an image to a photograph by optimization (Gatys et al.). Saves intermediate images.",
     )
     parser.add_argument("content", metavar="CONTENT", help="photograph")
-    parser.add_argument("style", metavar="STYLE", help="image with the style")
+    parser.add_argument("style", metavar="STYLE", help="image with the style; its shorter side is resized to --size")
     _add_common(parser, "stylized.png")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps (default 500)")
     parser.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs", help="optimizer (default lbfgs)")
-    parser.add_argument("--init", choices=("content", "noise"), default="content", help="first image (default content)")
+    parser.add_argument("--init", choices=("content", "noise"), default="content", help="initial image (default content)")
     parser.add_argument("--pooling", choices=("max", "average"), default="max", help="pooling of the network (default max)")
     parser.add_argument(
         "--style-weight",
         type=float,
         default=20.0,
         metavar="W",
-        help="weight of the style loss (default 20, for the vgg19-distilled)",
+        help="weight of the style loss (default 20, tuned for vgg19-distilled)",
     )
     parser.add_argument(
         "--tv-weight",
         type=float,
         default=1e-4,
         metavar="W",
-        help="weight of total variation (default 1e-4, for the vgg19-distilled)",
+        help="weight of total variation (default 1e-4, tuned for vgg19-distilled)",
     )
     parser.add_argument(
-        "--save-every", type=int, default=100, metavar="N", help="steps between intermediate images (default 100)"
+        "--save-every",
+        type=int,
+        default=100,
+        metavar="N",
+        help="steps between intermediate images; L-BFGS restarts at each, so it changes the result (default 100)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --init noise (default 0)")
     parser.add_argument("--resume", action="store_true", help="continue after the last intermediate image")
@@ -57,7 +61,9 @@ def deepdream(argv: list[str]) -> int:
     parser.add_argument("image", metavar="IMAGE", help="image file")
     _add_common(parser, "dream.png")
     parser.add_argument(
-        "--layer", metavar="NAME", help="layer to amplify, such as relu3_3 (default: relu3_1 of the vgg19-distilled)"
+        "--layer",
+        metavar="NAME",
+        help="layer to amplify, such as relu3_3 (default: relu3_1 of vgg19-distilled, relu5_1 of vgg19, relu4_3 of vgg16)",
     )
     parser.add_argument("--octaves", type=int, default=4, metavar="N", help="resolutions, from coarse to fine (default 4)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per octave (default 10)")
@@ -73,7 +79,7 @@ def style_speed(argv: list[str]) -> int:
     """Run `darkroom style-speed` and return the exit status."""
     parser = Parser(
         prog="darkroom style-speed",
-        description="Compare the speed of a style network with that of optimization (Johnson et al., Table 1). Takes about 15 "
+        description="Compare the speed of a style network with that of optimization (Johnson et al., Table 1). Takes about ten "
         "minutes on two CPU cores. --KEY VALUE overrides a key of the recipe.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="recipe of style transfer")
@@ -112,7 +118,7 @@ def style_objective(argv: list[str]) -> int:
 
 def _add_common(parser: Parser, output: str) -> None:
     parser.add_argument("--output", default=output, metavar="FILE", help=f"PNG file (default {output})")
-    parser.add_argument("--size", type=int, default=512, metavar="N", help="longer side in pixels (default 512)")
+    parser.add_argument("--size", type=int, default=512, metavar="N", help="longer side of the result in pixels (default 512)")
     parser.add_argument("--network", choices=NETWORKS, default="vgg19-distilled", help="network (default vgg19-distilled)")
     parser.add_argument("--weights", metavar="FILE", help="its weights (default: torchvision's, or those in the repository)")
 

@@ -65,7 +65,7 @@ def neural_style(
     images = [intermediate_path(path, step) for step in range(save_every, steps, save_every)]
     check_output([path, state, state.with_suffix(".part"), *images], [Path(content), Path(style)])
     if state.exists() and not resume:
-        raise UserError(f"--output: {state} exists. Continue it with --resume, or choose another file")
+        raise UserError(f"--output: {state} exists. Use --resume to continue it, another --output, or delete the file")
     content_layer, style_layers = LAYERS[network]
     features = load_features(network, weights, [content_layer, *style_layers], pooling)
     photograph = read_content(Path(content), size)

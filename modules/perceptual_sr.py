@@ -167,6 +167,7 @@ class PerceptualSR(SuperResolutionMethod):
         """Return the stages of training; the state of Adam is reset when the loss changes, because of its scale."""
         stages = super().stages()
         if self.loss == "feature" and self.pixel_images:
+            stages = [stage for stage in stages if stage.start != self.pixel_images]  # the end of the warmup
             stages.append(Stage(self.pixel_images, reset_optimizers=True))
         return sorted(stages, key=lambda stage: stage.start)
 

@@ -33,6 +33,7 @@ class PerceptualDistance(ImageMetric):
 
     required_outputs = ("prediction", "target")
     protocol: ClassVar[str]
+    min_side: ClassVar[int]  # pixels that the network needs
 
     def __init__(
         self,
@@ -72,9 +73,18 @@ class PerceptualDistance(ImageMetric):
         self.distance, self.evaluator_hash = self.load(path), file_hash(path)
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
-        """Return the distance of one image; an empty dict if the weights are missing."""
+        """Return the distance of one image; an empty dict if the weights are missing.
+
+        Raises:
+            UserError: the image is too small for the network.
+        """
         if self.distance is None:
             return {}
+        if (side := min(outputs["target"].shape[-2:]) - 2 * self.crop_border) < self.min_side:
+            raise UserError(
+                f"{outputs['dataset'][i]}/{outputs['name'][i]}: {side} pixels without the cropped border are too few for "
+                f"{self.protocol}. Remove the image or the metric; at least {self.min_side} are needed"
+            )
         device = outputs["prediction"].device
         images = [
             (luma_levels(outputs[name][i : i + 1], self.crop_border) / 255).float().expand(-1, 3, -1, -1).to(device)
@@ -92,6 +102,7 @@ class LPIPS(PerceptualDistance):
     """LPIPS version 0.1 with AlexNet (Zhang et al., CVPR 2018), computed by torchmetrics, logged as `lpips-y/alex`."""
 
     protocol = "lpips-y/alex"
+    min_side = 31
 
     def find_weights(self) -> Path:
         """Return torchvision's weights of AlexNet."""
@@ -111,6 +122,7 @@ class SqueezeNetDistance(PerceptualDistance):
     """
 
     protocol = "distance-y/squeezenet1_0"
+    min_side = 21
 
     def __init__(
         self,

@@ -1,10 +1,8 @@
 """Checkpoints: the latest state to resume from, and the best weights to evaluate."""
 
 import hashlib
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -13,11 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from datamodules.errors import UserError
-from modules.networks.weights import read_weights_file
+from modules.networks.weights import LOAD_ERRORS, read_weights_file
 from modules.training.gradients import broadcast_buffers
-
-# Raised by torch.load for a truncated checkpoint or a file of another format.
-LOAD_ERRORS = (EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, UnpicklingError, struct.error)
 
 
 class Checkpoints(Callback):

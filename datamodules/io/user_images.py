@@ -134,7 +134,10 @@ class PhotographInputs(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, files: Sequence[Path], min_side: int) -> None:
-        sizes = {file: open_image(file).size for file in files}
+        sizes = {}
+        for file in files:
+            with Image.open(file) as image:  # reads the header only
+                sizes[file] = image.size
         if small := [f"{file}: {w}x{h} pixels" for file, (w, h) in sizes.items() if min(w, h) < min_side]:
             raise InvalidImage(f"{'; '.join(small)}, too small: at least {min_side}x{min_side} are needed")
         self.files = files

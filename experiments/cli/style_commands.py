@@ -8,7 +8,7 @@ from experiments.run.recipes import find_recipe
 
 NETWORKS = ("vgg19", "vgg16", "vgg19-distilled")
 MINIMA = {"size": 32, "steps": 1}
-MAXIMA = {"size": 16384, "octaves": 100, "seed": 2**32 - 1}
+MAXIMA = {"size": 16384, "steps": 10**6, "octaves": 100, "seed": 2**32 - 1}
 
 
 def neural_style(argv: list[str]) -> int:

@@ -9,13 +9,13 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from callbacks.run.checkpoints import LOAD_ERRORS
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from experiments.run.cpu import configure_cpu
 from experiments.run.sample import require_writable, save_png
 from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights
+from modules.networks.weights import LOAD_ERRORS
 from modules.neural_style import DREAM_LAYERS, LAYERS, OptimizerName, StyleOptimization, dream, resize
 from modules.style_transfer import read_style
 from modules.training.references import ReferenceNetwork
@@ -100,12 +100,19 @@ def neural_style(
             require_finite(value)
             progress.update(task, completed=step, description=f"objective {value:.5g}")
 
-        complete = True
-        while complete and optimization.steps < steps:
-            complete = optimization.run(min(save_every - optimization.steps % save_every, steps - optimization.steps), report)
-            save_state(optimization, settings, state)
-            if complete and optimization.steps < steps:
-                save_png(optimization.image[0].detach().cpu(), intermediate_path(path, optimization.steps))
+        complete, saved_steps = True, optimization.steps
+        try:
+            while complete and optimization.steps < steps:
+                until_saved = min(save_every - optimization.steps % save_every, steps - optimization.steps)
+                complete = optimization.run(until_saved, report)
+                save_state(optimization, settings, state)
+                saved_steps = optimization.steps
+                if complete and optimization.steps < steps:
+                    save_png(optimization.image[0].detach().cpu(), intermediate_path(path, optimization.steps))
+        except KeyboardInterrupt:
+            hint = f"continue after {saved_steps} steps with --resume" if saved_steps else "no step is saved"
+            print(f"interrupted: {hint}; --save-every {save_every} sets how often the state is saved")
+            raise
     if not complete:
         print(f"converged after {optimization.steps} steps")
     save_png(optimization.image[0].detach().cpu(), path)
@@ -240,7 +247,7 @@ def load_state(optimization: StyleOptimization, settings: dict[str, Any], path: 
     damaged = UserError(f"--resume: {path} is damaged. Delete it and remove the option to start a new image")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
+        saved, state["steps"] = dict(state["settings"]), int(state["steps"])
     except (OSError, *LOAD_ERRORS):
         raise damaged from None
     if differing := [f"{name} {saved.get(name)}, now {value}" for name, value in settings.items() if saved.get(name) != value]:

@@ -14,6 +14,7 @@ from experiments.run.sample import require_writable
 from experiments.run.video import is_video, read_frames, write_video
 from experiments.run.weights import load_resolved_weights
 from experiments.tasks.registry import task_of
+from modules.tasks.stylization import StylizationMethod
 
 
 def predict(cli: DarkroomCLI) -> None:
@@ -94,6 +95,8 @@ def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
         check_target(path, source.parent)
     if cli.trainer.world_size > 1:
         raise UserError("--input: a video is processed by one process. Use --trainer.devices 1")
+    if isinstance(cli.model, StylizationMethod):
+        cli.model.select(cli.config.style, 1.0)  # refuses an unknown style before the frames are read
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before", Path(folder) / "after"
         before.mkdir()

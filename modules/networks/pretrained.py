@@ -33,8 +33,8 @@ def find_or_download(name: str, url: str | None, path: str | None) -> Path:
 
 
 def _download(name: str, url: str, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: wrong checksum
         raise UserError(

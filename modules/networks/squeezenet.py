@@ -5,6 +5,7 @@ parameters and < 0.5 MB model size. 2016. arXiv:1602.07360.
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,17 @@ class SqueezeNetFeatures(nn.Module):
                 f"{n}.{kind}": torch.from_numpy(arrays[f"{names[n]}.{kind}"]) for n in names for kind in ("weight", "bias")
             }
             self.layers.load_state_dict(state)
-        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            RuntimeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            OSError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{weights} does not contain the weights of SqueezeNet 1.0: {reason}. Replace the file") from None
         self.register_buffer("mean", torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1))  # BGR

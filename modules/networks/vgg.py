@@ -53,6 +53,7 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, name: FeatureNetworkName, layers: Sequence[str], pooling: Pooling = "max") -> None:
         super().__init__()
+        self.name = name
         known = layer_names(name)
         if unknown := [layer for layer in layers if layer not in known]:
             raise UserError(f"{name} has no layer {unknown[0]}. Use {known[0]} ... {known[-1]}")
@@ -81,7 +82,7 @@ class FeatureNetwork(nn.Module):
         Returns:
             Layer name -> (N, C, h, w).
         """
-        maps = (image - self.mean) / self.std
+        maps = ((image - self.mean) / self.std).to(self.mean.dtype)  # that of the weights
         outputs: dict[str, Tensor] = {}
         for index, layer in enumerate(self.features):
             maps = layer(maps)
@@ -92,8 +93,16 @@ class FeatureNetwork(nn.Module):
         return outputs
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights of these layers, in any precision; other entries are ignored."""
+        """Load the weights of these layers, in any precision; other entries are ignored.
+
+        Raises:
+            RuntimeError: entries are missing or have another shape, or the convolutions are those of another VGG.
+        """
         expected = self.state_dict()
+        known = convolution_names(self.name)
+        found = [name for name, tensor in state_dict.items() if name.startswith("features.") and tensor.ndim == 4]
+        if sorted(found, key=known.index if set(found) <= set(known) else None) != known[: len(found)]:
+            raise RuntimeError(f"its convolutions are not those of {self.name}")
         return super().load_state_dict({name: state_dict[name] for name in expected if name in state_dict}, strict, assign)
 
 
@@ -101,6 +110,15 @@ def layer_names(name: FeatureNetworkName) -> list[str]:
     """Return the names of the feature layers of a network, in order; the distilled network ends at relu4_1."""
     names = [f"relu{block}_{i}" for block, count in enumerate(CONVOLUTIONS[name], 1) for i in range(1, count + 1)]
     return names[: names.index("relu4_1") + 1] if name == "vgg19-distilled" else names
+
+
+def convolution_names(name: FeatureNetworkName) -> list[str]:
+    """Return the names of the weights of all convolutions, in order, with the indices of torchvision."""
+    names, index = [], 0
+    for count in CONVOLUTIONS[name]:
+        names += [f"features.{index + 2 * i}.weight" for i in range(count)]
+        index += 2 * count + 1
+    return names
 
 
 def find_feature_weights(name: FeatureNetworkName, path: str | None) -> Path:

@@ -1,5 +1,6 @@
 """Weights files of pretrained networks."""
 
+import struct
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -10,7 +11,18 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 
-READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
+# Raised by torch.load and safetensors for a damaged file, or one of another format.
+LOAD_ERRORS = (
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    UnpicklingError,
+    struct.error,
+    SafetensorError,
+)
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:
@@ -21,5 +33,5 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except READ_ERRORS as error:
+    except (OSError, *LOAD_ERRORS) as error:
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}. Replace the file") from None

@@ -120,6 +120,8 @@ def parse_mixture(text: str, style_names: list[str]) -> dict[str, float]:
             raise UserError(f"--style: '{weight}' is not a number. Use, for example, {name}=0.5") from None
         if not 0 <= weights[name] < math.inf:
             raise UserError(f"--style: {name}={weight} is negative or not finite. Use, for example, {name}=0.5")
-    if not sum(weights.values()):
-        raise UserError(f"--style: all weights of '{text}' are zero. Use, for example, {style_names[0]}=0.5")
+    if not 0 < sum(weights.values()) < math.inf:
+        raise UserError(
+            f"--style: the weights of '{text}' have a sum of zero or infinity. Use, for example, {style_names[0]}=0.5"
+        )
     return weights

@@ -74,7 +74,7 @@ class SuperResolutionMethod(Method):
 
 
 def predict_in_strips(
-    network: Callable[[Tensor], Tensor], lr_image: Tensor, scale: int, pixels: int = 2**20, context: int = 8
+    network: Callable[[Tensor], Tensor], lr_image: Tensor, scale: int, pixels: int = 2**22, context: int = 8
 ) -> Tensor:
     """Upscale an image in horizontal strips; the result equals that of a single pass.
 
@@ -82,14 +82,14 @@ def predict_in_strips(
         network: function from (N, C, h, w) to (N, C, h * scale, w * scale).
         lr_image: (N, C, h, w).
         scale: integer scale factor.
-        pixels: approximate number of input pixels of a strip.
+        pixels: approximate number of output pixels of a strip.
         context: input rows above and below a strip that are passed to the network too; at least its receptive radius.
 
     Returns:
         (N, C, h * scale, w * scale).
     """
     height, width = lr_image.shape[-2:]
-    rows = max(context, pixels // width)
+    rows = max(context, pixels // (width * scale**2))
     strips = []
     for top in range(0, height, rows):
         rows_above = min(top, context)

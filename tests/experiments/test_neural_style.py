@@ -78,11 +78,14 @@ def test_command_writes_intermediate_images_and_resumes(workdir, photo, capfd):
     for options, reason in (
         (["--init", "noise", "--resume"], "was saved with --init content, now noise"),
         (["--steps", "3", "--resume"], "--steps: broken.state has 4 steps already"),
-        ([], "--output: broken.state exists. Continue it with --resume"),
+        ([], "--output: broken.state exists. Use --resume to continue it"),
     ):
         assert forked(main, [*argv, "broken.png", *options]) == 2
         assert reason in capfd.readouterr().err
-    for content in (b"hello", b""):
+    state = torch.load("broken.state", weights_only=True)
+    for name, content in (("settings", 3), ("steps", "many"), ("image", "none")):
+        torch.save({**state, name: content}, name)
+    for content in (b"hello", b"", *(Path(name).read_bytes() for name in ("settings", "steps", "image"))):
         Path("broken.state").write_bytes(content)
         assert forked(main, [*argv, "broken.png", "--resume"]) == 2
         assert "--resume: broken.state is damaged" in capfd.readouterr().err
@@ -116,7 +119,9 @@ def test_deepdream_command_writes_each_octave(workdir, photo):
             [WAVE, WAVE, "--network", "vgg19", "--weights", "other.pth"],
             "other.pth does not contain the weights of FeatureNetwork",
         ),
+        ([WAVE, WAVE, "--network", "vgg19", "--weights", "text.pth"], "text.pth cannot be read as weights"),
         ([WAVE, WAVE, "--resume"], "--resume: no file"),
+        ([WAVE, WAVE, "--steps", "1000000000"], "--steps 1000000000: must be at most 1000000"),
         ([WAVE, WAVE, "--steps", "0"], "--steps 0: must be at least 1"),
         ([WAVE, WAVE, "--style-weight", "nan"], "--style-weight nan: must be at least 0"),
         ([WAVE, WAVE, "--tv-weight", "inf"], "--tv-weight inf: must be at least 0, and finite"),
@@ -132,6 +137,7 @@ def test_deepdream_command_writes_each_octave(workdir, photo):
 )
 def test_unusable_input_is_one_line(workdir, capfd, arguments, reason):
     torch.save({"features.0.weight": torch.zeros(3)}, workdir / "other.pth")
+    Path("text.pth").write_text("hello")
     Path("folder.png").mkdir()
     assert forked(main, ["neural-style", *arguments]) == 2
     error = capfd.readouterr().err

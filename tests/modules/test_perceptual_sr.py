@@ -7,10 +7,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.exposure import match_histograms
 from torch import nn
-from torchmetrics.functional.image.lpips import _LPIPS
-from torchvision.models import alexnet, squeezenet1_0
 
-from callbacks.metrics.perceptual_distance import FeatureDistance
 from callbacks.metrics.psnr_ssim import psnr_y
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
@@ -20,7 +17,6 @@ from datamodules.superresolution_datasets import SREvalImages, read_cropped
 from datamodules.transforms.resize import imresize
 from experiments.cli.main import main
 from modules.bicubic import Bicubic
-from modules.networks.squeezenet import CAFFE_NAMES, FIRE_INDICES, SqueezeNetFeatures
 from modules.perceptual_sr import PerceptualSR
 from modules.tasks.superresolution import predict_in_strips
 from tests.helpers.subprocess_helpers import forked
@@ -68,8 +64,20 @@ def test_strips_equal_one_pass():
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(0.1)  # so that all layers matter
     with torch.no_grad():
-        strips = predict_in_strips(method, image, 4, pixels=31 * 20, context=method.context)
+        strips = predict_in_strips(method, image, 4, pixels=16 * 31 * 20, context=method.context)
         assert torch.allclose(strips, method(image), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [4, 8])
+def test_strips_have_a_limited_number_of_output_pixels(scale):
+    shapes = []
+
+    def network(image):
+        shapes.append(image.shape)
+        return image.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+    predict_in_strips(network, torch.rand(1, 3, 1024, 1024), scale, context=16)
+    assert max(height - 32 for _, _, height, _ in shapes) * 1024 * scale**2 <= 2**22
 
 
 def test_histogram_is_matched_to_the_input():
@@ -121,84 +129,6 @@ def test_luma_of_rgb_evaluation_is_the_luma_protocol(three_photos):
         assert values[0] == pytest.approx(values[1], abs=0.05)
 
 
-class Slices(nn.Module):
-    """AlexNet's features as in LPIPS, from torchvision's layers."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, image):
-        maps = 2 * image - 1 - torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
-        maps, outputs = maps / torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), []
-        for layer in self.layers:
-            maps = layer(maps)
-            if isinstance(layer, nn.ReLU):
-                outputs.append(maps)
-        return outputs
-
-
-def test_feature_distance_matches_lpips_without_linear_layers():
-    torch.manual_seed(0)
-    reference = _LPIPS(pretrained=False, net="alex", pnet_rand=True, use_dropout=False)
-    for layer in reference.lins:
-        nn.init.ones_(layer.model[0].weight)
-    layers = alexnet(weights=None).features[:12].eval()
-    layers.load_state_dict({f"{i}.{kind}": value for i, kind, value in named_parameters(reference.net)})
-    for parameter in layers.parameters():
-        if parameter.ndim == 1:
-            parameter.data.normal_()
-    images = torch.rand(2, 3, 64, 80), torch.rand(2, 3, 64, 80)
-    for (_, _, theirs), ours in zip(named_parameters(reference.net), layers.parameters(), strict=True):
-        theirs.data.copy_(ours.data)
-    with torch.no_grad():
-        expected = reference(*images, normalize=True).flatten()
-        assert torch.allclose(FeatureDistance(Slices(layers))(*images), expected, rtol=1e-4)
-
-
-def named_parameters(network):
-    """Return index, kind and tensor of the convolutions of LPIPS' AlexNet, whose slices keep torchvision's indices."""
-    return [(name.split(".")[-2], name.split(".")[-1], value) for name, value in network.named_parameters()]
-
-
-@pytest.fixture
-def caffe_weights(tmp_path):
-    """Return a SqueezeNet with random weights, and its weights under the names of the Caffe model."""
-    torch.manual_seed(0)
-    network = squeezenet1_0(weights=None).eval()
-    state = network.features.state_dict()
-    arrays = {}
-    for kind in ("weight", "bias"):
-        arrays[f"conv1.{kind}"] = state[f"0.{kind}"].numpy()
-        for fire, index in FIRE_INDICES.items():
-            for ours, caffe in CAFFE_NAMES.items():
-                arrays[f"fire{fire}/{caffe}.{kind}"] = state[f"{index}.{ours}.{kind}"].numpy()
-    np.savez(tmp_path / "squeezenet.npz", **arrays)
-    return network, tmp_path / "squeezenet.npz"
-
-
-def test_squeezenet_features_match_torchvision(caffe_weights):
-    network, path = caffe_weights
-    image = torch.rand(2, 3, 64, 64)
-    maps = image.flip(1) * 255 - torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1)
-    with torch.no_grad():
-        features = SqueezeNetFeatures(path)(image)
-        for end, ours in zip((2, 6, 11, 13), features, strict=True):
-            assert torch.allclose(ours, network.features[:end](maps), rtol=1e-4, atol=1e-4)
-
-
-def test_files_without_the_weights_are_refused(tmp_path, caffe_weights):
-    _, path = caffe_weights
-    arrays = dict(np.load(path))
-    np.savez(tmp_path / "missing.npz", **{name: value for name, value in arrays.items() if name != "conv1.bias"})
-    np.savez(tmp_path / "shape.npz", **{**arrays, "conv1.bias": np.zeros(3, np.float32)})
-    np.savez(tmp_path / "pickle.npz", **{**arrays, "conv1.bias": np.array([{}], dtype=object)})
-    (tmp_path / "text.npz").write_text("text")
-    for name in ("missing", "shape", "pickle", "text"):
-        with pytest.raises(UserError, match=f"{name}.npz does not contain the weights of SqueezeNet"):
-            SqueezeNetFeatures(tmp_path / f"{name}.npz")
-
-
 def test_first_images_are_trained_with_the_pixel_loss_alone():
     """Total variation with a weight for the feature loss would outweigh the pixel loss, and the output would become constant."""
     method = PerceptualSR(**{**MODEL["init_args"], "pixel_images": 8, "total_images": 16})
@@ -207,7 +137,9 @@ def test_first_images_are_trained_with_the_pixel_loss_alone():
     assert method.losses(batch).keys() == {"pixel"}
     method.images_seen = 8
     assert method.losses(batch).keys() == {"feature", "total_variation"}
-    assert [(stage.start, stage.reset_optimizers) for stage in method.stages()] == [(0, False), (8, True)]
+    for warmup in (0, 8):
+        method = PerceptualSR(**{**MODEL["init_args"], "pixel_images": 8, "total_images": 16, "warmup": warmup})
+        assert [(stage.start, stage.reset_optimizers) for stage in method.stages()] == [(0, False), (8, True)]
     with pytest.raises(UserError, match=r"model\.pixel_images: 16 must be less than model\.total_images, 16"):
         PerceptualSR(**{**MODEL["init_args"], "pixel_images": 16, "total_images": 16})
 

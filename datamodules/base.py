@@ -2,17 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.catalog.catalog import catalog, resolve_images
+from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
 from datamodules.errors import UserError
-from datamodules.io.image_refs import DataReport
+from datamodules.io.image_refs import DataReport, dataset_label
 from datamodules.io.loader import make_loader
 from datamodules.sampler import InfiniteBatchSampler, RankSampler
+
+T = TypeVar("T")
+
+
+def full_size(position: int) -> None:
+    """Return None, the full size of images; a default of `ResumableDataModule.image_size_at` that can be pickled."""
 
 
 class ResumableDataModule(L.LightningDataModule, ABC):
@@ -21,8 +27,10 @@ class ResumableDataModule(L.LightningDataModule, ABC):
     Attributes:
         position: function that returns the number of samples taken so far by all ranks; set by the method before training.
         batch_size_at: function that maps a position to the global batch size at this position; set by the method as well.
+        image_size_at: function that maps a position to the side of the images, None for their full size; set by the method as
+            well. Only `Generation` supports other sizes.
         data_report: validation results and content hashes of the images.
-        missing_sets: messages about test sets that are not installed.
+        missing_sets: test sets that are not installed, with a message about each.
 
     Args:
         batch_size: global batch size, over all devices; a stage of a method may use another size.
@@ -38,13 +46,37 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.position: Callable[[], int] = lambda: 0
         self.batch_size_at: Callable[[int], int] = lambda position: self.batch_size
+        self.image_size_at: Callable[[int], int | None] = full_size
         self.data_report = DataReport(skip_bad)
-        self.missing_sets: list[str] = []
+        self.missing_sets: dict[str, str] = {}
 
     @property
     def rank_and_world_size(self) -> tuple[int, int]:
         """Global rank and number of processes; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def read_test_sets(self, read: Callable[[str], T]) -> list[T]:
+        """Read the test sets that are installed; the others are added to `missing_sets`.
+
+        Args:
+            read: function that reads a dataset by its name or folder.
+
+        Raises:
+            UserError: two test sets have the same name in logs and records.
+            DatasetNotFound: no test set is installed.
+        """
+        names = [dataset_label(spec) for spec in self.test]
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"data.test: two datasets have the name {duplicates[0]}. Rename one of the folders")
+        found = []
+        for spec in self.test:
+            try:
+                found.append(read(spec))
+            except DatasetNotFound as error:
+                self.missing_sets[spec] = str(error)
+        if not found:
+            raise DatasetNotFound("; ".join(self.missing_sets.values()) or "data.test: no dataset given. Name at least one")
+        return found
 
     def train_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """Return an infinite loader of this rank's slice of each training batch.

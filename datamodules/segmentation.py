@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import SegmentationBatch
-from datamodules.catalog.catalog import DatasetNotFound, catalog
+from datamodules.catalog.catalog import catalog
 from datamodules.catalog.masked_images import MaskedImage, MaskedSample, list_masked_images
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage, pixel_hash
@@ -146,18 +146,7 @@ class Segmentation(ResumableDataModule):
         return tuple(entry.masks.get("classes", ())) if entry else ()
 
     def _load_test_sets(self) -> list[MaskedImage]:
-        masked_images: list[MaskedImage] = []
-        names = [dataset_label(spec) for spec in self.test]
-        if duplicates := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"data.test: two datasets have the name {duplicates[0]}. Rename one of the folders")
-        for spec in self.test:
-            try:
-                masked_images += self._validate_set(spec)
-            except DatasetNotFound as error:
-                self.missing_sets.append(f"{spec}: {error}")
-        if not masked_images:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
-        return masked_images
+        return [image for images in self.read_test_sets(self._validate_set) for image in images]
 
     def _validate_set(self, spec: str) -> list[MaskedImage]:
         """Return the images of a dataset after validating them with their masks, and record their content hashes."""

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import StylizationBatch, StylizationEvalBatch
-from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.image_refs import ImageRef, list_image_refs
@@ -87,15 +86,7 @@ class Stylization(ResumableDataModule):
             self.test_images = self._read_eval(self._test_refs())
 
     def _test_refs(self) -> list[ImageRef]:
-        refs: list[ImageRef] = []
-        for spec in self.test:
-            try:
-                refs += list_image_refs(spec)
-            except DatasetNotFound as error:
-                self.missing_sets.append(f"{spec}: {error}")
-        if not refs:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
-        return refs
+        return [ref for refs in self.read_test_sets(list_image_refs) for ref in refs]
 
     def _read(self, refs: Sequence[ImageRef]) -> list[Tensor]:
         with ThreadPoolExecutor() as pool:

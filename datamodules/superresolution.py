@@ -11,9 +11,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import SuperResolutionBatch
-from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
-from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
+from datamodules.io.image_refs import ImageRef, list_image_refs
 from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches, SREvalImages, StreamedPatches, read_pixels
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.resize import imresize
@@ -126,18 +125,7 @@ class SuperResolution(ResumableDataModule):
         return list_image_refs(self.val, self.scale)
 
     def _load_test_sets(self) -> list[ImageRef]:
-        names = [dataset_label(spec) for spec in self.test]
-        if duplicates := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"data.test: two datasets have the name {duplicates[0]}. Rename one of the folders")
-        refs: list[ImageRef] = []
-        for spec in self.test:
-            try:
-                refs += list_image_refs(spec, self.scale)
-            except DatasetNotFound as error:
-                self.missing_sets.append(str(error))
-        if not refs:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
-        return refs
+        return [ref for refs in self.read_test_sets(lambda spec: list_image_refs(spec, self.scale)) for ref in refs]
 
     # Loaders
 

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import UnpairedBatch
-from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.catalog.domains import DomainImage, load_domains
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage, pixel_hash
@@ -86,16 +85,8 @@ class Unpaired(ResumableDataModule):
             self.test_images = self._load_test_sets()
 
     def _load_test_sets(self) -> "UnpairedEvalImages":
-        domains: tuple[list[DomainImage], list[DomainImage]] = ([], [])
-        for spec in self.test:
-            try:
-                for entries, additions in zip(domains, load_domains(spec), strict=True):
-                    entries += additions
-            except DatasetNotFound as error:
-                self.missing_sets.append(f"{spec}: {error}")
-        if not domains[0]:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
-        return self._make_eval_images(*domains)
+        pairs = self.read_test_sets(load_domains)
+        return self._make_eval_images(*([image for pair in pairs for image in pair[i]] for i in (0, 1)))
 
     def _make_eval_images(self, images_a: Sequence[DomainImage], images_b: Sequence[DomainImage]) -> "UnpairedEvalImages":
         side = None if self.resize is None else self.crop

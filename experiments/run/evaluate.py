@@ -41,5 +41,5 @@ def print_results(trainer: Any, cli: DarkroomCLI) -> None:
     for protocol, row in sorted(rows.items()):
         table.add_row(protocol, *(f"{row[dataset]:.4f}" if dataset in row else "" for dataset in datasets))
     Console().print(table)
-    for line in cli.datamodule.missing_sets:
+    for line in cli.datamodule.missing_sets.values():
         print(f"not evaluated: {line}")

@@ -92,7 +92,7 @@ def test_absent_test_sets_are_reported_and_skipped(folder, workdir):
     data = datamodule(folder, test=["set5", "photographs/test"])
     data.setup("test")
     assert {ref.dataset for ref in data.test_images.refs} == {"photographs-test"}
-    assert data.missing_sets[0].startswith("set5 ")
+    assert data.missing_sets["set5"].startswith("set5 ")
     with pytest.raises(DatasetNotFound, match="set5 "):
         datamodule(folder, test=["set5"]).setup("test")
 

@@ -100,7 +100,7 @@ class PerceptualSR(SuperResolutionMethod):
             raise UserError(f"model.pixel_images: {pixel_images} must be less than model.total_images, {total_images}")
         self.save_hyperparameters()
         self.loss, self.feature_layer, self.tv_weight, self.match_histogram = loss, feature_layer, tv_weight, match_histogram
-        self.pixel_images, self.decay = pixel_images, decay
+        self.pixel_images, self.constant_after_warmup = pixel_images, not decay
         c = base_channels
         upsampling: list[nn.Module] = []
         for _ in range({4: 2, 8: 3}[scale]):
@@ -170,12 +170,6 @@ class PerceptualSR(SuperResolutionMethod):
             stages = [stage for stage in stages if stage.start != self.pixel_images]  # the end of the warmup
             stages.append(Stage(self.pixel_images, reset_optimizers=True))
         return sorted(stages, key=lambda stage: stage.start)
-
-    def schedule(self, images_seen: int) -> float:
-        """Return the learning rate after `images_seen` images: a linear rise, then constant or a half cosine to zero."""
-        if self.decay:
-            return super().schedule(images_seen)
-        return self.learning_rate * min(1.0, (images_seen + 1) / max(1, self.warmup))
 
 
 def match(image: Tensor, reference: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image, to_channels
-from datamodules.io.paths import find_file
+from datamodules.io.paths import file_hash, find_file
 from datamodules.transforms.short_side import resize_short_side
 from modules.losses.perceptual import GramReduction, PerceptualObjective
 from modules.networks.tiled_transform import transform_tiled
@@ -114,13 +114,14 @@ class StyleTransfer(StylizationMethod):
             raise UserError(f"model.style_layers: no layer is given. Use, for example, {list(VGG16_STYLE_LAYERS)}")
         super().__init__(names, total_images, learning_rate, warmup, seed)
         self.save_hyperparameters()
-        self.styles, self.style_size, self.decay = list(styles), style_size, decay
+        self.styles, self.style_size, self.constant_after_warmup = list(styles), style_size, not decay
         self.perceptual = PerceptualObjective(
             self.features, content_layer, tuple(style_layers), content_weight, style_weight, tv_weight, gram
         )
         self.network = TransformNet(base_channels, norm, upsampling, len(names))
         network = FeatureNetwork(feature_network, [content_layer, *style_layers])
         self.add_reference("features", network, partial(find_feature_weights, feature_network, feature_weights))
+        self.style_hashes: dict[str, str] = {}  # by file name
         self.target_grams = nn.Module()  # its buffers, by layer name: (number of styles, C, C)
 
     def forward(self, image: Tensor, mixture: Tensor) -> Tensor:
@@ -167,11 +168,17 @@ class StyleTransfer(StylizationMethod):
             return
         reference = self.references["features"]
         reference.load()
-        images = [read_style(find_file(style, "model.styles"), self.style_size) for style in self.styles]
+        paths = [find_file(style, "model.styles") for style in self.styles]
+        self.style_hashes = {path.name: file_hash(path) for path in paths}
+        images = [read_style(path, self.style_size) for path in paths]
         # Before a run, Lightning has not yet moved the networks to `self.device`.
         grams = [self.perceptual.style_targets(image.to(next(reference.network.parameters()))) for image in images]
         for layer in self.perceptual.style_layers:
             self.target_grams.register_buffer(layer, torch.cat([gram[layer] for gram in grams]), persistent=False)
+
+    def file_hashes(self) -> dict[str, str]:
+        """Return the sha256 of the weights of the feature network and, after `compute_target_grams`, of the style images."""
+        return {**super().file_hashes(), **self.style_hashes}
 
     def gram_matrices(self) -> dict[str, Tensor]:
         """Return the Gram matrices of the styles by layer, (number of styles, C, C); empty before `compute_target_grams`."""
@@ -202,12 +209,6 @@ class StyleTransfer(StylizationMethod):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Create Adam (Section 4.1)."""
         return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, fused=True)
-
-    def schedule(self, images_seen: int) -> float:
-        """Return the learning rate after `images_seen` images: a linear rise, then constant or a half cosine to zero."""
-        if self.decay:
-            return super().schedule(images_seen)
-        return self.learning_rate * min(1.0, (images_seen + 1) / max(1, self.warmup))
 
 
 def read_style(path: Path, size: int) -> Tensor:

@@ -63,7 +63,7 @@ class RunRecord(Callback):
                 "data": trainer.datamodule.data_report.fingerprints(),
                 "skipped": trainer.datamodule.data_report.skipped,
                 "hardware": hardware(trainer),
-                "reference_weights": {name: reference.weights_hash for name, reference in pl_module.references.items()},
+                "reference_weights": pl_module.file_hashes(),
                 "images_seen": pl_module.images_seen,
                 "best_images": checkpoints.best_images,
                 "best": {"metric": checkpoints.monitor, "value": json_number(checkpoints.best_value)},
@@ -97,8 +97,7 @@ class RunRecord(Callback):
             existing["evaluator_weights"] = evaluator_weights
         existing["data"] = {**existing.get("data", {}), **trainer.datamodule.data_report.fingerprints()}
         metrics = {**existing.get("metrics", {}), **metrics}  # keep earlier metrics of sets that are missing now
-        missing_sets = [line.partition(":")[0] for line in trainer.datamodule.missing_sets]
-        self._write(trainer, {**existing, "missing_sets": missing_sets, "metrics": metrics})
+        self._write(trainer, {**existing, "missing_sets": list(trainer.datamodule.missing_sets), "metrics": metrics})
 
     def _same_training(self, existing: dict[str, Any]) -> bool:
         """Return whether a record has the same model, data and training code as this run."""

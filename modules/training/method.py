@@ -36,6 +36,7 @@ from modules.training.phases import (
     batch_size_of,
     bind_phases,
     detach_tensors,
+    expect_dict,
     has_gradients,
     map_tensors,
     split_micro_batches,
@@ -82,6 +83,7 @@ class Method(FastSetattrModule):
         self.learning_rate = learning_rate
         self.warmup = warmup
         self.seed = seed
+        self.constant_after_warmup = False  # the learning rate, see `schedule`
         self.accumulate_grad_batches = 1  # micro-batches per local batch
         self.images_seen = 0
         self.optimizer_names = [""]
@@ -135,10 +137,19 @@ class Method(FastSetattrModule):
         """
         self.references[name] = ReferenceNetwork(network, find_weights)
 
+    def file_hashes(self) -> dict[str, str]:
+        """Return the sha256 of the files that training depends on, by name; empty if a file is not loaded yet."""
+        return {name: reference.weights_hash for name, reference in self.references.items()}
+
     def schedule(self, images_seen: int) -> float:
-        """Return the learning rate after `images_seen` images: a linear warmup, then a half cosine to zero."""
+        """Return the learning rate after `images_seen` images: a linear warmup, then a half cosine to zero.
+
+        It remains constant after the warmup if `self.constant_after_warmup` is set.
+        """
         if images_seen < self.warmup:
             return self.learning_rate * (images_seen + 1) / self.warmup
+        if self.constant_after_warmup:
+            return self.learning_rate
         progress = min(1.0, (images_seen - self.warmup) / max(1, self.total_images - self.warmup))
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -222,7 +233,7 @@ class Method(FastSetattrModule):
         """
         phase, optimizer = bound.phase, bound.optimizer
         for group in optimizer.param_groups:
-            group.update(phase.schedule(self.images_seen))
+            group.update(expect_dict(phase.schedule(self.images_seen), phase, "schedule", "settings of the optimizer"))
         for parameter in bound.parameters:  # faster than zero_grad, which calls a profiler (0.1 ms)
             parameter.grad = None
         detached_batches: list[Batch] = []
@@ -230,7 +241,7 @@ class Method(FastSetattrModule):
             detached_losses = []
             for i, micro_batch in enumerate(micro_batches):
                 batch = batches_with_shared[i] if batches_with_shared else self._with_shared(micro_batch, repeat_index)
-                terms = phase.losses(batch)
+                terms = expect_dict(phase.losses(batch), phase, "losses", "loss terms")
                 values = torch.stack(list(terms.values()))
                 backward(self.trainer, values.sum() if len(micro_batches) == 1 else values.sum() / len(micro_batches))
                 detached_losses.append(values.detach())
@@ -306,10 +317,15 @@ class Method(FastSetattrModule):
         return super()._apply(fn, recurse)
 
     def on_fit_start(self) -> None:
-        """Plan the stages, and pass the position in the training data and the batch size to the datamodule."""
-        data: Any = datamodule(self.trainer)
+        """Plan the stages of training."""
+        self.plan_stages(datamodule(self.trainer))
+
+    def plan_stages(self, data: Any) -> StagePlan:
+        """Plan the stages for a datamodule, and pass it the position in the data, the batch size and the image size."""
         self.stage_plan = StagePlan(self.stages(), data.batch_size)
         data.position, data.batch_size_at = lambda: self.images_seen, self.stage_plan.batch_size
+        data.image_size_at = self.stage_plan.image_size
+        return self.stage_plan
 
     def on_train_start(self) -> None:
         """Bind the phases to the optimizers, freeze untrained parameters, and stop if the training budget is used up."""
@@ -363,11 +379,19 @@ class Method(FastSetattrModule):
         checkpoint["images_seen"] = self.images_seen
         checkpoint["world_size"] = self.trainer.world_size
         checkpoint["precision"] = str(self.trainer.precision)
+        checkpoint["file_hashes"] = self.file_hashes()
         self.loss_log.all_reduce(self.trainer.world_size, self.device)  # this hook runs on every rank
         checkpoint["pending_losses"] = self.loss_log.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the images seen and the pending losses."""
+        """Restore the images seen and the pending losses.
+
+        Raises:
+            UserError: a file of `file_hashes` has changed since the checkpoint.
+        """
+        saved = checkpoint.get("file_hashes", {})  # absent in checkpoints of older versions
+        if changed := [name for name, value in self.file_hashes().items() if value and saved.get(name, value) != value]:
+            raise UserError(f"{changed[0]}: the file has changed since the checkpoint. Restore it, or start a new run")
         self.images_seen = checkpoint["images_seen"]
         self.loss_log.load_state(checkpoint["pending_losses"])
 

@@ -51,6 +51,18 @@ class Phase:
         return f"{self.name}/" if self.name else ""
 
 
+def expect_dict(value: Any, phase: Phase, function: str, content: str) -> dict[str, Any]:
+    """Return the result of a function of a phase, which must be a dict.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise TypeError(f"phase '{phase.name}': `{function}` returned {found}. Return a dict of {content} by name")
+    return value
+
+
 @dataclass
 class BoundPhase:
     """A phase with its optimizer, and that optimizer's trainable parameters."""

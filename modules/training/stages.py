@@ -1,4 +1,7 @@
-"""Stages of training: each can have its own batch size and fresh optimizer states; the images seen determine the stage."""
+"""Stages of training: each can have its own batch size, image size and fresh optimizer states.
+
+The images seen determine the stage.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -16,11 +19,13 @@ class Stage:
         start: images seen at its start, rounded up to a whole step.
         batch_size: global batch size; None for that of the datamodule.
         reset_optimizers: whether to clear the optimizer states at its start.
+        image_size: side of the training images in pixels; None for that of the datamodule.
     """
 
     start: int = 0
     batch_size: int | None = None
     reset_optimizers: bool = False
+    image_size: int | None = None
 
 
 class StagePlan:
@@ -54,6 +59,10 @@ class StagePlan:
     def batch_size(self, images_seen: int) -> int:
         """Return the global batch size of the step after `images_seen` images."""
         return self.batch_sizes[self.index(images_seen)]
+
+    def image_size(self, images_seen: int) -> int | None:
+        """Return the side of the images of the step after `images_seen` images; None for that of the datamodule."""
+        return self.stages[self.index(images_seen)].image_size
 
     def steps(self, images_seen: int) -> int:
         """Return the number of completed steps after `images_seen` images."""

@@ -12,7 +12,7 @@ from experiments.cli.main import main
 from modules.losses.adversarial import bce_fake, bce_real, gradient_penalty
 from modules.training import gradients
 from modules.training.ema import EMA
-from modules.training.phases import Phase, bind_phases, split_micro_batches, train_only
+from modules.training.phases import Phase, bind_phases, expect_dict, split_micro_batches, train_only
 from tests.helpers.method_contract import checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.wgan_gp import WGANGP
@@ -222,6 +222,15 @@ def test_fp16_skips_overflowing_steps_and_trains(workdir, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("function", "content"), [("losses", "loss terms"), ("schedule", "settings of the optimizer")])
+def test_phase_functions_must_return_a_dict(function, content):
+    functions = {"losses": lambda batch: {}, "schedule": lambda images_seen: {"lr": 1.0}}
+    phase = Phase("critic", **{**functions, function: lambda argument: torch.zeros(1)})
+    assert expect_dict({"real": 1}, phase, function, content) == {"real": 1}
+    with pytest.raises(TypeError, match=f"phase 'critic': `{function}` returned Tensor. Return a dict of {content} by name"):
+        expect_dict(getattr(phase, function)(0), phase, function, content)
+
+
 def test_compiled_networks_match_uncompiled_ones(workdir, monkeypatch):
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     model = {

@@ -1,6 +1,7 @@
 """Fast style transfer: features and losses against independent implementations, the network, and the contract."""
 
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from callbacks.run.checkpoints import inference_state_dict, load_weights
 from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
+from datamodules.io.paths import file_hash
 from datamodules.stylization import Stylization
+from experiments import ROOT
 from experiments.bench import scaling_worker
 from experiments.cli.main import main
 from experiments.run.video import read_frames, write_video
@@ -136,6 +139,18 @@ def test_streamed_crops_are_those_of_memory(photos):
         data.setup("fit")
         crops.append(data.crops[10, np.array([3, 3, 5])]["image"])
     assert torch.equal(*crops)
+
+
+def test_a_resumed_run_requires_the_same_painting(workdir, photos, three_photos, capfd):
+    shutil.copy(ROOT / STYLES / "wave.jpg", workdir / "mine.jpg")
+    model = {**MODEL, "init_args": {**MODEL["init_args"], "styles": ["mine.jpg"], "total_images": 4}}
+    recipe = write_stylization_recipe(workdir / "tiny.yaml", photos, three_photos, model)
+    assert forked(main, ["fit", str(recipe), "--run", "r"]) == 0
+    record = json.loads((workdir / "runs/tiny/r/record.json").read_text())
+    assert record["reference_weights"]["mine.jpg"] == file_hash(ROOT / STYLES / "wave.jpg")
+    shutil.copy(ROOT / STYLES / "the_scream.jpg", workdir / "mine.jpg")
+    assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "8"]) == 2
+    assert "mine.jpg: the file has changed since the checkpoint" in capfd.readouterr().err
 
 
 def test_styles_are_computed_where_the_feature_network_is():

@@ -1,6 +1,9 @@
 """Generation: training images, indices of samples to generate, and real reference images."""
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -9,15 +12,16 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import ResumableDataModule
+from datamodules.base import ResumableDataModule, full_size
 from datamodules.batches import GenerationBatch
-from datamodules.catalog.catalog import DatasetNotFound
+from datamodules.errors import UserError
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
-from datamodules.io.image_set import ImageSet, center_crop_resize, folder_labels, load_image_set
+from datamodules.io.image_set import ImageSet, Square, box_downsample, folder_labels, load_image_set, read_square
 from datamodules.random.philox import randint_from_words, random_words
 from datamodules.sampler import InfiniteBatchSampler
 
 EVAL_BATCH = 100  # samples per evaluation batch
+MAX_THUMBNAIL, THUMBNAIL_BYTES = 32, 2**30  # largest side of small images that are kept, and bytes of all with one side
 
 
 class Generation(ResumableDataModule):
@@ -34,13 +38,17 @@ class Generation(ResumableDataModule):
         test: datasets of real images for the test; absent ones are reported and skipped.
         val_samples: number of generated samples per validation.
         test_samples: number of generated samples per test.
-        crop: side of the center crop of image files before resizing, in pixels; None for the largest square.
+        crop: side of the square crop of image files before resizing, in pixels; None for the largest square.
+        crop_center: horizontal and vertical position of the center of the crop in pixels; None for the center of the image.
         hflip: flip training images left to right with probability 0.5.
         batch_size: global batch size, over all devices.
         streaming: decode images on demand instead of keeping them in memory; use with `num_workers`.
         num_workers: loader processes; 0 is fastest for images in memory.
         skip_bad: skip unusable files and report their count instead of raising an error.
         seed: seed of the order and the flips.
+
+    Raises:
+        UserError: `crop_center` without `crop`.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class Generation(ResumableDataModule):
         val_samples: PositiveInt = 100,
         test_samples: PositiveInt = 10_000,
         crop: PositiveInt | None = None,
+        crop_center: tuple[PositiveInt, PositiveInt] | None = None,
         hflip: bool = False,
         batch_size: int = 128,
         streaming: bool = False,
@@ -63,6 +72,9 @@ class Generation(ResumableDataModule):
         super().__init__(batch_size, num_workers, seed, skip_bad)
         self.train, self.size, self.channels, self.val, self.test = train, size, channels, val, test
         self.val_samples, self.test_samples, self.crop, self.hflip = val_samples, test_samples, crop, hflip
+        if crop_center and not crop:
+            raise UserError("data.crop_center: it requires data.crop, the side of the crop. Set it, or remove data.crop_center")
+        self.square = Square(crop, crop_center)
         self.streaming = streaming
         self.reference_sets: dict[str, ImageSet] = {}
 
@@ -78,39 +90,29 @@ class Generation(ResumableDataModule):
         if stage == "fit":
             if self.streaming:
                 refs = self.data_report.validate(list_image_refs(self.train), self.crop or self.size, decode=False)
-                self.items: InMemoryImages | StreamedImages = StreamedImages(refs, self.size, self.channels, self.crop)
+                self.items: InMemoryImages | StreamedImages = StreamedImages(refs, self.size, self.channels, self.square)
             else:
                 self.items = InMemoryImages(self._read(self.train))
         if self.val:
             self.val_images = self._read(self.val)
             self.reference_sets = {dataset_label(self.val): self.val_images}
         if stage == "test":
-            self.reference_sets = self._load_test_sets()
+            self.reference_sets = dict(self.read_test_sets(lambda spec: (dataset_label(spec), self._read(spec))))
 
     def _read(self, spec: str) -> ImageSet:
-        return load_image_set(spec, self.size, self.channels, self.crop, self.data_report)
-
-    def _load_test_sets(self) -> dict[str, ImageSet]:
-        image_sets = {}
-        for spec in self.test:
-            try:
-                image_sets[dataset_label(spec)] = self._read(spec)
-            except DatasetNotFound as error:
-                self.missing_sets.append(f"{spec}: {error}")
-        if not image_sets:
-            raise DatasetNotFound("; ".join(self.missing_sets) or "data.test: no dataset given. Name at least one")
-        return image_sets
+        return load_image_set(spec, self.size, self.channels, self.square, self.data_report)
 
     def preview_images(self, count: int) -> Tensor:
         """Return the first training images in training order: (count, channels, size, size) in [0, 1]."""
         order = InfiniteBatchSampler(len(self.items), count, self.seed, lambda: 0)
         _, items = next(iter(order))
-        return self.items[0, items]["image"].float() / 255
+        return self.items.read(items, self.size).float() / 255
 
     # Loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return an infinite loader of uint8 images; `on_after_batch_transfer` converts them to float."""
+        self.items.set_image_size(self.image_size_at)
         if self.num_workers and isinstance(self.items, InMemoryImages):
             self.items.images.pixels.share_memory_()
         return self.train_loader(self.items, len(self.items))
@@ -139,38 +141,93 @@ class Generation(ResumableDataModule):
         return {"image": image, "label": batch["label"]}
 
 
-class InMemoryImages(Dataset[dict[str, Any]]):
-    """Batches of decoded images, indexed by the outputs of `InfiniteBatchSampler`."""
+class TrainingImages(Dataset[dict[str, Any]], ABC):
+    """Batches of images, indexed by the outputs of `InfiniteBatchSampler`.
+
+    Args:
+        size: side of the images in pixels.
+        labels: int64 (N,).
+    """
+
+    def __init__(self, size: int, labels: Tensor) -> None:
+        self.size, self.labels = size, labels
+        self.image_size_at: Callable[[int], int | None] = full_size
+
+    def set_image_size(self, image_size_at: Callable[[int], int | None]) -> None:
+        """Set the side of the images by position, see `ResumableDataModule.image_size_at`."""
+        self.image_size_at = image_size_at
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Return {"image": uint8 (B, C, side, side), "label": int64 (B,), "start": position of the first sample}."""
+        start, items = slice_
+        side = self.image_size_at(start)
+        image = self.read(items, self.size if side is None else side)
+        return {"image": image, "label": self.labels[torch.from_numpy(items)], "start": start}
+
+    @abstractmethod
+    def read(self, items: np.ndarray, side: int) -> Tensor:
+        """Return images with a side: uint8 (B, C, side, side)."""
+
+
+class InMemoryImages(TrainingImages):
+    """Decoded images."""
 
     def __init__(self, images: ImageSet) -> None:
+        super().__init__(images.pixels.shape[-1], images.labels)
         self.images = images
 
-    def __len__(self) -> int:
-        return len(self.images.labels)
-
-    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Return {"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first sample}."""
-        start, items = slice_
-        selection = torch.from_numpy(items)
-        return {"image": self.images.pixels[selection], "label": self.images.labels[selection], "start": start}
+    def read(self, items: np.ndarray, side: int) -> Tensor:
+        """Return images with a side: uint8 (B, C, side, side)."""
+        return box_downsample(self.images.pixels[torch.from_numpy(items)], side)
 
 
-class StreamedImages(Dataset[dict[str, Any]]):
-    """Batches of images that are decoded on demand, for datasets larger than memory."""
+class StreamedImages(TrainingImages):
+    """Images that are decoded on demand, for datasets larger than memory.
 
-    def __init__(self, refs: Sequence[ImageRef], size: int, channels: int, crop: int | None) -> None:
+    If the training starts with small images, as in progressive growing, each file is decoded once for all sides up to 32
+    pixels: the small images are kept in memory that all loader processes share, with at most `THUMBNAIL_BYTES` for each side.
+
+    Args:
+        refs: image files.
+        size, channels, square: see `read_square`.
+    """
+
+    def __init__(self, refs: Sequence[ImageRef], size: int, channels: int, square: Square) -> None:
+        super().__init__(size, folder_labels(refs))
         self.files = [ref.path for ref in refs]
-        self.labels = folder_labels(refs)
-        self.size, self.channels, self.crop = size, channels, crop
+        self.channels, self.square = channels, square
+        self.thumbnails: dict[int, Tensor] = {}  # side: uint8 (N, C, side, side)
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def set_image_size(self, image_size_at: Callable[[int], int | None]) -> None:
+        """Set the side of the images by position, and allocate the memory for small images."""
+        super().set_image_size(image_size_at)
+        side = image_size_at(0) or self.size
+        while side < min(self.size, MAX_THUMBNAIL + 1) and len(self) * self.channels * side**2 <= THUMBNAIL_BYTES:
+            self.thumbnails[side] = shared_zeros(len(self), self.channels, side, side)
+            side *= 2
+        self.is_stored = shared_zeros(len(self))
 
-    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Return {"image": uint8 (B, C, size, size), "label": int64 (B,), "start": position of the first sample}."""
-        start, items = slice_
-        crops = [center_crop_resize(self.files[item], self.size, self.channels, self.crop) for item in items]
-        return {"image": torch.stack(crops), "label": self.labels[torch.from_numpy(items)], "start": start}
+    def read(self, items: np.ndarray, side: int) -> Tensor:
+        """Return images with a side: uint8 (B, C, side, side)."""
+        return torch.stack([self._read_item(int(item), side) for item in items])
+
+    def _read_item(self, item: int, side: int) -> Tensor:
+        if side in self.thumbnails and self.is_stored[item]:
+            return self.thumbnails[side][item]
+        pixels = read_square(self.files[item], self.size, self.channels, self.square)[None]
+        if side in self.thumbnails:
+            for small_side, images in self.thumbnails.items():
+                images[item] = box_downsample(pixels, small_side)[0]
+            self.is_stored[item] = 1  # last: another process may read the images from now on
+        return box_downsample(pixels, side)[0]
+
+
+def shared_zeros(*shape: int) -> Tensor:
+    """Return uint8 zeros in memory that forked processes share."""
+    return torch.frombuffer(mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
 def eval_batch_size(count: int, world_size: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
-from datamodules.io.image_io import pixel_hash, read_image
+from datamodules.io.image_io import InvalidImage, pixel_hash, read_image
 from datamodules.io.image_refs import DataReport, ImageRef, dataset_label, list_image_refs
 
 
@@ -23,7 +23,19 @@ class ImageSet(NamedTuple):
     labels: Tensor  # int64 (N,)
 
 
-def load_image_set(spec: str, size: int, channels: int, crop: int | None, data_report: DataReport) -> ImageSet:
+class Square(NamedTuple):
+    """Square part of an image that is used.
+
+    Args:
+        side: side in pixels; None for the largest square.
+        center: horizontal and vertical position of its center in pixels; None for the center of the image.
+    """
+
+    side: int | None = None
+    center: tuple[int, int] | None = None
+
+
+def load_image_set(spec: str, size: int, channels: int, square: Square, data_report: DataReport) -> ImageSet:
     """Load the images and labels of a dataset or a folder.
 
     Args:
@@ -31,7 +43,7 @@ def load_image_set(spec: str, size: int, channels: int, crop: int | None, data_r
             image file is the index of its folder in sorted order.
         size: side in pixels; images are resized by antialiased bilinear interpolation.
         channels: 1 or 3; grayscale image files are repeated to 3 channels.
-        crop: side of the center crop before resizing, in pixels; None for the largest square.
+        square: part of image files that is resized.
         data_report: report that collects content hashes and skipped files.
 
     Raises:
@@ -46,9 +58,9 @@ def load_image_set(spec: str, size: int, channels: int, crop: int | None, data_r
             raise UserError(f"data.channels: {channels}, but the images of {name} have {pixels.shape[1]}. Change data.channels")
         data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
         return ImageSet(resize_uint8(pixels, size), labels)
-    refs = data_report.validate(list_image_refs(spec), crop or size)
+    refs = data_report.validate(list_image_refs(spec), square.side or size)
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda ref: center_crop_resize(ref.path, size, channels, crop), refs))
+        images = list(pool.map(lambda ref: read_square(ref.path, size, channels, square), refs))
     return ImageSet(torch.stack(images), folder_labels(refs))
 
 
@@ -58,20 +70,33 @@ def folder_labels(refs: Sequence[ImageRef]) -> Tensor:
     return torch.tensor([folders.index(ref.path.parent) for ref in refs])
 
 
-def center_crop_resize(path: Path, size: int, channels: int, crop: int | None) -> Tensor:
-    """Center-crop an image file to a square and resize it: uint8 (channels, size, size).
+def read_square(path: Path, size: int, channels: int, square: Square) -> Tensor:
+    """Read a square part of an image file and resize it: uint8 (channels, size, size).
 
     Raises:
-        InvalidImage: see `open_image`.
+        InvalidImage: see `open_image`; or the square is not inside the image.
         UserError: the image has more than `channels` channels.
     """
     pixels = read_image(path)
     if len(pixels) > channels:
         raise UserError(f"data.channels: {channels}, but {path} is a color image. Use 3 channels, or convert it to grayscale")
-    side = crop or min(pixels.shape[-2:])
-    top, left = ((length - side) // 2 for length in pixels.shape[-2:])
-    square = pixels[:, top : top + side, left : left + side]
-    return resize_uint8(square[None], size)[0].expand(channels, -1, -1)
+    height, width = pixels.shape[-2:]
+    side = square.side or min(height, width)
+    left, top = ((width - side) // 2, (height - side) // 2)
+    if square.center:
+        left, top = (position - side // 2 for position in square.center)
+    if min(left, top) < 0 or left + side > width or top + side > height:
+        raise InvalidImage(
+            f"{path}: {width}x{height} pixels, data.crop {side} at data.crop_center {square.center} is not inside"
+        )
+    return resize_uint8(pixels[None, :, top : top + side, left : left + side], size)[0].expand(channels, -1, -1)
+
+
+def box_downsample(pixels: Tensor, size: int) -> Tensor:
+    """Downsample uint8 images (N, C, H, H) to (N, C, size, size), where size divides H: means of squares, rounded."""
+    if pixels.shape[-1] == size:
+        return pixels
+    return F.avg_pool2d(pixels.float(), pixels.shape[-1] // size).round().to(torch.uint8)
 
 
 def resize_uint8(pixels: Tensor, size: int, chunk_size: int = 1024) -> Tensor:

@@ -23,7 +23,7 @@ from callbacks.metrics.parzen import best_sigma, log_likelihood
 from datamodules.catalog.array_readers import read_split
 from datamodules.errors import UserError
 from datamodules.io.image_refs import DataReport
-from datamodules.io.image_set import load_image_set
+from datamodules.io.image_set import Square, load_image_set
 from modules.networks.feature_extractors import VGG16, Inception, MnistLeNet
 from modules.networks.pretrained import find_or_download
 from tests.helpers.tiny_recipes import Projection, inception_weights, random_weights
@@ -231,7 +231,7 @@ def test_parzen_log_likelihood_of_mnist_training_images(with_real_data):
 
 def test_mnist_lenet_has_the_accuracy_in_its_file_name(with_real_data):
     weights = "weights/mnist-lenet/lenet_epoch12_acc0.991.pth"
-    images = load_image_set("mnist/test", 28, 1, None, DataReport())
+    images = load_image_set("mnist/test", 28, 1, Square(), DataReport())
     network = MnistLeNet(find_or_download(MnistLeNet.name, None, weights))
     correct = fid_kid_is.extract(network, images.pixels)["logits"].argmax(1) == images.labels
     assert correct.double().mean().item() == pytest.approx(0.991, abs=0.001)

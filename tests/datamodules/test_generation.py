@@ -13,7 +13,7 @@ from datamodules.errors import UserError
 from datamodules.generation import Generation, SampleIndices, eval_batch_size
 from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import DataReport
-from datamodules.io.image_set import load_image_set, resize_uint8
+from datamodules.io.image_set import Square, load_image_set, resize_uint8
 from datamodules.random.noise import derive_seed, normal, uniform
 from datamodules.sampler import RankSampler
 from tests.helpers.fake_datasets import accept_what_is_laid_out, hundred_tiles, lay_out
@@ -84,11 +84,53 @@ def test_streaming_yields_the_same_batches_as_in_memory_loading(photos):
     assert abs(actual - expected).max() <= 1
 
 
+def test_small_images_are_means_of_squares(photos):
+    """Streamed images are the same, at the first and at a repeated reading, and at sides that are not stored."""
+    sides = {0: 4, 4: 8, 8: 8, 12: 64}
+    for streaming in (False, True):
+        data = Generation(str(photos), 64, batch_size=4, streaming=streaming)
+        data.image_size_at = sides.get
+        data.setup("fit")
+        loader = data.train_dataloader()
+        full = data.items.read(np.arange(8), 64).numpy().astype(float)
+        order = np.concatenate([items for _, (_, items) in zip(range(4), loader.sampler, strict=False)])
+        for i, batch in enumerate(loader):
+            side = sides[4 * i]
+            expected = full[order[4 * i : 4 * i + 4]].reshape(4, 3, side, 64 // side, side, 64 // side).mean((3, 5))
+            assert batch["image"].numpy().tolist() == np.rint(expected).tolist()
+            if i == 3:
+                break
+        if streaming:
+            assert list(data.items.thumbnails) == [4, 8, 16, 32]
+            data.items.files = [None] * 8  # each file was decoded in the first pass
+            assert data.items.read(order[:8], 16).shape == (8, 3, 16, 16)
+
+
+def test_stored_images_are_shared_by_loader_processes(photos):
+    data = Generation(str(photos), 64, batch_size=4, streaming=True, num_workers=2)
+    data.image_size_at = lambda position: 4
+    data.setup("fit")
+    take(data, 2)
+    assert data.items.is_stored.sum() == 8
+
+
+def test_crop_is_around_its_center(photos):
+    path = sorted(photos.iterdir())[0]
+    data = Generation(str(photos), 20, crop=20, crop_center=(30, 41))
+    data.setup("fit")
+    expected = np.asarray(Image.open(path).convert("RGB"))[31:51, 20:40].transpose(2, 0, 1)
+    assert data.items.images.pixels[0].numpy().tolist() == expected.tolist()
+    with pytest.raises(InvalidImage, match=r"data\.crop 20 at data\.crop_center \(5, 41\) is not inside"):
+        Generation(str(photos), 20, crop=20, crop_center=(5, 41)).setup("fit")
+    with pytest.raises(UserError, match=r"data\.crop_center: it requires data\.crop"):
+        Generation(str(photos), 20, crop_center=(30, 41))
+
+
 def test_labels_are_folder_indices(tmp_path, photos):
     for i, path in enumerate(sorted(photos.iterdir())):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         Image.open(path).save(tmp_path / "ab"[i % 2] / path.name)
-    assert load_image_set(str(tmp_path), 16, 3, None, DataReport()).labels.tolist() == [0] * 4 + [1] * 4
+    assert load_image_set(str(tmp_path), 16, 3, Square(), DataReport()).labels.tolist() == [0] * 4 + [1] * 4
 
 
 def test_unusable_images_raise_or_are_skipped(tmp_path, photos):

@@ -1,6 +1,7 @@
 """Compare the sliced Wasserstein distance and MS-SSIM with scipy, skimage and closed forms."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,6 +71,21 @@ def test_halves_of_a_set_are_closer_than_a_modified_set(images):
     noise = torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 128
     modified = swd.sliced_wasserstein(shifted[:32], (shifted[32:].float() * 0.5 + noise).byte())
     assert all(split_half[side] < modified[side] for side in split_half)
+
+
+def test_metric_names_its_count_and_compares_halves_of_the_real_images(images):
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
+    samples, real = images[:3], images[2:]
+    values = swd.SlicedWasserstein(split_half=True).compute(samples, real, trainer)
+    for name, left, right in (("swd", samples, real[:3]), ("swd-split-half", real[:3], real[3:])):
+        expected = swd.sliced_wasserstein(left, right)
+        assert {side: values[f"{name}/{side}-3"] for side in expected} == {
+            side: pytest.approx(1000 * distance) for side, distance in expected.items()
+        }
+        assert values[f"{name}/mean-3"] == pytest.approx(1000 * np.mean(list(expected.values())))
+    assert swd.SlicedWasserstein().compute(samples, real, trainer).keys() == {
+        name for name in values if name.startswith("swd/")
+    }
 
 
 def test_ssim_at_one_scale_matches_skimage(images):

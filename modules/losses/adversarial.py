@@ -41,8 +41,12 @@ def gan_generator_loss(logits: Tensor, kind: str) -> Tensor:
     raise UserError(f"model.loss: {kind} is not valid. Use non-saturating or saturating")
 
 
-def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """Compute the gradient penalty, the mean of (|grad| - 1)**2 (Gulrajani et al., arXiv:1704.00028, eq. 3, without lambda).
+def gradient_penalty(
+    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor, target: float = 1.0
+) -> Tensor:
+    """Compute the gradient penalty (Gulrajani et al., arXiv:1704.00028, eq. 3, without lambda).
+
+    It is the mean of (|grad| / target - 1)**2; in ProGAN's setting for CIFAR-10, `target` is 750 (Karras et al., Appendix).
 
     The computation is outside autocast: bf16 causes relative errors of several percent in the second derivatives.
 
@@ -50,9 +54,10 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
         critic: function from images to values; it must not be compiled.
         real, fake: images (N, C, H, W).
         alpha: interpolation weights of `real`, (N, 1) in (0, 1).
+        target: norm of the gradient without penalty.
     """
     with torch.autocast(real.device.type, enabled=False):
         weight_real = alpha.to(real.dtype).view(-1, *[1] * (real.ndim - 1))
         interpolated = torch.lerp(fake.detach().to(real.dtype), real, weight_real).requires_grad_()
         (grad,) = torch.autograd.grad(critic(interpolated).sum(), interpolated, create_graph=True)
-        return (grad.flatten(1).norm(dim=1) - 1).square().mean()
+        return (grad.flatten(1).norm(dim=1) / target - 1).square().mean()

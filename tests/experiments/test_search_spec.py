@@ -122,6 +122,7 @@ SHRUNK = {
     "vae": [],
     "autoencoder": ["--model.total_images", "200", "--val_every_images", "100"],
 }
+SHRUNK["progan"] = [*SHRUNK["dcgan"], "--model.stable_images", "2", "--model.fade_images", "2"]
 
 
 QUICK = ("espcn", "vae", "cyclegan")  # one of each kind; the others are slow tests

@@ -14,7 +14,9 @@ from modules.cyclegan import CycleGAN
 from modules.dcgan import DCGAN
 from modules.espcn import ESPCN
 from modules.gan import GAN
+from modules.networks.progressive import MinibatchStddev
 from modules.perceptual_sr import PerceptualSR
+from modules.progan import ProGAN
 from modules.smp import SMPSegmenter
 from modules.srcnn import SRCNN
 from modules.style_transfer import StyleTransfer
@@ -73,6 +75,17 @@ class DeterministicDCGAN(DCGAN):
 
     def adam(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(network.parameters(), betas=(0.5, 0.999), eps=1e-3)
+
+
+class DeterministicProGAN(ProGAN):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
+        for layer in self.modules():
+            if isinstance(layer, MinibatchStddev):
+                layer.group_size = 1
+
+    def adam(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(network.parameters(), betas=(0.0, 0.99), eps=1e-3)
 
 
 class DeterministicCycleGAN(CycleGAN):

@@ -11,12 +11,12 @@ from tests.helpers.tiny_recipes import Model, write_yaml
 
 
 def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
-    """Write a recipe for generation of gray 28 x 28 images, on the embedded digits."""
+    """Write a recipe for generation of gray images, of 28 x 28 pixels or `size`, on the embedded digits."""
     projection = path.with_name("projection.pth")
-    torch.save(torch.randn(784, 24, generator=torch.Generator().manual_seed(0)) / 28, projection)
+    size = data.setdefault("size", 28)
+    torch.save(torch.randn(size**2, 24, generator=torch.Generator().manual_seed(0)) / size, projection)
     init_args = {
         "train": "digits/train",
-        "size": 28,
         "channels": 1,
         "val": "digits/val",
         "test": ["digits/test"],
@@ -39,13 +39,14 @@ def write_generative_recipe(path: Path, model: Model, **data: Any) -> Path:
 
 
 class GenerativeContract(Contract):
+    size = 28
     max_fid = 1.2  # untrained: 5.2 or more; 500 black images: 2.5; 500 times the mean digit: 1.7
 
     @pytest.fixture
     def recipe(self, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
         model = {**self.model, "init_args": {**self.model["init_args"], "total_images": 60}}
-        return write_generative_recipe(workdir / "tiny.yaml", model)
+        return write_generative_recipe(workdir / "tiny.yaml", model, size=self.size)
 
     def has_learned(self, log: list[dict[str, str]]) -> bool:
         return [float(row["value"]) for row in log if "/fid/" in row["name"]][-1] < self.max_fid

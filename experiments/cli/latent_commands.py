@@ -1,4 +1,4 @@
-"""Command lines of `darkroom sample`, `interpolate`, `arithmetic`, `manifold`, `reconstruct` and `retrieve`."""
+"""Command lines of `darkroom sample`, `interpolate`, `arithmetic`, `manifold`, `growth`, `reconstruct` and `retrieve`."""
 
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
@@ -65,6 +65,23 @@ def manifold(argv: list[str]) -> int:
     from experiments.run import sample
 
     sample.manifold(recipe, args.ckpt, args.grid_size, args.output)
+    return 0
+
+
+def growth(argv: list[str]) -> int:
+    """Run `darkroom growth` and return the exit status."""
+    parser = Parser(prog="darkroom growth", description="Show samples of the same latents at the end of each training stage.")
+    parser.add_argument("recipe", help="recipe of a method with stages, such as progan/demo")
+    parser.add_argument("--run", metavar="NAME", help="run (default: the newest one)")
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="number of latents (default 8)")
+    parser.add_argument("--output", default="growth.png", metavar="FILE", help="PNG file (default growth.png)")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"growth: --count {args.count}: must be at least 1")
+    recipe = find_recipe(args.recipe)
+    from experiments.run import growth
+
+    growth.growth(recipe, args.run, args.count, args.output)
     return 0
 
 

@@ -27,6 +27,7 @@ train, evaluate and predict
   interpolate RECIPE --indices 3 17 42       interpolate in latent space between samples (--images: between test images)
   arithmetic RECIPE --plus 1 2 --minus 3 4   add and subtract the latents of samples
   manifold RECIPE                            plot decoder outputs over a 2-D latent grid (--grid-size N)
+  growth RECIPE                              show samples of the same latents at the end of each stage (--run NAME)
   reconstruct RECIPE                         show test images and their reconstructions (--indices 0 1 2)
   retrieve RECIPE                            find the test images with codes similar to a query image's (--indices 0 1 2, --k N)
   neural-style CONTENT STYLE                 transfer a style by optimization of the image (--size N, --steps N)
@@ -382,6 +383,7 @@ COMMANDS = {
     "interpolate": latent_commands.interpolate,
     "arithmetic": latent_commands.arithmetic,
     "manifold": latent_commands.manifold,
+    "growth": latent_commands.growth,
     "reconstruct": latent_commands.reconstruct,
     "retrieve": latent_commands.retrieve,
     "neural-style": style_commands.neural_style,

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from experiments.cli.main import main
@@ -213,6 +215,36 @@ def test_committed_weights_contain_the_average_and_the_level(workdir):
     method = ProGAN(**model["init_args"])
     method.load_state_dict(used, strict=False)
     assert method.level == 3
+
+
+def test_growth_command_shows_the_last_samples_of_each_stage(workdir, capfd):
+    model = {**MODEL, "init_args": {**MODEL["init_args"], "total_images": 60, "batch_sizes": None}}
+    recipe = write_generative_recipe(workdir / "tiny.yaml", model, size=32, val_samples=5)
+    assert forked(fit, recipe, "--run", "r", "--val_every_images", "8") == 0
+    assert forked(main, ["growth", str(recipe), "--count", "3"]) == 0
+    output = capfd.readouterr().out
+    assert [line.split()[2] for line in output.splitlines() if line.startswith("column")] == [
+        "4",
+        "8",
+        "8",
+        "16",
+        "16",
+        "32",
+        "32",
+    ]
+    picture = np.asarray(Image.open(workdir / "growth.png").convert("L"))
+    assert picture.shape == (3 * 66 + 2, 7 * 66 + 2)
+    for column, images in enumerate((8, 16, 24, 32, 40, 48, 60)):
+        preview = np.asarray(Image.open(workdir / f"runs/tiny/r/samples/{images:09d}.png").convert("L"))
+        cell = picture[68 : 68 + 64, 2 + 66 * column : 66 + 66 * column]  # of the second latent
+        assert (cell[::2, ::2] == preview[2:34, 36:68]).all()
+    for argv, reason in (
+        (["growth", str(recipe), "--count", "9"], "growth: --count 9: the run has 5 samples"),
+        (["growth", str(recipe), "--run", "other"], "no run 'other' with samples. Train it"),
+        (["growth", str(recipe), "--output", "growth.jpg"], "--output growth.jpg must end in .png"),
+    ):
+        assert forked(main, argv) == 2
+        assert reason in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""`darkroom growth`: samples of the same latents at the end of each stage of a training."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from datamodules.errors import UserError
+from datamodules.io.image_io import read_image
+from datamodules.transforms.draw import PREVIEW_IMAGES
+from experiments.run.recipes import Recipe
+from experiments.run.run_dir import Run, runs_root
+from experiments.run.sample import require_writable, save_png
+from modules.training.stages import StagePlan
+
+PADDING = 2  # pixels between the images of a preview, see `image_grid`
+MIN_SIDE = 64  # of an image in the picture, in pixels
+
+
+def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> None:
+    """Write a picture of samples: one row for each latent, and one column for each stage, at its last validation.
+
+    Args:
+        recipe: recipe of a method with stages, such as ProGAN.
+        run_name: name of the run; None for the newest one with samples.
+        count: number of latents.
+        output: PNG file.
+
+    Raises:
+        UserError: there is no such run, its training has one stage, or it has fewer samples.
+    """
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"growth: --output {output} must end in .png")
+    require_writable(path.resolve().parent)
+    run = find_run(recipe, run_name)
+    config = yaml.safe_load(run.config.read_text())
+    plan, size, end = stage_plan(recipe, config)
+    if len(plan.starts) < 2:
+        raise UserError(f"growth: the training of {recipe.name} has one stage. Use a recipe that grows, such as progan/demo")
+    available = min(PREVIEW_IMAGES, config["data"]["init_args"]["val_samples"])
+    if count > available:
+        raise UserError(f"growth: --count {count}: the run has {available} samples")
+    previews = {int(file.stem): file for file in run.samples.glob("*.png") if file.stem.isdigit()}
+    columns = []
+    for (start, stop), side in zip(pairwise([*plan.starts, end]), sides(plan), strict=True):
+        if within := [images for images in previews if start < images <= stop or (stop == end and images > start)]:
+            columns.append(split_preview(previews[max(within)], size, available)[:count])
+            print(f"column {len(columns)}  {side or size} x {side or size} pixels, after {max(within):,} images")
+        else:
+            print(f"no column: {side or size} x {side or size} pixels, no validation between {start:,} and {stop:,} images")
+    rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count * columns, 3, size, size)
+    factor = -(-MIN_SIDE // size)
+    rows = rows.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    save_png(make_grid(rows, nrow=len(columns), padding=PADDING, pad_value=1.0), path)
+
+
+def find_run(recipe: Recipe, name: str | None) -> Run:
+    """Return the run of that name, or the newest one that has samples.
+
+    Raises:
+        UserError: there is none.
+    """
+    parent = runs_root() / recipe.name
+    runs = [Run(folder.parent) for folder in parent.glob("*/samples") if (folder.parent / "config.yaml").exists()]
+    if name is not None:
+        runs = [run for run in runs if run.folder.name == name]
+    if not runs:
+        run = f"run '{name}' with samples" if name else "run with samples"
+        raise UserError(f"growth: {parent} has no {run}. Train it with darkroom fit {recipe.name}")
+    return max(runs, key=lambda run: run.samples.stat().st_mtime)
+
+
+def stage_plan(recipe: Recipe, config: dict[str, Any]) -> tuple[StagePlan, int, int]:
+    """Return the stages of a run, the side of its samples, and the images seen at its end.
+
+    Raises:
+        UserError: the run does not generate images of one size.
+    """
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    if not isinstance(data.get("size"), int) or "val_samples" not in data:
+        raise UserError(f"growth: {recipe.name} does not generate images. Use a recipe that grows, such as progan/demo")
+    with torch.device("meta"):
+        method = recipe.load_class("model")(**model)
+    return StagePlan(method.stages(), data["batch_size"]), data["size"], model["total_images"]
+
+
+def sides(plan: StagePlan) -> list[int | None]:
+    """Return the side of the images of each stage; None for the full size."""
+    return [stage.image_size for stage in plan.stages]
+
+
+def split_preview(path: Path, size: int, count: int) -> Tensor:
+    """Return the images in a preview of `count` samples: (count, 3, size, size) in [0, 1]."""
+    pixels = read_image(path).expand(3, -1, -1).float() / 255
+    columns = max(1, round(count**0.5))
+    step = size + PADDING
+    corners = [(PADDING + step * (i // columns), PADDING + step * (i % columns)) for i in range(count)]
+    return torch.stack([pixels[:, top : top + size, left : left + size] for top, left in corners])

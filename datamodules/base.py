@@ -14,7 +14,7 @@ from datamodules.io.image_refs import DataReport, dataset_label
 from datamodules.io.loader import make_loader
 from datamodules.sampler import InfiniteBatchSampler, RankSampler
 
-T = TypeVar("T")
+TestData = TypeVar("TestData")
 
 
 def full_size(position: int) -> None:
@@ -55,7 +55,7 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         """Global rank and number of processes; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def read_test_sets(self, read: Callable[[str], T]) -> list[T]:
+    def read_test_sets(self, read: Callable[[str], TestData]) -> list[TestData]:
         """Read the test sets that are installed; the others are added to `missing_sets`.
 
         Args:

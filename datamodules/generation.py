@@ -74,7 +74,7 @@ class Generation(ResumableDataModule):
         self.val_samples, self.test_samples, self.crop, self.hflip = val_samples, test_samples, crop, hflip
         if crop_center and not crop:
             raise UserError("data.crop_center: it requires data.crop, the side of the crop. Set it, or remove data.crop_center")
-        self.square = Square(crop, crop_center)
+        self.crop_region = Square(crop, crop_center)
         self.streaming = streaming
         self.reference_sets: dict[str, ImageSet] = {}
 
@@ -90,7 +90,7 @@ class Generation(ResumableDataModule):
         if stage == "fit":
             if self.streaming:
                 refs = self.data_report.validate(list_image_refs(self.train), self.crop or self.size, decode=False)
-                self.items: InMemoryImages | StreamedImages = StreamedImages(refs, self.size, self.channels, self.square)
+                self.items: InMemoryImages | StreamedImages = StreamedImages(refs, self.size, self.channels, self.crop_region)
             else:
                 self.items = InMemoryImages(self._read(self.train))
         if self.val:
@@ -100,13 +100,13 @@ class Generation(ResumableDataModule):
             self.reference_sets = dict(self.read_test_sets(lambda spec: (dataset_label(spec), self._read(spec))))
 
     def _read(self, spec: str) -> ImageSet:
-        return load_image_set(spec, self.size, self.channels, self.square, self.data_report)
+        return load_image_set(spec, self.size, self.channels, self.crop_region, self.data_report)
 
     def preview_images(self, count: int) -> Tensor:
         """Return the first training images in training order: (count, channels, size, size) in [0, 1]."""
         order = InfiniteBatchSampler(len(self.items), count, self.seed, lambda: 0)
         _, items = next(iter(order))
-        return self.items.read(items, self.size).float() / 255
+        return self.items.read(items, self.items.size).float() / 255
 
     # Loaders
 
@@ -198,7 +198,7 @@ class StreamedImages(TrainingImages):
     def __init__(self, refs: Sequence[ImageRef], size: int, channels: int, square: Square) -> None:
         super().__init__(size, folder_labels(refs))
         self.files = [ref.path for ref in refs]
-        self.channels, self.square = channels, square
+        self.channels, self.crop_region = channels, square
         self.thumbnails: dict[int, Tensor] = {}  # side: uint8 (N, C, side, side)
 
     def set_image_size(self, image_size_at: Callable[[int], int | None]) -> None:
@@ -217,7 +217,7 @@ class StreamedImages(TrainingImages):
     def _read_item(self, item: int, side: int) -> Tensor:
         if side in self.thumbnails and self.is_stored[item]:
             return self.thumbnails[side][item]
-        pixels = read_square(self.files[item], self.size, self.channels, self.square)[None]
+        pixels = read_square(self.files[item], self.size, self.channels, self.crop_region)[None]
         if side in self.thumbnails:
             for small_side, images in self.thumbnails.items():
                 images[item] = box_downsample(pixels, small_side)[0]

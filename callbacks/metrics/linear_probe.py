@@ -72,7 +72,7 @@ class LinearProbe(Metric):
         """Evaluate on every rank, with the same result."""
         data = trainer.datamodule
         train, val, test = (
-            load_image_set(spec, data.size, data.channels, data.square, data.data_report) for spec in self.datasets
+            load_image_set(spec, data.size, data.channels, data.crop_region, data.data_report) for spec in self.datasets
         )
         discriminator = with_recomputed_bn_stats(pl_module.discriminator, train.pixels[:N_BN_IMAGES], pl_module.device)
         labels = train.labels.numpy()

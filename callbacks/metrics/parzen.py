@@ -51,7 +51,9 @@ class ParzenLogLikelihood(SampleSetMetric):
         values = parzen_metrics(f"parzen/{len(samples)}-samples", samples, val_images, real)
         if self.reference_set is not None:
             data = trainer.datamodule
-            images = _flat(load_image_set(self.reference_set, data.size, data.channels, data.square, data.data_report).pixels)
+            images = _flat(
+                load_image_set(self.reference_set, data.size, data.channels, data.crop_region, data.data_report).pixels
+            )
             count = min(len(samples), len(images))
             values |= parzen_metrics(f"parzen/{count}-images", images[:count], val_images, real)
             values |= parzen_metrics(f"parzen/{count}-centroids", centroids(images, count), val_images, real)

@@ -53,7 +53,7 @@ class ReconstructionSSE(ImageMetric):
         self._require_outputs(outputs, pl_module, batch_idx)
         if self.pca is None:
             data = trainer.datamodule
-            pixels = load_image_set(data.train, data.size, data.channels, data.square, data.data_report).pixels
+            pixels = load_image_set(data.train, data.size, data.channels, data.crop_region, data.data_report).pixels
             self.pca = PCA(outputs["code"].shape[1]).fit(pixels.flatten(1).float().numpy() / 255)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 

@@ -28,11 +28,11 @@ class Square(NamedTuple):
 
     Args:
         side: side in pixels; None for the largest square.
-        center: horizontal and vertical position of its center in pixels; None for the center of the image.
+        center_xy: horizontal and vertical position of its center in pixels; None for the center of the image.
     """
 
     side: int | None = None
-    center: tuple[int, int] | None = None
+    center_xy: tuple[int, int] | None = None
 
 
 def load_image_set(spec: str, size: int, channels: int, square: Square, data_report: DataReport) -> ImageSet:
@@ -83,11 +83,11 @@ def read_square(path: Path, size: int, channels: int, square: Square) -> Tensor:
     height, width = pixels.shape[-2:]
     side = square.side or min(height, width)
     left, top = ((width - side) // 2, (height - side) // 2)
-    if square.center:
-        left, top = (position - side // 2 for position in square.center)
+    if square.center_xy:
+        left, top = (position - side // 2 for position in square.center_xy)
     if min(left, top) < 0 or left + side > width or top + side > height:
         raise InvalidImage(
-            f"{path}: {width}x{height} pixels, data.crop {side} at data.crop_center {square.center} is not inside"
+            f"{path}: {width}x{height} pixels, data.crop {side} at data.crop_center {square.center_xy} is not inside"
         )
     return resize_uint8(pixels[None, :, top : top + side, left : left + side], size)[0].expand(channels, -1, -1)
 

@@ -1,6 +1,6 @@
 """Toy games, which have no images."""
 
-from datamodules.toys import Ring
+from datamodules.toys import Points
 from experiments.tasks.task import Task
 
-TASK = Task(Ring)
+TASK = Task(Points)

@@ -65,6 +65,6 @@ def test_every_bundled_datamodule_has_a_task():
         generation.Generation,
         reconstruction.Reconstruction,
         stylization.Stylization,
-        toys.Ring,
+        toys.Points,
     }
     assert {task.datamodule for task in registry.TASKS} == classes

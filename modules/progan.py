@@ -151,7 +151,7 @@ class ProGAN(GenerativeMethod):
         return min(level + weight_new, float(self.last_level))
 
     def stages(self) -> list[Stage]:
-        """Return the stages: stable at 4 x 4; fading in, and stable, at each further size. Optimizers start anew in each."""
+        """Return the stages: one at 4 x 4 pixels, then two for each size: during its fade-in, and after it."""
         if not self.grow:
             return [self.stage(0, self.size)]
         stages = [self.stage(0, side_of(0))]

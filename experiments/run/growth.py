@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
 from datamodules.transforms.draw import PREVIEW_IMAGES
+from experiments.run.neural_style import check_output
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run, runs_root
-from experiments.run.sample import require_writable, save_png
+from experiments.run.sample import grid, save_png
 from modules.training.stages import StagePlan
 
 PADDING = 2  # pixels between the images of a preview, see `image_grid`
@@ -34,9 +34,7 @@ def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> Non
         UserError: there is no such run, its training has one stage, or it has fewer samples.
     """
     path = Path(output)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"growth: --output {output} must end in .png")
-    require_writable(path.resolve().parent)
+    check_output([path], [])
     run = find_run(recipe, run_name)
     config = yaml.safe_load(run.config.read_text())
     plan, size, end = stage_plan(recipe, config)
@@ -47,16 +45,19 @@ def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> Non
         raise UserError(f"growth: --count {count}: the run has {available} samples")
     previews = {int(file.stem): file for file in run.samples.glob("*.png") if file.stem.isdigit()}
     columns = []
-    for (start, stop), side in zip(pairwise([*plan.starts, end]), sides(plan), strict=True):
+    for (start, stop), stage in zip(pairwise([*plan.starts, end]), plan.stages, strict=True):
+        side = stage.image_size or size
         if within := [images for images in previews if start < images <= stop or (stop == end and images > start)]:
             columns.append(split_preview(previews[max(within)], size, available)[:count])
-            print(f"column {len(columns)}  {side or size} x {side or size} pixels, after {max(within):,} images")
+            print(f"column {len(columns)}  {side} x {side} pixels, after {max(within):,} images")
         else:
-            print(f"no column: {side or size} x {side or size} pixels, no validation between {start:,} and {stop:,} images")
+            print(f"no column: {side} x {side} pixels, no validation between {start:,} and {stop:,} images")
+    if not columns:
+        raise UserError(f"growth: {run.folder} has no samples of a stage. Train with a smaller --val_every_images")
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count * columns, 3, size, size)
     factor = -(-MIN_SIDE // size)
     rows = rows.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    save_png(make_grid(rows, nrow=len(columns), padding=PADDING, pad_value=1.0), path)
+    save_png(grid(rows, len(columns)), path)
 
 
 def find_run(recipe: Recipe, name: str | None) -> Run:
@@ -87,11 +88,6 @@ def stage_plan(recipe: Recipe, config: dict[str, Any]) -> tuple[StagePlan, int, 
     with torch.device("meta"):
         method = recipe.load_class("model")(**model)
     return StagePlan(method.stages(), data["batch_size"]), data["size"], model["total_images"]
-
-
-def sides(plan: StagePlan) -> list[int | None]:
-    """Return the side of the images of each stage; None for the full size."""
-    return [stage.image_size for stage in plan.stages]
 
 
 def split_preview(path: Path, size: int, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backward pass and optimizer step: loss scaling, averaging over ranks, clipping."""
+"""Backward pass and optimizer step: loss scaling, averaging over ranks, clipping, and the check of gradients."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,8 +10,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from modules.training.fsdp import gather_full_tensors
 from modules.training.lightning_compat import grad_scaler
+from modules.training.phases import BoundPhase
 
+MIN_LOSS_SCALE = 2.0**-14  # smallest fp16 loss scale; torch starts at 2**16 and halves it at each overflow
 BUCKET_BYTES = 25 * 2**20  # bytes per all-reduce, the default of torch's DDP
 
 
@@ -57,6 +60,19 @@ def update_grad_scaler(trainer: Any) -> None:
     """Update the fp16 loss scale; call it after each optimizer step, before the next backward pass."""
     if (scaler := grad_scaler(trainer)) is not None:
         scaler.update()
+
+
+def gradient_problem(trainer: Any, bound: BoundPhase) -> str:
+    """Return why the gradients of a phase cannot be used; empty if they are finite.
+
+    Under fp16, the loss scale is checked instead, because the scaler skips steps that overflow.
+    """
+    suffix = f" of '{bound.phase.name}'" if bound.phase.name else ""
+    if (scaler := grad_scaler(trainer)) is not None:
+        return f"the gradient{suffix} overflows in fp16 at any scale" if scaler.get_scale() < MIN_LOSS_SCALE else ""
+    gradients = [parameter.grad for parameter in bound.parameters if parameter.grad is not None]
+    norm = gather_full_tensors(nn.utils.get_total_norm(gradients))
+    return "" if norm.isfinite() else f"the gradient's norm{suffix} is {norm.item()}"
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:

@@ -15,13 +15,12 @@ from torch.optim import Optimizer
 from datamodules.errors import UserError
 from datamodules.random.noise import derive_seed, normal, uniform
 from modules.training.ema import EMA
-from modules.training.fsdp import fsdp_modules, gather_full_tensors
-from modules.training.gradients import backward, broadcast_buffers, optimizer_step, update_grad_scaler
+from modules.training.fsdp import fsdp_modules
+from modules.training.gradients import backward, broadcast_buffers, gradient_problem, optimizer_step, update_grad_scaler
 from modules.training.image_pool import ImagePool
 from modules.training.lightning_compat import (
     FastSetattrModule,
     datamodule,
-    grad_scaler,
     increment_global_step,
     log_every_n_steps,
     patch_training_loop,
@@ -50,7 +49,6 @@ NOISE_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
     "fast-normal": partial(normal, dtype=np.float32),
     "uniform": uniform,
 }
-MIN_LOSS_SCALE = 2.0**-14  # smallest fp16 loss scale; torch starts at 2**16 and halves it at each overflow
 
 
 class Method(FastSetattrModule):
@@ -275,28 +273,13 @@ class Method(FastSetattrModule):
         for bound in self.bound_phases:
             name = f"learning_rate/{bound.phase.name}" if bound.phase.name else "learning_rate"
             metrics[name] = bound.optimizer.param_groups[0]["lr"]
-            self._check_finite_grad(bound)
+            if problem := gradient_problem(self.trainer, bound):
+                raise non_finite(problem, self.images_seen, self.learning_rate)
         for logger in self.trainer.loggers:  # not self.log, which repeats a value until there is a newer one
             logger.log_metrics({**metrics, "images": self.images_seen}, step=self.trainer.fit_loop.total_batch_idx)
 
     def _newest_losses(self) -> dict[str, float]:
         return self.loss_log.newest(self.trainer.world_size, self.device, self.learning_rate)
-
-    def _check_finite_grad(self, bound: BoundPhase) -> None:
-        """Check that the gradients are finite; under fp16, check the loss scale, because the scaler skips steps that overflow.
-
-        Raises:
-            NonFiniteLoss: a gradient is not finite, or the fp16 loss scale is below `MIN_LOSS_SCALE`.
-        """
-        suffix = f" of '{bound.phase.name}'" if bound.phase.name else ""
-        if (scaler := grad_scaler(self.trainer)) is not None:
-            if scaler.get_scale() < MIN_LOSS_SCALE:
-                problem = f"the gradient{suffix} overflows in fp16 at any scale"
-                raise non_finite(problem, self.images_seen, self.learning_rate)
-            return
-        gradients = [parameter.grad for parameter in bound.parameters if parameter.grad is not None]
-        if not (norm := gather_full_tensors(nn.utils.get_total_norm(gradients))).isfinite():
-            raise non_finite(f"the gradient's norm{suffix} is {norm.item()}", self.images_seen, self.learning_rate)
 
     # Lightning hooks
 

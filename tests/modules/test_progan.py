@@ -241,7 +241,7 @@ def test_growth_command_shows_the_last_samples_of_each_stage(workdir, capfd):
     for argv, reason in (
         (["growth", str(recipe), "--count", "9"], "growth: --count 9: the run has 5 samples"),
         (["growth", str(recipe), "--run", "other"], "no run 'other' with samples. Train it"),
-        (["growth", str(recipe), "--output", "growth.jpg"], "--output growth.jpg must end in .png"),
+        (["growth", str(recipe), "--output", "growth.jpg"], "--output: growth.jpg must end in .png"),
     ):
         assert forked(main, argv) == 2
         assert reason in capfd.readouterr().err

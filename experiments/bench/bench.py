@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from callbacks.run.run_record import cpu_name, peak_memory_mib
 from datamodules.errors import UserError
 from experiments.bench.reference_loop import Precision, Step, bare_batches, make_optimizers, make_reference_step
+from experiments.bench.stages import bench_stages, print_stages
 from experiments.bench.timing import count_flops, quartiles, synchronize
 from experiments.cli.errors import parameters
-from experiments.run.fit import train_without_eval
+from experiments.run.fit import skip_to_last_stage, train_without_eval
 from experiments.run.lightning_cli import DarkroomCLI, build_cli
 from experiments.run.recipes import Recipe
 from experiments.tasks.registry import task_of
@@ -32,11 +33,14 @@ PIL_EVERY = 6  # rounds per PIL interval; a PIL interval has this many times the
 SETTLE = 0.5  # seconds for the PIL loader's workers to refill their queue before the Trainer is timed again
 
 
-def bench(recipe: Recipe, rounds: int, steps: int, as_json: bool, started: float) -> None:
-    """Time training in interleaved intervals, then inference, and print the results by name.
+def bench(recipe: Recipe, overrides: list[str], rounds: int, steps: int, as_json: bool, started: float) -> None:
+    """Time the last stage of training in interleaved intervals, then inference, and print the results by name.
+
+    For a training that grows, each stage is timed as well.
 
     Args:
         recipe: recipe to train.
+        overrides: overridden keys of the recipe.
         rounds: number of intervals of the Trainer and of the bare loop.
         steps: training steps per interval.
         as_json: print JSON instead of a table.
@@ -49,14 +53,18 @@ def bench(recipe: Recipe, rounds: int, steps: int, as_json: bool, started: float
         raise UserError(f"{recipe.name} has nothing to train. Choose a recipe with training")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
-        cli = build_cli("fit", recipe, ["--run", "bench", "--trainer.devices", "1"])
+        cli = build_cli("fit", recipe, ["--run", "bench", "--trainer.devices", "1", *overrides])
         task = task_of(cli.datamodule)
         if task.baseline is None or task.bench_inference is None:
             raise UserError(f"{recipe.name}: there is no baseline for {type(cli.datamodule).__name__}. Choose another recipe")
+        skip_to_last_stage(cli)
         timer = InterleavedTimer(cli.model, cli.datamodule, steps, started)
         train_without_eval(cli, steps * (rounds + 1), timer)
     method = cli.model.cpu().eval()
     results = {**bench_training(timer, cli), **task.bench_inference(method, cli.datamodule)}
+    stages = bench_stages(timer.methods["bare"], cli.datamodule, steps, cli.trainer.precision_plugin.forward_context)
+    if stages:
+        results["stages"] = stages
     if as_json:
         print(json.dumps(results, indent=1))
     else:
@@ -67,8 +75,9 @@ def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
     """Yield batches of single items without end, with one loader worker per CPU core."""
     baseline = task_of(data).baseline
     assert baseline is not None
+    size = data.batch_size_at(data.position())
     loader = DataLoader(
-        baseline(data), data.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+        baseline(data), size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
     )
     while True:
         for batch in loader:
@@ -98,10 +107,11 @@ class InterleavedTimer(Callback):
         if batch_idx == 0:
             self.seconds_to_first_step = time.perf_counter() - self.command_started
             precision, device = trainer.precision_plugin.forward_context, pl_module.device
-            for (name, method), batches in zip(self.methods.items(), (bare_batches, pil_batches), strict=True):
+            for name, method in self.methods.items():
                 method.setup("fit")
                 method.to(device)
-                self.loops[name] = make_reference_step(method, batches(self.data, device), make_optimizers(method), precision)
+                batches = bare_batches(self.data, method) if name == "bare" else pil_batches(self.data, device)
+                self.loops[name] = make_reference_step(method, batches, make_optimizers(method), precision)
         if (batch_idx + 1) % self.steps:
             return
         synchronize(pl_module.device)
@@ -143,7 +153,7 @@ def step_breakdown(method: Method, data: Any, steps: int, precision: Precision) 
 
         return wrapper
 
-    batches = bare_batches(data, method.device)
+    batches = bare_batches(data, method)
     next_batch = timed("data_ms", lambda: next(batches))
     optimizers = {
         name: SimpleNamespace(param_groups=o.param_groups, zero_grad=o.zero_grad, step=timed("optimizer_ms", o.step))
@@ -164,14 +174,15 @@ def step_breakdown(method: Method, data: Any, steps: int, precision: Precision) 
 def bench_training(timer: InterleavedTimer, cli: DarkroomCLI) -> dict[str, Any]:
     """Return rates as medians over intervals, and ratios as medians and quartiles over adjacent intervals."""
     spent = timer.milliseconds
-    rate = {name: 1000 * cli.datamodule.batch_size / statistics.median(values) for name, values in spent.items()}
+    batch_size = cli.model.stage_plan.batch_sizes[-1]
+    rate = {name: 1000 * batch_size / statistics.median(values) for name, values in spent.items()}
     to_bare = [bare / ours for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     to_pil = [pil / ours for ours, pil in zip(timer.before_pil, spent["pil"], strict=True)]
     extra = [ours - bare for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     device, precision = cli.model.device, cli.trainer.precision_plugin.forward_context
     breakdown = step_breakdown(timer.methods["bare"], cli.datamodule, 10 * timer.steps, precision)
     pil_ms = statistics.median(spent["pil"])
-    gflops = rate["ours"] * count_flops(timer.loops["bare"]) / cli.datamodule.batch_size / 1e9
+    gflops = rate["ours"] * count_flops(timer.loops["bare"]) / batch_size / 1e9
     peak = convolution_peak(device, precision)
     return {
         "recipe": cli.recipe.name,
@@ -215,6 +226,7 @@ def convolution_peak(device: torch.device, precision: Precision) -> float:
 
 def print_results(recipe: Recipe, results: dict[str, Any]) -> None:
     """Print the results as a table, with an explanation of the remaining overhead."""
+    stages = results.pop("stages", [])
     table = Table("result", "value", title=f"{recipe.name} on {results['hardware']}", title_justify="left")
     for name, value in results.items():
         text = " ... ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else value
@@ -229,3 +241,5 @@ def print_results(recipe: Recipe, results: dict[str, Any]) -> None:
             results["network_ms"] + results["optimizer_ms"], **results
         )
     )
+    if stages:
+        print_stages(stages, console)

@@ -26,13 +26,13 @@ def make_reference_step(
     """Return a handwritten training step: update each network in turn, with the other networks frozen.
 
     Args:
-        method: the method to train, after `setup`.
+        method: the method to train, after `setup`; the first step is that after its `images_seen`.
         batches: training batches.
         optimizers: optimizers by name, see `make_optimizers`.
         precision: context of the forward passes, such as autocast.
     """
     phases = bind_phases(method.phases(), optimizers)
-    images_seen = step_index = 0
+    images_seen, step_index = method.images_seen, 0
 
     def step() -> None:
         nonlocal images_seen, step_index
@@ -75,8 +75,9 @@ def make_optimizers(method: Method) -> dict[str, Optimizer]:
     return dict(zip(method.optimizer_names, optimizers if isinstance(optimizers, list) else [optimizers], strict=True))
 
 
-def bare_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield training batches of a datamodule on a device, without a Trainer."""
+def bare_batches(data: Any, method: Method) -> Iterator[Batch]:
+    """Yield training batches of a datamodule for a method, without a Trainer, from the position after its `images_seen`."""
     data = copy(data)  # a copy has a separate position in the stream
+    data.position = lambda: method.images_seen
     for batch in data.train_dataloader():
-        yield data.prepare_train_batch(map_tensors(batch, lambda tensor: tensor.to(device)))
+        yield data.prepare_train_batch(map_tensors(batch, lambda tensor: tensor.to(method.device)))

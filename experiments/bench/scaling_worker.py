@@ -18,7 +18,7 @@ from callbacks.run.run_record import hardware
 from datamodules.errors import UserError
 from experiments.bench.reference_loop import Precision, bare_batches, make_optimizers, make_reference_step
 from experiments.bench.timing import count_flops, synchronize
-from experiments.run.fit import train_without_eval
+from experiments.run.fit import skip_to_last_stage, train_without_eval
 from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import find_recipe
 from modules.training.method import Method
@@ -75,7 +75,7 @@ def step_cost(method: Method, data: Any, precision: Precision) -> dict[str, Any]
     optimizers = make_optimizers(method)
     phases = bind_phases(method.phases(), optimizers)
     period = math.lcm(*(bound.phase.every_n_steps for bound in phases))
-    step = make_reference_step(method, bare_batches(data, method.device), optimizers, precision)
+    step = make_reference_step(method, bare_batches(data, method), optimizers, precision)
     flops = count_flops(lambda: [step() for _ in range(period)]) / period
     with OpCounter() as operators:
         for _ in range(period):
@@ -86,10 +86,11 @@ def step_cost(method: Method, data: Any, precision: Precision) -> dict[str, Any]
 def main(recipe: str, steps: str, *overrides: str) -> None:
     """Train and print the seconds per step; with a single rank, also the cost of a step."""
     cli = build_cli("fit", find_recipe(recipe), [*overrides, "--run", "timed"])
+    skip_to_last_stage(cli)
     untrained = deepcopy(cli.model) if cli.trainer.world_size == 1 else None
     timer = StepTimer()
     train_without_eval(cli, WARMUP_STEPS + int(steps), timer)
-    result = {"batch": cli.datamodule.batch_size, "seconds": timer.seconds, "hardware": hardware(cli.trainer)}
+    result = {"batch": cli.model.stage_plan.batch_sizes[-1], "seconds": timer.seconds, "hardware": hardware(cli.trainer)}
     if untrained is not None:
         result |= step_cost(untrained.to(cli.model.device), cli.datamodule, cli.trainer.precision_plugin.forward_context)
     print_rank_zero(json.dumps(result))

@@ -244,7 +244,9 @@ def _reproduce(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     parser = Parser(
-        prog="darkroom bench", description="Compare the training speed with a plain PyTorch loop and with PIL loading."
+        prog="darkroom bench",
+        description="Compare the training speed with a plain PyTorch loop and with PIL loading, and time each stage of a "
+        "training that grows. --KEY VALUE overrides a key of the recipe.",
     )
     parser.add_argument("recipe", help="recipe to time")
     parser.add_argument(
@@ -256,13 +258,13 @@ def _bench(argv: list[str]) -> int:
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps per interval (default 20)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     if args.pairs < 6 or args.steps < 1:
         raise UserError("bench: --pairs must be at least 6, and --steps at least 1")
     recipe = find_recipe(args.recipe)
     from experiments.bench.bench import bench
 
-    bench(recipe, args.pairs, args.steps, args.json, STARTED)
+    bench(recipe, overrides, args.pairs, args.steps, args.json, STARTED)
     return 0
 
 

@@ -50,9 +50,15 @@ def fit(cli: DarkroomCLI) -> None:
     print_rank_zero(f"run       {run.folder}")
 
 
+def skip_to_last_stage(cli: DarkroomCLI) -> None:
+    """Let the training start at its last stage, with the images seen before it."""
+    cli.model.images_seen = cli.model.plan_stages(cli.datamodule).starts[-1]
+
+
 def train_without_eval(cli: DarkroomCLI, steps: int, timer: Callback) -> None:
     """Train for a number of steps without validation and evaluation, with a callback that times the steps."""
-    cli.model.total_images = cli.datamodule.batch_size * steps
+    start = cli.model.images_seen
+    cli.model.total_images = start + cli.model.plan_stages(cli.datamodule).batch_size(start) * steps
     cli.trainer.limit_val_batches = 0
     cli.trainer.num_sanity_val_steps = 0
     cli.trainer.callbacks.append(timer)

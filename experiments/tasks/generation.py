@@ -18,15 +18,16 @@ class PilImages(Dataset[dict[str, Tensor]]):
     """Images with labels, each resized with PIL."""
 
     def __init__(self, data: Generation) -> None:
-        self.data, self.items = data, data.items
+        self.items, self.batch_size, self.start = data.items, data.batch_size, data.position()
+        self.side = data.image_size_at(self.start) or data.size
 
     def __len__(self) -> int:
-        return max(len(self.items), self.data.batch_size)
+        return max(len(self.items), self.batch_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = self.items[0, np.array([index % len(self.items)])]
+        sample = self.items[self.start, np.array([index % len(self.items)])]
         image = Image.fromarray(sample["image"][0].permute(1, 2, 0).numpy().squeeze())
-        image = image.resize((self.data.size,) * 2, Image.Resampling.BILINEAR)
+        image = image.resize((self.side, self.side), Image.Resampling.BILINEAR)
         return {"image": to_tensor(image), "label": sample["label"][0]}
 
 

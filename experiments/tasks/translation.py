@@ -54,7 +54,7 @@ class PilPairs(Dataset[dict[str, Tensor]]):
 
 def bench_inference(method: TranslationMethod, data: Unpaired) -> dict[str, Any]:
     """Return "translations_per_second"; for CycleGAN, also the time of the authors' training step divided by ours."""
-    batch = next(bare_batches(data, method.device))
+    batch = next(bare_batches(data, method))
     results = {"translations_per_second": len(batch["A"]) / median_seconds(lambda: method.translate(batch["A"], "AtoB"))}
     return {**results, **ratio_to_classic(method, batch)} if isinstance(method, CycleGAN) and method.adversarial else results
 

@@ -14,6 +14,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch.amp import GradScaler
 
 NULL_CONTEXT = nullcontext()
+NEVER = 2**62  # batches between two validations
 
 
 class NoProfiler(PassThroughProfiler):
@@ -89,6 +90,6 @@ def is_validation_due(trainer: Any) -> bool:
     return bool(interval) and interval != float("inf") and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
 
 
-def set_val_interval(trainer: Any, batches: int) -> None:
-    """Set the number of batches between two validations, at least 1, from the next batch on."""
-    trainer.val_check_batch = max(1, batches)
+def schedule_validation(trainer: Any, is_due: bool) -> None:
+    """Set whether a validation follows the newest batch; call it in `on_train_batch_start`."""
+    trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1 if is_due else NEVER

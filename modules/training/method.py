@@ -24,7 +24,7 @@ from modules.training.lightning_compat import (
     increment_global_step,
     log_every_n_steps,
     patch_training_loop,
-    set_val_interval,
+    schedule_validation,
     sync_logger_step,
 )
 from modules.training.loss_log import LossLog, non_finite
@@ -318,29 +318,32 @@ class Method(FastSetattrModule):
         trained_parameters = {parameter for bound in self.bound_phases for parameter in bound.parameters}
         for parameter in self.parameters():  # others belong to fixed networks, such as feature extractors
             parameter.requires_grad = parameter in trained_parameters
-        self._set_val_interval()
+        last = self.stage_plan.batch_size(max(0, self.images_seen - 1))  # Lightning asks for it when a run is resumed
+        self._schedule_validation(max(0, self.images_seen - last), self.images_seen)
         self.trainer.should_stop = self.images_seen >= self.total_images
 
-    def _set_val_interval(self) -> None:
-        """Keep the number of images between two validations constant when the batch size changes."""
-        if len(set(self.stage_plan.batch_sizes)) > 1:
-            images = self.trainer.val_check_interval * datamodule(self.trainer).batch_size
-            set_val_interval(self.trainer, images // self.stage_plan.batch_size(self.images_seen))
+    def _schedule_validation(self, first: int, end: int) -> None:
+        """Validate after the batch of the images `first` ... `end` - 1 if it completes a multiple of the validation interval.
 
-    def _enter_stage(self) -> None:
-        """Set the validation interval at the first step of a stage, and reset the optimizers if the stage requires it."""
+        Lightning counts the interval in batches, so this is only required if the batch size changes.
+        """
+        if len(set(self.stage_plan.batch_sizes)) > 1:
+            interval = self.trainer.val_check_interval * datamodule(self.trainer).batch_size
+            schedule_validation(self.trainer, first // interval < end // interval)
+
+    def _reset_optimizers(self) -> None:
+        """Clear the optimizer states at the first step of a stage, if the stage requires it."""
         index = self.stage_plan.index(self.images_seen)
-        if not self.images_seen or self.images_seen != self.stage_plan.starts[index]:
+        if self.images_seen != self.stage_plan.starts[index] or not self.stage_plan.stages[index].reset_optimizers:
             return
-        self._set_val_interval()
-        if self.stage_plan.stages[index].reset_optimizers:
-            for optimizer in self.trainer.optimizers:
-                optimizer.state.clear()
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the loggers' step, enter a stage, and seed torch from the images seen: a resumed run has the same dropout."""
+        """Prepare the step, and seed torch from the images seen: a resumed run has the same dropout."""
         sync_logger_step(self.trainer)
-        self._enter_stage()
+        self._schedule_validation(self.images_seen, self.images_seen + self.stage_plan.batch_size(self.images_seen))
+        self._reset_optimizers()
         seed = derive_seed(self.seed, f"step/{self.images_seen}/{self.trainer.global_rank}")
         torch.default_generator.manual_seed(seed)  # torch.manual_seed is slower without a GPU
         if self.device.type == "cuda":

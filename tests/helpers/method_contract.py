@@ -129,7 +129,7 @@ class Contract(ABC):
         method.setup("fit")
         data.setup("fit")
         plan, optimizers = method.plan_stages(data), make_optimizers(method)
-        batches = staged(bare_batches(data, torch.device("cpu")), plan, optimizers)
+        batches = staged(bare_batches(data, method), plan, optimizers)
         step = make_reference_step(method, batches, optimizers)
         while method.images_seen < 60:
             step()

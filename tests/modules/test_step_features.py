@@ -119,6 +119,12 @@ class TestGrowingGAN(GenerativeContract):
     max_fid = 2.4
     training_overrides = ["--model.total_images", "12800", "--val_every_images", "3200", "--data.batch_size", "16"]
 
+    def test_validations_follow_multiples_of_the_interval(self, workdir, recipe):
+        """The first stage has the images 0 ... 15 in batches of 8; then the batches have 4 images."""
+        assert forked(fit, recipe, "--run", "full", "--val_every_images", "12") == 0
+        samples = workdir / "runs" / recipe.stem / "full" / "samples"
+        assert sorted(int(file.stem) for file in samples.glob("*.png") if file.stem.isdigit()) == [16, 24, 36, 48, 60]
+
 
 class TestLazyGAN(GenerativeContract):
     model = {"class_path": "tests.modules.test_step_features.LazyGAN", "init_args": {}}

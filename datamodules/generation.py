@@ -40,6 +40,7 @@ class Generation(ResumableDataModule):
         test_samples: number of generated samples per test.
         crop: side of the square crop of image files before resizing, in pixels; None for the largest square.
         crop_center: horizontal and vertical position of the center of the crop in pixels; None for the center of the image.
+        reference_images: number of real images of `val` and of each set of `test` that are read, a random subset; None for all.
         hflip: flip training images left to right with probability 0.5.
         batch_size: global batch size, over all devices.
         streaming: decode images on demand instead of keeping them in memory; use with `num_workers`.
@@ -48,7 +49,7 @@ class Generation(ResumableDataModule):
         seed: seed of the order and the flips.
 
     Raises:
-        UserError: `crop_center` without `crop`.
+        UserError: `crop_center` without `crop`, or `crop` is less than `size`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Generation(ResumableDataModule):
         test_samples: PositiveInt = 10_000,
         crop: PositiveInt | None = None,
         crop_center: tuple[PositiveInt, PositiveInt] | None = None,
+        reference_images: PositiveInt | None = None,
         hflip: bool = False,
         batch_size: int = 128,
         streaming: bool = False,
@@ -74,7 +76,9 @@ class Generation(ResumableDataModule):
         self.val_samples, self.test_samples, self.crop, self.hflip = val_samples, test_samples, crop, hflip
         if crop_center and not crop:
             raise UserError("data.crop_center: it requires data.crop, the side of the crop. Set it, or remove data.crop_center")
-        self.crop_region = Square(crop, crop_center)
+        if crop and crop < size:
+            raise UserError(f"data.crop: {crop} is less than data.size: {size}. Use at least {size}")
+        self.crop_region, self.reference_images = Square(crop, crop_center), reference_images
         self.streaming = streaming
         self.reference_sets: dict[str, ImageSet] = {}
 
@@ -94,13 +98,15 @@ class Generation(ResumableDataModule):
             else:
                 self.items = InMemoryImages(self._read(self.train))
         if self.val:
-            self.val_images = self._read(self.val)
+            self.val_images = self._read(self.val, self.reference_images)
             self.reference_sets = {dataset_label(self.val): self.val_images}
         if stage == "test":
-            self.reference_sets = dict(self.read_test_sets(lambda spec: (dataset_label(spec), self._read(spec))))
+            self.reference_sets = dict(
+                self.read_test_sets(lambda spec: (dataset_label(spec), self._read(spec, self.reference_images)))
+            )
 
-    def _read(self, spec: str) -> ImageSet:
-        return load_image_set(spec, self.size, self.channels, self.crop_region, self.data_report)
+    def _read(self, spec: str, max_images: int | None = None) -> ImageSet:
+        return load_image_set(spec, self.size, self.channels, self.crop_region, self.data_report, max_images)
 
     def preview_images(self, count: int) -> Tensor:
         """Return the first training images in training order: (count, channels, size, size) in [0, 1]."""
@@ -200,6 +206,7 @@ class StreamedImages(TrainingImages):
         self.files = [ref.path for ref in refs]
         self.channels, self.crop_region = channels, square
         self.thumbnails: dict[int, Tensor] = {}  # side: uint8 (N, C, side, side)
+        read_square(self.files[0], size, channels, square)  # raises an error for unusable settings
 
     def set_image_size(self, image_size_at: Callable[[int], int | None]) -> None:
         """Set the side of the images by position, and allocate the memory for small images."""

@@ -6,15 +6,21 @@ ICLR 2018. arXiv:1710.10196.
 Differences from the paper and the authors' code:
 
 1. The weights of the generator are averaged by images, and not by steps: the average has a half-life of 11,085 images, a factor
-   of 0.999 in each step of 16 images, in all stages. With the small batches of 256 pixels and more, the authors' average is
-   shorter.
-2. The weight of new layers increases in each step. In the authors' TensorFlow code, it is constant for a few thousand images.
-3. The standard deviation of Section 3 is over the samples of a device and micro-batch. `minibatch_group` fixes the number of
-   samples; the authors' TensorFlow code uses at most 4.
+   of 0.999 in each step of 16 images, in all stages. In the authors' code, the average is shorter for the small batches of large
+   images, and longer for the large batches of the TensorFlow preset.
+2. The weight of new layers increases in each step. In the authors' TensorFlow code, it is constant for four steps.
+3. Statistics over the batch (Section 3, and the normalization of rows a to c of Table 1) are over the samples of a device and
+   micro-batch. `minibatch_group` fixes the number of samples for the standard deviation.
 4. With several updates of the discriminator for each one of the generator (`critic_steps`, rows a to c of Table 1), images are
    counted at the discriminator, as in the authors' code.
+5. In a step, the discriminator and the generator are trained on the same fakes. The authors' code generates new ones for the
+   generator.
+6. With batch normalization (rows a to c), samples are generated with fixed statistics, computed for the averaged weights
+   from 4,096 latents before each evaluation: a sample depends on its latent alone. The authors use those of a batch of samples.
+7. The minibatch discrimination (row e*) starts with scales of 1. The authors' code computes the initial scales from images.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -24,13 +30,14 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.random.noise import normal
 from modules.losses.adversarial import gradient_penalty
 from modules.losses.precision import to_float32
 from modules.networks.progressive import Discriminator, Generator, Layers, Normalization, level_of, side_of, upsample
 from modules.tasks.generation import GenerativeMethod
 from modules.training.ema import EMA
 from modules.training.phases import Batch, Phase
-from modules.training.stages import Stage
+from modules.training.stages import Stage, StagePlan
 
 
 class ProGAN(GenerativeMethod):
@@ -48,12 +55,13 @@ class ProGAN(GenerativeMethod):
         stable_images, fade_images: images of each stage.
         batch_sizes: batch size by side of the images; that of the datamodule for sides that are not listed.
         learning_rates: learning rate by side of the images; `learning_rate` for sides that are not listed.
-        rampup_images: images after the start of each stage over which the learning rate rises from zero.
+        rampup_images: images after the start of training over which the learning rate rises, as in the authors' code.
         equalized_lr: scale the weights at run time (Section 4.1).
         normalize_latents: normalize the latents to a hypersphere (Appendix A.1).
         normalization: "pixel" (Section 4.2), "batch" (rows a to c of Table 1) or "none".
         minibatch: statistics over the batch: "stddev" (Section 3), "discrimination" (row e*) or "none".
         minibatch_group: consecutive samples of which the standard deviation is computed; null for all on a device.
+        fused_scale: average pixels in the discriminator before LeakyReLU, see `modules.networks.progressive.Layers`.
         critic_steps: updates of the discriminator for each one of the generator.
         penalty_target: norm of the discriminator's gradient at which the penalty is zero.
         penalty_weight: weight of the gradient penalty, divided by the square of `penalty_target`.
@@ -91,6 +99,7 @@ class ProGAN(GenerativeMethod):
         normalization: Normalization = "pixel",
         minibatch: Literal["stddev", "discrimination", "none"] = "stddev",
         minibatch_group: PositiveInt | None = None,
+        fused_scale: bool = False,
         critic_steps: PositiveInt = 1,
         penalty_target: PositiveFloat = 1.0,
         penalty_weight: NonNegativeFloat = 10.0,
@@ -118,7 +127,9 @@ class ProGAN(GenerativeMethod):
             raise UserError(
                 f"model.base_channels: {base_channels} is too small for model.size {size}. Use at least {size // 2}"
             )
-        layers = Layers(equalized_lr, normalize_latents, normalization, minibatch, minibatch_group)
+        self.has_stddev, self.group_size = minibatch == "stddev", minibatch_group
+        self.has_batch_statistics = normalization == "batch"
+        layers = Layers(equalized_lr, normalize_latents, normalization, minibatch, minibatch_group, fused_scale)
         self.generator = Generator(size, channels, latent_size, base_channels, max_channels, layers)
         self.discriminator = Discriminator(size, channels, base_channels, max_channels, layers)
         self.average = EMA(self.generator, average_half_life)  # Appendix A.1
@@ -132,7 +143,7 @@ class ProGAN(GenerativeMethod):
         Raises:
             UserError: a side is not that of a stage.
         """
-        sides = [side_of(level) for level in range(self.last_level + 1)]
+        sides = [side_of(level) for level in range(0 if self.grow else self.last_level, self.last_level + 1)]
         for side in values or {}:
             if side not in sides:
                 raise UserError(
@@ -166,10 +177,29 @@ class ProGAN(GenerativeMethod):
         return Stage(start, None if batch_size is None else int(batch_size), reset_optimizers=start > 0, image_size=side)
 
     def schedule(self, images_seen: int) -> float:
-        """Return the learning rate of the stage, which can rise at its start."""
+        """Return the learning rate for the side of the images, which can rise at the start of training."""
         rate = self.learning_rates.get(side_of(self.level_at(images_seen)), self.learning_rate)
-        start = max(stage.start for stage in self.stages() if stage.start <= images_seen)
-        return rate * min(1.0, (images_seen - start + 1) / max(1, self.rampup_images))
+        remaining = max(0.0, 1 - images_seen / max(1, self.rampup_images))
+        return rate * math.exp(-5 * remaining**2)
+
+    def plan_stages(self, data: Any) -> StagePlan:
+        """Plan the stages for a datamodule, and check the groups of the standard deviation.
+
+        Raises:
+            UserError: a device and micro-batch has one sample, or more samples than a group, and not a multiple of it.
+        """
+        plan = super().plan_stages(data)
+        parts = data.rank_and_world_size[1] * self.accumulate_grad_batches
+        for batch_size in plan.batch_sizes if self.has_stddev else []:
+            local = batch_size // parts
+            group = min(self.group_size or local, local)
+            if group < 2 or local % group:
+                raise UserError(
+                    f"model.minibatch_group: the standard deviation cannot be computed over groups of {group} of the {local} "
+                    f"samples on a device and in a micro-batch ({parts} parts of a batch of {batch_size}). Change it, the batch "
+                    "size, or the number of devices"
+                )
+        return plan
 
     # Generation
 
@@ -234,6 +264,29 @@ class ProGAN(GenerativeMethod):
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the generator loss of WGAN-GP."""
         return {"adversarial": -to_float32(self.score(batch["fake"])).mean()}
+
+    # Batch normalization (rows a to c)
+
+    def on_validation_start(self) -> None:
+        """Compute the statistics of batch normalization for the averaged weights."""
+        super().on_validation_start()
+        if self.has_batch_statistics:
+            self.compute_statistics()
+
+    on_test_start = on_validation_start
+
+    def compute_statistics(self) -> None:
+        """Compute the mean and the variance of the features over 4,096 latents, for the averaged weights."""
+        network = self.average.network.train()
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative mean
+        with torch.no_grad():
+            for start in range(0, 4096, 128):
+                latents = normal(self.seed, "statistics", range(start, start + 128), self.latent_dim)
+                network(torch.from_numpy(latents).to(self.device, self.dtype), self.level)
+        network.eval()
 
     # Weights and compilation
 

@@ -136,12 +136,14 @@ class SampleSetMetric(Metric):
 
     Args:
         on_validation: evaluate at validations too, otherwise only at tests.
+        max_samples: number of samples that are used at most, those with the smallest indices; None for all.
     """
 
     required_outputs = ("prediction", "index")
 
-    def __init__(self, on_validation: bool = False) -> None:
+    def __init__(self, on_validation: bool = False, max_samples: int | None = None) -> None:
         super().__init__(on_validation)
+        self.max_samples = max_samples
         self.state: list[tuple[Tensor, Tensor]] = []
 
     @abstractmethod
@@ -177,7 +179,12 @@ class SampleSetMetric(Metric):
         self._require_outputs(outputs, pl_module, batch_idx)
         if self._is_inactive(trainer):
             return
-        self.state.append((outputs["index"].cpu(), self.update(outputs["prediction"].detach().float())))
+        index, prediction = outputs["index"].cpu(), outputs["prediction"].detach()
+        if self.max_samples is not None:
+            used = index < self.max_samples
+            index, prediction = index[used], prediction[used.to(prediction.device)]
+        if len(index):
+            self.state.append((index, self.update(prediction.float())))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -208,6 +215,11 @@ def gather_sorted(parts: Sequence[tuple[Tensor, Tensor]], world_size: int) -> Te
         merged = [part for rank in gathered for part in rank]
     _, first = np.unique(torch.cat([part[0] for part in merged]).numpy(), return_index=True)
     return torch.cat([part[1] for part in merged])[torch.from_numpy(first)]
+
+
+def random_order(count: int) -> Tensor:
+    """Return a fixed random order of `count` items, for subsets and pairs from sets that are sorted, such as by class."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def to_uint8(images: Tensor) -> Tensor:

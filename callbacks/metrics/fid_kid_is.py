@@ -18,7 +18,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from callbacks.metrics.base import SampleSetMetric, gather_sorted, to_uint8
+from callbacks.metrics.base import SampleSetMetric, gather_sorted, random_order, to_uint8
 from datamodules.errors import UserError
 from datamodules.io.paths import file_hash
 from modules.networks.feature_extractors import Extractor
@@ -37,7 +37,7 @@ class FeatureMetrics(SampleSetMetric):
 
     - `fid`: |mu1 - mu2|**2 + Tr(S1 + S2 - 2 (S1 S2)**(1/2)) of Gaussians fitted to the features (Heusel et al., 2017). It
       equals the FID of papers only with Inception.
-    - `fid-split-half`: FID between every second real image and the others.
+    - `fid-split-half`: FID between two random disjoint halves of the real images.
     - `kid`: the unbiased squared MMD under (x y / F + 1)**3, mean of 100 subsets of 1000 (Binkowski et al., 2018).
     - `inception-score`: exp of the mean KL(p(y|x) || p(y)), mean of 10 splits (Salimans et al., 2016), with
       `inception-score-std`.
@@ -177,7 +177,8 @@ def compute_metric(metric: str, samples: Features, real: Features) -> dict[str, 
     if metric == "fid":
         return {"fid": frechet_distance(samples["features"], real["features"])}
     if metric == "fid-split-half":
-        return {"fid-split-half": frechet_distance(real["features"][::2], real["features"][1::2])}
+        left, right = real["features"][random_order(len(real["features"]))].tensor_split(2)
+        return {"fid-split-half": frechet_distance(left, right)}
     if metric == "kid":
         if min(len(samples["features"]), len(real["features"])) < KID_SUBSET_SIZE:
             raise UserError(f"metrics: kid needs at least {KID_SUBSET_SIZE} samples and real images. Raise data.test_samples")

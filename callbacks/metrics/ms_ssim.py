@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
-from callbacks.metrics.base import SampleSetMetric, to_uint8
+from callbacks.metrics.base import SampleSetMetric, random_order, to_uint8
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # per scale, finest first
 WINDOW, SIGMA = 11, 1.5
@@ -16,8 +17,15 @@ class MultiScaleSSIM(SampleSetMetric):
     """Mean MS-SSIM (Wang et al., 2003) of disjoint pairs of samples: 0 and 1, 2 and 3, ...; lower values mean more diversity.
 
     Odena et al., arXiv:1610.09585, in ProGAN's version (Karras et al., arXiv:1710.10196, Section 5). It is
-    logged as `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for real images. The paper uses 10,000 pairs.
+    logged as `ms-ssim/<pairs>-pairs`, and `ms-ssim-real/<pairs>-pairs` for random pairs of real images.
+
+    Args:
+        pairs: number of pairs, at most; 10,000 in the paper.
+        on_validation: see `SampleSetMetric`.
     """
+
+    def __init__(self, pairs: PositiveInt = 10_000, on_validation: bool = False) -> None:
+        super().__init__(on_validation, 2 * pairs)
 
     def update(self, images: Tensor) -> Tensor:
         """Return the images as uint8 (N, C, H, W)."""
@@ -26,26 +34,21 @@ class MultiScaleSSIM(SampleSetMetric):
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""
         values = {}
-        for name, images in (("ms-ssim", samples), ("ms-ssim-real", real[: len(samples)])):
+        for name, images in (("ms-ssim", samples), ("ms-ssim-real", real[random_order(len(real))[: len(samples)]])):
             pairs = len(images) // 2
-            similarities = torch.cat(
-                [
-                    ms_ssim(chunk[0::2].to(trainer.strategy.root_device), chunk[1::2].to(trainer.strategy.root_device))
-                    for chunk in images[: 2 * pairs].split(128)
-                ]
-            )
+            similarities = torch.cat([ms_ssim(chunk[0::2], chunk[1::2]) for chunk in images[: 2 * pairs].split(128)])
             values[f"{name}/{pairs}-pairs"] = similarities.mean().item()
         return values
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Return the MS-SSIM of each pair of 8-bit images (N, C, H, W): float64 (N,), on the CPU.
+    """Return the MS-SSIM of each pair of 8-bit images (N, C, H, W): float64 (N,).
 
     Contrast and structure are compared at five scales, each half the size of the previous one, and luminance at the last scale.
     The windows are inside the image: 11 x 11, or smaller if the image is smaller. The result is the product of the means,
     clamped at 0 and raised to the power of their weights.
     """
-    x, y = x.cpu().double(), y.cpu().double()
+    x, y = x.double(), y.double()
     product = x.new_ones(len(x))
     for i, weight in enumerate(WEIGHTS):
         similarity, contrast = ssim(x, y)

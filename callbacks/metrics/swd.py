@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
-from callbacks.metrics.base import SampleSetMetric, to_uint8
+from callbacks.metrics.base import SampleSetMetric, random_order, to_uint8
 from datamodules.errors import UserError
 
 PATCH = 7  # pixels
@@ -21,26 +22,35 @@ class SlicedWasserstein(SampleSetMetric):
 
     Karras et al., arXiv:1710.10196, Section 5. At each level, 128 patches of 7 x 7 pixels per image are normalized per channel
     within their set. They are projected onto 512 random directions and sorted. The distance is the mean absolute difference of
-    the sorted values (W1). Both sets have the same number of images. The metric is logged as `swd/<size of the level>-<images>`
-    and `swd/mean-<images>`. The paper uses 16,384 images.
+    the sorted values (W1). Both sets have the same number of images: a random subset of the larger one. The metric is logged as
+    `swd/<size of the level>-<images>` and `swd/mean-<images>`.
 
     Args:
-        split_half: also compute the distance between two disjoint halves of the real images, as a reference, logged as
+        images: number of images of each set, at most; 16,384 in the paper.
+        split_half: also compute the distance between two random disjoint halves of the real images, as a reference, logged as
             `swd-split-half/...`.
+        flip_real: flip every second real image left to right, for networks that are trained with random flips.
         on_validation: see `SampleSetMetric`.
     """
 
-    def __init__(self, split_half: bool = False, on_validation: bool = False) -> None:
-        super().__init__(on_validation)
-        self.split_half = split_half
+    def __init__(
+        self, images: PositiveInt = 16_384, split_half: bool = False, flip_real: bool = False, on_validation: bool = False
+    ) -> None:
+        super().__init__(on_validation, images)
+        self.max_images, self.split_half, self.flip_real = images, split_half, flip_real
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Require images that can be halved to 16 pixels.
 
         Raises:
-            UserError: the size is not 16 times a power of 2.
+            UserError: the size is not 16 times a power of 2, or the data have no images of one size.
         """
-        side = trainer.datamodule.size
+        side = getattr(trainer.datamodule, "size", None)
+        if not isinstance(side, int):
+            raise UserError(
+                f"SlicedWasserstein: {type(trainer.datamodule).__name__} has no images of one size. "
+                "Remove the metric from trainer.callbacks"
+            )
         while side > MIN_RESOLUTION and side % 2 == 0:
             side //= 2
         if side != MIN_RESOLUTION:
@@ -55,28 +65,38 @@ class SlicedWasserstein(SampleSetMetric):
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""
-        sets = {"swd": (samples, real)}
+        order, half = random_order(len(real)), min(self.max_images, len(real) // 2)
+        count = min(len(samples), len(real))
+        sets = {"swd": (samples[:count], self._select(real, order[:count]))}
         if self.split_half:
-            sets["swd-split-half"] = real[: len(real) // 2], real[len(real) // 2 :]
-        device = trainer.strategy.root_device
+            sets["swd-split-half"] = self._select(real, order[:half]), self._select(real, order[half : 2 * half])
         results: dict[str, float] = {}
         for name, (left, right) in sets.items():
-            count = min(len(left), len(right))
-            distances = sliced_wasserstein(left[:count].to(device), right[:count].to(device))
-            values = {f"{name}/{side}-{count}": 1000 * distance for side, distance in distances.items()}
-            results |= {**values, f"{name}/mean-{count}": sum(values.values()) / len(values)}
+            distances = sliced_wasserstein(left, right, device=trainer.strategy.root_device)
+            values = {f"{name}/{side}-{len(left)}": 1000 * distance for side, distance in distances.items()}
+            results |= {**values, f"{name}/mean-{len(left)}": sum(values.values()) / len(values)}
         return results
 
+    def _select(self, real: Tensor, items: Tensor) -> Tensor:
+        """Return real images in the order of their set; every second one is flipped, if requested."""
+        selected = real[items.sort().values]
+        if self.flip_real:
+            selected[1::2] = selected[1::2].flip(3)
+        return selected
 
-def sliced_wasserstein(samples: Tensor, real: Tensor, batch_size: int = 64) -> dict[int, float]:
+
+def sliced_wasserstein(
+    samples: Tensor, real: Tensor, batch_size: int = 64, device: torch.device | None = None
+) -> dict[int, float]:
     """Return the distance at each level, by its size in pixels.
 
     Args:
         samples, real: uint8 (N, C, H, H), the same number of each.
         batch_size: images per pyramid computation.
+        device: device of the computation, by default that of the images.
     """
     generator = torch.Generator().manual_seed(0)
-    patches = [sample_patches(images, batch_size, generator) for images in (samples, real)]
+    patches = [sample_patches(images, batch_size, generator, device) for images in (samples, real)]
     distances = {}
     for side in patches[0]:
         a, b = (normalize_patches(set_patches[side]) for set_patches in patches)
@@ -90,11 +110,13 @@ def sliced_wasserstein(samples: Tensor, real: Tensor, batch_size: int = 64) -> d
     return distances
 
 
-def sample_patches(images: Tensor, batch_size: int, generator: torch.Generator) -> dict[int, Tensor]:
+def sample_patches(
+    images: Tensor, batch_size: int, generator: torch.Generator, device: torch.device | None = None
+) -> dict[int, Tensor]:
     """Sample random patches of images at each level: (N * PATCHES_PER_IMAGE, C, PATCH, PATCH) by size of the level."""
     patches_by_side: dict[int, list[Tensor]] = {}
     for chunk in images.split(batch_size):
-        for level in laplacian_pyramid(chunk.float()):
+        for level in laplacian_pyramid(chunk.to(device).float()):
             side = level.shape[-1]
             corners = torch.randint(side - PATCH + 1, (2, len(chunk), PATCHES_PER_IMAGE), generator=generator).to(level.device)
             offsets = torch.arange(PATCH, device=level.device)

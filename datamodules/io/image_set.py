@@ -35,7 +35,9 @@ class Square(NamedTuple):
     center_xy: tuple[int, int] | None = None
 
 
-def load_image_set(spec: str, size: int, channels: int, square: Square, data_report: DataReport) -> ImageSet:
+def load_image_set(
+    spec: str, size: int, channels: int, square: Square, data_report: DataReport, max_images: int | None = None
+) -> ImageSet:
     """Load the images and labels of a dataset or a folder.
 
     Args:
@@ -45,23 +47,41 @@ def load_image_set(spec: str, size: int, channels: int, square: Square, data_rep
         channels: 1 or 3; grayscale image files are repeated to 3 channels.
         square: part of image files that is resized.
         data_report: report that collects content hashes and skipped files.
+        max_images: number of images that are read, a random subset; None for all.
 
     Raises:
         DatasetNotFound: the dataset is not installed.
         InvalidImage: images are unusable.
-        UserError: unknown split, or a different number of channels.
+        UserError: unknown split, a different number of channels, or a size of at least twice that of an array dataset.
     """
     name = spec.partition("/")[0]
     if name in catalog() and get_dataset(name).arrays:
         pixels, labels = read_split(spec)
         if pixels.shape[1] != channels:
             raise UserError(f"data.channels: {channels}, but the images of {name} have {pixels.shape[1]}. Change data.channels")
+        if size >= 2 * min(pixels.shape[2:]):
+            sides = f"{pixels.shape[3]}x{pixels.shape[2]}"
+            raise UserError(f"data.size: {size} is too large for the images of {name}, {sides} pixels. Use a smaller size")
         data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
-        return ImageSet(resize_uint8(pixels, size), labels)
-    refs = data_report.validate(list_image_refs(spec), square.side or size)
+        used = random_subset(len(pixels), max_images)
+        return ImageSet(resize_uint8(pixels[used], size), labels[used])
+    refs = list_image_refs(spec)
+    refs = data_report.validate([refs[i] for i in random_subset(len(refs), max_images)], square.side or size)
+    images = torch.empty(len(refs), channels, size, size, dtype=torch.uint8)
+
+    def read(i: int) -> None:
+        images[i] = read_square(refs[i].path, size, channels, square)
+
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda ref: read_square(ref.path, size, channels, square), refs))
-    return ImageSet(torch.stack(images), folder_labels(refs))
+        list(pool.map(read, range(len(refs))))
+    return ImageSet(images, folder_labels(refs))
+
+
+def random_subset(count: int, max_items: int | None) -> Tensor:
+    """Return the indices of a fixed random subset of `count` items, in order: int64 (min(count, max_items),)."""
+    if max_items is None or max_items >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:max_items].sort().values
 
 
 def folder_labels(refs: Sequence[ImageRef]) -> Tensor:

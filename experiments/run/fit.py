@@ -105,7 +105,8 @@ def configure_batching(cli: DarkroomCLI) -> None:
     for batch_size in StagePlan(cli.model.stages(), cli.datamodule.batch_size).batch_sizes:
         if accumulate < 1 or batch_size % (accumulate * cli.trainer.world_size):
             divisor = f"{cli.trainer.world_size} processes x --accumulate_grad_batches {accumulate}"
-            raise UserError(f"data.batch_size: {batch_size} is not divisible by {divisor}. Use a multiple of the product")
+            name = "data.batch_size" if batch_size == cli.datamodule.batch_size else "model.batch_sizes or data.batch_size"
+            raise UserError(f"{name}: {batch_size} is not divisible by {divisor}. Use a multiple of the product")
     cli.model.accumulate_grad_batches = accumulate
     if cli.config.compile:
         cli.model.compile_networks()

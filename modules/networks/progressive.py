@@ -21,6 +21,7 @@ from modules.losses.precision import to_float32
 
 FIRST_SIDE = 4  # side of the images at level 0, in pixels
 LEAK = 0.2  # slope of LeakyReLU for negative inputs
+KERNELS = 100  # of the minibatch discrimination
 Normalization = Literal["pixel", "batch", "none"]
 
 
@@ -34,6 +35,8 @@ class Layers:
         normalization: "pixel" normalizes the features of each pixel in the generator (Section 4.2). "batch" is batch
             normalization in the generator, with ReLU and tanh, and layer normalization in the discriminator, as in WGAN-GP.
             "none" has LeakyReLU as "pixel".
+        fused_scale: the discriminator's second convolution of each size also averages squares of 2 x 2 pixels, before
+            LeakyReLU, as in the authors' TensorFlow code; in the paper, the average is after LeakyReLU (Table 2).
         minibatch: statistics over the batch for the discriminator: standard deviation (Section 3), "discrimination"
             (Salimans et al., 2016), or none.
         group_size: consecutive samples of which the standard deviation is computed; None for all on a device.
@@ -44,6 +47,7 @@ class Layers:
     normalization: Normalization = "pixel"
     minibatch: Literal["stddev", "discrimination", "none"] = "stddev"
     group_size: int | None = None
+    fused_scale: bool = False
 
 
 def side_of(level: float) -> int:
@@ -160,16 +164,17 @@ class PixelNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization over the channels and pixels of an image, with a scale and an offset per channel (WGAN-GP)."""
+    """Layer normalization over the channels and pixels of an image, with one scale, and an offset per channel (WGAN-GP)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.weight = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Normalize (N, channels, H, W) over all but the first dimension."""
-        return F.layer_norm(maps, maps.shape[1:]) * self.weight + self.bias
+        """Normalize (N, channels, ...) over all but the first dimension."""
+        bias = self.bias.view(-1, *[1] * (maps.ndim - 2))
+        return F.layer_norm(maps, maps.shape[1:], eps=1e-4) * self.weight + bias
 
 
 # Section 3: statistics over the batch
@@ -192,25 +197,29 @@ class MinibatchStddev(nn.Module):
 
 
 class MinibatchDiscrimination(nn.Module):
-    """Append the similarity to the other samples for each of `kernels` projections (Salimans et al., arXiv:1606.03498, 3.2).
+    """Append the similarity to the other samples in each of `kernels` projections (Salimans et al., arXiv:1606.03498, 3.2).
+
+    The rows of the projections have a learned norm, as in the authors' code.
 
     Args:
-        channels: feature maps of the input.
-        kernels: projections, and appended feature maps.
+        features: size of the input.
+        kernels: projections, and appended features.
         kernel_size: dimension of a projection.
     """
 
-    def __init__(self, channels: int, kernels: int = 100, kernel_size: int = 5) -> None:
+    def __init__(self, features: int, kernels: int, kernel_size: int = 5) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.project = nn.Linear(channels * FIRST_SIDE**2, kernels * kernel_size, bias=False)
+        self.weight = nn.Parameter(0.05 * torch.randn(kernels, kernel_size, features))
+        self.log_scale = nn.Parameter(torch.zeros(kernels, kernel_size, 1))
+        self.bias = nn.Parameter(torch.full((kernels,), -1.0))
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """Append maps to (N, C, 4, 4): (N, C + kernels, 4, 4)."""
-        projections = self.project(maps.flatten(1)).unflatten(1, (self.kernels, -1))
-        distances = to_float32(projections[:, None] - projections[None]).abs().sum(3)  # (N, N, kernels)
-        similarity = (-distances).exp().sum(1) - 1  # without the sample itself
-        return torch.cat([maps, similarity.to(maps.dtype)[:, :, None, None].expand(-1, -1, *maps.shape[2:])], 1)
+    def forward(self, features: Tensor) -> Tensor:
+        """Append to (N, features): (N, features + kernels)."""
+        weight = self.weight * (self.log_scale.exp() / self.weight.norm(dim=2, keepdim=True))
+        projections = to_float32(torch.einsum("nf,kdf->nkd", features, weight))
+        distances = (projections[:, None] - projections[None]).abs().sum(3)  # (N, N, kernels)
+        similarity = (-distances).exp().sum(1) - 1 + self.bias  # without the sample itself
+        return torch.cat([features, similarity.to(features.dtype)], 1)
 
 
 # Table 2: the networks
@@ -238,8 +247,8 @@ class Generator(nn.Module):
         first += [Conv(widths[0], widths[0], 3, equalized), *after_conv(widths[0], layers)]
         self.blocks = nn.ModuleList([nn.Sequential(*first)])
         for in_width, width in pairwise(widths):
-            upsample = [UpConv(in_width, width, 3, equalized), *after_conv(width, layers)]
-            self.blocks.append(nn.Sequential(*upsample, Conv(width, width, 3, equalized), *after_conv(width, layers)))
+            double = [UpConv(in_width, width, 3, equalized), *after_conv(width, layers)]
+            self.blocks.append(nn.Sequential(*double, Conv(width, width, 3, equalized), *after_conv(width, layers)))
         self.to_rgb = nn.ModuleList(Conv(width, channels, 1, equalized, gain=1.0) for width in widths)
         self.output = nn.Tanh() if layers.normalization == "batch" else nn.Identity()
 
@@ -251,9 +260,8 @@ class Generator(nn.Module):
             maps = block(maps)
         if not weight_new:
             return self.output(self.to_rgb[last](maps))
-        old = self.output(self.to_rgb[last - 1](maps))
-        new = self.output(self.to_rgb[last](self.blocks[last](maps)))
-        return torch.lerp(upsample(old), new, weight_new)
+        old, new = self.to_rgb[last - 1](maps), self.to_rgb[last](self.blocks[last](maps))
+        return self.output(torch.lerp(upsample(old), new, weight_new))
 
 
 def after_conv(width: int, layers: Layers) -> list[nn.Module]:
@@ -281,19 +289,21 @@ class Discriminator(nn.Module):
         self.from_rgb = nn.ModuleList(
             nn.Sequential(Conv(channels, width, 1, equalized), nn.LeakyReLU(LEAK)) for width in widths
         )
-        statistics: dict[str, tuple[nn.Module, int]] = {
-            "stddev": (MinibatchStddev(layers.group_size), 1),
-            "discrimination": (MinibatchDiscrimination(widths[0]), 100),
-            "none": (nn.Identity(), 0),
-        }
-        statistic, extra = statistics[layers.minibatch]
+        stddev, discrimination = layers.minibatch == "stddev", layers.minibatch == "discrimination"
         hidden = min(2 * widths[0], max_channels)  # 512 in Table 2
-        last = [statistic, Conv(widths[0] + extra, widths[0], 3, equalized), *activate(widths[0]), nn.Flatten()]
-        last += [Dense(widths[0] * FIRST_SIDE**2, hidden, equalized), nn.LeakyReLU(LEAK), Dense(hidden, 1, equalized, gain=1.0)]
-        self.blocks = nn.ModuleList([nn.Sequential(*last)])
+        final: list[nn.Module] = [MinibatchStddev(layers.group_size)] if stddev else []
+        final += [Conv(widths[0] + stddev, widths[0], 3, equalized), *activate(widths[0]), nn.Flatten()]
+        final += [Dense(widths[0] * FIRST_SIDE**2, hidden, equalized), *activate(hidden)]
+        final += [MinibatchDiscrimination(hidden, KERNELS)] if discrimination else []
+        final += [Dense(hidden + KERNELS * discrimination, 1, equalized, gain=1.0)]
+        self.blocks = nn.ModuleList([nn.Sequential(*final)])
         for out_width, width in pairwise(widths):
-            convolve = [Conv(width, width, 3, equalized), *activate(width)]
-            self.blocks.append(nn.Sequential(*convolve, DownConv(width, out_width, 3, equalized), *activate(out_width)))
+            block = [Conv(width, width, 3, equalized), *activate(width)]
+            if layers.fused_scale:
+                block += [DownConv(width, out_width, 3, equalized), *activate(out_width)]
+            else:
+                block += [Conv(width, out_width, 3, equalized), *activate(out_width), nn.AvgPool2d(2)]
+            self.blocks.append(nn.Sequential(*block))
 
     def forward(self, image: Tensor, level: float) -> Tensor:
         """Score images (N, channels, side, side) of a level, where side is `side_of(level)`: (N, 1)."""

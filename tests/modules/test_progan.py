@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from datamodules.random.noise import normal
 from experiments.cli.main import main
 from modules.losses.adversarial import gradient_penalty
 from modules.networks.progressive import (
@@ -111,8 +112,13 @@ def test_normalization_matches_definitions():
     assert torch.allclose(PixelNorm()(maps), maps / maps.square().mean(1, keepdim=True).sqrt())
     layer = LayerNorm(6).double()
     nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
     mean, std = maps.mean((1, 2, 3), keepdim=True), maps.std((1, 2, 3), keepdim=True, correction=0)
-    assert torch.allclose(layer(maps), (maps - mean) / std * layer.weight, atol=1e-4)
+    expected = (maps - mean) / std * layer.weight + layer.bias[:, None, None]
+    assert torch.allclose(layer(maps), expected, atol=1e-3)
+    features = maps[:, :, 0, 0]
+    mean, std = features.mean(1, keepdim=True), features.std(1, keepdim=True, correction=0)
+    assert torch.allclose(layer(features), (features - mean) / std * layer.weight + layer.bias, atol=1e-3)
 
 
 @pytest.mark.parametrize("group_size", [None, 2])
@@ -127,15 +133,20 @@ def test_minibatch_stddev_is_that_of_the_group(group_size):
 
 
 def test_minibatch_discrimination_matches_a_loop():
-    layer, maps = MinibatchDiscrimination(3, kernels=4, kernel_size=2).double(), torch.randn(3, 3, 4, 4).double()
-    projections = layer.project(maps.flatten(1)).view(3, 4, 2)
-    output = layer(maps)
-    for i in range(3):
-        for kernel in range(4):
-            expected = sum(
-                torch.exp(-(projections[i, kernel] - projections[j, kernel]).abs().sum()).item() for j in range(3) if j != i
-            )
-            assert output[i, 3 + kernel].flatten().tolist() == pytest.approx([expected] * 16)
+    """Rows of unit length, times exp(log_scale); the bias is -1 at the start."""
+    layer, features = MinibatchDiscrimination(3, kernels=4, kernel_size=2).double(), torch.randn(3, 3).double()
+    nn.init.normal_(layer.log_scale)
+    output = layer(features)
+    assert torch.equal(output[:, :3], features)
+    for kernel in range(4):
+        rows = [
+            row / row.norm() * scale.exp() for row, scale in zip(layer.weight[kernel], layer.log_scale[kernel], strict=True)
+        ]
+        projections = [[(row @ item).item() for row in rows] for item in features]
+        for i in range(3):
+            others = [projections[j] for j in range(3) if j != i]
+            distances = [sum(abs(a - b) for a, b in zip(projections[i], other, strict=True)) for other in others]
+            assert output[i, 3 + kernel].item() == pytest.approx(sum(math.exp(-distance) for distance in distances) - 1)
 
 
 @pytest.mark.parametrize("normalization", ["pixel", "batch", "none"])
@@ -151,7 +162,8 @@ def test_fade_blends_the_old_and_the_new_output(normalization, minibatch):
     small = F.interpolate(images[0], scale_factor=2)
     assert torch.allclose(images[1e-9], small, atol=1e-6)
     assert torch.allclose(images[1 - 1e-9], images[1], atol=1e-6)
-    assert torch.allclose(images[0.25], 0.75 * small + 0.25 * images[1])
+    inverse = torch.atanh if normalization == "batch" else torch.clone  # tanh is applied to the blended images
+    assert torch.allclose(inverse(images[0.25]), 0.75 * inverse(small) + 0.25 * inverse(images[1]))
     assert torch.allclose(discriminator(small, 1e-9), discriminator(images[0], 0), atol=1e-6)
     assert torch.allclose(discriminator(images[1], 1 - 1e-9), discriminator(images[1], 1), atol=1e-6)
 
@@ -175,11 +187,27 @@ def test_growth_follows_the_schedule():
     assert [stage.reset_optimizers for stage in method.stages()] == [False] + [True] * 6
 
 
-def test_learning_rate_depends_on_the_side_and_rises_in_each_stage():
+def test_learning_rate_depends_on_the_side_and_rises_at_the_start():
     options = {"stable_images": 100, "fade_images": 50, "total_images": 1_000, "rampup_images": 10}
     method = ProGAN(8, 3, 8, 64, 8, **options, learning_rate=0.5, learning_rates={8: 1.0})
-    rates = [method.schedule(seen) for seen in (0, 4, 9, 50, 100, 104, 120, 150, 154, 160)]
-    assert rates == pytest.approx([0.05, 0.25, 0.5, 0.5, 0.1, 0.5, 1, 0.1, 0.5, 1])
+    rates = [method.schedule(seen) for seen in (0, 5, 10, 50, 99, 100, 104, 120, 150, 160)]
+    assert rates == pytest.approx([0.5 * math.exp(-5), 0.5 * math.exp(-5 / 4), *[0.5] * 3, *[1.0] * 5])
+
+
+def test_statistics_of_batch_normalization_are_those_of_the_averaged_weights():
+    """In training mode, a batch of the same latents has the outputs of the evaluation mode."""
+    model = {**MODEL["init_args"], "normalization": "batch", "minibatch": "none", "total_images": 60}
+    torch.manual_seed(0)
+    method = ProGAN(**model).double().eval()
+    method.level = 1.5
+    for parameter in method.average.network.parameters():
+        nn.init.normal_(parameter)
+    method.compute_statistics()
+    assert not method.average.network.training
+    latents = torch.from_numpy(normal(0, "statistics", range(128), 8))
+    samples = method.average.network(latents, 1.5)
+    expected = method.average.network.train()(latents, 1.5)
+    assert (samples - expected).abs().mean() < 0.1 * expected.std()
 
 
 def test_penalty_with_a_target_matches_a_closed_form():
@@ -273,6 +301,20 @@ def test_compiled_blocks_train_as_uncompiled_ones(workdir):
         (["--data.size", "64"], "model.size: 32 differs from data.size: 64"),
         (["--model.channels", "3"], "model.channels: 3 differs from data.channels: 1"),
         (["--data.batch_size", "3", "--trainer.devices", "2"], "data.batch_size"),
+        (
+            ["--model.minibatch_group", "3"],
+            "model.minibatch_group: the standard deviation cannot be computed over groups of 3 of",
+        ),
+        (
+            ["--accumulate_grad_batches", "4"],
+            "groups of 1 of the 1 samples on a device and in a micro-batch (4 parts of a batch",
+        ),
+        (["--model.batch_sizes", "{4: 6}", "--accumulate_grad_batches", "4"], "model.batch_sizes or data.batch_size: 6 is not"),
+        (
+            ["--model.grow", "false", "--model.batch_sizes", "{8: 4}"],
+            "model.batch_sizes: 8 is not a side of model.size 32. Use 32",
+        ),
+        (["--data.crop", "16"], "data.crop: 16 is less than data.size: 32"),
     ],
 )
 def test_unusable_settings_are_one_line_before_training(workdir, capfd, options, reason):

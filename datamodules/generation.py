@@ -98,15 +98,16 @@ class Generation(ResumableDataModule):
             else:
                 self.items = InMemoryImages(self._read(self.train))
         if self.val:
-            self.val_images = self._read(self.val, self.reference_images)
+            self.val_images = self._read_reference(self.val)
             self.reference_sets = {dataset_label(self.val): self.val_images}
         if stage == "test":
-            self.reference_sets = dict(
-                self.read_test_sets(lambda spec: (dataset_label(spec), self._read(spec, self.reference_images)))
-            )
+            self.reference_sets = dict(self.read_test_sets(lambda spec: (dataset_label(spec), self._read_reference(spec))))
 
     def _read(self, spec: str, max_images: int | None = None) -> ImageSet:
         return load_image_set(spec, self.size, self.channels, self.crop_region, self.data_report, max_images)
+
+    def _read_reference(self, spec: str) -> ImageSet:
+        return self._read(spec, self.reference_images) if self.reference_images else self._read(spec)
 
     def preview_images(self, count: int) -> Tensor:
         """Return the first training images in training order: (count, channels, size, size) in [0, 1]."""

@@ -100,8 +100,8 @@ class Reconstruction(Generation):
                 )
             self.items = InMemoryImages(ImageSet(pixels[keep], labels[keep]))
 
-    def _read(self, spec: str) -> ImageSet:
-        pixels, labels = super()._read(spec) if self.image_hw is None else self._read_rectangular(spec)
+    def _read(self, spec: str, max_images: int | None = None) -> ImageSet:
+        pixels, labels = super()._read(spec, max_images) if self.image_hw is None else self._read_rectangular(spec)
         binary = bool(((pixels == 0) | (pixels == 255)).all())
         if self.binarization == "static" and not binary:
             raise InvalidImage(

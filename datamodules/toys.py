@@ -54,7 +54,7 @@ class Points(ResumableDataModule):
 
     def prepare_eval_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add 1,000 real points as "point"."""
-        return {**batch, "point": self.points[:1000]}
+        return {**batch, "point": self.points[:1000].to(batch["index"].device)}
 
 
 def gaussians(centers: Tensor, std: float, stream: str, seed: int) -> Tensor:
@@ -94,6 +94,8 @@ class Ring(Points):
 class Grid(Points):
     """Gaussians on a square grid around the origin (Gulrajani et al., arXiv:1704.00028, Section 3), see `Points`.
 
+    The defaults are those of the authors' code: spacing 2 and standard deviation 0.05, both divided by 2.828.
+
     Args:
         side: number of Gaussians in a row.
         spacing: distance between two neighbors.
@@ -104,8 +106,8 @@ class Grid(Points):
     def __init__(
         self,
         side: PositiveInt = 5,
-        spacing: PositiveFloat = 1.0,
-        std: NonNegativeFloat = 0.05,
+        spacing: PositiveFloat = 0.7072,
+        std: NonNegativeFloat = 0.01768,
         val_samples: PositiveInt = 2_500,
         batch_size: int = 512,
         num_workers: int = 0,
@@ -119,6 +121,8 @@ class Grid(Points):
 class SwissRoll(Points):
     """A spiral of one and a half turns with Gaussian noise (Gulrajani et al., arXiv:1704.00028, Section 3), see `Points`.
 
+    The defaults are those of the authors' code: scikit-learn's `make_swiss_roll` with noise 0.25, divided by 7.5.
+
     Args:
         radius: distance of the outer end from the origin.
         std: standard deviation of the noise, in both directions.
@@ -127,8 +131,8 @@ class SwissRoll(Points):
 
     def __init__(
         self,
-        radius: PositiveFloat = 2.0,
-        std: NonNegativeFloat = 0.03,
+        radius: PositiveFloat = 1.885,
+        std: NonNegativeFloat = 0.03333,
         val_samples: PositiveInt = 2_500,
         batch_size: int = 512,
         num_workers: int = 0,

@@ -6,8 +6,8 @@ ICLR 2018. arXiv:1710.10196.
 Differences from the paper and the authors' code:
 
 1. The weights of the generator are averaged by images, and not by steps: the average has a half-life of 11,085 images, a factor
-   of 0.999 in each step of 16 images, in all stages. In the authors' code, the average is shorter for the small batches of large
-   images, and longer for the large batches of the TensorFlow preset.
+   of 0.999 in each step of 16 images, in all stages. In the authors' code, the average is shorter for the small batches of
+   large images, and longer for the large batches of the TensorFlow preset.
 2. The weight of new layers increases in each step. In the authors' TensorFlow code, it is constant for four steps.
 3. Statistics over the batch (Section 3, and the normalization of rows a to c of Table 1) are over the samples of a device and
    micro-batch. `minibatch_group` fixes the number of samples for the standard deviation.
@@ -196,8 +196,8 @@ class ProGAN(GenerativeMethod):
             if group < 2 or local % group:
                 raise UserError(
                     f"model.minibatch_group: the standard deviation cannot be computed over groups of {group} of the {local} "
-                    f"samples on a device and in a micro-batch ({parts} parts of a batch of {batch_size}). Change it, the batch "
-                    "size, or the number of devices"
+                    f"samples on a device and in a micro-batch ({parts} parts of a batch of {batch_size}). Change it, the "
+                    "batch size, or the number of devices"
                 )
         return plan
 
@@ -285,7 +285,7 @@ class ProGAN(GenerativeMethod):
         with torch.no_grad():
             for start in range(0, 4096, 128):
                 latents = normal(self.seed, "statistics", range(start, start + 128), self.latent_dim)
-                network(torch.from_numpy(latents).to(self.device, self.dtype), self.level)
+                network(torch.from_numpy(latents).to(self.dtype).to(self.device), self.level)
         network.eval()
 
     # Weights and compilation

@@ -7,8 +7,11 @@ arXiv:1704.00028.
 Differences from the papers, with reasons:
 
 1. The data are points of the plane, the toy data of the second paper, Section 3. The first paper has images only.
-2. Adam has beta1 = 0.5 and beta2 = 0.9, and the penalty the weight 0.1, which train well on points. For images, the second
-   paper has beta1 = 0 and the weight 10.
+2. Adam has beta1 = 0.5 and beta2 = 0.9, and the penalty the weight 0.1, as in the second authors' code for points. For images,
+   their paper has beta1 = 0 and the weight 10.
+3. The critic has `critic_steps` updates for each one of the generator. In the first authors' code, it has 100 for the first 25
+   updates of the generator, and for every 500th one.
+4. The latents are normal and have two dimensions, as in the second authors' code for points.
 """
 
 from functools import partial
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from datamodules.transforms.draw import contour_plot
 from modules.losses.adversarial import gradient_penalty
+from modules.losses.precision import to_float32
 from modules.tasks.generation import GenerativeMethod
 from modules.training.phases import Batch, Phase
 
@@ -102,7 +106,7 @@ class WGAN(GenerativeMethod):
     def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the negative estimate of the Wasserstein distance, and the gradient penalty."""
         fake = batch["fake"].detach()
-        terms = {"real": -self.critic(batch["point"]).mean(), "fake": self.critic(fake).mean()}
+        terms = {"real": -self.score(batch["point"]).mean(), "fake": self.score(fake).mean()}
         if self.constraint == "penalty":
             mixing = self.batch_noise(batch, "mixing", 1, "uniform")
             terms["penalty"] = self.penalty_weight * gradient_penalty(self.critic, batch["point"], fake, mixing)
@@ -110,7 +114,11 @@ class WGAN(GenerativeMethod):
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the generator loss, the negative mean score of the fakes."""
-        return {"adversarial": -self.critic(batch["fake"]).mean()}
+        return {"adversarial": -self.score(batch["fake"]).mean()}
+
+    def score(self, points: Tensor) -> Tensor:
+        """Return the critic's values of points (N, 2) in float32: (N, 1)."""
+        return to_float32(self.critic(points))
 
     # Gulrajani et al., Section 3: level sets of the critic
 
@@ -141,6 +149,15 @@ def limit_weights(limit: float, optimizer: torch.optim.Optimizer, args: Any, kwa
 
 
 def mlp(width: int, outputs: int) -> nn.Sequential:
-    """Create a network with three hidden layers of ReLUs, from points (N, 2) to (N, outputs)."""
-    hidden = [nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+    """Create a network with three hidden layers of ReLUs, from points (N, 2) to (N, outputs).
+
+    The weights of the hidden layers are initialized as by He et al., those of the last layer as by Glorot and Bengio.
+    """
+    hidden = [nn.Linear(inputs, width) for inputs in (2, width, width)]
+    last = nn.Linear(width, outputs)
+    for layer in hidden:
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+    nn.init.xavier_uniform_(last.weight)
+    for layer in (*hidden, last):
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*(part for layer in hidden for part in (layer, nn.ReLU())), last)

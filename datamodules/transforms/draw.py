@@ -6,6 +6,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 PREVIEW_IMAGES = 64  # images in a preview
+PADDING = 2  # pixels between the images of a grid
 
 
 def image_row(*panels: Tensor) -> Tensor:
@@ -16,13 +17,24 @@ def image_row(*panels: Tensor) -> Tensor:
 def image_grid(images: Tensor) -> Tensor:
     """Arrange images (N, C, H, W) in a nearly square grid."""
     columns = max(1, round(len(images) ** 0.5))
-    return make_grid(images.float().clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)[None]
+    return make_grid(images.float().clamp(0, 1).cpu(), nrow=columns, padding=PADDING, pad_value=1.0)[None]
+
+
+def split_grid(grid: Tensor, side: int) -> Tensor:
+    """Return the images of a grid (C, H, W) of square images, the inverse of `image_grid`: (N, C, side, side)."""
+    if grid.shape[-1] == side:  # `make_grid` returns a single image without a border
+        return grid[None]
+    step = side + PADDING
+    cells = grid[:, PADDING:, PADDING:].unfold(1, side, step).unfold(2, side, step)  # (C, rows, columns, side, side)
+    images = cells.permute(1, 2, 0, 3, 4).flatten(0, 1)
+    last = (images < 1).flatten(1).any(1).nonzero().max()  # the last row may have white cells
+    return images[: last + 1]
 
 
 def stack_rows(*rows: Tensor) -> Tensor:
     """Stack rows of images (N, C, H, W), such as images and reconstructions."""
     images = torch.stack([row.float().clamp(0, 1).cpu() for row in rows])
-    return make_grid(images.flatten(0, 1), nrow=images.shape[1], padding=2, pad_value=1.0)[None]
+    return make_grid(images.flatten(0, 1), nrow=images.shape[1], padding=PADDING, pad_value=1.0)[None]
 
 
 def scatter_plot(points: Tensor, real: Tensor, side: int = 360) -> Tensor:

@@ -70,7 +70,7 @@ def print_stages(rows: list[dict[str, float]], console: Console) -> None:
         )
     console.print(table)
     images = sum(row["images"] for row in rows)
-    for name, unit, scale in (("ms_per_image", "h", 3.6e6), ("mflop_per_image", "PFLOP", 1e9)):
+    for name, unit, scale in (("ms_per_image", "h", 3.6e6), ("mflop_per_image", "TFLOP", 1e6)):
         total = sum(row["images"] * row[name] for row in rows)
         full = images * rows[-1][name]
         console.print(

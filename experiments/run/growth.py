@@ -6,18 +6,15 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
-from datamodules.transforms.draw import PREVIEW_IMAGES
-from experiments.run.neural_style import check_output
+from datamodules.transforms.draw import split_grid
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run, runs_root
-from experiments.run.sample import grid, save_png
+from experiments.run.sample import check_output, grid, save_png
 from modules.training.stages import StagePlan
 
-PADDING = 2  # pixels between the images of a preview, see `image_grid`
 MIN_SIDE = 64  # of an image in the picture, in pixels
 
 
@@ -40,15 +37,15 @@ def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> Non
     plan, size, end = stage_plan(recipe, config)
     if len(plan.starts) < 2:
         raise UserError(f"growth: the training of {recipe.name} has one stage. Use a recipe that grows, such as progan/demo")
-    available = min(PREVIEW_IMAGES, config["data"]["init_args"]["val_samples"])
-    if count > available:
-        raise UserError(f"growth: --count {count}: the run has {available} samples")
     previews = {int(file.stem): file for file in run.samples.glob("*.png") if file.stem.isdigit()}
     columns = []
     for (start, stop), stage in zip(pairwise([*plan.starts, end]), plan.stages, strict=True):
         side = stage.image_size or size
         if within := [images for images in previews if start < images <= stop or (stop == end and images > start)]:
-            columns.append(split_preview(previews[max(within)], size, available)[:count])
+            images = split_grid(read_image(previews[max(within)]).expand(3, -1, -1).float() / 255, size)
+            if count > len(images):
+                raise UserError(f"growth: --count {count}: the run has {len(images)} samples")
+            columns.append(images[:count])
             print(f"column {len(columns)}  {side} x {side} pixels, after {max(within):,} images")
         else:
             print(f"no column: {side} x {side} pixels, no validation between {start:,} and {stop:,} images")
@@ -88,12 +85,3 @@ def stage_plan(recipe: Recipe, config: dict[str, Any]) -> tuple[StagePlan, int, 
     with torch.device("meta"):
         method = recipe.load_class("model")(**model)
     return StagePlan(method.stages(), data["batch_size"]), data["size"], model["total_images"]
-
-
-def split_preview(path: Path, size: int, count: int) -> Tensor:
-    """Return the images in a preview of `count` samples: (count, 3, size, size) in [0, 1]."""
-    pixels = read_image(path).expand(3, -1, -1).float() / 255
-    columns = max(1, round(count**0.5))
-    step = size + PADDING
-    corners = [(PADDING + step * (i // columns), PADDING + step * (i % columns)) for i in range(count)]
-    return torch.stack([pixels[:, top : top + size, left : left + size] for top, left in corners])

@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from experiments.run.cpu import configure_cpu
-from experiments.run.sample import require_writable, save_png
+from experiments.run.sample import check_output, save_png
 from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights
 from modules.networks.weights import LOAD_ERRORS
@@ -170,23 +170,6 @@ def intermediate_path(path: Path, step: int) -> Path:
 def octave_path(path: Path, octave: int) -> Path:
     """Return the path of the result of an octave."""
     return path.with_stem(f"{path.stem}-octave{octave + 1}")
-
-
-def check_output(files: list[Path], inputs: list[Path]) -> None:
-    """Check the files that a command writes, before it starts; the first is the value of --output.
-
-    Raises:
-        UserError: the first is not a PNG file, its folder is not writable, or a file is a folder or an input.
-    """
-    if files[0].suffix.lower() != ".png":
-        raise UserError(f"--output: {files[0]} must end in .png")
-    require_writable(files[0].parent)
-    originals = {path.resolve() for path in inputs}
-    for file in files:
-        if file.is_dir():
-            raise UserError(f"--output: {file} is a folder. Choose another file")
-        if file.resolve() in originals:
-            raise UserError(f"--output: {file} is the input and would be overwritten. Choose another file")
 
 
 def require_finite(objective: float) -> None:

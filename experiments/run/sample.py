@@ -141,6 +141,23 @@ def grid(images: Tensor, columns: int) -> Tensor:
     return make_grid(images, nrow=columns, padding=2, pad_value=1.0)
 
 
+def check_output(files: list[Path], inputs: list[Path]) -> None:
+    """Check the files that a command writes, before it starts; the first is the value of --output.
+
+    Raises:
+        UserError: the first is not a PNG file, its folder is not writable, or a file is a folder or an input.
+    """
+    if files[0].suffix.lower() != ".png":
+        raise UserError(f"--output: {files[0]} must end in .png")
+    require_writable(files[0].parent)
+    originals = {path.resolve() for path in inputs}
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"--output: {file} is a folder. Choose another file")
+        if file.resolve() in originals:
+            raise UserError(f"--output: {file} is the input and would be overwritten. Choose another file")
+
+
 def require_writable(folder: Path) -> Path:
     """Create a folder and check that it can be written to.
 

@@ -18,11 +18,11 @@ class PilImages(Dataset[dict[str, Tensor]]):
     """Images with labels, each resized with PIL."""
 
     def __init__(self, data: Generation) -> None:
-        self.items, self.batch_size, self.start = data.items, data.batch_size, data.position()
+        self.data, self.items, self.start = data, data.items, data.position()
         self.side = data.image_size_at(self.start) or data.size
 
     def __len__(self) -> int:
-        return max(len(self.items), self.batch_size)
+        return max(len(self.items), self.data.batch_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.items[self.start, np.array([index % len(self.items)])]

@@ -12,7 +12,8 @@ from skimage.metrics import structural_similarity
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from callbacks.metrics import swd
-from callbacks.metrics.ms_ssim import WEIGHTS, ms_ssim, ssim
+from callbacks.metrics.base import random_order
+from callbacks.metrics.ms_ssim import WEIGHTS, MultiScaleSSIM, ms_ssim, ssim
 from datamodules.io.image_io import read_image
 
 
@@ -77,7 +78,10 @@ def test_metric_names_its_count_and_compares_halves_of_the_real_images(images):
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
     samples, real = images[:3], images[2:]
     values = swd.SlicedWasserstein(split_half=True).compute(samples, real, trainer)
-    for name, left, right in (("swd", samples, real[:3]), ("swd-split-half", real[:3], real[3:])):
+    order = random_order(6)
+    assert sorted(order.tolist()) == list(range(6))
+    first, second = (real[items.sort().values] for items in order.split(3))
+    for name, left, right in (("swd", samples, first), ("swd-split-half", first, second)):
         expected = swd.sliced_wasserstein(left, right)
         assert {side: values[f"{name}/{side}-3"] for side in expected} == {
             side: pytest.approx(1000 * distance) for side, distance in expected.items()
@@ -86,6 +90,33 @@ def test_metric_names_its_count_and_compares_halves_of_the_real_images(images):
     assert swd.SlicedWasserstein().compute(samples, real, trainer).keys() == {
         name for name in values if name.startswith("swd/")
     }
+
+
+def test_metric_flips_every_second_real_image(images):
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
+    flipped = images.clone()
+    flipped[1::2] = flipped[1::2].flip(3)
+    values = swd.SlicedWasserstein(flip_real=True).compute(flipped, images, trainer)
+    assert values["swd/mean-8"] == swd.SlicedWasserstein().compute(flipped, flipped, trainer)["swd/mean-8"]
+
+
+@pytest.mark.parametrize("metric", [swd.SlicedWasserstein(images=4), MultiScaleSSIM(pairs=2)])
+def test_metric_uses_at_most_its_number_of_samples(images, metric):
+    """Samples arrive in any order; those with the smallest indices are used."""
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device="cpu"),
+        state=SimpleNamespace(fn="test"),
+        sanity_checking=False,
+        world_size=1,
+        datamodule=SimpleNamespace(reference_sets={"set": SimpleNamespace(pixels=images)}),
+    )
+    module = SimpleNamespace(images_seen=0, log_dict=lambda *args, **kwargs: None)
+    for index in ([5, 2], [0, 7], [1, 3], [6, 4]):
+        outputs = {"index": torch.tensor(index), "prediction": images[index].float() / 255}
+        metric.on_test_batch_end(trainer, module, outputs, None, 1)
+    metric.on_test_epoch_end(trainer, module)
+    assert metric.results["set"]["all"] == metric.compute(images[:4], images, trainer)
+    assert all(name.endswith(("-4", "/2-pairs")) for name in metric.results["set"]["all"])
 
 
 def test_ssim_at_one_scale_matches_skimage(images):

@@ -1,5 +1,6 @@
 """Progressive growing: layers against the paper and plain torch, the schedule of growth, and the contract."""
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from datamodules.random.noise import normal
+from experiments.bench.timing import count_flops
 from experiments.cli.main import main
 from modules.losses.adversarial import gradient_penalty
 from modules.networks.progressive import (
@@ -273,6 +275,37 @@ def test_growth_command_shows_the_last_samples_of_each_stage(workdir, capfd):
     ):
         assert forked(main, argv) == 2
         assert reason in capfd.readouterr().err
+
+
+def test_bench_times_the_last_stage_and_compares_all_stages(workdir, capfd):
+    model = {**MODEL, "init_args": {**MODEL["init_args"], "total_images": 60}}
+    recipe = write_generative_recipe(workdir / "tiny.yaml", model, size=32)
+    options = ["--pairs", "6", "--steps", "1", "--json", "--model.minibatch", "none"]
+    assert forked(main, ["bench", str(recipe), *options]) == 0
+    results = json.loads(capfd.readouterr().out)
+    assert results["ratio_to_bare"] > 0
+    stages = results["stages"]
+    assert [(row["start"], row["images"], row["side"], row["batch_size"]) for row in stages] == [
+        *((0, 8, 4, 8), (8, 8, 8, 8), (16, 8, 8, 8)),
+        *((24, 8, 16, 4), (32, 8, 16, 4), (40, 8, 32, 4), (48, 12, 32, 4)),
+    ]
+    assert all(row["ms_per_image"] > 0 for row in stages)
+    # A stage with and without a fade differ by the 1 x 1 layers of the smaller images.
+    assert 1 < stages[1]["mflop_per_image"] / stages[2]["mflop_per_image"] < 1.1
+    # The last layers run at the size of the last stage: step time and operations belong to 32 x 32 pixels.
+    expected = results["images_per_second"] * stages[-1]["mflop_per_image"] / 1000
+    assert results["gflops"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_operations_of_a_gradient_penalty_are_counted():
+    """A linear critic of 8 features: forward and input gradient, each 2 x 16 x 8 operations; then their gradients."""
+    weight, points = torch.randn(1, 8, requires_grad=True), torch.randn(16, 8)
+
+    def step():
+        penalty = gradient_penalty(lambda x: F.linear(x, weight), points, points + 1, torch.rand(16, 1))
+        penalty.backward()
+
+    assert count_flops(step) == 3 * 2 * 16 * 8  # forward; gradient of the input; its gradient of the weight
 
 
 @pytest.mark.slow

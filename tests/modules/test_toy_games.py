@@ -3,7 +3,7 @@ import torch
 
 from callbacks.metrics.modes import ModeCoverage
 from datamodules.toys import Ring
-from datamodules.transforms.draw import image_grid, scatter_plot
+from datamodules.transforms.draw import image_grid, scatter_plot, split_grid
 from experiments.run.recipes import find_recipe
 from tests.helpers.method_contract import fit
 from tests.helpers.subprocess_helpers import forked
@@ -64,3 +64,9 @@ def test_image_grid_is_square_and_in_row_order():
     assert [grid[0, 3 + 6 * i, 3 + 6 * j].item() for i in range(3) for j in range(3)] == pytest.approx(
         [i / 9 for i in range(9)]
     )
+
+
+@pytest.mark.parametrize("count", [1, 5, 50, 64])
+def test_split_grid_returns_the_images_of_a_grid(count):
+    images = torch.rand(count, 3, 8, 8)
+    assert torch.equal(split_grid(image_grid(images)[0], 8), images)

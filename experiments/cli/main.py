@@ -219,13 +219,14 @@ def _reproduce(argv: list[str]) -> int:
         help="for records whose code has changed: run the first steps with the old and the new code, and compare them",
     )
     parser.add_argument("--renames", metavar="FILE", type=Path, help="with --check: YAML file of old and new names")
+    parser.add_argument("--update", nargs="+", default=[], metavar="METRIC", help="with --check: metrics with new values")
     parser.add_argument("--write", action="store_true", help="write the tables to the method's page, RESULTS.md and the README")
     parser.add_argument("--json", action="store_true", help="print the cells of the tables as JSON")
     args = parser.parse_args(argv)
-    if args.renames and args.check is None:
-        raise UserError("reproduce: --renames requires --check. Add --check")
+    if (args.renames or args.update) and args.check is None:
+        raise UserError("reproduce: --renames and --update require --check. Add --check")
     if args.check is not None and (args.run or args.write or args.json or args.only or args.seeds != 1):
-        raise UserError("reproduce: --check takes no option but --renames. Remove the others")
+        raise UserError("reproduce: --check takes no option but --renames and --update. Remove the others")
     if args.check and args.method:
         raise UserError("reproduce: --check all checks every method. Remove 'all' or the method")
     method = args.method or args.check
@@ -235,7 +236,8 @@ def _reproduce(argv: list[str]) -> int:
         from experiments.results.check import check
         from experiments.results.renames import read_renames
 
-        return 0 if check(methods() if method == "all" else [known_method(method)], read_renames(args.renames)) else 1
+        checked = methods() if method == "all" else [known_method(method)]
+        return 0 if check(checked, read_renames(args.renames), args.update) else 1
     from experiments.results.reproduce import reproduce
 
     reproduce(args.method, args.run, args.seeds, args.only, args.write, args.json)
@@ -245,8 +247,7 @@ def _reproduce(argv: list[str]) -> int:
 def _bench(argv: list[str]) -> int:
     parser = Parser(
         prog="darkroom bench",
-        description="Compare the training speed with a plain PyTorch loop and with PIL loading, and time each stage of a "
-        "training that grows. --KEY VALUE overrides a key of the recipe.",
+        description="Compare the training speed with a plain PyTorch loop and with PIL loading. --KEY VALUE overrides a key.",
     )
     parser.add_argument("recipe", help="recipe to time")
     parser.add_argument(

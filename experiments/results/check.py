@@ -15,7 +15,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def check(methods: list[str], renames: Renames) -> bool:
+def check(methods: list[str], renames: Renames, updated: Collection[str] = ()) -> bool:
     """Check the records whose code has changed since their certification, and certify those that are reproduced.
 
     The metrics of committed weights are always compared with the record.
@@ -64,6 +65,7 @@ def check(methods: list[str], renames: Renames) -> bool:
     Args:
         methods: methods whose records are checked.
         renames: names that have changed since the certification.
+        updated: metrics with new values, such as "ms-ssim-real": records take those of their committed weights.
 
     Returns:
         Whether no record differs.
@@ -89,7 +91,7 @@ def check(methods: list[str], renames: Renames) -> bool:
             outcomes.append(Outcome("differs", [reason]))
             print(f"{recipe.name}: {reason}", flush=True)
         for record in records:
-            outcome = check_record(record, recipe, renames, head)
+            outcome = check_record(record, recipe, renames, head, updated)
             outcomes.append(outcome)
             name = f"{recipe.name}, seed {record['seed']}"
             print(f"{name:48} {outcome.state:10} {outcome.seconds:5.0f} s", flush=True)
@@ -122,8 +124,8 @@ def _orphans(methods: list[str], known: set[str], renames: Renames) -> list[Path
     ]
 
 
-def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) -> Outcome:
-    """Check one record; if the current code reproduces it, certify the record."""
+def check_record(record: Record, recipe: Recipe, renames: Renames, head: str, updated: Collection[str] = ()) -> Outcome:
+    """Check one record; if the current code reproduces it, apart from the metrics `updated`, certify the record."""
     began = time.monotonic()
     outcome = Outcome("unchanged")
     try:
@@ -138,12 +140,12 @@ def check_record(record: Record, recipe: Recipe, renames: Renames, head: str) ->
             with tempfile.TemporaryDirectory() as folder:
                 outcome = Outcome("certified" if due else "unchanged")
                 codes = list(_codes(record, recipe, renames, Path(folder), both=due))
-                certified = _compare(codes, renamed, recipe)
+                certified, metrics = _compare(codes, renamed, recipe, updated)
             outcome.reasons = [f"without {name}, which is not installed" for name in certified["absent"]]
         if due:
             if commit() != head:
                 raise Uncheckable("the checkout was changed during the check. Run the check again")
-            _certify(record, renamed, recipe, {"commit": head, **certified})
+            _certify(record, {**renamed, "metrics": metrics}, recipe, {"commit": head, **certified})
     except Mismatch as mismatch:
         outcome = Outcome("differs", [str(mismatch)])
     except Uncheckable as reason:
@@ -180,21 +182,25 @@ def _codes(record: Record, recipe: Recipe, renames: Renames, folder: Path, both:
     yield Code(ROOT, recipe.path, folder / "new", Renames())
 
 
-def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any]:
+def _compare(
+    codes: list[Code], record: Record, recipe: Recipe, updated: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Replay and evaluate with each code version, and compare the results.
 
     Args:
         codes: the certified and the current code, or only the current code, which then only evaluates the committed weights.
         record: the record, with current names.
         recipe: the current recipe.
+        updated: metrics that are not compared.
 
     Returns:
-        Entries of the certificate. "absent" lists the datasets of the record that are not installed; each of their protocols is
-        compared on another dataset.
+        Entries of the certificate, and the metrics of the record, with new values of `updated`. "absent" lists the datasets of
+        the record that are not installed; each of their protocols is compared on another dataset.
 
     Raises:
         Mismatch: the results differ, or the current code fails.
-        Uncheckable: the certified code fails, or data are missing or differ from those of the record.
+        Uncheckable: the certified code fails, data are missing or differ from those of the record, or a metric has new values
+            without committed weights.
     """
     committed = recipe.weights.exists() and record["seed"] == 0
     starts: list[int] = []
@@ -204,7 +210,8 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
             raise Uncheckable("the config of the record has no data.init_args.batch_size")
         starts = stage_starts(recipe, batch_size, record.get("certified", {}).get("starts", []))
         for i, start in enumerate(starts):
-            replay(codes, record["seed"], batch_size, f"stage-{i}", start, resume_from=f"stage-{i - 1}" if i else "")
+            resumed = f"stage-{i - 1}" if i else ""
+            replay(codes, record["seed"], batch_size, f"stage-{i}", start, resumed, updated)
     if committed and not codes[0].renames.weights and record.get("weights") != weights_hash(load_file(recipe.weights)):
         raise Mismatch(f"{recipe.weights.relative_to(ROOT)} are not the weights of the record")
     results = evaluate(codes, "" if committed or not recipe.is_trainable else f"stage-{len(starts) - 1}")
@@ -212,7 +219,8 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
     if changed := [name for name, value in data.items() if record["data"].get(name) != value]:
         raise Uncheckable(f"the installed data differ from those of the record: {', '.join(changed)}")
     if len(codes) > 1:
-        _compare_metrics(results[0], results[1], 0.0, 0.0, "with the certified code", "with the current code")
+        pair = without(results[0], updated), without(results[1], updated)
+        _compare_metrics(*pair, 0.0, 0.0, "with the certified code", "with the current code")
     present = {dataset: result for dataset, result in results[-1].items() if dataset in record["metrics"]}
     absent = sorted(record["metrics"].keys() - present.keys())
     evaluated_protocols = {protocol for result in present.values() for protocol in result}
@@ -220,13 +228,36 @@ def _compare(codes: list[Code], record: Record, recipe: Recipe) -> dict[str, Any
         raise Uncheckable(f"not installed: {', '.join(absent)}")
     if committed or not recipe.is_trainable:
         recorded = {dataset: record["metrics"][dataset] for dataset in present}
-        _compare_metrics(recorded, present, MEAN_TOLERANCE, IMAGE_TOLERANCE, "in the record", "with its weights")
-    return {
+        pair = without(recorded, updated), without(present, updated)
+        _compare_metrics(*pair, MEAN_TOLERANCE, IMAGE_TOLERANCE, "in the record", "with its weights")
+    certificate = {
         "steps": STEPS if starts else 0,
         "starts": starts,
         "evaluated": "committed weights" if committed else "replay" if recipe.is_trainable else "no weights needed",
         "absent": absent,
         "processor": cpu_name(),
+    }
+    metrics = deepcopy(record["metrics"])
+    for dataset, protocols in metrics.items():
+        for protocol in [name for name in protocols if is_any_of(name, updated)]:
+            if not committed or protocol not in present.get(dataset, {}):
+                raise Uncheckable(f"{dataset}/{protocol}: no committed weights and data to update it. Run the recipe again")
+            values = present[dataset][protocol]
+            images = {name.removeprefix("image "): value for name, value in values.items() if name != "mean"}
+            protocols[protocol] = {"mean": values["mean"], "images": images}
+    return certificate, metrics
+
+
+def is_any_of(protocol: str, metrics: Collection[str]) -> bool:
+    """Return whether a protocol, such as "fid/inception-tf-10000", belongs to one of the metrics, such as "fid"."""
+    return protocol.partition("/")[0] in metrics
+
+
+def without(results: dict[str, Any], metrics: Collection[str]) -> dict[str, Any]:
+    """Return results by dataset and protocol without those of the metrics."""
+    return {
+        dataset: {protocol: value for protocol, value in protocols.items() if not is_any_of(protocol, metrics)}
+        for dataset, protocols in results.items()
     }
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ class Uncheckable(Exception):
     """The record cannot be checked; the message contains the reason."""
 
 
-def replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int, resume_from: str) -> None:
+def replay(
+    codes: list[Code], seed: int, batch_size: int, name: str, start: int, resume_from: str, updated: Collection[str]
+) -> None:
     """Train a few steps with both code versions, and compare logs and weights.
 
     Args:
@@ -93,6 +96,7 @@ def replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int,
         name: name of the run.
         start: images seen at which the replay starts.
         resume_from: name of an earlier run whose checkpoint is used; empty to start from new weights.
+        updated: metrics whose logs are not compared.
 
     Raises:
         Mismatch: the logs or the weights differ, or the current code fails.
@@ -113,7 +117,7 @@ def replay(codes: list[Code], seed: int, batch_size: int, name: str, start: int,
         for code in codes
     ]
     _finish(commands)
-    old, new = (_log(code, name) for code in codes)
+    old, new = (_log(code, name, updated) for code in codes)
     if old != new:
         raise Mismatch(f"the log, from {start} images on: {_first_difference(old, new)}")
     left, right = (_weights(code, name) for code in codes)
@@ -157,8 +161,8 @@ def _finish(commands: list[subprocess.Popen[str]]) -> None:
             raise Mismatch(f"the current code failed with status {command.returncode}: {last}")
 
 
-def _log(code: Code, name: str) -> list[tuple[str, str, str, str]]:
-    rows = read_metrics_csv(code.run(name).log)
+def _log(code: Code, name: str, updated: Collection[str]) -> list[tuple[str, str, str, str]]:
+    rows = [row for row in read_metrics_csv(code.run(name).log) if not set(updated).intersection(row["name"].split("/"))]
     return sorted((row["step"], row["images"], code.renames.name(row["name"]), row["value"]) for row in rows)
 
 

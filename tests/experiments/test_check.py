@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -157,6 +158,28 @@ def test_changed_metric_or_later_stage_is_reported(project):
     status, said = project.check()
     assert status == 1
     assert "photographs-val/psnr-y/crop3 after 40 images was" in said
+
+
+def test_updated_metric_has_the_new_value_of_the_committed_weights(project):
+    old = read_record(project.record)
+    project.change("callbacks/metrics/psnr_ssim.py", "* 255 + 0.5", "* 254 + 0.5")
+    status, said = project.check("--update", "psnr-y", "ssim-y")
+    assert status == 0
+    assert "1 unchecked" in said
+    assert "set5/psnr-y/crop3: no committed weights and data to update it" in said
+    del old["metrics"]["set5"]
+    write_record(old, project.record)
+    project.commit()
+    status, said = project.check("--update", "psnr-y", "ssim-y")
+    assert status == 0, said
+    assert "1 certified" in said
+    project.commit()
+    assert "1 unchanged" in project.check()[1]  # its weights have the values of the record
+    new = read_record(project.record)
+    assert new["metrics"] != old["metrics"]
+    before, after = (record["metrics"]["photographs-test"]["psnr-y/crop3"] for record in (old, new))
+    assert after["images"].keys() == before["images"].keys()
+    assert after["mean"] == pytest.approx(np.mean(list(after["images"].values())), rel=1e-6)
 
 
 def test_failed_records_are_named_and_the_check_continues(project):

@@ -80,6 +80,7 @@ class DeterministicDCGAN(DCGAN):
 class DeterministicProGAN(ProGAN):
     def __init__(self, **init_args: Any) -> None:
         super().__init__(**init_args)
+        self.has_stddev = False
         for layer in self.modules():
             if isinstance(layer, MinibatchStddev):
                 layer.group_size = 1

@@ -20,7 +20,7 @@ def bench_stages(method: Method, data: Any, steps: int, precision: Precision) ->
     Args:
         method: the method, after `setup`; it is trained.
         data: datamodule of its training images.
-        steps: timed steps of each stage.
+        steps: timed steps of each stage, at most.
         precision: context of the forward passes, such as autocast.
 
     Returns:
@@ -38,10 +38,11 @@ def bench_stages(method: Method, data: Any, steps: int, precision: Precision) ->
             step()
         synchronize(method.device)
         started = time.perf_counter()
-        for _ in range(steps):
+        timed = max(1, min(steps, (end - start) // plan.batch_sizes[index] - WARM_UP - 1))  # within the stage
+        for _ in range(timed):
             step()
         synchronize(method.device)
-        images = steps * plan.batch_sizes[index]
+        images = timed * plan.batch_sizes[index]
         rows.append(
             {
                 "start": start,

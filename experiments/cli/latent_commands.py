@@ -1,4 +1,4 @@
-"""Command lines of `darkroom sample`, `interpolate`, `arithmetic`, `manifold`, `growth`, `reconstruct` and `retrieve`."""
+"""Command lines of the commands that show the images of a latent space, from `darkroom sample` to `retrieve`."""
 
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
@@ -82,6 +82,21 @@ def growth(argv: list[str]) -> int:
     from experiments.run import growth
 
     growth.growth(recipe, args.run, args.count, args.output)
+    return 0
+
+
+def nearest(argv: list[str]) -> int:
+    """Run `darkroom nearest` and return the exit status."""
+    parser = _seeded_parser("nearest", "Show samples and the training images nearest to them, by pixels.", "nearest.png")
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="number of samples (default 8)")
+    parser.add_argument("--k", type=int, default=5, metavar="N", help="training images for each sample (default 5)")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"nearest: --count {args.count}: must be at least 1")
+    recipe = find_recipe(args.recipe)
+    from experiments.run import nearest
+
+    nearest.nearest(recipe, args.ckpt, args.count, args.k, args.seed, args.output)
     return 0
 
 

@@ -28,6 +28,7 @@ train, evaluate and predict
   arithmetic RECIPE --plus 1 2 --minus 3 4   add and subtract the latents of samples
   manifold RECIPE                            plot decoder outputs over a 2-D latent grid (--grid-size N)
   growth RECIPE                              show samples of the same latents at the end of each stage (--run NAME)
+  nearest RECIPE                             show samples and the training images nearest to them (--count N, --k N)
   reconstruct RECIPE                         show test images and their reconstructions (--indices 0 1 2)
   retrieve RECIPE                            find the test images with codes similar to a query image's (--indices 0 1 2, --k N)
   neural-style CONTENT STYLE                 transfer a style by optimization of the image (--size N, --steps N)
@@ -387,6 +388,7 @@ COMMANDS = {
     "arithmetic": latent_commands.arithmetic,
     "manifold": latent_commands.manifold,
     "growth": latent_commands.growth,
+    "nearest": latent_commands.nearest,
     "reconstruct": latent_commands.reconstruct,
     "retrieve": latent_commands.retrieve,
     "neural-style": style_commands.neural_style,

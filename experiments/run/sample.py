@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from datamodules.base import ResumableDataModule
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
 from datamodules.transforms.draw import image_grid
@@ -27,7 +28,7 @@ def sample(recipe: Recipe, ckpt: str | None, count: int, seed: int, output: str)
     Raises:
         UserError: there are no weights, the recipe does not generate images from latents, or the folder cannot be written.
     """
-    method = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, ckpt)
     folder = require_writable(Path(output).resolve())
     grid_path = folder.with_name(f"{folder.name}.png")  # not in the folder, which other tools evaluate as a set of samples
     for first in range(0, count, BATCH_SIZE):
@@ -47,7 +48,7 @@ def interpolate(recipe: Recipe, ckpt: str | None, indices: Sequence[int], steps:
         UserError: see `sample`; or there are fewer than two samples, or no step.
     """
     check_interpolation(indices, steps)
-    method = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, ckpt)
     path = interpolation_path(method.sample_latents(indices, seed), steps)
     save_png(grid(generate(method, path), columns=steps + 1), Path(output))
 
@@ -64,7 +65,7 @@ def arithmetic(
     """
     if not plus:
         raise UserError("arithmetic: --plus is required. Give sample indices of a concept, as in --plus 1 2 3 --minus 4 5 6")
-    method = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, ckpt)
     concepts = [method.sample_latents(indices, seed) for indices in (*plus, *minus)]
     means = [latents.mean(dim=0, keepdim=True) for latents in concepts]
     total = torch.cat(means[: len(plus)]).sum(0, keepdim=True) - sum(means[len(plus) :])
@@ -88,7 +89,7 @@ def manifold(recipe: Recipe, ckpt: str | None, grid_size: int, output: str) -> N
     """
     if grid_size < 2:
         raise UserError(f"manifold: --grid-size {grid_size}: must be at least 2")
-    method = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, ckpt)
     if method.latent_dim != 2:
         raise UserError(f"manifold: {recipe.name} has {method.latent_dim} latents. Use a recipe with 2")
     quantiles = (torch.arange(grid_size, dtype=torch.float64) + 0.5) / grid_size
@@ -114,8 +115,8 @@ def interpolation_path(latents: Tensor, steps: int) -> Tensor:
     return torch.cat([start + fractions * (end - start) for start, end in pairwise(latents)])
 
 
-def load_generator(recipe: Recipe, ckpt: str | None) -> GenerativeMethod:
-    """Load a recipe's method with its weights, in evaluation mode.
+def load_generator(recipe: Recipe, ckpt: str | None) -> tuple[GenerativeMethod, ResumableDataModule]:
+    """Load a recipe's method with its weights, in evaluation mode, and create its datamodule.
 
     Raises:
         UserError: there are no weights, or the recipe does not generate images from latents.
@@ -127,7 +128,7 @@ def load_generator(recipe: Recipe, ckpt: str | None) -> GenerativeMethod:
     method = cli.model.eval()
     if generate(method, method.sample_latents([0])).ndim != 4:
         raise UserError(f"{recipe.name} generates points, not images. See the plots in the folder of its run")
-    return method
+    return method, cli.datamodule
 
 
 def generate(method: GenerativeMethod, latents: Tensor) -> Tensor:

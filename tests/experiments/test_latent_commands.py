@@ -6,8 +6,10 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from datamodules.catalog.array_readers import read_split
+from datamodules.generation import Generation
 from datamodules.reconstruction import binarize
 from experiments.cli.main import main
+from experiments.run.nearest import find_nearest
 from modules.autoencoder import Autoencoder
 from modules.dcgan import DCGAN
 from modules.vae import VAE
@@ -50,6 +52,37 @@ def test_arithmetic_returns_the_other_concept_if_plus_and_minus_cancel(workdir, 
     assert image.size == (9 * 30 + 2, 4 * 30 + 2)
     five, total = (image.crop((2, top, 30, top + 28)).tobytes() for top in (32, 92))
     assert max(abs(a - b) for a, b in zip(five, total, strict=True)) <= 1
+
+
+def test_nearest_training_images_are_those_of_a_search_tree(workdir, ckpt, capfd):
+    argv = ["nearest", "dcgan/demo", "--ckpt", ckpt, "--count", "3", "--k", "2", "--output", "nearest.png"]
+    assert forked(main, argv) == 0
+    output = capfd.readouterr().out
+    assert forked(main, ["sample", "dcgan/demo", "--ckpt", ckpt, "--count", "3", "--output", "out"]) == 0
+    rows, digits = Image.open(workdir / "nearest.png"), read_split("digits/train")[0].flatten(1)
+    assert rows.size == (3 * 30 + 2, 3 * 30 + 2)
+    samples = [list(Image.open(workdir / f"out/{i:06d}.png").convert("L").tobytes()) for i in range(3)]
+    distances, indices = cKDTree(digits.numpy()).query(samples, k=2)
+    for i in range(3):
+        assert (pixels(rows, 2, 2 + 30 * i) - torch.tensor(samples[i])).abs().max() <= 1
+        for j in range(2):
+            assert torch.equal(pixels(rows, 32 + 30 * j, 2 + 30 * i), digits[indices[i, j]].long())
+        line = f"sample {i}: training image {indices[i, 0]}, root mean squared difference of pixels"
+        assert f"{line} {distances[i, 0] / 28 / 255:.2f}" in output
+    for option, reason in ((["--k", "4001"], "--k 4001: must be from 1 to 4000"), (["--count", "0"], "--count 0")):
+        assert forked(main, ["nearest", "dcgan/demo", "--ckpt", ckpt, *option]) == 2
+        assert reason in capfd.readouterr().err
+
+
+def test_nearest_images_can_be_flipped():
+    data = Generation("digits/train", 28, 1, hflip=True)
+    data.setup("fit")
+    flipped = read_split("digits/train")[0][[2500, 7]].float().flip(3) / 255
+    distances, images, ids = find_nearest(flipped, data, 3)
+    assert ids[:, 0].tolist() == [2500, 7]
+    assert torch.equal(images[:, 0], flipped)
+    assert (distances[:, 0] == 0).all()
+    assert (distances.diff(dim=1) > 0).all()
 
 
 def save_untrained_vae(path):

@@ -153,7 +153,7 @@ def link_feature_weights(model, workdir, torch_home):
 
 def generation_recipes():
     """Return the recipes of generation; those of ProGAN that differ from another one by the dataset or a row are slow."""
-    variant = re.compile(r"progan/(lsun_.*|celeba_[bcdefh].*|cifar10_jpeg_[bdef])")
+    variant = re.compile(r"progan/(lsun_.*|celeba_[bcdefh].*|cifar10_jpeg_[bcdef].*)")
     return [
         pytest.param(recipe, marks=pytest.mark.slow if variant.fullmatch(recipe.name) else [], id=recipe.name)
         for recipe in TRAINED

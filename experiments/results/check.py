@@ -214,7 +214,7 @@ def _compare(
             replay(codes, record["seed"], batch_size, f"stage-{i}", start, resumed, updated)
     if committed and not codes[0].renames.weights and record.get("weights") != weights_hash(load_file(recipe.weights)):
         raise Mismatch(f"{recipe.weights.relative_to(ROOT)} are not the weights of the record")
-    results = evaluate(codes, "" if committed or not recipe.is_trainable else f"stage-{len(starts) - 1}")
+    results = evaluate(codes, "" if committed or not recipe.is_trainable else f"stage-{len(starts) - 1}", bool(updated))
     data = data_hashes(codes[-1], trained=bool(starts))
     if changed := [name for name, value in data.items() if record["data"].get(name) != value]:
         raise Uncheckable(f"the installed data differ from those of the record: {', '.join(changed)}")
@@ -237,15 +237,36 @@ def _compare(
         "absent": absent,
         "processor": cpu_name(),
     }
+    return certificate, updated_metrics(record, results, committed, updated)
+
+
+def updated_metrics(record: Record, results: list[dict[str, Any]], committed: bool, updated: Collection[str]) -> dict[str, Any]:
+    """Return the metrics of a record, with new values of `updated`.
+
+    Without committed weights, the evaluated weights are those of the replay. A metric then has a new value only if it does not
+    depend on the weights: with the certified code, it has the value of the record.
+
+    Raises:
+        Uncheckable: a metric depends on weights that are not committed, or its dataset is not installed.
+    """
     metrics = deepcopy(record["metrics"])
     for dataset, protocols in metrics.items():
         for protocol in [name for name in protocols if is_any_of(name, updated)]:
-            if not committed or protocol not in present.get(dataset, {}):
+            before, after = (result.get(dataset, {}).get(protocol) for result in (results[0], results[-1]))
+            if not committed and before == after and before is not None:
+                continue
+            recorded = result_values(protocols[protocol])
+            kept = before is not None and all(isclose(before.get(name, math.nan), value) for name, value in recorded.items())
+            if after is None or not (committed or kept):
                 raise Uncheckable(f"{dataset}/{protocol}: no committed weights and data to update it. Run the recipe again")
-            values = present[dataset][protocol]
-            images = {name.removeprefix("image "): value for name, value in values.items() if name != "mean"}
-            protocols[protocol] = {"mean": values["mean"], "images": images}
-    return certificate, metrics
+            images = {name.removeprefix("image "): value for name, value in after.items() if name != "mean"}
+            protocols[protocol] = {"mean": after["mean"], "images": images}
+    return metrics
+
+
+def isclose(value: float, recorded: float) -> bool:
+    """Return whether a value is that of a record, computed on another processor."""
+    return math.isclose(value, recorded, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE * 1e-3)
 
 
 def is_any_of(protocol: str, metrics: Collection[str]) -> bool:

@@ -186,8 +186,13 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
     return math.inf if left.shape != right.shape else (left.double() - right.double()).abs().max().item()
 
 
-def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
+def evaluate(codes: list[Code], replay: str, all_samples: bool = False) -> list[dict[str, Any]]:
     """Evaluate the committed weights, or the weights of the run `replay` if it is not empty, with each code version.
+
+    Args:
+        codes: the code versions.
+        replay: name of the run.
+        all_samples: generate all samples of the recipe with the weights of `replay`, and not only the first batches.
 
     Returns:
         For each code version, the results with current names: {dataset: {protocol: {name: value}}}, see `result_values`.
@@ -203,7 +208,11 @@ def evaluate(codes: list[Code], replay: str) -> list[dict[str, Any]]:
         recipe = few_items(code) if replay else code.recipe
         words = ["test", str(recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]
         words += ["--ckpt", str(weights)] if weights.exists() else []
-        words += ["--trainer.limit_test_batches", str(EVAL_BATCHES)] if replay and has_large_batches(codes[-1]) else []
+        words += (
+            ["--trainer.limit_test_batches", str(EVAL_BATCHES)]
+            if replay and has_large_batches(codes[-1]) and not all_samples
+            else []
+        )
         commands.append(code.command(*words))
     _finish(commands)
     results = []

@@ -15,9 +15,9 @@ from callbacks.run.record_file import read_record, write_record
 from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.results import records
-from experiments.results.check import check
+from experiments.results.check import check, updated_metrics
 from experiments.results.renames import Renames, read_renames
-from experiments.results.replay import Code, few_items, has_large_batches
+from experiments.results.replay import Code, Uncheckable, few_items, has_large_batches
 from experiments.run.recipes import Recipe, find_recipe
 
 RECIPE = """\
@@ -180,6 +180,23 @@ def test_updated_metric_has_the_new_value_of_the_committed_weights(project):
     before, after = (record["metrics"]["photographs-test"]["psnr-y/crop3"] for record in (old, new))
     assert after["images"].keys() == before["images"].keys()
     assert after["mean"] == pytest.approx(np.mean(list(after["images"].values())), rel=1e-6)
+
+
+def test_metrics_without_committed_weights_are_updated_if_they_do_not_depend_on_them():
+    def result(value):
+        return {"mean": value, "image all": value}
+
+    recorded = {name: {"mean": value, "images": {"all": value}} for name, value in (("swd/8", 4.0), ("floor/8", 1.0))}
+    record = {"metrics": {"digits": recorded}}
+    before = {"digits": {"swd/8": result(9.0), "floor/8": result(1.00001)}}  # of the replay, with the certified code
+    after = {"digits": {"swd/8": result(9.0), "floor/8": result(1.5)}}
+    expected = {"swd/8": recorded["swd/8"], "floor/8": {"mean": 1.5, "images": {"all": 1.5}}}
+    assert updated_metrics(record, [before, after], False, ["swd", "floor"]) == {"digits": expected}
+    after["digits"]["swd/8"] = result(8.0)
+    assert updated_metrics(record, [before, after], False, ["floor"]) == {"digits": expected}
+    with pytest.raises(Uncheckable, match="digits/swd/8: no committed weights"):
+        updated_metrics(record, [before, after], False, ["swd"])
+    assert updated_metrics(record, [before, after], True, ["swd"])["digits"]["swd/8"]["mean"] == 8.0
 
 
 def test_failed_records_are_named_and_the_check_continues(project):

@@ -55,7 +55,7 @@ class TestProGAN(GenerativeContract):
     model = {**MODEL, "init_args": {**MODEL["init_args"], "size": size, "base_channels": 128, "max_channels": 16}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicProGAN"
     bf16_overrides = ("--model.learning_rate", "1e-4")  # the gradient penalty amplifies rounding from step to step
-    bf16_rtol = 0.05  # 0.022 on AVX2
+    bf16_rtol = 0.05  # 0.031 with and without AVX2: mean scores are small
     training_overrides = [
         "--model.total_images",
         "12800",
@@ -72,6 +72,12 @@ class TestProGAN(GenerativeContract):
         "--data.batch_size",
         "16",
     ]
+
+    def test_run_resumes_at_the_change_of_a_stage_and_within_a_fade(self, workdir, recipe, monkeypatch):
+        """The layers of 16 x 16 pixels are faded in from image 24 to image 32."""
+        assert [stage.start for stage in ProGAN(**self.model["init_args"]).stages()] == [0, 8, 16, 24, 32]
+        signals = ["SIGTERM@24@0", "SIGTERM@28@0"]
+        self.test_resumed_run_equals_the_uninterrupted_run(workdir, recipe, monkeypatch, signals, 0, 3)
 
 
 def count(module):

@@ -260,7 +260,7 @@ def _bench(argv: list[str]) -> int:
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps per interval (default 20)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_overrides(argv)
     if args.pairs < 6 or args.steps < 1:
         raise UserError("bench: --pairs must be at least 6, and --steps at least 1")
     recipe = find_recipe(args.recipe)

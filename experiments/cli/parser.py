@@ -14,6 +14,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **kwargs})
 
+    def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse the options of a command; other words are returned if they override keys, as in --model.size 32.
+
+        Raises:
+            UserError: an unknown option without a dot, such as a misspelled one; --compile and --seed_everything are keys too.
+        """
+        args, overrides = self.parse_known_args(argv)
+        for name in (word.partition("=")[0] for word in overrides if word.startswith("--")):
+            if "." not in name and name not in ("--compile", "--seed_everything"):
+                self.error(f"unrecognized arguments: {name}")
+        return args, overrides
+
     def error(self, message: str) -> NoReturn:
         """Raise the message as a UserError; for a misspelled option, suggest the closest one."""
         if mistyped := re.match(r"unrecognized arguments: (\S+)", message):

@@ -160,6 +160,7 @@ def test_changed_metric_or_later_stage_is_reported(project):
     assert "photographs-val/psnr-y/crop3 after 40 images was" in said
 
 
+@pytest.mark.slow
 def test_updated_metric_has_the_new_value_of_the_committed_weights(project):
     old = read_record(project.record)
     project.change("callbacks/metrics/psnr_ssim.py", "* 255 + 0.5", "* 254 + 0.5")

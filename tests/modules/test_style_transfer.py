@@ -344,7 +344,7 @@ def test_unusable_styles_and_weights_are_one_line_before_training(workdir, photo
     assert not list((workdir / "runs").rglob("last.ckpt"))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_bench_trains_the_bare_loop_with_the_losses_and_the_precision_of_the_recipe(
     workdir, photos, three_photos, capfd, precision
 ):

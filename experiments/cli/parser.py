@@ -15,14 +15,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **kwargs})
 
     def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Parse the options of a command; other words are returned if they override keys, as in --model.size 32.
+        """Parse the options of a command, and return the other words, which override keys, as in --model.size 32.
 
         Raises:
-            UserError: an unknown option without a dot, such as a misspelled one; --compile and --seed_everything are keys too.
+            UserError: a word is a misspelled option of the command.
         """
         args, overrides = self.parse_known_args(argv)
         for name in (word.partition("=")[0] for word in overrides if word.startswith("--")):
-            if "." not in name and name not in ("--compile", "--seed_everything"):
+            if get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7):
                 self.error(f"unrecognized arguments: {name}")
         return args, overrides
 

@@ -237,14 +237,18 @@ def _compare(
         "absent": absent,
         "processor": cpu_name(),
     }
-    return certificate, updated_metrics(record, results, committed, updated)
+    return certificate, updated_metrics(record, results, committed or not recipe.is_trainable, updated)
 
 
-def updated_metrics(record: Record, results: list[dict[str, Any]], committed: bool, updated: Collection[str]) -> dict[str, Any]:
+def updated_metrics(record: Record, results: list[dict[str, Any]], exact: bool, updated: Collection[str]) -> dict[str, Any]:
     """Return the metrics of a record, with new values of `updated`.
 
-    Without committed weights, the evaluated weights are those of the replay. A metric then has a new value only if it does not
-    depend on the weights: with the certified code, it has the value of the record.
+    Args:
+        record: the record.
+        results: results of the certified and the current code.
+        exact: whether they are those of the weights of the record. Otherwise, they are those of the replay, and a metric has a
+            new value only if it does not depend on the weights: with the certified code, it has the value of the record.
+        updated: metrics with new values.
 
     Raises:
         Uncheckable: a metric depends on weights that are not committed, or its dataset is not installed.
@@ -253,20 +257,23 @@ def updated_metrics(record: Record, results: list[dict[str, Any]], committed: bo
     for dataset, protocols in metrics.items():
         for protocol in [name for name in protocols if is_any_of(name, updated)]:
             before, after = (result.get(dataset, {}).get(protocol) for result in (results[0], results[-1]))
-            if not committed and before == after and before is not None:
+            if not exact and before == after and before is not None:
                 continue
             recorded = result_values(protocols[protocol])
-            kept = before is not None and all(isclose(before.get(name, math.nan), value) for name, value in recorded.items())
-            if after is None or not (committed or kept):
+            kept = before is not None and all(
+                isclose(before.get(name, math.nan), value, MEAN_TOLERANCE) for name, value in recorded.items()
+            )
+            if after is None or not (exact or kept):
                 raise Uncheckable(f"{dataset}/{protocol}: no committed weights and data to update it. Run the recipe again")
             images = {name.removeprefix("image "): value for name, value in after.items() if name != "mean"}
             protocols[protocol] = {"mean": after["mean"], "images": images}
     return metrics
 
 
-def isclose(value: float, recorded: float) -> bool:
-    """Return whether a value is that of a record, computed on another processor."""
-    return math.isclose(value, recorded, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE * 1e-3)
+def isclose(left: float, right: float, tolerance: float) -> bool:
+    """Return whether two values are equal within a relative tolerance; nan is equal to nan."""
+    same = left == right or (math.isnan(left) and math.isnan(right))
+    return same or math.isclose(left, right, rel_tol=tolerance, abs_tol=tolerance * 1e-3)
 
 
 def is_any_of(protocol: str, metrics: Collection[str]) -> bool:
@@ -314,8 +321,7 @@ def _compare_metrics(
             for name in left.keys() | right.keys():
                 values = left.get(name, math.nan), right.get(name, math.nan)
                 tolerance = mean_tolerance if name == "mean" else image_tolerance
-                same = values[0] == values[1] or all(map(math.isnan, values))
-                if not same and not math.isclose(*values, rel_tol=tolerance, abs_tol=tolerance * 1e-3):
+                if not isclose(*values, tolerance):
                     raise Mismatch(f"{dataset}/{protocol}, {name}: {values[0]:.8g} {one}, {values[1]:.8g} {other}")
 
 

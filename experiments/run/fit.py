@@ -56,9 +56,8 @@ def skip_to_last_stage(cli: DarkroomCLI) -> None:
 
 
 def train_without_eval(cli: DarkroomCLI, steps: int, timer: Callback) -> None:
-    """Train for a number of steps without validation and evaluation, with a callback that times the steps."""
-    start = cli.model.images_seen
-    cli.model.total_images = start + cli.model.plan_stages(cli.datamodule).batch_size(start) * steps
+    """Train for a number of steps without validation and evaluation, with a callback; call `skip_to_last_stage` before."""
+    cli.model.total_images = cli.model.images_seen + cli.model.stage_plan.batch_sizes[-1] * steps
     cli.trainer.limit_val_batches = 0
     cli.trainer.num_sanity_val_steps = 0
     cli.trainer.callbacks.append(timer)

@@ -12,7 +12,7 @@ from torchvision.utils import make_grid, save_image
 from datamodules.base import ResumableDataModule
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
-from datamodules.transforms.draw import image_grid
+from datamodules.transforms.draw import PADDING, image_grid
 from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import Recipe
 from experiments.run.weights import load_resolved_weights
@@ -139,7 +139,7 @@ def generate(method: GenerativeMethod, latents: Tensor) -> Tensor:
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """Arrange images (N, C, H, W) in rows, with white gaps."""
-    return make_grid(images, nrow=columns, padding=2, pad_value=1.0)
+    return make_grid(images, nrow=columns, padding=PADDING, pad_value=1.0)
 
 
 def check_output(files: list[Path], inputs: list[Path]) -> None:

@@ -105,9 +105,9 @@ class CycleGAN(TranslationMethod):
 
     def phases(self) -> list[Phase]:
         """Return the phases: both generators together, then both discriminators."""
-        phases = [Phase("generators", self.generator_losses, self.linear_decay_after_half)]
+        phases = [Phase("generators", self.generator_losses)]
         if self.adversarial:
-            phases.append(Phase("discriminators", self.discriminator_losses, self.linear_decay_after_half))
+            phases.append(Phase("discriminators", self.discriminator_losses))
         return phases
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -122,9 +122,9 @@ class CycleGAN(TranslationMethod):
         parameters = [parameter for network in networks for parameter in network.parameters()]
         return torch.optim.Adam(parameters, betas=(0.5, 0.999), fused=True)
 
-    def linear_decay_after_half(self, images_seen: int) -> dict[str, float]:
+    def schedule(self, images_seen: int) -> float:
         """Return the learning rate (Section 7.1): constant in the first half, then linear decay to zero."""
-        return {"lr": self.learning_rate * min(1.0, 2 - 2 * images_seen / self.total_images)}
+        return self.learning_rate * min(1.0, 2 - 2 * images_seen / self.total_images)
 
     def stages(self) -> list[Stage]:
         """Return the two halves of training as stages; the learning rate decreases in the second (Section 7.1)."""

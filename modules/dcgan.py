@@ -67,6 +67,7 @@ class DCGAN(GenerativeMethod):
     ) -> None:
         super().__init__(latent_size, latent_distribution, total_images, learning_rate, seed)
         self.save_hyperparameters()
+        self.constant_after_warmup = True
         if size not in BASE_RESOLUTION:
             raise UserError(f"model.size: {size} is not valid. Use one of {', '.join(map(str, BASE_RESOLUTION))}")
         if not 0 <= beta1 < 1:
@@ -91,8 +92,8 @@ class DCGAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """Return the phases: D, then G."""
         return [
-            Phase("discriminator", self.discriminator_losses, self.constant_lr),
-            Phase("generator", self.generator_losses, self.constant_lr),
+            Phase("discriminator", self.discriminator_losses),
+            Phase("generator", self.generator_losses),
         ]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -102,10 +103,6 @@ class DCGAN(GenerativeMethod):
     def adam(self, network: nn.Module) -> torch.optim.Optimizer:
         """Create Adam with `beta1`; 0.5 instead of 0.9 "helped stabilize training" (Section 4)."""
         return torch.optim.Adam(network.parameters(), betas=(self.beta1, 0.999), fused=True)
-
-    def constant_lr(self, images_seen: int) -> dict[str, float]:
-        """Return the constant learning rate."""
-        return {"lr": self.learning_rate}
 
     def shared_forward(self, batch: Batch) -> Batch:
         """Generate the fakes, which both phases use, because G is updated after D."""

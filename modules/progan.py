@@ -33,6 +33,7 @@ from datamodules.errors import UserError
 from datamodules.random.noise import normal
 from modules.losses.adversarial import gradient_penalty
 from modules.losses.precision import to_float32
+from modules.networks.batch_norm import reset_bn_stats
 from modules.networks.progressive import Discriminator, Generator, Layers, Normalization, level_of, side_of, upsample
 from modules.tasks.generation import GenerativeMethod
 from modules.training.ema import EMA
@@ -220,13 +221,9 @@ class ProGAN(GenerativeMethod):
     def phases(self) -> list[Phase]:
         """Return the phases: D, then G."""
         return [
-            Phase("discriminator", self.discriminator_losses, self.rate),
-            Phase("generator", self.generator_losses, self.rate, every_n_steps=self.critic_steps),
+            Phase("discriminator", self.discriminator_losses),
+            Phase("generator", self.generator_losses, every_n_steps=self.critic_steps),
         ]
-
-    def rate(self, images_seen: int) -> dict[str, float]:
-        """Return the learning rate, see `schedule`."""
-        return {"lr": self.schedule(images_seen)}
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Create one Adam optimizer for each network, without momentum (Appendix A.1)."""
@@ -278,10 +275,7 @@ class ProGAN(GenerativeMethod):
     def compute_statistics(self) -> None:
         """Compute the mean and the variance of the features over 4,096 latents, for the averaged weights."""
         network = self.average.network.train()
-        layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative mean
+        reset_bn_stats(network)
         with torch.no_grad():
             for start in range(0, 4096, 128):
                 latents = normal(self.seed, "statistics", range(start, start + 128), self.latent_dim)

@@ -33,6 +33,7 @@ class BilinearGame(Method):
     def __init__(self, total_images: int = 1_000, learning_rate: PositiveFloat = 0.1) -> None:
         super().__init__(total_images, learning_rate)
         self.save_hyperparameters()
+        self.constant_after_warmup = True
         self.x = nn.Linear(1, 1, bias=False)
         self.y = nn.Linear(1, 1, bias=False)
         for player in (self.x, self.y):
@@ -52,17 +53,13 @@ class BilinearGame(Method):
     def phases(self) -> list[Phase]:
         """Return the phases: gradient descent on V for x, then on -V for y."""
         return [
-            Phase("x", lambda _: {"value": self.value()}, self.constant_lr),
-            Phase("y", lambda _: {"value": -self.value()}, self.constant_lr),
+            Phase("x", lambda _: {"value": self.value()}),
+            Phase("y", lambda _: {"value": -self.value()}),
         ]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Create plain gradient descent for each player."""
         return {"x": torch.optim.SGD(self.x.parameters()), "y": torch.optim.SGD(self.y.parameters())}
-
-    def constant_lr(self, images_seen: int) -> dict[str, float]:
-        """Return the constant learning rate."""
-        return {"lr": self.learning_rate}
 
     def value(self) -> Tensor:
         """Compute V = x y, a scalar."""

@@ -63,6 +63,7 @@ class WGAN(GenerativeMethod):
     ) -> None:
         super().__init__(2, "normal", total_images, learning_rate, seed)
         self.save_hyperparameters()
+        self.constant_after_warmup = True
         self.constraint, self.has_fixed_generator, self.weight_limit = constraint, generator == "fixed", clip
         self.penalty_weight, self.critic_steps = penalty_weight, critic_steps
         self.critic = mlp(base_channels, 1)
@@ -80,10 +81,10 @@ class WGAN(GenerativeMethod):
 
     def phases(self) -> list[Phase]:
         """Return the phases: the critic, then the generator in every `critic_steps`-th step."""
-        critic = Phase("critic", self.critic_losses, self.constant_lr)
+        critic = Phase("critic", self.critic_losses)
         if self.has_fixed_generator:
             return [critic]
-        return [critic, Phase("generator", self.generator_losses, self.constant_lr, every_n_steps=self.critic_steps)]
+        return [critic, Phase("generator", self.generator_losses, every_n_steps=self.critic_steps)]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Create RMSProp for clipping, which follows each update of the critic, or Adam for the penalty."""
@@ -93,10 +94,6 @@ class WGAN(GenerativeMethod):
         optimizers = {name: torch.optim.RMSprop(network.parameters()) for name, network in networks.items()}
         optimizers["critic"].register_step_post_hook(partial(limit_weights, self.weight_limit))
         return dict(optimizers)
-
-    def constant_lr(self, images_seen: int) -> dict[str, float]:
-        """Return the constant learning rate."""
-        return {"lr": self.learning_rate}
 
     def shared_forward(self, batch: Batch) -> Batch:
         """Generate the fakes."""

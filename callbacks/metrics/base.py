@@ -217,11 +217,6 @@ def gather_sorted(parts: Sequence[tuple[Tensor, Tensor]], world_size: int) -> Te
     return torch.cat([part[1] for part in merged])[torch.from_numpy(first)]
 
 
-def random_order(count: int) -> Tensor:
-    """Return a fixed random order of `count` items, for subsets and pairs from sets that are sorted, such as by class."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
-
-
 def to_uint8(images: Tensor) -> Tensor:
     """Round images in [0, 1] to 8 bits, as in an image file: uint8 of the same shape."""
     return (images * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)

@@ -18,8 +18,9 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from callbacks.metrics.base import SampleSetMetric, gather_sorted, random_order, to_uint8
+from callbacks.metrics.base import SampleSetMetric, gather_sorted, to_uint8
 from datamodules.errors import UserError
+from datamodules.io.image_set import random_order
 from datamodules.io.paths import file_hash
 from modules.networks.feature_extractors import Extractor
 from modules.networks.pretrained import find_or_download

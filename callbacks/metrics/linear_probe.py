@@ -15,6 +15,7 @@ from callbacks.metrics.base import Metric
 from datamodules.errors import UserError
 from datamodules.io.image_set import ImageSet, load_image_set
 from datamodules.random.noise import derive_seed
+from modules.networks.batch_norm import reset_bn_stats
 
 SVM_COSTS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # C of the SVM, the authors' grid
 BATCH_SIZE = 100  # images per forward pass
@@ -144,10 +145,7 @@ def features(discriminator: nn.Sequential, images: Tensor) -> Tensor:
 def with_recomputed_bn_stats(discriminator: nn.Sequential, images: Tensor, device: torch.device) -> nn.Sequential:
     """Return a copy whose batch normalization uses the mean statistics over batches of uint8 images."""
     copy = deepcopy(discriminator).train()
-    for layer in copy:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.reset_running_stats()
-            layer.momentum = None  # a plain mean over the batches
+    reset_bn_stats(copy)
     with torch.no_grad():
         for part in images.split(BATCH_SIZE):
             copy(part.to(device).float() / 255 * 2 - 1)

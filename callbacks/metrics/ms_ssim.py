@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
-from callbacks.metrics.base import SampleSetMetric, random_order, to_uint8
+from callbacks.metrics.base import SampleSetMetric, to_uint8
+from datamodules.io.image_set import random_order
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # per scale, finest first
 WINDOW, SIGMA = 11, 1.5

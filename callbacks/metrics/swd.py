@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
-from callbacks.metrics.base import SampleSetMetric, random_order, to_uint8
+from callbacks.metrics.base import SampleSetMetric, to_uint8
 from datamodules.errors import UserError
+from datamodules.io.image_set import random_order
 
 PATCH = 7  # pixels
 PATCHES_PER_IMAGE = 128  # per level
@@ -37,7 +38,7 @@ class SlicedWasserstein(SampleSetMetric):
         self, images: PositiveInt = 16_384, split_half: bool = False, flip_real: bool = False, on_validation: bool = False
     ) -> None:
         super().__init__(on_validation, images)
-        self.max_images, self.split_half, self.flip_real = images, split_half, flip_real
+        self.split_half, self.flip_real = split_half, flip_real
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Require images that can be halved to 16 pixels.
@@ -65,7 +66,7 @@ class SlicedWasserstein(SampleSetMetric):
 
     def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""
-        order, half = random_order(len(real)), min(self.max_images, len(real) // 2)
+        order, half = random_order(len(real)), min(self.max_samples or len(real), len(real) // 2)
         count = min(len(samples), len(real))
         sets = {"swd": (samples[:count], self._select(real, order[:count]))}
         if self.split_half:

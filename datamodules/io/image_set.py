@@ -81,7 +81,12 @@ def random_subset(count: int, max_items: int | None) -> Tensor:
     """Return the indices of a fixed random subset of `count` items, in order: int64 (min(count, max_items),)."""
     if max_items is None or max_items >= count:
         return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:max_items].sort().values
+    return random_order(count)[:max_items].sort().values
+
+
+def random_order(count: int) -> Tensor:
+    """Return a fixed random order of `count` items, for parts of a set that is sorted, such as by class: int64 (count,)."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def folder_labels(refs: Sequence[ImageRef]) -> Tensor:

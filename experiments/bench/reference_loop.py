@@ -52,7 +52,7 @@ def make_reference_step(
                 first_inputs = first_inputs or inputs
                 with train_only([bound], phases):
                     for group in bound.optimizer.param_groups:
-                        group.update(bound.phase.schedule(images_seen))
+                        group.update(method.optimizer_settings(bound.phase, images_seen))
                     bound.optimizer.zero_grad()
                     with precision():
                         loss = torch.stack(list(bound.phase.losses(inputs).values())).sum()

@@ -99,7 +99,7 @@ class Method(FastSetattrModule):
 
     def phases(self) -> Sequence[Phase]:
         """Return the phases of a training step, in order."""
-        return [Phase("", self.losses, lambda images_seen: {"lr": self.schedule(images_seen)})]
+        return [Phase("", self.losses)]
 
     def make_optimizers(self) -> dict[str, Optimizer]:
         """Create the optimizers, by name; `Phase.optimizer` refers to a name."""
@@ -150,6 +150,16 @@ class Method(FastSetattrModule):
             return self.learning_rate
         progress = min(1.0, (images_seen - self.warmup) / max(1, self.total_images - self.warmup))
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def optimizer_settings(self, phase: Phase, images_seen: int) -> dict[str, float]:
+        """Return the settings of the optimizer of a phase after `images_seen` images, such as "lr".
+
+        Raises:
+            TypeError: the schedule of the phase returns no dict.
+        """
+        if phase.schedule is None:
+            return {"lr": self.schedule(images_seen)}
+        return expect_dict(phase.schedule(images_seen), phase, "schedule", "settings of the optimizer")
 
     def stages(self) -> list[Stage]:
         """Return the stages of training; `darkroom reproduce --check` replays the first steps of each."""
@@ -231,7 +241,7 @@ class Method(FastSetattrModule):
         """
         phase, optimizer = bound.phase, bound.optimizer
         for group in optimizer.param_groups:
-            group.update(expect_dict(phase.schedule(self.images_seen), phase, "schedule", "settings of the optimizer"))
+            group.update(self.optimizer_settings(phase, self.images_seen))
         for parameter in bound.parameters:  # faster than zero_grad, which calls a profiler (0.1 ms)
             parameter.grad = None
         detached_batches: list[Batch] = []

@@ -20,7 +20,8 @@ class Phase:
     Args:
         name: name in logs and messages; empty for a method with a single phase.
         losses: function from a batch to the loss terms by name; their sum is minimized.
-        schedule: function from the images seen to the optimizer's "lr" (and "momentum", ...).
+        schedule: function from the images seen to the optimizer's "lr" (and "momentum", ...); None for the learning rate of
+            `Method.schedule`.
         optimizer: name of the optimizer, see `Method.make_optimizers`; None for the name of the phase. Two phases may share an
             optimizer, such as a loss and its lazy regularization.
         every_n_steps: the phase runs in every n-th training step.
@@ -33,7 +34,7 @@ class Phase:
 
     name: str
     losses: Callable[[Batch], dict[str, Tensor]]
-    schedule: Callable[[int], dict[str, float]]
+    schedule: Callable[[int], dict[str, float]] | None = None
     optimizer: str | None = None
     every_n_steps: int = 1
     n_updates: int = 1

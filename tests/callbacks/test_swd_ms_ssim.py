@@ -12,9 +12,9 @@ from skimage.metrics import structural_similarity
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from callbacks.metrics import swd
-from callbacks.metrics.base import random_order
 from callbacks.metrics.ms_ssim import WEIGHTS, MultiScaleSSIM, ms_ssim, ssim
 from datamodules.io.image_io import read_image
+from datamodules.io.image_set import random_order
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,9 @@ class WGANGP(GenerativeMethod):
         return self.sample(latents)
 
     def phases(self) -> list[Phase]:
-        def rate(images_seen: int) -> dict[str, float]:
-            return {"lr": self.schedule(images_seen)}
-
         return [
-            Phase("critic", self.critic_losses, rate, max_grad_norm=0.7),
-            Phase("generator", self.generator_losses, rate, every_n_steps=2, n_updates=2),
+            Phase("critic", self.critic_losses, max_grad_norm=0.7),
+            Phase("generator", self.generator_losses, every_n_steps=2, n_updates=2),
         ]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -193,7 +193,7 @@ def test_frozen_networks_get_no_gradients():
 
 def test_learning_rate_decays_linearly_in_the_second_half():
     method = CycleGAN(**SMALL, total_images=200)
-    rates = [method.linear_decay_after_half(images)["lr"] for images in (0, 99, 100, 150, 200)]
+    rates = [method.schedule(images) for images in (0, 99, 100, 150, 200)]
     assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 1e-4, 0])
 
 

@@ -194,10 +194,7 @@ class PairGAN(SuperResolutionMethod):
         return self.generator(F.pad(lr_image, (3,) * 4, mode="replicate"))
 
     def phases(self) -> list[Phase]:
-        def rate(images_seen: int) -> dict[str, float]:
-            return {"lr": self.schedule(images_seen)}
-
-        return [Phase("D", self.discriminator_losses, rate), Phase("G", self.generator_losses, rate)]
+        return [Phase("D", self.discriminator_losses), Phase("G", self.generator_losses)]
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         networks = {"D": self.discriminator, "G": self.generator}

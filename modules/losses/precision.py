@@ -1,9 +1,21 @@
-"""Precision of losses under autocast."""
+"""Precision of losses and of metrics."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.backends import cudnn
 
 
 def to_float32(logits: Tensor) -> Tensor:
     """Cast logits to float32, or keep float64; bf16 has fewer than three significant digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute without autocast, and without TF32 in convolutions, which has ten bits of precision and is torch's default."""
+    settings = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with torch.autocast(device.type, enabled=False), cudnn.flags(**settings, allow_tf32=False):
+        yield

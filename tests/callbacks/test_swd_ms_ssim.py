@@ -9,6 +9,7 @@ import torch
 from scipy import ndimage, signal
 from scipy.stats import wasserstein_distance
 from skimage.metrics import structural_similarity
+from torch.backends import cudnn
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from callbacks.metrics import swd
@@ -75,7 +76,7 @@ def test_halves_of_a_set_are_closer_than_a_modified_set(images):
 
 
 def test_metric_names_its_count_and_compares_halves_of_the_real_images(images):
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
     samples, real = images[:3], images[2:]
     values = swd.SlicedWasserstein(split_half=True).compute(samples, real, trainer)
     order = random_order(6)
@@ -92,8 +93,20 @@ def test_metric_names_its_count_and_compares_halves_of_the_real_images(images):
     }
 
 
+def test_metric_is_computed_in_full_precision(images, monkeypatch):
+    """Neither autocast nor TF32, the default of torch in convolutions on a GPU, changes the metric."""
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    allowed = []
+    monkeypatch.setattr(swd, "pyr_down", lambda batch, fn=swd.pyr_down: allowed.append(cudnn.allow_tf32) or fn(batch))
+    expected = swd.SlicedWasserstein().compute(images[:4], images[4:], trainer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert swd.SlicedWasserstein().compute(images[:4], images[4:], trainer) == expected
+    assert set(allowed) == {False}
+    assert cudnn.allow_tf32  # afterwards
+
+
 def test_metric_flips_every_second_real_image(images):
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
     flipped = images.clone()
     flipped[1::2] = flipped[1::2].flip(3)
     values = swd.SlicedWasserstein(flip_real=True).compute(flipped, images, trainer)
@@ -104,7 +117,7 @@ def test_metric_flips_every_second_real_image(images):
 def test_metric_uses_at_most_its_number_of_samples(images, metric):
     """Samples arrive in any order; those with the smallest indices are used."""
     trainer = SimpleNamespace(
-        strategy=SimpleNamespace(root_device="cpu"),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
         state=SimpleNamespace(fn="test"),
         sanity_checking=False,
         world_size=1,

@@ -20,7 +20,7 @@ from typing import Any
 
 from datamodules.errors import UserError
 from experiments import ROOT
-from experiments.results.syntax_trees import Essence, parse
+from experiments.results.syntax_trees import Essence, dump, parse
 from experiments.run.recipes import Recipe
 
 PACKAGES = ("modules", "datamodules", "callbacks", "experiments")
@@ -192,7 +192,13 @@ def _source(module: str) -> Path | None:
 
 
 def _is_installed(path: Path) -> bool:
-    return any(path.is_relative_to(folder) for folder in INSTALLED)
+    """Return whether a file is part of Python or of an installed package, also of one outside of `INSTALLED` (pip --target)."""
+    return any(path.is_relative_to(folder) for folder in INSTALLED) or any(_has_packages(folder) for folder in path.parents)
+
+
+@cache
+def _has_packages(folder: Path) -> bool:
+    return any(folder.glob("*.dist-info"))
 
 
 @cache
@@ -296,7 +302,7 @@ def _hash_of(
     With empty `imported` and `attributes`, names of other files are numbered as those of this file.
     """
     essence = Essence(bound, own, dict(imported), dict(attributes), json.loads(parameters)).visit(parse(source))
-    return _hash(ast.dump(essence))
+    return _hash(dump(essence))
 
 
 def _bound_names(tree: ast.Module) -> frozenset[str]:

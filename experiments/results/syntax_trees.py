@@ -1,6 +1,7 @@
 """Syntax trees of source files, reduced to the parts that affect the results of the code."""
 
 import ast
+import sys
 from typing import Any
 
 
@@ -12,6 +13,17 @@ def parse(source: str) -> ast.Module:
             typed_dicts.add(node.name)
     tree.body = [node for node in tree.body if not isinstance(node, ast.ClassDef) or node.name not in typed_dicts]
     return tree
+
+
+def dump(tree: ast.AST) -> str:
+    """Return a syntax tree as text, the same in all versions of Python.
+
+    Python 3.12 added type parameters to functions and classes; Python 3.13 omits empty lists by default.
+    """
+    for node in ast.walk(tree):
+        if getattr(node, "type_params", None) == []:
+            del node.type_params  # type: ignore[attr-defined]
+    return ast.dump(tree, **({"show_empty": True} if sys.version_info >= (3, 13) else {}))
 
 
 class Essence(ast.NodeTransformer):

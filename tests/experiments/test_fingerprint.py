@@ -1,5 +1,6 @@
 """Fingerprints of recipes and of code. If a fingerprint changes, its record must be checked."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -153,6 +154,38 @@ def test_fingerprint_detects_changes_in_a_user_class(tmp_path, monkeypatch, file
         hashes.append(code_fingerprint(find_recipe(str(tmp_path / "own.yaml"))))
     assert hashes[0]["training"] != hashes[1]["training"]
     assert hashes[0]["metrics"] == hashes[1]["metrics"]
+
+
+def test_fingerprint_excludes_packages_that_pip_installs_anywhere(tmp_path, monkeypatch, hash_of):
+    packages = tmp_path / "packages"
+    (packages / "library-1.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(packages)
+    hashes = []
+    for gain in (1, 2):
+        (packages / "library.py").write_text(f"gain = {gain}\n")
+        hashes.append(hash_of(f"from library import gain\n{BEFORE}"))
+    assert hashes[0] == hashes[1]
+
+
+def test_fingerprint_is_the_same_in_all_versions_of_python(hash_of, monkeypatch):
+    """The expected value is that of Python 3.11; functions and classes have a further field since Python 3.12."""
+    assert hash_of(BEFORE) == "4feec452a3cc08d9"
+    real_parse = ast.parse
+
+    def parse(source):
+        tree = real_parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                node.type_params = []
+        return tree
+
+    fingerprint._hash_of.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ast, "parse", parse)
+        for kind in (ast.FunctionDef, ast.ClassDef):
+            patch.setattr(kind, "_fields", tuple(dict.fromkeys((*kind._fields, "type_params"))))
+        newer = hash_of(BEFORE)
+    assert newer == "4feec452a3cc08d9"
 
 
 def test_shared_contains_all_attributes_of_library_types():

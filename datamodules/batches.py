@@ -110,23 +110,30 @@ class TranslationOutputs(UnpairedEvalBatch):
     identity: Tensor  # identity mapping: translation of `image` to the domain of `image`
 
 
-class StylizationBatch(TypedDict):
+class PhotographBatch(TypedDict):
     """Photographs."""
 
     image: Tensor  # (N, 3, size, size)
 
 
-class StylizationEvalBatch(StylizationBatch, Named):
+class PhotographEvalBatch(PhotographBatch, Named):
     """A photograph; N is 1."""
 
     index: Tensor  # int64 (N,), over all datasets
 
 
-class StylizationOutputs(StylizationEvalBatch):
+class StylizationOutputs(PhotographEvalBatch):
     """Evaluation batch with the stylized photograph."""
 
     style: list[str]  # N names of styles
     prediction: Tensor  # like `image`; may exceed [0, 1]
+
+
+class ColorizationOutputs(PhotographEvalBatch):
+    """Evaluation batch with the photograph colorized from its lightness."""
+
+    prediction: Tensor  # like `image`, in [0, 1]
+    ab: Tensor  # (N, 2, size, size), predicted a and b of Lab
 
 
 class RingBatch(TypedDict):

@@ -30,6 +30,11 @@ class RaggedImageBuffer:
         """Move the buffer to shared memory, so that all loader workers read one copy."""
         self.pixels.share_memory_()
 
+    def image(self, index: int) -> Tensor:
+        """Return an image, (C, H, W)."""
+        height, width, start = int(self.heights[index]), int(self.widths[index]), int(self.offsets[index])
+        return self.pixels[start : start + height * width].T.reshape(-1, height, width)
+
     def crop_patches(self, image_ids: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, symmetry: np.ndarray) -> Tensor:
         """Crop one square patch from each of the given images, flipped or transposed.
 

@@ -17,7 +17,8 @@ from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
 from datamodules.io.image_refs import ImageRef, list_image_refs
 from datamodules.io.paths import file_hash, find_file
-from datamodules.stylization import Stylization, read_resized
+from datamodules.photographs import read_resized
+from datamodules.stylization import Stylization
 from experiments.bench import style_report
 from experiments.bench.timing import synchronize
 from experiments.results.records import commit

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from callbacks.run.checkpoints import Checkpoints
 from callbacks.run.data_report import PrintDataReport
@@ -144,6 +144,9 @@ class DarkroomCLI(LightningCLI):
             parser.add_argument(
                 "--alpha", type=ClosedUnitInterval | None, help="weight of the stylized image in the output, 0 to 1 (default 1)"
             )
+            parser.add_argument(
+                "--temperature", type=PositiveFloat | None, help="temperature of a colorization (default that of the recipe)"
+            )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         if "seed" in parameters(self.recipe.class_path("model")):
             parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -154,7 +157,7 @@ class DarkroomCLI(LightningCLI):
         Raises:
             UserError: two keys contradict each other, or a value is invalid.
         """
-        model, data = (self.config[section].init_args for section in ("model", "data"))
+        model, data = (self.config[section].get("init_args", jsonargparse.Namespace()) for section in ("model", "data"))
         for key in sorted(set(vars(model)) & set(vars(data))):
             if model[key] != data[key]:
                 raise UserError(f"model.{key}: {model[key]} differs from data.{key}: {data[key]}. Set both to the same value")

@@ -1,12 +1,37 @@
-"""Helpers for datasets that load single items with PIL: the common practice, used as the baseline of `darkroom bench`."""
+"""Datasets that load single items with PIL: the common practice, used as the baseline of `darkroom bench`."""
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.io.image_refs import list_image_refs
+from datamodules.photographs import Photographs
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert a PIL image of mode L or RGB to a float32 tensor (C, H, W) in [0, 1]."""
     pixels = torch.from_numpy(np.array(image)).float().div(255)
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+class PilCrops(Dataset[dict[str, Tensor]]):
+    """Random crops of photographs, which each item reads, resizes, crops and randomly flips with PIL."""
+
+    def __init__(self, data: Photographs) -> None:
+        self.data, self.files = data, [ref.path for ref in list_image_refs(data.train)]
+
+    def __len__(self) -> int:
+        return 100 * len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = Image.open(self.files[index % len(self.files)]).convert("RGB")
+        factor = self.data.resize / min(image.size)
+        size = [max(self.data.resize, round(length * factor)) for length in image.size]
+        image = image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+        left, top = (int(torch.randint(length - self.data.size + 1, ())) for length in image.size)
+        image = image.crop((left, top, left + self.data.size, top + self.data.size))
+        if torch.rand(()) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return {"image": to_tensor(image)}

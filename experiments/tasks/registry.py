@@ -3,7 +3,16 @@
 from typing import Any
 
 from datamodules.errors import UserError
-from experiments.tasks import generation, reconstruction, segmentation, stylization, superresolution, toys, translation
+from experiments.tasks import (
+    colorization,
+    generation,
+    reconstruction,
+    segmentation,
+    stylization,
+    superresolution,
+    toys,
+    translation,
+)
 from experiments.tasks.task import Task
 
 TASKS: list[Task] = [
@@ -13,6 +22,7 @@ TASKS: list[Task] = [
     generation.TASK,
     reconstruction.TASK,
     stylization.TASK,
+    colorization.TASK,
     toys.TASK,
 ]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.batches import StylizationEvalBatch, StylizationOutputs
+from datamodules.batches import PhotographEvalBatch, StylizationOutputs
 from datamodules.errors import UserError
 from datamodules.transforms.draw import image_row
 from modules.training.method import Batch, Method
@@ -56,7 +56,7 @@ class StylizationMethod(Method, ABC):
         padding = (0, -width % self.stride, 0, -height % self.stride)
         return self(F.pad(image.to(self.dtype), padding, mode="reflect"), mixture)[..., :height, :width]
 
-    def validation_step(self, batch: StylizationEvalBatch, batch_idx: int) -> StylizationOutputs:
+    def validation_step(self, batch: PhotographEvalBatch, batch_idx: int) -> StylizationOutputs:
         """Add the photograph in one of the styles, in turn, as "prediction", and the name of the style as "style"."""
         style_ids = batch["index"] % len(self.style_names)
         prediction = self.stylize(batch["image"], self.mixture_of(style_ids)).clamp(0, 1)

@@ -310,8 +310,15 @@ class Method(FastSetattrModule):
         return super()._apply(fn, recurse)
 
     def on_fit_start(self) -> None:
-        """Plan the stages of training."""
+        """Plan the stages of training, and inspect the data."""
         self.plan_stages(datamodule(self.trainer))
+        self.inspect_data(datamodule(self.trainer))
+
+    def inspect_data(self, data: Any) -> None:
+        """Compute what the losses need to know about the training data of a datamodule, before the first step.
+
+        Results are buffers, so that a resumed run has those of its checkpoint, and are the same on all ranks.
+        """
 
     def plan_stages(self, data: Any) -> StagePlan:
         """Plan the stages for a datamodule, and pass it the position in the data, the batch size and the image size."""

@@ -81,7 +81,7 @@ def test_recipes_are_built_at_full_size(method, workdir):
 def test_model_is_built_on_the_meta_device(recipe):
     module, _, name = recipe.content["model"]["class_path"].rpartition(".")
     with torch.device("meta"):
-        model = getattr(importlib.import_module(module), name)(**recipe.content["model"]["init_args"])
+        model = getattr(importlib.import_module(module), name)(**recipe.content["model"].get("init_args", {}))
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -288,10 +288,26 @@ def test_stylization_recipe_trains_a_few_steps(recipe, workdir, torch_home, monk
     assert_losses_are_documented(recipe, folder)
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Colorization"], ids=name_of)
+def test_colorization_recipe_trains_a_few_steps(recipe, workdir):
+    data = recipe.content["data"]["init_args"]
+    for name in {data["train"], data["val"], *data["test"]}:
+        lay_out(name)
+    overrides = ["--model.total_images", "8", "--data.batch_size", "4", "--val_every_images", "4", "--model.base_channels", "2"]
+    overrides += ["--data.size", "16", "--data.resize", "24", "--data.num_workers", str(min(1, data.get("num_workers", 0)))]
+    assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
+    folder = workdir / "runs" / recipe.name / "short"
+    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert list((folder / "samples").iterdir())
+    assert_losses_are_documented(recipe, folder)
+
+
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=name_of)
 def test_recipe_without_training_is_evaluated(recipe, workdir):
+    if datamodule_of(recipe) == "Colorization":
+        lay_out(recipe.content["data"]["init_args"]["train"])
     argv = ["test", recipe.name, "--record", "record.json", "--data.test", "[photographs/test]"]
-    assert forked(main, argv) == 0
+    assert forked(main_with_fake_datasets, argv) == 0
     assert (workdir / "record.json").exists()
 
 

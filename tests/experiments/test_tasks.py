@@ -56,7 +56,16 @@ def test_predict_uses_an_external_task(workdir, photos, capfd):
 
 
 def test_every_bundled_datamodule_has_a_task():
-    from datamodules import generation, reconstruction, segmentation, stylization, superresolution, toys, unpaired
+    from datamodules import (
+        colorization,
+        generation,
+        reconstruction,
+        segmentation,
+        stylization,
+        superresolution,
+        toys,
+        unpaired,
+    )
 
     classes = {
         superresolution.SuperResolution,
@@ -65,6 +74,7 @@ def test_every_bundled_datamodule_has_a_task():
         generation.Generation,
         reconstruction.Reconstruction,
         stylization.Stylization,
+        colorization.Colorization,
         toys.Points,
     }
     assert {task.datamodule for task in registry.TASKS} == classes

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.colorization import ColorfulColorization
 from modules.cyclegan import CycleGAN
 from modules.dcgan import DCGAN
 from modules.espcn import ESPCN
@@ -75,6 +76,17 @@ class DeterministicDCGAN(DCGAN):
 
     def adam(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(network.parameters(), betas=(0.5, 0.999), eps=1e-3)
+
+
+class DeterministicColorization(ColorfulColorization):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
+        for block in self.network:
+            if isinstance(block, nn.Sequential) and isinstance(block[-1], nn.BatchNorm2d):
+                block[-1] = nn.GroupNorm(4, block[-1].num_features)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, eps=1e-3)
 
 
 class DeterministicProGAN(ProGAN):

@@ -129,6 +129,7 @@ class Contract(ABC):
         method.setup("fit")
         data.setup("fit")
         plan, optimizers = method.plan_stages(data), make_optimizers(method)
+        method.inspect_data(data)
         batches = staged(bare_batches(data, method), plan, optimizers)
         step = make_reference_step(method, batches, optimizers)
         while method.images_seen < 60:

@@ -1,0 +1,77 @@
+"""Photographs for colorization."""
+
+from collections.abc import Iterator, Sequence
+
+from pydantic import PositiveInt
+from torch import Tensor
+
+from datamodules.catalog.array_readers import read_split
+from datamodules.errors import UserError
+from datamodules.io.image_io import to_channels
+from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
+from datamodules.io.image_set import random_subset
+from datamodules.photographs import Photographs, RandomCrops, center_crop, is_array_dataset, read_resized
+from datamodules.transforms.short_side import resize_short_side
+
+
+class Colorization(Photographs):
+    """Photographs for colorization; evaluation crops are squares of `resize` pixels.
+
+    Args:
+        train, val, test, batch_size, streaming, num_workers, skip_bad, seed: see `Photographs`.
+        size: side of a training crop in pixels, a multiple of 8; 176 in the paper.
+        resize: shorter side of a resized photograph, a multiple of 8; 256 in the paper.
+
+    Raises:
+        UserError: a size is not a multiple of 8, or `resize` is smaller than `size`.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        test: Sequence[str] = (),
+        size: PositiveInt = 176,
+        resize: PositiveInt = 256,
+        batch_size: int = 40,
+        streaming: bool = False,
+        num_workers: int = 0,
+        skip_bad: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train, val, test, size, resize, resize, batch_size, streaming, num_workers, skip_bad, seed)
+        for name, value in (("size", size), ("resize", resize)):
+            if value % 8:
+                raise UserError(f"data.{name}: {value} is not a multiple of 8. Use {value + -value % 8}")
+        self.sources: Tensor | list[ImageRef] | None = None  # of `training_crop`
+
+    def training_photographs(self, count: int | None = None) -> Iterator[Tensor]:
+        """Yield the resized training photographs, uint8 (3, H, W) each; at most `count`, a random subset.
+
+        It requires `setup("fit")`.
+        """
+        for index in random_subset(len(self.crops), count).tolist():
+            if isinstance(self.crops, RandomCrops):
+                yield self.crops.images.image(index)
+            else:
+                yield read_resized(self.crops.files[index], self.resize)
+
+    def train_fingerprint(self) -> tuple[str, str]:
+        """Return the name of the training photographs, and the first 12 digits of their fingerprint."""
+        name = dataset_label(self.train)
+        return name, self.data_report.fingerprints()[name][:12]
+
+    def training_crop(self, position: float) -> Tensor:
+        """Read the center crop of one training photograph, at a position in [0, 1) of their order.
+
+        Returns:
+            uint8 (3, resize, resize).
+        """
+        if self.sources is None:
+            self.sources = read_split(self.train)[0] if is_array_dataset(self.train) else list_image_refs(self.train)
+        source = self.sources[int(position * len(self.sources))]
+        if isinstance(source, Tensor):
+            image = resize_short_side(to_channels(source, 3), self.resize)
+        else:
+            image = read_resized(source.path, self.resize)
+        return center_crop(image, self.resize)

@@ -1,0 +1,229 @@
+"""Photographs: random crops for training, center crops for evaluation."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.base import ResumableDataModule
+from datamodules.batches import PhotographBatch, PhotographEvalBatch
+from datamodules.catalog.array_readers import read_split
+from datamodules.catalog.catalog import catalog, get_dataset
+from datamodules.errors import UserError
+from datamodules.io.image_io import pixel_hash, read_image, to_channels
+from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
+from datamodules.random.philox import randint_from_words, random_words
+from datamodules.transforms.ragged_buffer import RaggedImageBuffer
+from datamodules.transforms.short_side import resize_short_side
+
+
+class Photographs(ResumableDataModule):
+    """Photographs, resized so that the shorter side has `resize` pixels, and cropped to squares.
+
+    Yields `PhotographBatch` with random crops, of which half are flipped, and `PhotographEvalBatch` with center crops; see
+    `datamodules/batches.py`.
+
+    Args:
+        train: training photographs: a dataset of the catalog, one of its splits ("photographs/train"), or a folder.
+        val: validation photographs.
+        test: datasets to evaluate; absent ones are reported and skipped.
+        size: side of a training crop in pixels.
+        eval_size: side of an evaluation crop in pixels.
+        resize: shorter side of a resized photograph; smaller photographs are enlarged. Images of array datasets, such as
+            CIFAR-10, are resized in the same way.
+        batch_size: global batch size, over all devices.
+        streaming: decode training photographs on demand instead of keeping them in memory; use with `num_workers`.
+        num_workers: loader processes; 0 is fastest for images in memory.
+        skip_bad: skip unusable files and report their count instead of raising an error.
+        seed: seed of the order and of the crops.
+
+    Raises:
+        UserError: `resize` is smaller than a crop.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        test: Sequence[str],
+        size: int,
+        eval_size: int,
+        resize: int,
+        batch_size: int,
+        streaming: bool,
+        num_workers: int,
+        skip_bad: bool,
+        seed: int,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, skip_bad)
+        if resize < size:
+            raise UserError(f"data.resize: {resize} is smaller than data.size: {size}. Use at least {size}")
+        self.train, self.val, self.test = train, val, test
+        self.size, self.eval_size, self.resize, self.streaming = size, eval_size, resize, streaming
+
+    # Setup
+
+    def setup(self, stage: str) -> None:
+        """Locate, read and validate the photographs of a stage.
+
+        Raises:
+            DatasetNotFound: a dataset is not installed.
+            InvalidImage: files are unusable; the message names each of them.
+        """
+        if stage == "fit":
+            self.crops: RandomCrops | StreamedCrops
+            if self.streaming:
+                refs = self.data_report.validate(list_image_refs(self.train), 1, decode=False)
+                self.crops = StreamedCrops([ref.path for ref in refs], self.resize, self.size, self.seed)
+            else:
+                self.crops = RandomCrops(self.read(self.train)[1], self.size, self.seed)
+        if stage in ("fit", "validate"):
+            self.val_images = CenterCrops(*self.read(self.val), self.eval_size)
+        if stage == "test":
+            sets = self.read_test_sets(self.read)
+            refs, images = ([item for part in parts for item in part] for parts in zip(*sets, strict=True))
+            self.test_images = CenterCrops(refs, images, self.eval_size)
+
+    def read(self, spec: str) -> tuple[list[ImageRef], list[Tensor]]:
+        """Read and resize the images of a dataset or folder."""
+        if is_array_dataset(spec):
+            pixels, _ = read_split(spec)
+            label = dataset_label(spec)
+            self.data_report.content_hashes[label] = {"all": pixel_hash(pixels)}
+            refs = [ImageRef(label, f"{index:06d}", Path()) for index in range(len(pixels))]
+            return refs, [resize_short_side(to_channels(image, 3), self.resize) for image in pixels]
+        usable = self.data_report.validate(list_image_refs(spec), 1)
+        with ThreadPoolExecutor() as pool:
+            return usable, list(pool.map(lambda ref: read_resized(ref.path, self.resize), usable))
+
+    # Loaders
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return an infinite loader of random crops."""
+        if self.num_workers and isinstance(self.crops, RandomCrops):
+            self.crops.images.share_memory()
+        return self.train_loader(self.crops, len(self.crops))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return a loader of single validation photographs."""
+        return self.eval_loader(self.val_images, len(self.val_images))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return a loader of single photographs of all test sets."""
+        return self.eval_loader(self.test_images, len(self.test_images))
+
+    # Batch processing on the device
+
+    def prepare_train_batch(self, batch: dict[str, Any]) -> PhotographBatch:
+        """Convert uint8 images to float32 in [0, 1]."""
+        return {"image": batch["image"].float() / 255}
+
+    def prepare_eval_batch(self, batch: dict[str, Any]) -> PhotographEvalBatch:
+        """Convert uint8 images to float32 in [0, 1]."""
+        return {
+            "image": batch["image"].float() / 255,
+            "index": batch["index"],
+            "name": batch["name"],
+            "dataset": batch["dataset"],
+        }
+
+
+class RandomCrops(Dataset[dict[str, Any]]):
+    """Batches of random crops of photographs, half of them flipped, indexed by the outputs of `InfiniteBatchSampler`.
+
+    Args:
+        images: uint8 (3, H, W) each.
+        size: side of the crops in pixels.
+        seed: seed of the positions.
+    """
+
+    def __init__(self, images: Sequence[Tensor], size: int, seed: int) -> None:
+        self.images, self.size, self.seed = RaggedImageBuffer(images), size, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Return {"image": uint8 (B, 3, size, size)}."""
+        start, items = slice_
+        return {"image": crop_at_random(self.images, items, start, self.size, self.seed)}
+
+
+class StreamedCrops(Dataset[dict[str, Any]]):
+    """The crops of `RandomCrops`, of photographs that are decoded on demand, for datasets larger than memory.
+
+    Args:
+        files: image files.
+        resize: shorter side of a resized photograph in pixels.
+        size: side of the crops in pixels.
+        seed: seed of the positions.
+    """
+
+    def __init__(self, files: Sequence[Path], resize: int, size: int, seed: int) -> None:
+        self.files, self.resize, self.size, self.seed = files, resize, size, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Return {"image": uint8 (B, 3, size, size)}."""
+        start, items = slice_
+        images = RaggedImageBuffer([read_resized(self.files[item], self.resize) for item in items])
+        return {"image": crop_at_random(images, np.arange(len(items)), start, self.size, self.seed)}
+
+
+def crop_at_random(images: RaggedImageBuffer, image_ids: np.ndarray, start: int, size: int, seed: int) -> Tensor:
+    """Crop the images `image_ids` (B,) for the samples from position `start` on; half of the crops are flipped.
+
+    Returns:
+        uint8 (B, 3, size, size).
+    """
+    words = random_words(seed, "crop", start, len(image_ids))
+    positions = np.stack([images.heights[image_ids], images.widths[image_ids]], axis=1) - size + 1
+    corners = randint_from_words(words[:, :2], positions)
+    flips = 2 * randint_from_words(words[:, 2], 2)
+    return images.crop_patches(image_ids, corners[:, 0], corners[:, 1], size, flips)
+
+
+class CenterCrops(Dataset[dict[str, Any]]):
+    """Center crops of photographs.
+
+    Args:
+        refs: image files.
+        images: their pixels, uint8 (3, H, W) each.
+        size: side of the crops in pixels.
+    """
+
+    def __init__(self, refs: Sequence[ImageRef], images: Sequence[Tensor], size: int) -> None:
+        self.refs, self.images, self.size = refs, images, size
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {"image": uint8 (1, 3, size, size), "index": int64 (1,), "name", "dataset"}."""
+        image, ref = self.images[index], self.refs[index]
+        crop = center_crop(image, self.size)
+        return {"image": crop[None], "index": torch.tensor([index]), "name": [ref.name], "dataset": [ref.dataset]}
+
+
+def is_array_dataset(spec: str) -> bool:
+    """Return whether a dataset of the catalog consists of arrays, such as CIFAR-10, and not of image files."""
+    name = spec.partition("/")[0]
+    return name in catalog() and bool(get_dataset(name).arrays)
+
+
+def center_crop(image: Tensor, size: int) -> Tensor:
+    """Return the central square of an image: (3, H, W) to (3, size, size)."""
+    top, left = ((length - size) // 2 for length in image.shape[-2:])
+    return image[:, top : top + size, left : left + size]
+
+
+def read_resized(path: Path, length: int) -> Tensor:
+    """Read an RGB image, and resize its shorter side, see `resize_short_side`."""
+    return resize_short_side(to_channels(read_image(path), 3), length)

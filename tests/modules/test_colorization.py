@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from skimage.color import lab2rgb, rgb2lab
 from torch import nn
 
+from callbacks.metrics.color_metrics import ColorMetrics
+from datamodules.colorization import Colorization
+from datamodules.errors import UserError
+from datamodules.io.image_io import read_image
+from datamodules.photographs import read_resized
 from datamodules.transforms.ab_bins import (
     BINS,
     annealed_mean,
@@ -19,8 +25,10 @@ from datamodules.transforms.ab_bins import (
     soft_encode,
 )
 from datamodules.transforms.lab import fit_gamut, lab_to_rgb, rgb_to_lab
+from experiments.cli.main import main
 from modules.colorization import ColorfulColorization
-from tests.tasks.colorization import ColorizationContract
+from tests.helpers.subprocess_helpers import forked
+from tests.tasks.colorization import ColorizationContract, write_colorization_recipe
 
 MODEL = {
     "class_path": "modules.colorization.ColorfulColorization",
@@ -147,3 +155,113 @@ def test_cross_entropy_is_that_of_the_definition():
     weights = method.frequencies.weights[target.argmax(1)].view(2, 3, 4)
     expected = weights * F.cross_entropy(logits, dense, reduction="none")
     assert torch.allclose(method.cross_entropy(logits, ab), expected, rtol=1e-4, atol=1e-5)
+
+
+# Data and commands
+
+
+def test_frequencies_are_those_of_the_photographs(photos):
+    data = Colorization(str(photos), str(photos), size=32, resize=48)
+    data.setup("fit")
+    method = ColorfulColorization(base_channels=4)
+    method.inspect_data(data)
+    counts = np.zeros(313)
+    for path in sorted(photos.iterdir()):
+        image = read_resized(path, 48).permute(1, 2, 0).numpy()
+        ab = torch.from_numpy(rgb2lab(image / 255)[..., 1:].reshape(-1, 2))
+        counts += np.bincount((ab[:, None] - BINS).square().sum(-1).argmin(1).numpy(), minlength=313)
+    expected = rebalancing_weights(smooth(torch.from_numpy(counts)), 0.5)
+    assert torch.allclose(method.frequencies.weights, expected.float(), rtol=0.02)
+    with pytest.raises(UserError, match="color frequencies of other photographs"):
+        data.train = "other"
+        data.data_report.content_hashes = {"other": {"a": "b"}}
+        method.inspect_data(data)
+
+
+def test_gray_crops_have_no_weight():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(4, 3, 16, 16, generator=generator)
+    gray = torch.rand(4, 1, 16, 16, generator=generator).expand(-1, 3, -1, -1)
+    method = ColorfulColorization(base_channels=4, mask_gray=True).eval()
+    mixed, colored = (method.losses({"image": batch})["cross_entropy"] for batch in (torch.cat([image, gray]), image))
+    assert torch.allclose(2 * mixed, colored, rtol=1e-5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_photographs_are_all_or_a_subset(photos, streaming):
+    data = Colorization(str(photos), str(photos), size=32, resize=48, streaming=streaming)
+    data.setup("fit")
+    images = list(data.training_photographs())
+    assert all(torch.equal(a, read_resized(b, 48)) for a, b in zip(images, sorted(photos.iterdir()), strict=True))
+    assert len(list(data.training_photographs(3))) == 3
+
+
+def test_curve_of_errors_has_its_closed_form():
+    """The reference integrates the share of pixels below each threshold."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 8, 8, generator=generator, dtype=torch.float64)
+    ab = rgb_to_lab(image)[:, 1:] + 40 * torch.randn(1, 2, 8, 8, generator=generator, dtype=torch.float64)
+    metric = ColorMetrics()
+    values = metric.compute([metric.update({"image": image, "prediction": image, "ab": ab}, 0)], None)
+    errors = (ab - rgb_to_lab(image)[:, 1:]).norm(dim=1).flatten().numpy()
+    thresholds = np.linspace(0, 150, 100_001)
+    shares = np.searchsorted(np.sort(errors), thresholds, side="right") / errors.size
+    assert values["auc/raw"] == pytest.approx(100 * np.trapezoid(shares, thresholds) / 150, abs=1e-3)
+
+
+def test_predict_keeps_the_lightness_of_images_of_any_size_and_mode(workdir, photos, three_photos, capfd):
+    recipe = write_colorization_recipe(workdir / "tiny.yaml", photos, three_photos, MODEL)
+    assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "8"]) == 0
+    folder = workdir / "mine"
+    folder.mkdir()
+    color = Image.open(sorted(photos.glob("astronaut*"))[0])
+    color.convert("L").resize((301, 200)).save(folder / "gray.png")
+    color.convert("RGBA").save(folder / "transparent.png")
+    color.convert("CMYK").save(folder / "print.tif")
+    color.crop((0, 0, 1, 7)).save(folder / "tiny.png")
+    Image.fromarray(np.array(color.convert("L")).astype(np.uint16) * 257).save(folder / "uint16.png")
+    argv = ["predict", str(recipe), "--input", str(folder)]
+    assert forked(main, [*argv, "--output", "out"]) == 0
+    for path in folder.iterdir():
+        result = Image.open(workdir / "out" / f"{path.stem}.png")
+        assert result.size == Image.open(path).size
+        expected = read_image(path).expand(3, -1, -1)
+        lightness = [rgb2lab(pixels / 255)[..., 0] for pixels in (np.array(result)[..., :3], expected.permute(1, 2, 0).numpy())]
+        assert np.abs(lightness[0] - lightness[1]).max() < 0.8, path  # of 100; colors are rounded to 8 bits
+    assert forked(main, [*argv, "--output", "vivid", "--temperature", "0.01"]) == 0
+    gray = [np.array(Image.open(workdir / name / "gray.png")) for name in ("out", "vivid")]
+    assert not np.array_equal(*gray)
+    for words in (["--temperature", "0"], ["--style", "wave"]):
+        assert forked(main, [*argv, *words]) == 2
+    regression = {**MODEL, "init_args": {**MODEL["init_args"], "loss": "regression", "total_images": 8}}
+    recipe = write_colorization_recipe(workdir / "l2.yaml", photos, three_photos, regression)
+    assert forked(main, ["fit", str(recipe), "--run", "r"]) == 0
+    assert forked(main, ["predict", str(recipe), "--input", str(folder), "--temperature", "0.5"]) == 2
+    error = capfd.readouterr().err
+    assert "--style: " in error
+    assert "predicts no distribution of colors" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 30}, "data.size: 30 is not a multiple of 8. Use 32"),
+        ({"size": 32, "resize": 50}, "data.resize: 50 is not a multiple of 8. Use 56"),
+        ({"size": 64, "resize": 48}, "data.resize: 48 is smaller than data.size: 64"),
+    ],
+)
+def test_invalid_sizes_are_refused(photos, arguments, message):
+    with pytest.raises(UserError, match=message):
+        Colorization(str(photos), str(photos), **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"uniform_weight": 1.5}, {"neighbors": 400}])
+def test_invalid_settings_are_refused(arguments):
+    with pytest.raises(UserError, match=f"model.{next(iter(arguments))}"):
+        ColorfulColorization(**arguments)
+
+
+def test_learning_rate_has_steps():
+    method = ColorfulColorization(base_channels=4, learning_rate=3e-5, learning_rate_steps={200: 3e-6, 100: 1e-5})
+    assert [method.schedule(images) for images in (0, 99, 100, 199, 200)] == [3e-5, 3e-5, 1e-5, 1e-5, 3e-6]
+    assert [stage.start for stage in method.stages()] == [0, 100, 200]

@@ -15,6 +15,7 @@ Differences from both, with reasons:
    of them does not match the order of the bins.
 3. The loss is the mean over pixels, and not their sum; with Adam, only the weight decay depends on it.
 4. Training crops come from photographs whose shorter side has 256 pixels. The authors distort them to 256 x 256 pixels.
+5. The uniform distribution of eq. 4 is over all bins, in the authors' code over those with a frequency above zero.
 """
 
 import math
@@ -108,7 +109,7 @@ class ColorfulColorization(ColorizationMethod):
         else:
             loss = (output - target / AB_SCALE).square().sum(1) / 2
         if self.mask_gray:
-            loss = loss * is_colored(ab)[:, None, None]
+            loss = loss * is_colored(target)[:, None, None]
         return {"cross_entropy" if self.is_classification else "squared_error": loss.mean()}
 
     def cross_entropy(self, logits: Tensor, ab: Tensor) -> Tensor:

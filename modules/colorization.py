@@ -21,6 +21,7 @@ Differences from both, with reasons:
 import math
 from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,10 +33,12 @@ from datamodules.errors import UserError
 from datamodules.transforms.ab_bins import BINS, annealed_mean, nearest_bins, rebalancing_weights, smooth, soft_encode
 from datamodules.transforms.lab import rgb_to_lab
 from modules.losses.precision import to_float32
+from modules.networks.pretrained import find_or_download
 from modules.tasks.colorization import ColorizationMethod
 from modules.training.method import Batch
 from modules.training.stages import Stage
 
+RELEASED_URL = "https://colorizers.s3.us-east-2.amazonaws.com/colorization_release_v2-9b330a0b.pth"
 AB_SCALE = 110.0  # the output of the regression is in units of it
 TARGET_STRIDE = 4  # the output has a quarter of the resolution
 GRAY_LIMIT = 5.0  # images whose a and b are nowhere larger are gray
@@ -53,6 +56,8 @@ class ColorfulColorization(ColorizationMethod):
         mask_gray: give crops without colors the weight zero.
         base_channels: width of the network; 64 in the paper.
         affine: scales and shifts in batch normalization, as in the authors' PyTorch code.
+        released: use the authors' weights, converted by them from Caffe to PyTorch, if there is no training; see
+            `rename_weights`. They require `affine`.
         weight_decay: of Adam.
         learning_rate_steps: learning rate after a number of images; null for a half cosine to zero.
         total_images: training budget; 18,000,000 in the paper.
@@ -72,6 +77,7 @@ class ColorfulColorization(ColorizationMethod):
         mask_gray: bool = False,
         base_channels: PositiveInt = 64,
         affine: bool = False,
+        released: bool = False,
         weight_decay: NonNegativeFloat = 1e-3,
         learning_rate_steps: dict[int, PositiveFloat] | None = None,
         total_images: int = 18_000_000,
@@ -87,6 +93,7 @@ class ColorfulColorization(ColorizationMethod):
         self.is_classification = loss == "classification"
         self.uniform_weight, self.frequency_images, self.neighbors = uniform_weight, frequency_images, neighbors
         self.temperature, self.mask_gray, self.weight_decay = temperature, mask_gray, weight_decay
+        self.is_released = released
         self.learning_rate_steps = dict(sorted((learning_rate_steps or {}).items()))
         self.network = colorization_network(base_channels, len(BINS) if self.is_classification else 2, affine)
         self.frequencies = ColorFrequencies()
@@ -145,6 +152,27 @@ class ColorfulColorization(ColorizationMethod):
         output = to_float32(self(lightness.to(self.dtype)))
         ab = annealed_mean(output, self.temperature) if self.is_classification else output * AB_SCALE
         return F.interpolate(ab, scale_factor=TARGET_STRIDE, mode="bilinear")
+
+    # Weights of the authors
+
+    def authors_weights(self) -> Path | None:
+        """Return the authors' weights, see `Method.authors_weights`."""
+        return find_or_download("the authors' network", RELEASED_URL, None) if self.is_released else None
+
+    def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the weights of the authors' PyTorch code, where the blocks are model1 ... model8; return others unchanged."""
+        if "model1.0.weight" not in weights:
+            return weights
+        renamed = {}
+        for name, value in weights.items():
+            network, _, rest = name.partition(".")
+            if name.startswith("model8.6."):  # the last convolution
+                renamed[f"network.8.{rest.removeprefix('6.')}"] = value
+            elif network != "model_out":  # the bins, which are constant
+                renamed[f"network.{int(network.removeprefix('model')) - 1}.{rest}"] = value
+        for name in [name for name in renamed if name.endswith(".running_mean")]:  # old files have no counters
+            renamed.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+        return renamed
 
     # Section 3.1: training
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -102,13 +102,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+@runtime_checkable
+class RenamesWeights(Protocol):
+    """A method that can load weights of its authors' code."""
+
+    def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights with the names of this method; others unchanged."""
+        ...
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint (.ckpt) or of committed weights (.safetensors), by name.
+    """Return the weights of a checkpoint (.ckpt), of committed weights (.safetensors) or of a file of torch (.pth), by name.
 
     Raises:
         UserError: see `read_checkpoint` and `read_weights_file`.
     """
-    return read_weights_file(path) if path.suffix == ".safetensors" else read_checkpoint(path)["state_dict"]
+    return read_weights_file(path) if path.suffix in (".safetensors", ".pth") else read_checkpoint(path)["state_dict"]
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
@@ -124,12 +133,15 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 
 def load_weights(module: L.LightningModule, path: Path) -> None:
-    """Load the weights of a checkpoint (.ckpt) or of committed weights (.safetensors) into a module.
+    """Load the weights of a file into a module, see `read_weights`; a method can rename those of its authors' code.
 
     Raises:
         UserError: the file does not contain the weights of this module; the message names the file and the first difference.
     """
-    weights = inference_state_dict(module, read_weights(path))
+    weights = read_weights(path)
+    if isinstance(module, RenamesWeights):
+        weights = module.rename_weights(weights)
+    weights = inference_state_dict(module, weights)
     expected = inference_state_dict(module, module.state_dict())
     for name in sorted(expected.keys() | weights.keys()):
         shape, expected_shape = (

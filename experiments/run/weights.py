@@ -1,4 +1,4 @@
-"""Select the weights of a command, in this order: --ckpt, the newest finished run, the bundled file."""
+"""Select the weights of a command, in this order: --ckpt, the newest finished run, the bundled file, those of the authors."""
 
 from pathlib import Path
 
@@ -19,6 +19,8 @@ def load_resolved_weights(cli: DarkroomCLI) -> Path | None:
 def resolve_weights(cli: DarkroomCLI) -> Path | None:
     """Return the path of the weights to use: --ckpt, the newest finished run of the same model, or the bundled file.
 
+    A method can have weights of its authors, which are downloaded if there are no others.
+
     None if the model has no parameters.
 
     Raises:
@@ -35,4 +37,6 @@ def resolve_weights(cli: DarkroomCLI) -> Path | None:
             return run.checkpoints / "best.ckpt"
     if cli.recipe.weights.exists():
         return cli.recipe.weights
+    if (path := cli.model.authors_weights()) is not None:
+        return path
     raise UserError(f"no weights for {cli.recipe.name}; train it with darkroom fit {cli.recipe.name}, or use --ckpt FILE")

@@ -139,6 +139,14 @@ class Method(FastSetattrModule):
         """Return the sha256 of the files that training depends on, by name; empty if a file is not loaded yet."""
         return {name: reference.weights_hash for name, reference in self.references.items()}
 
+    def authors_weights(self) -> Path | None:
+        """Return the authors' weights of this network, downloaded if they are missing; None if there are none.
+
+        Raises:
+            UserError: the download failed.
+        """
+        return None
+
     def schedule(self, images_seen: int) -> float:
         """Return the learning rate after `images_seen` images: a linear warmup, then a half cosine to zero.
 

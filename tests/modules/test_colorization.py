@@ -12,6 +12,7 @@ from skimage.color import lab2rgb, rgb2lab
 from torch import nn
 
 from callbacks.metrics.color_metrics import ColorMetrics
+from callbacks.run.checkpoints import load_weights
 from datamodules.colorization import Colorization
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
@@ -265,3 +266,59 @@ def test_learning_rate_has_steps():
     method = ColorfulColorization(base_channels=4, learning_rate=3e-5, learning_rate_steps={200: 3e-6, 100: 1e-5})
     assert [method.schedule(images) for images in (0, 99, 100, 199, 200)] == [3e-5, 3e-5, 1e-5, 1e-5, 3e-6]
     assert [stage.start for stage in method.stages()] == [0, 100, 200]
+
+
+def authors_network(width):
+    """Return the layers of the authors' PyTorch code, in its layout."""
+
+    def convolutions(before, after, count, stride=1, dilation=1):
+        layers = []
+        for number in range(count):
+            step = stride if number == count - 1 else 1
+            layers += [nn.Conv2d(before, after, 3, step, dilation, dilation), nn.ReLU()]
+            before = after
+        return nn.Sequential(*layers, nn.BatchNorm2d(after))
+
+    sides = [(1, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 8 * width), *[(8 * width, 8 * width)] * 3]
+    counts, strides, dilations = (2, 2, 3, 3, 3, 3, 3), (2, 2, 2, 1, 1, 1, 1), (1, 1, 1, 1, 2, 2, 1)
+    network = nn.Module()
+    for number, settings in enumerate(zip(sides, counts, strides, dilations, strict=True), start=1):
+        (before, after), count, stride, dilation = settings
+        network.add_module(f"model{number}", convolutions(before, after, count, stride, dilation))
+    last = 4 * width
+    up = [nn.ConvTranspose2d(2 * last, last, 4, 2, 1), nn.ReLU()]
+    same = [nn.Conv2d(last, last, 3, padding=1), nn.ReLU(), nn.Conv2d(last, last, 3, padding=1), nn.ReLU()]
+    network.add_module("model8", nn.Sequential(*up, *same, nn.Conv2d(last, 313, 1)))
+    network.add_module("model_out", nn.Conv2d(313, 2, 1, bias=False))
+    return network
+
+
+def test_weights_in_the_layout_of_the_authors_give_the_output_of_their_layers(workdir):
+    torch.manual_seed(0)
+    reference = authors_network(4).eval()
+    for layer in reference.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for values in (layer.weight, layer.bias, layer.running_mean):
+                nn.init.uniform_(values, 0.5, 1.5)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    reference.model_out.weight.data = BINS.T[:, :, None, None] / 110
+    weights = {name: value for name, value in reference.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(weights, workdir / "authors.pth")
+    method = ColorfulColorization(base_channels=4, affine=True, temperature=1.0).eval()
+    load_weights(method, workdir / "authors.pth")
+    lightness = 100 * torch.rand(1, 1, 32, 40)
+    features = (lightness - 50) / 100
+    for number in range(1, 9):
+        features = getattr(reference, f"model{number}")(features)
+    expected = 110 * F.interpolate(reference.model_out(features.softmax(1)), scale_factor=4, mode="bilinear")
+    assert torch.allclose(method.predict_ab(lightness, {}), expected, atol=1e-3)
+    with pytest.raises(UserError, match="does not fit this model"):
+        load_weights(ColorfulColorization(base_channels=4), workdir / "authors.pth")  # without scales
+
+
+def test_released_weights_that_cannot_be_downloaded_are_named(workdir, monkeypatch, capfd):
+    monkeypatch.setenv("TORCH_HOME", str(workdir / "torch"))
+    assert forked(main, ["predict", "colorization/released", "--input", "photo.jpg"]) == 2
+    error = capfd.readouterr().err
+    assert "weights of the authors' network: download from https://colorizers" in error
+    assert "or name another file" in error

@@ -18,9 +18,10 @@ Differences from the paper and the authors' code:
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ class DCGAN(GenerativeMethod):
         latent_distribution: Literal["uniform", "normal"] = "uniform",
         total_images: int = 8_750_000,
         learning_rate: PositiveFloat = 2e-4,
-        beta1: float = 0.5,
+        beta1: Annotated[float, Ge(0), Lt(1)] = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__(latent_size, latent_distribution, total_images, learning_rate, seed)

@@ -22,10 +22,11 @@ Differences from the paper and the authors' code:
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ class ProGAN(GenerativeMethod):
         penalty_target: PositiveFloat = 1.0,
         penalty_weight: NonNegativeFloat = 10.0,
         drift: NonNegativeFloat = 1e-3,
-        beta2: PositiveFloat = 0.99,
+        beta2: Annotated[float, Ge(0), Lt(1)] = 0.99,
         total_images: int = 19_000_000,
         learning_rate: PositiveFloat = 1e-3,
         average_half_life: PositiveInt = 11_085,

@@ -1,21 +1,25 @@
 """Command lines of the commands that show the images of a latent space, from `darkroom sample` to `retrieve`."""
 
+from argparse import Namespace
+
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
 from experiments.run.recipes import find_recipe
+
+OVERRIDES = "--KEY VALUE overrides a key of the recipe, such as --model.stable_images 1000."
 
 
 def sample(argv: list[str]) -> int:
     """Run `darkroom sample` and return the exit status."""
     parser = _seeded_parser("sample", "Generate images from noise, one file each.", "samples")
     parser.add_argument("--count", type=int, default=64, metavar="N", help="number of images (default 64)")
-    args = parser.parse_args(argv)
+    args, options = _parse(parser, argv)
     if args.count < 1:
         raise UserError(f"sample: --count {args.count}: must be at least 1")
     recipe = find_recipe(args.recipe)
     from experiments.run import sample
 
-    sample.sample(recipe, args.ckpt, args.count, args.seed, args.output)
+    sample.sample(recipe, options, args.count, args.seed, args.output)
     return 0
 
 
@@ -25,17 +29,17 @@ def interpolate(argv: list[str]) -> int:
     parser.add_argument("--indices", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="sample indices, from 0")
     parser.add_argument("--images", action="store_true", help="interpolate between the test images with these --indices")
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="steps between neighbors in --indices (default 9)")
-    args = parser.parse_args(argv)
+    args, options = _parse(parser, argv)
     _require_non_negative("interpolate: --indices", args.indices)
     recipe = find_recipe(args.recipe)
     if args.images:
         from experiments.run import reconstruct
 
-        reconstruct.interpolate(recipe, args.ckpt, args.indices, args.steps, args.output)
+        reconstruct.interpolate(recipe, options, args.indices, args.steps, args.output)
         return 0
     from experiments.run import sample
 
-    sample.interpolate(recipe, args.ckpt, args.indices, args.steps, args.seed, args.output)
+    sample.interpolate(recipe, options, args.indices, args.steps, args.seed, args.output)
     return 0
 
 
@@ -46,25 +50,25 @@ def arithmetic(argv: list[str]) -> int:
         parser.add_argument(
             f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="sample indices of a concept"
         )
-    args = parser.parse_args(argv)
+    args, options = _parse(parser, argv)
     _require_non_negative("arithmetic", [index for indices in (*args.plus, *args.minus) for index in indices])
     recipe = find_recipe(args.recipe)
     from experiments.run import sample
 
-    sample.arithmetic(recipe, args.ckpt, args.plus, args.minus, args.seed, args.output)
+    sample.arithmetic(recipe, options, args.plus, args.minus, args.seed, args.output)
     return 0
 
 
 def manifold(argv: list[str]) -> int:
     """Run `darkroom manifold` and return the exit status."""
-    parser = Parser(prog="darkroom manifold", description="Plot decoder outputs over a 2-D latent grid.")
+    parser = Parser(prog="darkroom manifold", description="Plot decoder outputs over a 2-D latent grid.", epilog=OVERRIDES)
     _add_common_arguments(parser, "manifold.png")
     parser.add_argument("--grid-size", type=int, default=20, metavar="N", help="images per row and column (default 20)")
-    args = parser.parse_args(argv)
+    args, options = _parse(parser, argv)
     recipe = find_recipe(args.recipe)
     from experiments.run import sample
 
-    sample.manifold(recipe, args.ckpt, args.grid_size, args.output)
+    sample.manifold(recipe, options, args.grid_size, args.output)
     return 0
 
 
@@ -90,41 +94,48 @@ def nearest(argv: list[str]) -> int:
     parser = _seeded_parser("nearest", "Show samples and the training images nearest to them, by pixels.", "nearest.png")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="number of samples (default 8)")
     parser.add_argument("--k", type=int, default=5, metavar="N", help="training images for each sample (default 5)")
-    args = parser.parse_args(argv)
+    args, options = _parse(parser, argv)
     if args.count < 1:
         raise UserError(f"nearest: --count {args.count}: must be at least 1")
     recipe = find_recipe(args.recipe)
     from experiments.run import nearest
 
-    nearest.nearest(recipe, args.ckpt, args.count, args.k, args.seed, args.output)
+    nearest.nearest(recipe, options, args.count, args.k, args.seed, args.output)
     return 0
 
 
 def reconstruct(argv: list[str]) -> int:
     """Run `darkroom reconstruct` and return the exit status."""
-    parser = Parser(prog="darkroom reconstruct", description="Show test images and their reconstructions.")
+    parser = Parser(prog="darkroom reconstruct", description="Show test images and their reconstructions.", epilog=OVERRIDES)
     _add_common_arguments(parser, "reconstructions.png")
     parser.add_argument("--indices", type=int, nargs="+", default=[*range(16)], metavar="N", help="image indices, from 0")
-    args = parser.parse_args(argv)
+    args, options = _parse(parser, argv)
     recipe = find_recipe(args.recipe)
     from experiments.run import reconstruct
 
-    reconstruct.reconstruct(recipe, args.ckpt, args.indices, args.output)
+    reconstruct.reconstruct(recipe, options, args.indices, args.output)
     return 0
 
 
 def retrieve(argv: list[str]) -> int:
     """Run `darkroom retrieve` and return the exit status."""
-    parser = Parser(prog="darkroom retrieve", description="Find the test images whose codes are nearest to an image's code.")
+    description = "Find the test images whose codes are nearest to an image's code."
+    parser = Parser(prog="darkroom retrieve", description=description, epilog=OVERRIDES)
     _add_common_arguments(parser, "retrieval.png")
     parser.add_argument("--indices", type=int, nargs="+", default=[*range(8)], metavar="N", help="query indices, from 0")
     parser.add_argument("--k", type=int, default=10, metavar="N", help="images retrieved for each query (default 10)")
-    args = parser.parse_args(argv)
+    args, options = _parse(parser, argv)
     recipe = find_recipe(args.recipe)
     from experiments.run import reconstruct
 
-    reconstruct.retrieve(recipe, args.ckpt, args.indices, args.k, args.output)
+    reconstruct.retrieve(recipe, options, args.indices, args.k, args.output)
     return 0
+
+
+def _parse(parser: Parser, argv: list[str]) -> tuple[Namespace, list[str]]:
+    """Return the arguments, and the words that select the weights and override keys of the recipe."""
+    args, overrides = parser.parse_with_overrides(argv)
+    return args, [*(["--ckpt", args.ckpt] if args.ckpt else []), *overrides]
 
 
 def _require_non_negative(option: str, indices: list[int]) -> None:
@@ -133,7 +144,7 @@ def _require_non_negative(option: str, indices: list[int]) -> None:
 
 
 def _seeded_parser(command: str, description: str, output: str) -> Parser:
-    parser = Parser(prog=f"darkroom {command}", description=description)
+    parser = Parser(prog=f"darkroom {command}", description=description, epilog=OVERRIDES)
     _add_common_arguments(parser, output)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default 0)")
     return parser

@@ -201,11 +201,18 @@ def format_ours(cell: Cell) -> str:
 
 
 def render(method: str) -> str:
-    """Render a method's tables in Markdown: one line per cell that was run, then one line per reason for the other cells."""
+    """Render a method's tables in Markdown: one line per cell that was run, then one line per reason for the other cells.
+
+    The protocol of a row is next to its name if it differs from that of the table.
+    """
     lines: list[str] = []
     of_method = cells(method)
     for table in load_table(method)["tables"]:
-        of_table = [cell for cell in of_method if cell["table"] == table["table"]]
+        of_table = [
+            {**cell, "row": cell["row"] if cell["metric"] == table["metric"] else f"{cell['row']} (`{cell['metric']}`)"}
+            for cell in of_method
+            if cell["table"] == table["table"]
+        ]
         lines += [f"**{table['table']}.** {table['caption']} Protocol: `{table['metric']}`.", ""]
         if run := [cell for cell in of_table if not cell["state"].startswith(NOT_RUN)]:
             lines += ["| row | dataset | paper | ours | difference | state | checked |", "|---|---|---:|---:|---:|---|---|"]

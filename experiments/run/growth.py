@@ -33,10 +33,11 @@ def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> Non
     path = Path(output)
     check_output([path], [])
     run = find_run(recipe, run_name)
+    print(f"run       {run.folder}")
     config = yaml.safe_load(run.config.read_text())
     plan, size, end = stage_plan(recipe, config)
     if len(plan.starts) < 2:
-        raise UserError(f"growth: the training of {recipe.name} has one stage. Use a recipe that grows, such as progan/demo")
+        raise UserError(f"growth: the training of {run.folder} has one stage. Use a run that grows, such as one of progan/demo")
     previews = {int(file.stem): file for file in run.samples.glob("*.png") if file.stem.isdigit()}
     columns = []
     for (start, stop), stage in zip(pairwise([*plan.starts, end]), plan.stages, strict=True):
@@ -69,7 +70,7 @@ def find_run(recipe: Recipe, name: str | None) -> Run:
         runs = [run for run in runs if run.folder.name == name]
     if not runs:
         run = f"run '{name}' with samples" if name else "run with samples"
-        raise UserError(f"growth: {parent} has no {run}. Train it with darkroom fit {recipe.name}")
+        raise UserError(f"growth: {parent} has no {run}. Train a recipe that grows, such as darkroom fit progan/demo")
     return max(runs, key=lambda run: run.samples.stat().st_mtime)
 
 

@@ -15,7 +15,7 @@ from experiments.run.sample import check_output, generate, grid, load_generator,
 CHUNK = 1024  # training images that are compared at a time
 
 
-def nearest(recipe: Recipe, ckpt: str | None, count: int, k: int, seed: int, output: str) -> None:
+def nearest(recipe: Recipe, options: list[str], count: int, k: int, seed: int, output: str) -> None:
     """Write samples, each followed by the k training images with the smallest Euclidean distance of pixels, one row each.
 
     If the network is trained with random flips, flipped images are compared too.
@@ -26,7 +26,7 @@ def nearest(recipe: Recipe, ckpt: str | None, count: int, k: int, seed: int, out
     """
     path = Path(output)
     check_output([path], [])
-    method, data = load_generator(recipe, ckpt)
+    method, data = load_generator(recipe, options)
     if not isinstance(data, Generation):
         raise UserError(f"nearest: {recipe.name} is not trained on images of one size. Use another recipe")
     data.setup("fit")

@@ -22,19 +22,19 @@ from modules.vae import VAE
 FRAME_COLORS = {True: (0.1, 0.6, 0.2), False: (0.8, 0.1, 0.1)}  # RGB; True: the retrieved image has the query's class
 
 
-def reconstruct(recipe: Recipe, ckpt: str | None, indices: Sequence[int], output: str) -> None:
+def reconstruct(recipe: Recipe, options: list[str], indices: Sequence[int], output: str) -> None:
     """Write a row of test images and a row of reconstructions, with a row of network inputs between them if these differ.
 
     Raises:
         UserError: there are no weights or no such images, the recipe has no encoder, or the file cannot be written.
     """
-    _, outputs = encode_test_set(recipe, ckpt)
+    _, outputs = encode_test_set(recipe, options)
     selected = select_images(outputs, indices)
     rows = [outputs[name][selected] for name in ("image", "input", "prediction") if name in outputs]
     save_png(stack_rows(*rows), Path(output))
 
 
-def retrieve(recipe: Recipe, ckpt: str | None, indices: Sequence[int], k: int, output: str) -> None:
+def retrieve(recipe: Recipe, options: list[str], indices: Sequence[int], k: int, output: str) -> None:
     """Write test images as queries, each followed by the k test images with the nearest codes, one row each.
 
     The frame of a retrieved image is green if it has the query's class, else red.
@@ -42,7 +42,7 @@ def retrieve(recipe: Recipe, ckpt: str | None, indices: Sequence[int], k: int, o
     Raises:
         UserError: see `reconstruct`; or there are fewer than k other images.
     """
-    _, outputs = encode_test_set(recipe, ckpt)
+    _, outputs = encode_test_set(recipe, options)
     queries = select_images(outputs, indices)
     if not 0 < k < len(outputs["code"]):
         raise UserError(f"retrieve: --k {k}: must be from 1 to {len(outputs['code']) - 1}, the number of other images")
@@ -56,20 +56,20 @@ def retrieve(recipe: Recipe, ckpt: str | None, indices: Sequence[int], k: int, o
     save_png(grid(torch.stack(images), columns=k + 1), Path(output))
 
 
-def interpolate(recipe: Recipe, ckpt: str | None, indices: Sequence[int], steps: int, output: str) -> None:
+def interpolate(recipe: Recipe, options: list[str], indices: Sequence[int], steps: int, output: str) -> None:
     """Write linear interpolations between the codes of test images, from each to the next, one row each.
 
     Raises:
         UserError: see `reconstruct`; or there are fewer than two images, or no step.
     """
     check_interpolation(indices, steps)
-    method, outputs = encode_test_set(recipe, ckpt)
+    method, outputs = encode_test_set(recipe, options)
     with torch.no_grad():
         images = method.decode(interpolation_path(outputs["code"][select_images(outputs, indices)], steps))
     save_png(grid(images, columns=steps + 1), Path(output))
 
 
-def encode_test_set(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder, dict[str, Any]]:
+def encode_test_set(recipe: Recipe, options: list[str]) -> tuple[VAE | Autoencoder, dict[str, Any]]:
     """Load a recipe's method with its weights, and apply it to the first available test set, on the CPU.
 
     Returns:
@@ -78,7 +78,7 @@ def encode_test_set(recipe: Recipe, ckpt: str | None) -> tuple[VAE | Autoencoder
     Raises:
         UserError: there are no weights or no test set, or the recipe has no encoder.
     """
-    cli = build_cli("test", recipe, ["--ckpt", ckpt] if ckpt else [])
+    cli = build_cli("test", recipe, options)
     if not isinstance(cli.model, VAE | Autoencoder) or not isinstance(cli.datamodule, Reconstruction):
         raise UserError(f"{recipe.name} does not encode images. Use a recipe of vae or autoencoder")
     print_rank_zero(f"weights   {load_resolved_weights(cli)}")

@@ -22,13 +22,13 @@ BATCH_SIZE = 100
 NEIGHBOR_RADIUS = 0.25  # half width of the uniform noise around a sum of latents; DCGAN, Figure 7
 
 
-def sample(recipe: Recipe, ckpt: str | None, count: int, seed: int, output: str) -> None:
+def sample(recipe: Recipe, options: list[str], count: int, seed: int, output: str) -> None:
     """Write samples 0 ... count - 1 as 8-bit PNG files, and a grid of the first 64 next to their folder.
 
     Raises:
         UserError: there are no weights, the recipe does not generate images from latents, or the folder cannot be written.
     """
-    method, _ = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, options)
     folder = require_writable(Path(output).resolve())
     grid_path = folder.with_name(f"{folder.name}.png")  # not in the folder, which other tools evaluate as a set of samples
     for first in range(0, count, BATCH_SIZE):
@@ -41,20 +41,20 @@ def sample(recipe: Recipe, ckpt: str | None, count: int, seed: int, output: str)
     print_rank_zero(f"samples   {folder}  ({count} files)")
 
 
-def interpolate(recipe: Recipe, ckpt: str | None, indices: Sequence[int], steps: int, seed: int, output: str) -> None:
+def interpolate(recipe: Recipe, options: list[str], indices: Sequence[int], steps: int, seed: int, output: str) -> None:
     """Write linear interpolations in latent space from each sample to the next, one row each (DCGAN, Figure 4).
 
     Raises:
         UserError: see `sample`; or there are fewer than two samples, or no step.
     """
     check_interpolation(indices, steps)
-    method, _ = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, options)
     path = interpolation_path(method.sample_latents(indices, seed), steps)
     save_png(grid(generate(method, path), columns=steps + 1), Path(output))
 
 
 def arithmetic(
-    recipe: Recipe, ckpt: str | None, plus: Sequence[Sequence[int]], minus: Sequence[Sequence[int]], seed: int, output: str
+    recipe: Recipe, options: list[str], plus: Sequence[Sequence[int]], minus: Sequence[Sequence[int]], seed: int, output: str
 ) -> None:
     """Write a sum of concepts, each the mean latent of some samples (DCGAN, Section 6.3.2 and Figure 7).
 
@@ -65,7 +65,7 @@ def arithmetic(
     """
     if not plus:
         raise UserError("arithmetic: --plus is required. Give sample indices of a concept, as in --plus 1 2 3 --minus 4 5 6")
-    method, _ = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, options)
     concepts = [method.sample_latents(indices, seed) for indices in (*plus, *minus)]
     means = [latents.mean(dim=0, keepdim=True) for latents in concepts]
     total = torch.cat(means[: len(plus)]).sum(0, keepdim=True) - sum(means[len(plus) :])
@@ -79,7 +79,7 @@ def arithmetic(
     save_png(grid(torch.cat(rows), columns), Path(output))
 
 
-def manifold(recipe: Recipe, ckpt: str | None, grid_size: int, output: str) -> None:
+def manifold(recipe: Recipe, options: list[str], grid_size: int, output: str) -> None:
     """Write decoder outputs over a 2-D latent grid, whose axes are quantiles of the latent distribution.
 
     Kingma and Welling, arXiv:1312.6114, Figure 4.
@@ -89,7 +89,7 @@ def manifold(recipe: Recipe, ckpt: str | None, grid_size: int, output: str) -> N
     """
     if grid_size < 2:
         raise UserError(f"manifold: --grid-size {grid_size}: must be at least 2")
-    method, _ = load_generator(recipe, ckpt)
+    method, _ = load_generator(recipe, options)
     if method.latent_dim != 2:
         raise UserError(f"manifold: {recipe.name} has {method.latent_dim} latents. Use a recipe with 2")
     quantiles = (torch.arange(grid_size, dtype=torch.float64) + 0.5) / grid_size
@@ -115,13 +115,13 @@ def interpolation_path(latents: Tensor, steps: int) -> Tensor:
     return torch.cat([start + fractions * (end - start) for start, end in pairwise(latents)])
 
 
-def load_generator(recipe: Recipe, ckpt: str | None) -> tuple[GenerativeMethod, ResumableDataModule]:
+def load_generator(recipe: Recipe, options: list[str]) -> tuple[GenerativeMethod, ResumableDataModule]:
     """Load a recipe's method with its weights, in evaluation mode, and create its datamodule.
 
     Raises:
         UserError: there are no weights, or the recipe does not generate images from latents.
     """
-    cli = build_cli("test", recipe, ["--ckpt", ckpt] if ckpt else [])
+    cli = build_cli("test", recipe, options)
     if not isinstance(cli.model, GenerativeMethod):
         raise UserError(f"{recipe.name} does not generate images from latents. Use a recipe of a generative method")
     print_rank_zero(f"weights   {load_resolved_weights(cli)}")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from callbacks.run.checkpoints import load_weights
+from callbacks.run.checkpoints import load_weights, read_checkpoint
 from datamodules.errors import UserError
-from experiments.run.lightning_cli import DarkroomCLI
+from experiments.run.lightning_cli import RESUMABLE_KEYS, DarkroomCLI
 from experiments.run.run_dir import finished_runs
 
 
@@ -12,8 +12,24 @@ def load_resolved_weights(cli: DarkroomCLI) -> Path | None:
     """Load the weights to use into the model and return their path; None if the model has no parameters."""
     path = resolve_weights(cli)
     if path is not None:
+        check_settings(cli, path)
         load_weights(cli.model, path)
     return path
+
+
+def check_settings(cli: DarkroomCLI, path: Path) -> None:
+    """Check that a checkpoint has the settings of the model: others could give wrong outputs with weights of the same shapes.
+
+    Raises:
+        UserError: a setting differs, apart from those of the training budget.
+    """
+    saved = read_checkpoint(path).get("hyper_parameters", {}) if path.suffix == ".ckpt" else {}
+    for key in sorted(saved.keys() & cli.model.hparams.keys() - RESUMABLE_KEYS - {"seed"}):
+        if saved[key] != cli.model.hparams[key]:
+            raise UserError(
+                f"{path} was trained with model.{key} {saved[key]}, but the model has {cli.model.hparams[key]}. "
+                f"Add --model.{key} {saved[key]}"
+            )
 
 
 def resolve_weights(cli: DarkroomCLI) -> Path | None:

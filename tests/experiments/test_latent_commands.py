@@ -13,6 +13,7 @@ from experiments.run.nearest import find_nearest
 from modules.autoencoder import Autoencoder
 from modules.dcgan import DCGAN
 from modules.vae import VAE
+from tests.conftest import as_tensor
 from tests.helpers.subprocess_helpers import forked
 
 
@@ -31,6 +32,21 @@ def test_sample_does_not_depend_on_count(workdir, ckpt):
     first, second = (Image.open(workdir / folder / "000002.png") for folder in ("out3", "out105"))
     assert max(abs(a - b) for a, b in zip(first.tobytes(), second.tobytes(), strict=True)) <= 1
     assert Image.open(workdir / "out105.png").size == (8 * 30 + 2, 8 * 30 + 2)
+
+
+def test_checkpoint_requires_the_model_settings_of_its_training(workdir, capfd):
+    """With another schedule, the same weights would be those of another level."""
+    settings = ["--model.stable_images", "32", "--model.fade_images", "32", "--model.average_half_life", "16"]
+    training = ["--model.total_images", "256", "--val_every_images", "256"]
+    assert forked(main, ["fit", "progan/demo", "--run", "r", *settings, *training]) == 0
+    path = workdir / "runs/progan/demo/r/checkpoints/last.ckpt"
+    argv = ["sample", "progan/demo", "--ckpt", str(path), "--count", "1", "--output", "out"]
+    assert forked(main, argv) == 2
+    expected = f"{path} was trained with model.average_half_life 16, but the model has 2000. Add --model.average_half_life 16"
+    assert expected in capfd.readouterr().err
+    assert forked(main, [*argv, *settings]) == 0
+    pixels = as_tensor(workdir / "out/000000.png")[0].float()
+    assert pixels.unfold(0, 2, 2).unfold(1, 2, 2).flatten(2).std(-1).mean() > 1  # 32 x 32 pixels, not enlarged
 
 
 def test_interpolation_starts_and_ends_at_its_samples(workdir, ckpt):

@@ -176,7 +176,7 @@ def _why_not(cell: Cell, row: dict[str, Any], has_records: bool) -> str:
         return row["reason"]
     if has_records:
         return "not all of its datasets are evaluated" if cell["dataset"] == "average" else "its images were not available"
-    return f"no record of {row['recipe']} yet"
+    return "no record yet"
 
 
 def format_paper(cell: Cell) -> str:

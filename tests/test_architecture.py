@@ -19,7 +19,7 @@ MAY_IMPORT = {
         "datamodules.io.image_io",  # a style image is a part of the method, as its weights
     },
     "datamodules": set(),
-    "callbacks": {"modules.training", "modules.networks", "datamodules"},
+    "callbacks": {"modules.training", "modules.networks", "modules.losses.precision", "datamodules"},
     "experiments": {"modules", "datamodules", "callbacks"},
 }
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]

@@ -23,6 +23,7 @@ from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import inception_weights
 
 ALL = recipes()
+OTHER_PAINTINGS = ("style/wave", "style/composition_vii", "style/the_scream")
 TRAINED = [recipe for recipe in ALL if "total_images" in parameters(recipe.class_path("model"))]
 
 
@@ -271,7 +272,16 @@ def test_translation_recipe_trains_a_few_steps(recipe, workdir):
     assert_losses_are_documented(recipe, folder)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Stylization"], ids=name_of)
+def stylization_recipes():
+    """Return the recipes of style transfer; those that differ from another one by the painting are slow."""
+    return [
+        pytest.param(recipe, marks=pytest.mark.slow if recipe.name in OTHER_PAINTINGS else [], id=recipe.name)
+        for recipe in TRAINED
+        if datamodule_of(recipe) == "Stylization"
+    ]
+
+
+@pytest.mark.parametrize("recipe", stylization_recipes())
 def test_stylization_recipe_trains_a_few_steps(recipe, workdir, torch_home, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     data, model = (recipe.content[section]["init_args"] for section in ("data", "model"))

@@ -72,6 +72,7 @@ class Contract(ABC):
     deterministic_model: ClassVar[str]  # class of tests/helpers/deterministic_variants.py, or the model itself
     training_overrides: ClassVar[list[str]]  # of the run in `test_training_improves_the_metric`
     bf16_rtol: ClassVar[float] = 0.02  # relative difference of losses between bf16 and fp32
+    bf16_images: ClassVar[int] = 24  # of these runs, which are slow on processors without bf16
     bf16_overrides: ClassVar[tuple[str, ...]] = ()  # of the runs that compare bf16 with fp32
 
     @abstractmethod
@@ -159,9 +160,10 @@ class Contract(ABC):
                 assert metrics["images"] == pytest.approx(two[dataset][protocol]["images"], abs=1e-5)
 
     def test_bf16_is_close_to_fp32(self, workdir, recipe):
-        overrides = ["--model", self.deterministic_model, *self.bf16_overrides]
+        steps = ["--model.total_images", str(self.bf16_images)]
+        overrides = ["--model", self.deterministic_model, *steps, *self.bf16_overrides]
         if self.deterministic_model != self.model["class_path"]:  # its optimizer also trains in bf16
-            assert forked(fit, recipe, "--run", "original", "--trainer.precision", "bf16-mixed") == 0
+            assert forked(fit, recipe, "--run", "original", *steps, "--trainer.precision", "bf16-mixed") == 0
         assert forked(fit, recipe, "--run", "fp32", *overrides) == 0
         assert forked(fit, recipe, "--run", "bf16", *overrides, "--trainer.precision", "bf16-mixed") == 0
         left, right = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("fp32", "bf16"))

@@ -54,6 +54,7 @@ class TestProGAN(GenerativeContract):
     size = 16  # three levels
     model = {**MODEL, "init_args": {**MODEL["init_args"], "size": size, "base_channels": 128, "max_channels": 16}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicProGAN"
+    bf16_images = 60  # all stages
     bf16_overrides = ("--model.learning_rate", "1e-4")  # the gradient penalty amplifies rounding from step to step
     bf16_rtol = 0.05  # 0.031 with and without AVX2: mean scores are small
     training_overrides = [

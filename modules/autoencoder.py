@@ -24,11 +24,12 @@ from torch import Tensor
 
 from datamodules.batches import ReconstructionEvalBatch, ReconstructionOutputs
 from datamodules.errors import UserError
+from datamodules.random.noise import NOISE_SAMPLERS
 from datamodules.transforms.draw import PREVIEW_IMAGES, stack_rows
 from modules.losses.precision import to_float32
 from modules.networks.init import xavier_init_
 from modules.networks.mlp_conv import Activation, NetworkType, decoder, encoder, to_hw
-from modules.training.method import NOISE_SAMPLERS, Batch, Method
+from modules.training.method import Batch, Method
 
 Corruption = Literal["none", "noise", "masking", "block"]
 

@@ -156,7 +156,11 @@ class ColorfulColorization(ColorizationMethod):
     # Weights of the authors
 
     def authors_weights(self) -> Path | None:
-        """Return the authors' weights, see `Method.authors_weights`."""
+        """Return the authors' weights, downloaded if they are missing; None unless `released` is set.
+
+        Raises:
+            UserError: the download failed.
+        """
         return find_or_download("the authors' network", RELEASED_URL, None) if self.is_released else None
 
     def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -218,7 +222,9 @@ def colorization_network(width: int, outputs: int, affine: bool) -> nn.Sequentia
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             fan_in = layer.weight[0].numel() if isinstance(layer, nn.Conv2d) else layer.weight.shape[0] * 4  # 2 x 2 of 4 x 4
             nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_in))
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    for name, values in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(values)
     return network
 
 

@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.errors import UserError
 from datamodules.random.noise import uniform
 from datamodules.transforms.lab import rgb_to_lab
 from modules.tasks.colorization import ColorizationMethod
+from modules.training.lightning_compat import datamodule
 from modules.training.method import Batch
 
 
@@ -38,8 +40,13 @@ class RandomColorization(ColorizationMethod):
         self.save_hyperparameters()
 
     def predict_ab(self, lightness: Tensor, batch: Batch) -> Tensor:
-        """Return the colors of the photograph that belongs to the position of the image in its datasets; 0 for a user's."""
-        position = int(batch["index"][0]) if "index" in batch else 0
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        source = data.training_crop(float(uniform(self.seed, "colors", [position], 1)[0, 0]))[None].to(lightness.device) / 255
+        """Return the colors of the photograph that belongs to the index of the image.
+
+        Raises:
+            UserError: the image is a user's, and has no index.
+        """
+        if "index" not in batch:
+            raise UserError("predict: random colors are a baseline of the tables. Use darkroom test, or another recipe")
+        position = float(uniform(self.seed, "colors", batch["index"].tolist(), 1)[0, 0])
+        source = datamodule(self.trainer).training_crop(position)[None].to(lightness.device) / 255
         return F.interpolate(rgb_to_lab(source)[:, 1:], lightness.shape[-2:], mode="bilinear")

@@ -103,8 +103,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 @runtime_checkable
-class RenamesWeights(Protocol):
-    """A method that can load weights of its authors' code."""
+class HasAuthorsWeights(Protocol):
+    """A method that can use weights of its authors."""
+
+    def authors_weights(self) -> Path | None:
+        """Return the file of the weights, downloaded if it is missing; None if there is none."""
 
     def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights with the names of this method; others unchanged."""
@@ -139,7 +142,7 @@ def load_weights(module: L.LightningModule, path: Path) -> None:
         UserError: the file does not contain the weights of this module; the message names the file and the first difference.
     """
     weights = read_weights(path)
-    if isinstance(module, RenamesWeights):
+    if isinstance(module, HasAuthorsWeights):
         weights = module.rename_weights(weights)
     weights = inference_state_dict(module, weights)
     expected = inference_state_dict(module, module.state_dict())

@@ -1,6 +1,7 @@
 """Stateless noise on `datamodules/random/philox.py`: a function of seed, stream and sample index."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -56,3 +57,10 @@ def _words(seed: int, stream: str, items: Sequence[int], blocks: int) -> np.ndar
     else:
         words = np.concatenate([random_words(seed, stream, item * blocks, blocks) for item in items])
     return words.reshape(count, 4 * blocks)
+
+
+NOISE_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
+    "normal": normal,
+    "fast-normal": partial(normal, dtype=np.float32),
+    "uniform": uniform,
+}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from callbacks.run.checkpoints import load_weights, read_checkpoint
+from callbacks.run.checkpoints import HasAuthorsWeights, load_weights, read_checkpoint
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import RESUMABLE_KEYS, DarkroomCLI
 from experiments.run.run_dir import finished_runs
@@ -53,6 +53,6 @@ def resolve_weights(cli: DarkroomCLI) -> Path | None:
             return run.checkpoints / "best.ckpt"
     if cli.recipe.weights.exists():
         return cli.recipe.weights
-    if (path := cli.model.authors_weights()) is not None:
+    if isinstance(cli.model, HasAuthorsWeights) and (path := cli.model.authors_weights()) is not None:
         return path
     raise UserError(f"no weights for {cli.recipe.name}; train it with darkroom fit {cli.recipe.name}, or use --ckpt FILE")

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from datamodules.errors import UserError
-from datamodules.random.noise import derive_seed, normal, uniform
+from datamodules.random.noise import NOISE_SAMPLERS, derive_seed
 from modules.training.ema import EMA
 from modules.training.fsdp import fsdp_modules
 from modules.training.gradients import backward, broadcast_buffers, gradient_problem, optimizer_step, update_grad_scaler
@@ -43,12 +41,6 @@ from modules.training.phases import (
 )
 from modules.training.references import ReferenceNetwork
 from modules.training.stages import Stage, StagePlan
-
-NOISE_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
-    "normal": normal,
-    "fast-normal": partial(normal, dtype=np.float32),
-    "uniform": uniform,
-}
 
 
 class Method(FastSetattrModule):
@@ -138,14 +130,6 @@ class Method(FastSetattrModule):
     def file_hashes(self) -> dict[str, str]:
         """Return the sha256 of the files that training depends on, by name; empty if a file is not loaded yet."""
         return {name: reference.weights_hash for name, reference in self.references.items()}
-
-    def authors_weights(self) -> Path | None:
-        """Return the authors' weights of this network, downloaded if they are missing; None if there are none.
-
-        Raises:
-            UserError: the download failed.
-        """
-        return None
 
     def schedule(self, images_seen: int) -> float:
         """Return the learning rate after `images_seen` images: a linear warmup, then a half cosine to zero.

@@ -1,6 +1,6 @@
 """Photographs for colorization."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -45,16 +45,15 @@ class Colorization(Photographs):
                 raise UserError(f"data.{name}: {value} is not a multiple of 8. Use {value + -value % 8}")
         self.sources: Tensor | list[ImageRef] | None = None  # of `training_crop`
 
-    def training_photographs(self, count: int | None = None) -> Iterator[Tensor]:
-        """Yield the resized training photographs, uint8 (3, H, W) each; at most `count`, a random subset.
+    def photograph_subset(self, count: int | None = None) -> list[int]:
+        """Return the numbers of all training photographs, or of a random subset of `count`."""
+        return random_subset(len(self.crops), count).tolist()
 
-        It requires `setup("fit")`.
-        """
-        for index in random_subset(len(self.crops), count).tolist():
-            if isinstance(self.crops, RandomCrops):
-                yield self.crops.images.image(index)
-            else:
-                yield read_resized(self.crops.files[index], self.resize)
+    def training_photograph(self, number: int) -> Tensor:
+        """Return a resized training photograph, uint8 (3, H, W); it requires `setup("fit")`."""
+        if isinstance(self.crops, RandomCrops):
+            return self.crops.images.image(number)
+        return read_resized(self.crops.files[number], self.resize)
 
     def train_fingerprint(self) -> tuple[str, str]:
         """Return the name of the training photographs, and the first 12 digits of their fingerprint."""

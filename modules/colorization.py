@@ -6,20 +6,27 @@ Paper and released code (richzhang/colorization, branch caffe) differ. Each of t
 
 1. The soft encoding has 5 bins in the paper and 10 in the code (`neighbors`).
 2. The code gives images without colors the weight zero (`mask_gray`).
-3. The learning rate falls to 1/3 and 1/10 in the paper, and to 1/10 at other steps in the code (`learning_rate_steps`).
+3. The learning rate falls to 1/3 and 1/10 in the paper, and at other steps to 1/10 and 1/100 in the code
+   (`learning_rate_steps`).
+4. The input is L - 50 in Caffe, and a hundredth of it here and in the authors' PyTorch code, for which the weights exist.
 
 Differences from both, with reasons:
 
 1. The weights start with He's initialization. The authors compute them from images (Kraehenbuehl et al.).
 2. The frequencies of the colors are those of the training photographs. The files that circulate are those of ImageNet, and one
    of them does not match the order of the bins.
-3. The loss is the mean over pixels, and not their sum; with Adam, only the weight decay depends on it.
-4. Training crops come from photographs whose shorter side has 256 pixels. The authors distort them to 256 x 256 pixels.
-5. The uniform distribution of eq. 4 is over all bins, in the authors' code over those with a frequency above zero.
+3. The running statistics of batch normalization have torch's momentum; Caffe averages over about 1,000 batches.
+4. The output of the regression is in units of 110, so that its initial values have the size of colors.
+5. Training crops come from photographs whose shorter side has 256 pixels. The authors distort them to 256 x 256 pixels.
+6. Evaluation crops are the central squares of 256 pixels, and `predict` computes colors at this shorter side. The authors'
+   evaluation distorts images to it.
+7. The uniform distribution of eq. 4 is over all bins, in the authors' code over those with a frequency above zero.
 """
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +39,7 @@ from torch import Tensor, nn
 from datamodules.errors import UserError
 from datamodules.transforms.ab_bins import BINS, annealed_mean, nearest_bins, rebalancing_weights, smooth, soft_encode
 from datamodules.transforms.lab import rgb_to_lab
-from modules.losses.precision import to_float32
+from modules.losses.precision import full_precision, to_float32
 from modules.networks.pretrained import find_or_download
 from modules.tasks.colorization import ColorizationMethod
 from modules.training.method import Batch
@@ -45,12 +52,13 @@ GRAY_LIMIT = 5.0  # images whose a and b are nowhere larger are gray
 
 
 class ColorfulColorization(ColorizationMethod):
-    """Section 2: classification of the color of each pixel, and its mode-like mean.
+    """Section 2: classification of the color of each pixel, and the annealed mean of its distribution.
 
     Args:
         loss: "classification", or "regression" of a and b with the squared error ("Ours (L2)").
         uniform_weight: lambda of eq. 4; with 1, all colors have the same weight ("Ours (class)").
-        frequency_images: photographs from which the frequencies of colors are computed, a random subset; null for all.
+        frequency_images: photographs from which the frequencies of colors are computed and in which gray ones are counted, a
+            random subset; null for all.
         neighbors: bins of the soft encoding; 5 in the paper, 10 in the code.
         temperature: T of eq. 5.
         mask_gray: give crops without colors the weight zero.
@@ -107,17 +115,20 @@ class ColorfulColorization(ColorizationMethod):
     # Sections 2.1 and 2.2: objective
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the cross entropy with the soft encoding (eq. 2), or the squared error (eq. 1)."""
+        """Compute the cross entropy with the soft encoding (eq. 2), or the squared error of a and b (eq. 1).
+
+        Both are sums over the pixels of the output, and means over the images.
+        """
         lightness, ab = rgb_to_lab(batch["image"]).split([1, 2], dim=1)
         output = to_float32(self(lightness))
         target = ab[..., ::TARGET_STRIDE, ::TARGET_STRIDE]  # (N, 2, h, w)
         if self.is_classification:
             loss = self.cross_entropy(output, target)
         else:
-            loss = (output - target / AB_SCALE).square().sum(1) / 2
+            loss = (AB_SCALE * output - target).square().sum(1) / 2  # (N, h, w)
         if self.mask_gray:
             loss = loss * is_colored(target)[:, None, None]
-        return {"cross_entropy" if self.is_classification else "squared_error": loss.mean()}
+        return {"cross_entropy" if self.is_classification else "squared_error": loss.sum((1, 2)).mean()}
 
     def cross_entropy(self, logits: Tensor, ab: Tensor) -> Tensor:
         """Compute the weighted cross entropy of each pixel, (N, h, w), from logits (N, 313, h, w) and colors (N, 2, h, w)."""
@@ -135,10 +146,12 @@ class ColorfulColorization(ColorizationMethod):
         """
         name, fingerprint = data.train_fingerprint()
         if not self.frequencies.fingerprint:
-            gray, count = self.frequencies.fit(data.training_photographs(self.frequency_images), self.uniform_weight)
+            numbers = data.photograph_subset(self.frequency_images)
+            gray = self.frequencies.fit(data.training_photograph, numbers, self.uniform_weight)
             self.frequencies.fingerprint.fill_(int(fingerprint, 16))
             if gray and not data.rank_and_world_size[0]:
-                print(f"{name}: {gray} of {count} photographs are gray; --model.mask_gray true excludes them from the loss")
+                advice = "excluded from the loss" if self.mask_gray else "--model.mask_gray true excludes them from the loss"
+                print(f"{name}: {gray} of {len(numbers)} photographs are gray; {advice}")
         if (saved := f"{int(self.frequencies.fingerprint):012x}") != fingerprint:
             raise UserError(
                 f"data.train: the run was started with the color frequencies of other photographs ({saved}) than those of "
@@ -150,8 +163,9 @@ class ColorfulColorization(ColorizationMethod):
     def predict_ab(self, lightness: Tensor, batch: Batch) -> Tensor:
         """Predict the annealed mean of the color distributions, enlarged by bilinear interpolation."""
         output = to_float32(self(lightness.to(self.dtype)))
-        ab = annealed_mean(output, self.temperature) if self.is_classification else output * AB_SCALE
-        return F.interpolate(ab, scale_factor=TARGET_STRIDE, mode="bilinear")
+        with full_precision(output.device):
+            ab = annealed_mean(output, self.temperature) if self.is_classification else output * AB_SCALE
+            return F.interpolate(ab, scale_factor=TARGET_STRIDE, mode="bilinear")
 
     # Weights of the authors
 
@@ -169,11 +183,10 @@ class ColorfulColorization(ColorizationMethod):
             return weights
         renamed = {}
         for name, value in weights.items():
-            network, _, rest = name.partition(".")
-            if name.startswith("model8.6."):  # the last convolution
-                renamed[f"network.8.{rest.removeprefix('6.')}"] = value
-            elif network != "model_out":  # the bins, which are constant
-                renamed[f"network.{int(network.removeprefix('model')) - 1}.{rest}"] = value
+            if name == "model_out.weight":  # the bins, which are constant
+                continue
+            name = re.sub(r"^model8\.6\.", "network.8.", name)  # the last convolution
+            renamed[re.sub(r"^model([1-8])\.", lambda match: f"network.{int(match[1]) - 1}.", name)] = value
         for name in [name for name in renamed if name.endswith(".running_mean")]:  # old files have no counters
             renamed.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
         return renamed
@@ -260,20 +273,28 @@ class ColorFrequencies(nn.Module):
         self.register_buffer("weights", torch.ones(len(BINS)))
         self.register_buffer("fingerprint", torch.tensor(0))
 
-    def fit(self, photographs: Iterable[Tensor], uniform_weight: float) -> tuple[int, int]:
-        """Compute the weights.
+    def fit(self, photograph: Callable[[int], Tensor], numbers: Sequence[int], uniform_weight: float) -> int:
+        """Compute the weights from the pixels that are targets of the training, every fourth one.
 
         Args:
-            photographs: uint8 (3, H, W) each.
+            photograph: function from a number to a photograph, uint8 (3, H, W); several threads call it.
+            numbers: numbers of the photographs.
             uniform_weight: lambda of eq. 4.
 
         Returns:
-            The number of gray photographs, and of all.
+            The number of gray photographs.
         """
-        counts, gray, total = torch.zeros(len(BINS), dtype=torch.float64), 0, 0
-        for photograph in photographs:
-            ab = rgb_to_lab(photograph[None].float() / 255)[:, 1:]
-            counts += torch.bincount(nearest_bins(ab[0].flatten(1).T, 1)[0][:, 0], minlength=len(BINS))
-            gray, total = gray + int(not is_colored(ab)), total + 1
+        counts, gray = torch.zeros(len(BINS), dtype=torch.float64), 0
+        with ThreadPoolExecutor() as pool:
+            for colors, is_gray in pool.map(lambda number: count_colors(photograph(number)), numbers):
+                counts += colors
+                gray += int(is_gray)
         self.weights.copy_(rebalancing_weights(smooth(counts), uniform_weight))
-        return gray, total
+        return gray
+
+
+def count_colors(photograph: Tensor) -> tuple[Tensor, bool]:
+    """Count the pixels nearest to each bin, int64 (313,), and return whether the photograph, uint8 (3, H, W), is gray."""
+    ab = rgb_to_lab(photograph[None, :, ::TARGET_STRIDE, ::TARGET_STRIDE].float() / 255)[:, 1:]
+    bins = nearest_bins(ab[0].flatten(1).T, 1)[0][:, 0]
+    return torch.bincount(bins, minlength=len(BINS)), not is_colored(ab)

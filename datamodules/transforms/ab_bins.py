@@ -19,6 +19,7 @@ _B_RANGES = {
     50: (-100, 80), 60: (-110, 80), 70: (-110, 80), 80: (-110, 70), 90: (-110, 70), 100: (-90, 0),
 }  # fmt: skip
 BINS = torch.tensor([(a, b) for a, (low, high) in _B_RANGES.items() for b in range(low, high + SPACING, SPACING)]).float()
+LEAST_TEMPERATURE = 1e-6  # the annealed mean is then the mode; smaller values overflow
 CELL = 2.5  # side of the cells of `_candidates`, in Lab units
 CELLS = 96  # on each side; the cells cover -120 ... 120
 
@@ -74,7 +75,9 @@ def annealed_mean(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         a and b, (N, 2, H, W).
     """
-    return torch.einsum("nqhw,qc->nchw", torch.softmax(logits / temperature, dim=1), BINS.to(logits))
+    relative = logits - logits.amax(dim=1, keepdim=True)
+    probabilities = torch.softmax(relative / max(temperature, LEAST_TEMPERATURE), dim=1)
+    return torch.einsum("nqhw,qc->nchw", probabilities, BINS.to(logits))
 
 
 def smooth(counts: Tensor) -> Tensor:

@@ -16,10 +16,9 @@ Differences from both, with reasons:
 2. The frequencies of the colors are those of the training photographs. The files that circulate are those of ImageNet, and one
    of them does not match the order of the bins.
 3. The running statistics of batch normalization have torch's momentum; Caffe averages over about 1,000 batches.
-4. The output of the regression is in units of 110, so that its initial values have the size of colors.
+4. The output of the regression is a and b over 110, as in the authors' PyTorch code.
 5. Training crops come from photographs whose shorter side has 256 pixels. The authors distort them to 256 x 256 pixels.
-6. Evaluation crops are the central squares of 256 pixels, and `predict` computes colors at this shorter side. The authors'
-   evaluation distorts images to it.
+6. Evaluation crops are the central squares of 256 pixels, and `predict` computes colors at this shorter side.
 7. The uniform distribution of eq. 4 is over all bins, in the authors' code over those with a frequency above zero.
 """
 

@@ -75,8 +75,7 @@ def annealed_mean(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         a and b, (N, 2, H, W).
     """
-    relative = logits - logits.amax(dim=1, keepdim=True)
-    probabilities = torch.softmax(relative / max(temperature, LEAST_TEMPERATURE), dim=1)
+    probabilities = torch.softmax(logits / max(temperature, LEAST_TEMPERATURE), dim=1)
     return torch.einsum("nqhw,qc->nchw", probabilities, BINS.to(logits))
 
 

@@ -103,6 +103,7 @@ def test_soft_encoding_and_its_mean_return_the_color():
     mode = annealed_mean(logits[:, :, None, None], 1e-3)[..., 0, 0]
     clear = weights[:, 0] > weights[:, 1] + 0.05
     assert torch.allclose(mode[clear], BINS[bins[clear, 0]], atol=1e-3)
+    assert torch.allclose(annealed_mean(logits[:, :, None, None], 1e-40)[clear, :, 0, 0], BINS[bins[clear, 0]], atol=1e-3)
 
 
 def test_weights_of_colors_have_an_expectation_of_one():
@@ -314,6 +315,20 @@ def test_weights_in_the_layout_of_the_authors_give_the_output_of_their_layers(wo
     assert torch.allclose(method.predict_ab(lightness, {}), expected, atol=1e-3)
     with pytest.raises(UserError, match="does not fit this model"):
         load_weights(ColorfulColorization(base_channels=4), workdir / "authors.pth")  # without scales
+    torch.save({**weights, "model8up.0.weight": weights["model8.0.weight"]}, workdir / "siggraph17.pth")
+    with pytest.raises(UserError, match="model8up"):
+        load_weights(method, workdir / "siggraph17.pth")
+
+
+def test_colors_are_decoded_in_full_precision_under_autocast():
+    """Under autocast, only the network computes in bf16: the decoding of the same logits does not change."""
+    method = ColorfulColorization(base_channels=4).eval()
+    logits = 4 * torch.randn(1, 313, 6, 7, generator=torch.Generator().manual_seed(0))
+    method.forward = lambda lightness: logits
+    expected = method.predict_ab(torch.zeros(1, 1, 24, 28), {})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(method.predict_ab(torch.zeros(1, 1, 24, 28), {}), expected)
+        assert not torch.equal(F.interpolate(annealed_mean(logits, 0.38), scale_factor=4, mode="bilinear"), expected)
 
 
 def test_released_weights_that_cannot_be_downloaded_are_named(workdir, monkeypatch, capfd):

@@ -119,6 +119,7 @@ class PhotographBatch(TypedDict):
 class PhotographEvalBatch(PhotographBatch, Named):
     """A photograph; N is 1."""
 
+    label: Tensor  # int64 (N,)
     index: Tensor  # int64 (N,), over all datasets
 
 
@@ -134,6 +135,18 @@ class ColorizationOutputs(PhotographEvalBatch):
 
     prediction: Tensor  # like `image`, in [0, 1]
     ab: Tensor  # (N, 2, size, size), predicted a and b of Lab
+
+
+class ClassificationBatch(PhotographBatch):
+    """Photographs with their classes."""
+
+    label: Tensor  # int64 (N,)
+
+
+class ClassificationOutputs(PhotographEvalBatch):
+    """Evaluation batch with the scores of the classes, from one or more classifiers by name."""
+
+    logits: dict[str, Tensor]  # (N, K) each
 
 
 class RingBatch(TypedDict):

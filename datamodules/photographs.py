@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,26 @@ from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
+from datamodules.io.image_set import class_folders, folder_labels
 from datamodules.random.philox import randint_from_words, random_words
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.short_side import resize_short_side
+
+
+class PhotographSet(NamedTuple):
+    """Resized photographs of a dataset in memory, with their classes."""
+
+    refs: list[ImageRef]
+    images: list[Tensor]  # uint8 (3, H, W) each
+    labels: Tensor  # int64 (N,)
 
 
 class Photographs(ResumableDataModule):
     """Photographs, resized so that the shorter side has `resize` pixels, and cropped to squares.
 
     Yields `PhotographBatch` with random crops, of which half are flipped, and `PhotographEvalBatch` with center crops; see
-    `datamodules/batches.py`.
+    `datamodules/batches.py`. The label of an image file is the index of its folder among the folders next to it, as in
+    torchvision's `ImageFolder`.
 
     Args:
         train: training photographs: a dataset of the catalog, one of its splits ("photographs/train"), or a folder.
@@ -41,6 +51,9 @@ class Photographs(ResumableDataModule):
         num_workers: loader processes; 0 is fastest for images in memory.
         skip_bad: skip unusable files and report their count instead of raising an error.
         seed: seed of the order and of the crops.
+
+    Attributes:
+        class_counts: number of classes of each dataset that was read, by its name in logs.
 
     Raises:
         UserError: `resize` is smaller than a crop.
@@ -65,6 +78,7 @@ class Photographs(ResumableDataModule):
             raise UserError(f"data.resize: {resize} is smaller than data.size: {size}. Use at least {size}")
         self.train, self.val, self.test = train, val, test
         self.size, self.eval_size, self.resize, self.streaming = size, eval_size, resize, streaming
+        self.class_counts: dict[str, int] = {}
 
     # Setup
 
@@ -79,27 +93,35 @@ class Photographs(ResumableDataModule):
             self.crops: RandomCrops | StreamedCrops
             if self.streaming:
                 refs = self.data_report.validate(list_image_refs(self.train), 1, decode=False)
-                self.crops = StreamedCrops([ref.path for ref in refs], self.resize, self.size, self.seed)
+                files = [ref.path for ref in refs]
+                self.crops = StreamedCrops(files, self.file_labels(refs), self.resize, self.size, self.seed)
             else:
-                self.crops = RandomCrops(self.read(self.train)[1], self.size, self.seed)
+                _, images, labels = self.read(self.train)
+                self.crops = RandomCrops(images, labels, self.size, self.seed)
         if stage in ("fit", "validate"):
-            self.val_images = CenterCrops(*self.read(self.val), self.eval_size)
+            self.val_images = CenterCrops([self.read(self.val)], self.eval_size)
         if stage == "test":
-            sets = self.read_test_sets(self.read)
-            refs, images = ([item for part in parts for item in part] for parts in zip(*sets, strict=True))
-            self.test_images = CenterCrops(refs, images, self.eval_size)
+            self.test_images = CenterCrops(self.read_test_sets(self.read), self.eval_size)
 
-    def read(self, spec: str) -> tuple[list[ImageRef], list[Tensor]]:
+    def read(self, spec: str) -> PhotographSet:
         """Read and resize the images of a dataset or folder."""
         if is_array_dataset(spec):
-            pixels, _ = read_split(spec)
-            label = dataset_label(spec)
-            self.data_report.content_hashes[label] = {"all": pixel_hash(pixels)}
-            refs = [ImageRef(label, f"{index:06d}", Path()) for index in range(len(pixels))]
-            return refs, [resize_short_side(to_channels(image, 3), self.resize) for image in pixels]
+            pixels, labels = read_split(spec)
+            name = dataset_label(spec)
+            self.data_report.content_hashes[name] = {"all": pixel_hash(pixels)}
+            self.class_counts[name] = int(labels.max()) + 1
+            refs = [ImageRef(name, f"{index:06d}", Path()) for index in range(len(pixels))]
+            return PhotographSet(refs, [resize_short_side(to_channels(image, 3), self.resize) for image in pixels], labels)
         usable = self.data_report.validate(list_image_refs(spec), 1)
         with ThreadPoolExecutor() as pool:
-            return usable, list(pool.map(lambda ref: read_resized(ref.path, self.resize), usable))
+            images = list(pool.map(lambda ref: read_resized(ref.path, self.resize), usable))
+        return PhotographSet(usable, images, self.file_labels(usable))
+
+    def file_labels(self, refs: Sequence[ImageRef]) -> Tensor:
+        """Return the classes of image files of a dataset, int64 (N,)."""
+        folders = class_folders(refs)
+        self.class_counts[refs[0].dataset] = len(folders)
+        return folder_labels(refs, folders)
 
     # Loaders
 
@@ -127,6 +149,7 @@ class Photographs(ResumableDataModule):
         """Convert uint8 images to float32 in [0, 1]."""
         return {
             "image": batch["image"].float() / 255,
+            "label": batch["label"],
             "index": batch["index"],
             "name": batch["name"],
             "dataset": batch["dataset"],
@@ -138,20 +161,21 @@ class RandomCrops(Dataset[dict[str, Any]]):
 
     Args:
         images: uint8 (3, H, W) each.
+        labels: their classes, int64 (N,).
         size: side of the crops in pixels.
         seed: seed of the positions.
     """
 
-    def __init__(self, images: Sequence[Tensor], size: int, seed: int) -> None:
-        self.images, self.size, self.seed = RaggedImageBuffer(images), size, seed
+    def __init__(self, images: Sequence[Tensor], labels: Tensor, size: int, seed: int) -> None:
+        self.images, self.labels, self.size, self.seed = RaggedImageBuffer(images), labels, size, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Return {"image": uint8 (B, 3, size, size)}."""
+        """Return {"image": uint8 (B, 3, size, size), "label": int64 (B,)}."""
         start, items = slice_
-        return {"image": crop_at_random(self.images, items, start, self.size, self.seed)}
+        return {"image": crop_at_random(self.images, items, start, self.size, self.seed), "label": self.labels[items]}
 
 
 class StreamedCrops(Dataset[dict[str, Any]]):
@@ -159,22 +183,24 @@ class StreamedCrops(Dataset[dict[str, Any]]):
 
     Args:
         files: image files.
+        labels: their classes, int64 (N,).
         resize: shorter side of a resized photograph in pixels.
         size: side of the crops in pixels.
         seed: seed of the positions.
     """
 
-    def __init__(self, files: Sequence[Path], resize: int, size: int, seed: int) -> None:
-        self.files, self.resize, self.size, self.seed = files, resize, size, seed
+    def __init__(self, files: Sequence[Path], labels: Tensor, resize: int, size: int, seed: int) -> None:
+        self.files, self.labels, self.resize, self.size, self.seed = files, labels, resize, size, seed
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Return {"image": uint8 (B, 3, size, size)}."""
+        """Return {"image": uint8 (B, 3, size, size), "label": int64 (B,)}."""
         start, items = slice_
         images = RaggedImageBuffer([read_resized(self.files[item], self.resize) for item in items])
-        return {"image": crop_at_random(images, np.arange(len(items)), start, self.size, self.seed)}
+        crops = crop_at_random(images, np.arange(len(items)), start, self.size, self.seed)
+        return {"image": crops, "label": self.labels[items]}
 
 
 def crop_at_random(images: RaggedImageBuffer, image_ids: np.ndarray, start: int, size: int, seed: int) -> Tensor:
@@ -194,22 +220,29 @@ class CenterCrops(Dataset[dict[str, Any]]):
     """Center crops of photographs.
 
     Args:
-        refs: image files.
-        images: their pixels, uint8 (3, H, W) each.
+        sets: photographs of one or more datasets.
         size: side of the crops in pixels.
     """
 
-    def __init__(self, refs: Sequence[ImageRef], images: Sequence[Tensor], size: int) -> None:
-        self.refs, self.images, self.size = refs, images, size
+    def __init__(self, sets: Sequence[PhotographSet], size: int) -> None:
+        self.refs = [ref for photographs in sets for ref in photographs.refs]
+        self.images = [image for photographs in sets for image in photographs.images]
+        self.labels = torch.cat([photographs.labels for photographs in sets])
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.refs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": uint8 (1, 3, size, size), "index": int64 (1,), "name", "dataset"}."""
+        """Return {"image": uint8 (1, 3, size, size), "label" and "index": int64 (1,), "name", "dataset"}."""
         image, ref = self.images[index], self.refs[index]
-        crop = center_crop(image, self.size)
-        return {"image": crop[None], "index": torch.tensor([index]), "name": [ref.name], "dataset": [ref.dataset]}
+        return {
+            "image": center_crop(image, self.size)[None],
+            "label": self.labels[index : index + 1],
+            "index": torch.tensor([index]),
+            "name": [ref.name],
+            "dataset": [ref.dataset],
+        }
 
 
 def is_array_dataset(spec: str) -> bool:

@@ -109,7 +109,7 @@ class ColorfulColorization(ColorizationMethod):
 
     def forward(self, lightness: Tensor) -> Tensor:
         """Compute the logits of the bins, or a and b over 110, from L (N, 1, H, W) in [0, 100]: (N, 313 or 2, H / 4, W / 4)."""
-        return self.network((lightness - 50) / 100)
+        return self.network(scale_lightness(lightness))
 
     # Sections 2.1 and 2.2: objective
 
@@ -208,6 +208,11 @@ class ColorfulColorization(ColorizationMethod):
     def stages(self) -> list[Stage]:
         """Return a stage for each learning rate."""
         return [Stage(), *(Stage(start) for start in self.learning_rate_steps)]
+
+
+def scale_lightness(lightness: Tensor) -> Tensor:
+    """Scale L in [0, 100] to the input of the network, in [-0.5, 0.5]."""
+    return (lightness - 50) / 100
 
 
 def colorization_network(width: int, outputs: int, affine: bool) -> nn.Sequential:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.segmentation import confusion, metrics_from_confusion
-from callbacks.run.checkpoints import load_weights, weights_hash
 from datamodules.catalog.palettes import nearest_class, palette
 from datamodules.errors import UserError
 from datamodules.io.paths import find_file
+from modules.networks.weights import load_weights, weights_hash
 
 METRIC_NAMES = {"pixel-accuracy": "pixel-accuracy", "class-accuracy": "class-accuracy", "class-iou": "miou/pooled"}
 

@@ -1,17 +1,12 @@
 """Checkpoints: the latest state to resume from, and the best weights to evaluate."""
 
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from datamodules.errors import UserError
-from modules.networks.weights import LOAD_ERRORS, read_weights_file
 from modules.training.gradients import broadcast_buffers
 
 
@@ -83,91 +78,3 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
     if trainer.is_global_zero:
         tmp_path.replace(path)
     trainer.strategy.barrier("the checkpoint is in its place")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's tensors and plain data; tensors are memory-mapped.
-
-    Raises:
-        UserError: the file cannot be read, is damaged, or is not a checkpoint.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except LOAD_ERRORS:
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint (.ckpt, .safetensors)")
-    return content
-
-
-@runtime_checkable
-class HasAuthorsWeights(Protocol):
-    """A method that can use weights of its authors."""
-
-    def authors_weights(self) -> Path | None:
-        """Return the file of the weights, downloaded if it is missing; None if there is none."""
-
-    def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights with the names of this method; others unchanged."""
-        ...
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint (.ckpt), of committed weights (.safetensors) or of a file of torch (.pth), by name.
-
-    Raises:
-        UserError: see `read_checkpoint` and `read_weights_file`.
-    """
-    return read_weights_file(path) if path.suffix in (".safetensors", ".pth") else read_checkpoint(path)["state_dict"]
-
-
-def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """Return the first 16 hex digits of the sha256 of names and values.
-
-    The hash of a checkpoint equals that of the committed weights exported from it.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_weights(module: L.LightningModule, path: Path) -> None:
-    """Load the weights of a file into a module, see `read_weights`; a method can rename those of its authors' code.
-
-    Raises:
-        UserError: the file does not contain the weights of this module; the message names the file and the first difference.
-    """
-    weights = read_weights(path)
-    if isinstance(module, HasAuthorsWeights):
-        weights = module.rename_weights(weights)
-    weights = inference_state_dict(module, weights)
-    expected = inference_state_dict(module, module.state_dict())
-    for name in sorted(expected.keys() | weights.keys()):
-        shape, expected_shape = (
-            tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (weights, expected)
-        )
-        if shape != expected_shape:
-            raise UserError(
-                f"{path} does not fit this model: for '{name}', the file has {shape}, but the model needs {expected_shape}. "
-                "Use weights of the same recipe"
-            )
-    module.load_state_dict(weights, strict=False)
-
-
-def inference_state_dict(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that are used after training, as they are committed.
-
-    They exclude those of the method's `training_only_modules`, and are rounded to its `inference_dtype` if it has one.
-
-    Args:
-        method: a method, or its class.
-        weights: state dict of the method.
-    """
-    prefixes = tuple(f"{prefix}." for prefix in getattr(method, "training_only_modules", ()))
-    used = {name: tensor for name, tensor in weights.items() if not (prefixes and name.startswith(prefixes))}
-    dtype = getattr(method, "inference_dtype", None)
-    return {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in used.items()}

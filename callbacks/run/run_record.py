@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.metrics.base import Metric
-from callbacks.run.checkpoints import Checkpoints, inference_state_dict, read_weights, weights_hash
+from callbacks.run.checkpoints import Checkpoints
 from callbacks.run.record_file import read_record, write_record
+from modules.networks.weights import inference_state_dict, read_weights, weights_hash
 
 SEGMENT_KEYS = ("commit", "code", "versions")  # a resumed run that differs in these is a new segment
 

@@ -128,6 +128,18 @@ def read_svhn(subset: str) -> ImagesAndLabels:
     return data.data, data.labels
 
 
+def read_stl10(subset: str) -> ImagesAndLabels:
+    """Read STL-10 with torchvision, which verifies the MD5 of the files; unlabeled images have the label -1."""
+    from torchvision.datasets import STL10
+
+    try:
+        data = STL10(str(get_dataset("stl10").path), split=subset)
+    except RuntimeError:
+        hint = get_dataset("stl10").install_hint()
+        raise DatasetNotFound(f"stl10 is not installed, or damaged. To install: {hint}") from None
+    return data.data, np.asarray(data.labels)
+
+
 def read_static_mnist(subset: str) -> ImagesAndLabels:
     """Read H. Larochelle's static binarization of MNIST, text rows of 784 zeros and ones; all labels are 0."""
     path = get_dataset("mnist-static").path / f"binarized_mnist_{subset}.amat"
@@ -177,4 +189,5 @@ READERS: dict[str, Callable[[str], ImagesAndLabels]] = {
     "cifar10": read_cifar10,
     "cifar10-jpeg": read_cifar10_jpeg,
     "svhn": read_svhn,
+    "stl10": read_stl10,
 }

@@ -48,6 +48,8 @@ def download_torchvision(name: str) -> None:
             datasets.MNIST(str(data_root()), download=True)
         elif name == "cifar10":
             datasets.CIFAR10(str(root), download=True)
+        elif name == "stl10":
+            datasets.STL10(str(root), download=True)
         elif name == "voc":
             datasets.VOCSegmentation(str(root), "2012", download=True)
         elif name == "pets":

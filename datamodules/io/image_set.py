@@ -89,10 +89,21 @@ def random_order(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
-def folder_labels(refs: Sequence[ImageRef]) -> Tensor:
-    """Return the index of each image's folder in sorted order: int64 (N,)."""
-    folders = sorted({ref.path.parent for ref in refs})
-    return torch.tensor([folders.index(ref.path.parent) for ref in refs])
+def class_folders(refs: Sequence[ImageRef]) -> list[Path]:
+    """Return the folders of images and the folders next to them, sorted: a folder of each class, as in `ImageFolder`."""
+    parents = {ref.path.parent.parent for ref in refs}
+    return sorted(folder for parent in parents for folder in parent.iterdir() if folder.is_dir())
+
+
+def folder_labels(refs: Sequence[ImageRef], folders: Sequence[Path] | None = None) -> Tensor:
+    """Return the index of each image's folder: int64 (N,).
+
+    Args:
+        refs: images.
+        folders: all folders, such as those of `class_folders`; None for those of the images, sorted.
+    """
+    numbers = {folder: i for i, folder in enumerate(folders or sorted({ref.path.parent for ref in refs}))}
+    return torch.tensor([numbers[ref.path.parent] for ref in refs])
 
 
 def read_square(path: Path, size: int, channels: int, square: Square) -> Tensor:

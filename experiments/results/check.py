@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from callbacks.run.checkpoints import weights_hash
 from callbacks.run.record_file import write_record
 from callbacks.run.run_record import cpu_name
 from datamodules.errors import UserError
@@ -35,6 +34,7 @@ from experiments.results.renames import Renames
 from experiments.results.replay import STEPS, Code, Mismatch, Uncheckable, data_hashes, evaluate, replay, result_values
 from experiments.results.reproduce import missing_inputs
 from experiments.run.recipes import Recipe, recipes
+from modules.networks.weights import weights_hash
 from modules.training.stages import StagePlan
 
 # Relative tolerances between the metrics of committed weights and those of the record, for means and for single images:

@@ -15,7 +15,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from callbacks.run.checkpoints import weights_hash
 from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.record_file import read_record
 from datamodules.generation import Generation
@@ -23,6 +22,7 @@ from datamodules.io.paths import data_root
 from experiments.results.renames import Renames
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run
+from modules.networks.weights import weights_hash
 
 STEPS = 20  # training steps of a replay from each stage start, with a validation after half of them
 # Limits for the validations of a replay and the evaluation of its weights: number of batches, and options of metrics that load

@@ -167,7 +167,7 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     from safetensors.torch import save_file
     from torch import load
 
-    from callbacks.run.checkpoints import inference_state_dict
+    from modules.networks.weights import inference_state_dict
 
     record = read_record(run.record)
     changed = [*differences(record, canonical(recipe)), *changed_code(record, code_fingerprint(recipe))]

@@ -15,13 +15,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.run.checkpoints import load_weights, read_checkpoint
 from callbacks.run.csv_logger import CSVLogger
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
+from modules.networks.weights import load_weights, read_checkpoint
 from modules.training.stages import StagePlan
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from callbacks.run.checkpoints import HasAuthorsWeights, load_weights, read_checkpoint
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import RESUMABLE_KEYS, DarkroomCLI
 from experiments.run.run_dir import finished_runs
+from modules.networks.weights import HasAuthorsWeights, load_weights, read_checkpoint
 
 
 def load_resolved_weights(cli: DarkroomCLI) -> Path | None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from datamodules.errors import UserError
 from experiments.tasks import (
+    classification,
     colorization,
     generation,
     reconstruction,
@@ -23,6 +24,7 @@ TASKS: list[Task] = [
     reconstruction.TASK,
     stylization.TASK,
     colorization.TASK,
+    classification.TASK,
     toys.TASK,
 ]
 

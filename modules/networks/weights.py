@@ -1,13 +1,16 @@
-"""Weights files of pretrained networks."""
+"""Weights of networks: files, checkpoints, names and hashes."""
 
+import hashlib
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.errors import UserError
 
@@ -35,3 +38,91 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, *LOAD_ERRORS) as error:
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())}. Replace the file") from None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's tensors and plain data; tensors are memory-mapped.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or is not a checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except LOAD_ERRORS:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint (.ckpt, .safetensors)")
+    return content
+
+
+@runtime_checkable
+class HasAuthorsWeights(Protocol):
+    """A method that can use weights of its authors."""
+
+    def authors_weights(self) -> Path | None:
+        """Return the file of the weights, downloaded if it is missing; None if there is none."""
+
+    def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights with the names of this method; others unchanged."""
+        ...
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint (.ckpt), of committed weights (.safetensors) or of a file of torch (.pth), by name.
+
+    Raises:
+        UserError: see `read_checkpoint` and `read_weights_file`.
+    """
+    return read_weights_file(path) if path.suffix in (".safetensors", ".pth") else read_checkpoint(path)["state_dict"]
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return the first 16 hex digits of the sha256 of names and values.
+
+    The hash of a checkpoint equals that of the committed weights exported from it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load the weights of a file into a module, see `read_weights`; a method can rename those of its authors' code.
+
+    Raises:
+        UserError: the file does not contain the weights of this module; the message names the file and the first difference.
+    """
+    weights = read_weights(path)
+    if isinstance(module, HasAuthorsWeights):
+        weights = module.rename_weights(weights)
+    weights = inference_state_dict(module, weights)
+    expected = inference_state_dict(module, module.state_dict())
+    for name in sorted(expected.keys() | weights.keys()):
+        shape, expected_shape = (
+            tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (weights, expected)
+        )
+        if shape != expected_shape:
+            raise UserError(
+                f"{path} does not fit this model: for '{name}', the file has {shape}, but the model needs {expected_shape}. "
+                "Use weights of the same recipe"
+            )
+    module.load_state_dict(weights, strict=False)
+
+
+def inference_state_dict(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that are used after training, as they are committed.
+
+    They exclude those of the method's `training_only_modules`, and are rounded to its `inference_dtype` if it has one.
+
+    Args:
+        method: a method, or its class.
+        weights: state dict of the method.
+    """
+    prefixes = tuple(f"{prefix}." for prefix in getattr(method, "training_only_modules", ()))
+    used = {name: tensor for name, tensor in weights.items() if not (prefixes and name.startswith(prefixes))}
+    dtype = getattr(method, "inference_dtype", None)
+    return {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in used.items()}

@@ -157,6 +157,16 @@ def write_svhn(folder: Path) -> None:
         savemat(folder / f"{split}_32x32.mat", {"X": hundred_tiles().transpose(1, 2, 3, 0), "y": labels})
 
 
+def write_stl10(folder: Path) -> None:
+    """Write crops of photographs in the original format: pixels in column-major order, and labels from 1 on."""
+    (folder / "stl10_binary").mkdir(parents=True, exist_ok=True)
+    tiles = hundred_tiles().repeat(3, axis=1).repeat(3, axis=2).transpose(0, 3, 2, 1)
+    for name in ("train", "test", "unlabeled"):
+        (folder / f"stl10_binary/{name}_X.bin").write_bytes(tiles.tobytes())
+        (folder / f"stl10_binary/{name}_y.bin").write_bytes(bytes(i % 10 + 1 for i in range(100)))
+    (folder / "stl10_binary/fold_indices.txt").write_text("0 1 2\n" * 10)
+
+
 def write_static_mnist(folder: Path) -> None:
     """Write three files of rows of zeros and ones, with 30 embedded digits each."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,21 +206,29 @@ WRITERS = {
     "cifar10": write_cifar10,
     "cifar10-jpeg": write_cifar10_jpeg,
     "svhn": write_svhn,
+    "stl10": write_stl10,
 }
 
 
 def accept_what_is_laid_out(patch: pytest.MonkeyPatch) -> None:
-    """Patch the MD5 checksums of CIFAR-10 and SVHN in torchvision to those of the fake files."""
-    from torchvision.datasets import CIFAR10, SVHN
+    """Patch the MD5 checksums of CIFAR-10, SVHN and STL-10 in torchvision to those of the fake files."""
+    from torchvision.datasets import CIFAR10, STL10, SVHN
 
     for split, (url, name, _) in SVHN.split_list.items():
         if (path := get_dataset("svhn").path / name).exists():
-            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            patch.setitem(SVHN.split_list, split, [url, name, digest])
+            patch.setitem(SVHN.split_list, split, [url, name, md5(path)])
+    stl10 = get_dataset("stl10").path / "stl10_binary"
+    for files in ("train_list", "test_list"):
+        if stl10.exists():
+            patch.setattr(STL10, files, [[name, md5(stl10 / name)] for name, _ in getattr(STL10, files)])
     batch_folder = get_dataset("cifar10").path / "cifar-10-batches-py"
     if not batch_folder.exists():
         return
-    digest = {path.name: hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in batch_folder.iterdir()}
+    digest = {path.name: md5(path) for path in batch_folder.iterdir()}
     patch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", digest[f"data_batch_{i}"]] for i in range(1, 6)])
     patch.setattr(CIFAR10, "test_list", [["test_batch", digest["test_batch"]]])
     patch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": digest["batches.meta"]})
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()

@@ -12,7 +12,6 @@ from skimage.color import lab2rgb, rgb2lab
 from torch import nn
 
 from callbacks.metrics.color_metrics import ColorMetrics
-from callbacks.run.checkpoints import load_weights
 from datamodules.colorization import Colorization
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
@@ -28,6 +27,7 @@ from datamodules.transforms.ab_bins import (
 from datamodules.transforms.lab import fit_gamut, lab_to_rgb, rgb_to_lab
 from experiments.cli.main import main
 from modules.colorization import ColorfulColorization
+from modules.networks.weights import load_weights
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.colorization import ColorizationContract, write_colorization_recipe
 

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from callbacks.run.checkpoints import inference_state_dict, load_weights
 from datamodules.catalog.domains import load_domains
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
@@ -15,6 +14,7 @@ from experiments.bench.cyclegan_baseline import reference_cyclegan_step
 from experiments.bench.reference_loop import make_optimizers, make_reference_step
 from experiments.cli.main import main
 from modules.cyclegan import CycleGAN
+from modules.networks.weights import inference_state_dict, load_weights
 from modules.training.image_pool import ImagePool
 from modules.training.phases import bind_phases, train_only
 from tests.helpers.subprocess_helpers import forked

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from callbacks.run.checkpoints import inference_state_dict, load_weights
 from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
@@ -26,6 +25,7 @@ from experiments.run.video import read_frames, write_video
 from modules.losses.perceptual import feature_loss, gram_matrix, style_loss, total_variation
 from modules.networks.tiled_transform import transform_tiled
 from modules.networks.transform_net import StyleNorm, TransformNet
+from modules.networks.weights import inference_state_dict, load_weights
 from modules.style_transfer import StyleTransfer, read_style
 from modules.tasks.stylization import parse_mixture
 from tests.helpers.subprocess_helpers import forked

@@ -7,7 +7,7 @@ from datamodules.errors import UserError
 from datamodules.io.paths import file_hash
 from datamodules.photographs import Photographs
 from modules.losses.precision import full_precision
-from modules.networks.classifiers import Classifier, build_classifier
+from modules.networks.classifiers import Classifier, find_classifier
 from modules.networks.pretrained import find_or_download
 
 
@@ -21,7 +21,7 @@ class ClassifierAccuracy(ImageMetric):
     "prediction": (N, 3, H, W), "label": (N,)}.
 
     Args:
-        classifier: name, see `build_classifier`.
+        classifier: name, see `find_classifier`.
         weights: weights file, see `find_file`; None for the file in torch's cache, which is downloaded if it is missing.
         on_missing_weights: "skip" to skip this metric if the weights are missing; "error" to raise an error.
         on_validation: evaluate at validations too.
@@ -54,7 +54,7 @@ class ClassifierAccuracy(ImageMetric):
         if not isinstance(trainer.datamodule, Photographs):
             raise UserError(f"ClassifierAccuracy: {type(trainer.datamodule).__name__} has no classes. Remove this metric")
         self.class_counts = trainer.datamodule.class_counts
-        network = build_classifier(self.classifier)
+        network = find_classifier(self.classifier)
         try:
             path = find_or_download(self.classifier, network.url, self.weights)
         except UserError as error:
@@ -63,8 +63,8 @@ class ClassifierAccuracy(ImageMetric):
             if trainer.is_global_zero:
                 print(f"skipped   top1/{self.classifier}: {error}", flush=True)
             return
-        network.load(path)
-        self.network, self.evaluator_hash = network.to(trainer.strategy.root_device), file_hash(path)
+        network.load(path, trainer.strategy.root_device)
+        self.network, self.evaluator_hash = network, file_hash(path)
 
     def update(self, outputs: dict[str, Any], i: int) -> list[bool]:
         """Return whether the prediction and the photograph are classified correctly; nothing if this is not possible."""

@@ -17,8 +17,8 @@ CIFAR10_NAMES = {f"cifar10-resnet{6 * count + 2}": count for count in (3, 5, 7, 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB
 
 
-def build_classifier(name: str) -> "Classifier":
-    """Build a classifier without its weights.
+def find_classifier(name: str) -> "Classifier":
+    """Return a classifier by its name; it has no network until its weights are loaded.
 
     Args:
         name: model of torchvision for ImageNet, such as "vgg16", or one of `CIFAR10_NAMES`.
@@ -29,37 +29,41 @@ def build_classifier(name: str) -> "Classifier":
     return Cifar10ResNet(CIFAR10_NAMES[name]) if name in CIFAR10_NAMES else TorchvisionClassifier(name)
 
 
-class Classifier(nn.Module, ABC):
+class Classifier(ABC):
     """A frozen classifier.
 
     Args:
-        network: network that has the weights.
         url: address of the weights, see `find_or_download`; None if they cannot be downloaded.
         n_classes: number of classes.
     """
 
-    def __init__(self, network: nn.Module, url: str | None, n_classes: int) -> None:
-        super().__init__()
-        self.network, self.url, self.n_classes = network, url, n_classes
+    network: nn.Module  # after `load`
+
+    def __init__(self, url: str | None, n_classes: int) -> None:
+        self.url, self.n_classes = url, n_classes
 
     @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
+    def build_network(self) -> nn.Module:
+        """Build the network that has the weights."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
         """Compute the logits (N, K) of uint8 images (N, 3, H, W)."""
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, device: torch.device | str = "cpu") -> None:
         """Load a weights file and freeze the network; its names can have the prefix of `nn.DataParallel`.
 
         Raises:
             UserError: the file does not contain the weights of the classifier.
         """
         content = read_weights_file(path)
+        self.network = self.build_network().to(device).eval().requires_grad_(False)
         try:
             weights = dict(content.get("state_dict", content))
             self.network.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
         except (RuntimeError, AttributeError, TypeError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{path} does not contain the weights of the classifier: {reason}. Use another file") from None
-        self.eval().requires_grad_(False)
 
 
 class TorchvisionClassifier(Classifier):
@@ -80,10 +84,14 @@ class TorchvisionClassifier(Classifier):
         if default is None or len(default.meta.get("categories", [])) != 1000:
             known = ", ".join(CIFAR10_NAMES)
             raise UserError(f"classifier: '{name}' is neither a classifier of torchvision, such as vgg16, nor one of {known}")
-        super().__init__(get_model(name), default.url, 1000)
-        self.transforms = default.transforms()
+        super().__init__(default.url, 1000)
+        self.name, self.transforms = name, default.transforms()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def build_network(self) -> nn.Module:
+        """See `Classifier`."""
+        return get_model(self.name)
+
+    def __call__(self, images: Tensor) -> Tensor:
         """See `Classifier`."""
         return self.network(self.transforms(images))
 
@@ -98,20 +106,25 @@ class Cifar10ResNet(Classifier):
     """
 
     def __init__(self, count: int) -> None:
+        super().__init__(None, 10)
+        self.count = count
+
+    def build_network(self) -> nn.Module:
+        """See `Classifier`."""
         layers = OrderedDict(
             conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False),
             bn1=nn.BatchNorm2d(16),
             relu=nn.ReLU(),
-            layer1=residual_blocks(16, 16, count, 1),
-            layer2=residual_blocks(16, 32, count, 2),
-            layer3=residual_blocks(32, 64, count, 2),  # (N, 64, 8, 8)
+            layer1=residual_blocks(16, 16, self.count, 1),
+            layer2=residual_blocks(16, 32, self.count, 2),
+            layer3=residual_blocks(32, 64, self.count, 2),  # (N, 64, 8, 8)
             pool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
             linear=nn.Linear(64, 10),
         )
-        super().__init__(nn.Sequential(layers), None, 10)
+        return nn.Sequential(layers)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """See `Classifier`; images have 32 x 32 pixels."""
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return self.network((images.float() / 255 - mean) / std)

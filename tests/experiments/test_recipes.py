@@ -122,9 +122,15 @@ def torch_home(tmp_path_factory):
     return home
 
 
+def refuse_download(url, *args, **kwargs):
+    raise OSError(f"no connection to {url}")
+
+
 def main_with_fake_datasets(argv):
+    """Run a command with the files of `lay_out`, and without a network."""
     with pytest.MonkeyPatch.context() as patch:
         accept_what_is_laid_out(patch)
+        patch.setattr(torch.hub, "download_url_to_file", refuse_download)
         return main(argv)
 
 
@@ -298,13 +304,30 @@ def test_stylization_recipe_trains_a_few_steps(recipe, workdir, torch_home, monk
     assert_losses_are_documented(recipe, folder)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Colorization"], ids=name_of)
-def test_colorization_recipe_trains_a_few_steps(recipe, workdir):
+def short_crops(data):
+    """Return the overrides of small crops; the validation split of CIFAR-10 begins after the images in its place."""
+    words = ["--data.size", "16", "--data.resize", "24", "--data.num_workers", str(min(1, data.get("num_workers", 0)))]
+    return [*words, "--data.val", data["test"][0]] if data["train"].startswith("cifar10") else words
+
+
+def colorization_recipes():
+    """Return the recipes of colorization; those that differ from another one by the dataset or a row are slow."""
+    variant = re.compile(r"colorization/(.*_class|.*_l2|class|l2|released_code|cifar10|places)")
+    return [
+        pytest.param(recipe, marks=pytest.mark.slow if variant.fullmatch(recipe.name) else [], id=recipe.name)
+        for recipe in TRAINED
+        if datamodule_of(recipe) == "Colorization"
+    ]
+
+
+@pytest.mark.parametrize("recipe", colorization_recipes())
+def test_colorization_recipe_trains_a_few_steps(recipe, workdir, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(workdir / "torch"))
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data["val"], *data["test"]}:
         lay_out(name)
     overrides = ["--model.total_images", "8", "--data.batch_size", "4", "--val_every_images", "4", "--model.base_channels", "2"]
-    overrides += ["--data.size", "16", "--data.resize", "24", "--data.num_workers", str(min(1, data.get("num_workers", 0)))]
+    overrides += short_crops(data)
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"
     assert json.loads((folder / "record.json").read_text())["metrics"]
@@ -312,8 +335,24 @@ def test_colorization_recipe_trains_a_few_steps(recipe, workdir):
     assert_losses_are_documented(recipe, folder)
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Classification"], ids=name_of)
+def test_classification_recipe_trains_a_few_steps(recipe, workdir):
+    data = recipe.content["data"]["init_args"]
+    for name in {data["train"], data["val"], *data["test"]}:
+        lay_out(name)
+    n_classes = "10" if data["train"].startswith("cifar10") else "7"
+    overrides = ["--model.total_images", "8", "--data.batch_size", "4", "--val_every_images", "4", "--model.base_channels", "2"]
+    overrides += short_crops(data)
+    overrides += ["--model.size", "16", "--model.n_classes", n_classes, "--model.weights", "null"]
+    assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
+    folder = workdir / "runs" / recipe.name / "short"
+    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_losses_are_documented(recipe, folder)
+
+
 @pytest.mark.parametrize("recipe", [recipe for recipe in ALL if recipe not in TRAINED], ids=name_of)
-def test_recipe_without_training_is_evaluated(recipe, workdir):
+def test_recipe_without_training_is_evaluated(recipe, workdir, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(workdir / "torch"))
     if datamodule_of(recipe) == "Colorization":
         lay_out(recipe.content["data"]["init_args"]["train"])
     argv = ["test", recipe.name, "--record", "record.json", "--data.test", "[photographs/test]"]

@@ -26,7 +26,7 @@ from datamodules.transforms.ab_bins import (
 )
 from datamodules.transforms.lab import fit_gamut, lab_to_rgb, rgb_to_lab
 from experiments.cli.main import main
-from modules.colorization import ColorfulColorization
+from modules.colorization import RELEASED_URL, ColorfulColorization
 from modules.networks.weights import load_weights
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.colorization import ColorizationContract, write_colorization_recipe
@@ -333,7 +333,10 @@ def test_colors_are_decoded_in_full_precision_under_autocast():
 
 def test_released_weights_that_cannot_be_downloaded_are_named(workdir, monkeypatch, capfd):
     monkeypatch.setenv("TORCH_HOME", str(workdir / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse_download)
     assert forked(main, ["predict", "colorization/released", "--input", "photo.jpg"]) == 2
-    error = capfd.readouterr().err
-    assert "weights of the authors' network: download from https://colorizers" in error
-    assert "or name another file" in error
+    assert RELEASED_URL in capfd.readouterr().err
+
+
+def refuse_download(url, *args, **kwargs):
+    raise OSError(f"no connection to {url}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from datamodules.catalog.array_readers import read_split
 from datamodules.errors import UserError
-from datamodules.io.image_io import to_channels
+from datamodules.io.image_io import pixel_hash, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.io.image_set import random_subset
 from datamodules.photographs import Photographs, RandomCrops, center_crop, is_array_dataset, read_resized
@@ -60,6 +60,14 @@ class Colorization(Photographs):
         name = dataset_label(self.train)
         return name, self.data_report.fingerprints()[name][:12]
 
+    def list_sources(self) -> Tensor | list[ImageRef]:
+        """Return the training images of an array dataset, or its files, and add their hashes to the report."""
+        if not is_array_dataset(self.train):
+            return self.data_report.validate(list_image_refs(self.train), 1, decode=False)
+        pixels, _ = read_split(self.train)
+        self.data_report.content_hashes[dataset_label(self.train)] = {"all": pixel_hash(pixels)}
+        return pixels
+
     def training_crop(self, position: float) -> Tensor:
         """Read the center crop of one training photograph, at a position in [0, 1) of their order.
 
@@ -67,7 +75,7 @@ class Colorization(Photographs):
             uint8 (3, resize, resize).
         """
         if self.sources is None:
-            self.sources = read_split(self.train)[0] if is_array_dataset(self.train) else list_image_refs(self.train)
+            self.sources = self.list_sources()
         source = self.sources[int(position * len(self.sources))]
         if isinstance(source, Tensor):
             image = resize_short_side(to_channels(source, 3), self.resize)

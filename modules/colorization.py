@@ -36,10 +36,12 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.io.paths import file_hash, find_file
 from datamodules.transforms.ab_bins import BINS, annealed_mean, nearest_bins, rebalancing_weights, smooth, soft_encode
 from datamodules.transforms.lab import rgb_to_lab
 from modules.losses.precision import full_precision, to_float32
 from modules.networks.pretrained import find_or_download
+from modules.networks.weights import check_shapes, read_weights
 from modules.tasks.colorization import ColorizationMethod
 from modules.training.method import Batch
 from modules.training.stages import Stage
@@ -63,6 +65,8 @@ class ColorfulColorization(ColorizationMethod):
         mask_gray: give crops without colors the weight zero.
         base_channels: width of the network; 64 in the paper.
         affine: scales and shifts in batch normalization, as in the authors' PyTorch code.
+        initial_weights: checkpoint or weights file of a network from which the training starts, see `find_file` and
+            `load_network` ("Ours (L2, ft)"); null for random weights.
         released: use the authors' weights, converted by them from Caffe to PyTorch, if there is no training; see
             `rename_weights`. They require `affine`.
         weight_decay: of Adam.
@@ -84,6 +88,7 @@ class ColorfulColorization(ColorizationMethod):
         mask_gray: bool = False,
         base_channels: PositiveInt = 64,
         affine: bool = False,
+        initial_weights: str | None = None,
         released: bool = False,
         weight_decay: NonNegativeFloat = 1e-3,
         learning_rate_steps: dict[int, PositiveFloat] | None = None,
@@ -100,7 +105,8 @@ class ColorfulColorization(ColorizationMethod):
         self.is_classification = loss == "classification"
         self.uniform_weight, self.frequency_images, self.neighbors = uniform_weight, frequency_images, neighbors
         self.temperature, self.mask_gray, self.weight_decay = temperature, mask_gray, weight_decay
-        self.is_released = released
+        self.initial_weights, self.is_released = initial_weights, released
+        self.initial_hash = ""  # sha256 of the initial weights
         self.learning_rate_steps = dict(sorted((learning_rate_steps or {}).items()))
         self.network = colorization_network(base_channels, len(BINS) if self.is_classification else 2, affine)
         self.frequencies = ColorFrequencies()
@@ -177,20 +183,26 @@ class ColorfulColorization(ColorizationMethod):
         return find_or_download("the authors' network", RELEASED_URL, None) if self.is_released else None
 
     def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename the weights of the authors' PyTorch code, where the blocks are model1 ... model8; return others unchanged."""
-        if "model1.0.weight" not in weights:
-            return weights
-        renamed = {}
-        for name, value in weights.items():
-            if name == "model_out.weight":  # the bins, which are constant
-                continue
-            name = re.sub(r"^model8\.6\.", "network.8.", name)  # the last convolution
-            renamed[re.sub(r"^model([1-8])\.", lambda match: f"network.{int(match[1]) - 1}.", name)] = value
-        for name in [name for name in renamed if name.endswith(".running_mean")]:  # old files have no counters
-            renamed.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-        return renamed
+        """Rename the weights of the authors' PyTorch code; return others unchanged."""
+        return rename_authors_weights(weights)
 
     # Section 3.1: training
+
+    def setup(self, stage: str) -> None:
+        """Load the initial weights before training.
+
+        Raises:
+            UserError: the file is missing, or belongs to another network.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.initial_weights is not None:
+            path = find_file(self.initial_weights, "model.initial_weights")
+            load_network(self.network, path)
+            self.initial_hash = file_hash(path)
+
+    def file_hashes(self) -> dict[str, str]:
+        """Return the hash of the initial weights."""
+        return {**super().file_hashes(), **({"initial weights": self.initial_hash} if self.initial_weights else {})}
 
     def configure_optimizers(self) -> Any:
         """Create Adam."""
@@ -243,6 +255,46 @@ def colorization_network(width: int, outputs: int, affine: bool) -> nn.Sequentia
         if name.endswith("bias"):
             nn.init.zeros_(values)
     return network
+
+
+def load_network(network: nn.Sequential, path: Path) -> None:
+    """Load the network of a colorization method from a checkpoint or weights file, or its first blocks.
+
+    Args:
+        network: network of `colorization_network`, or its first blocks. The last convolution keeps its weights if the file has
+            another number of outputs, such as that of a regression.
+        path: see `read_weights`.
+
+    Raises:
+        UserError: the file belongs to another network; the message names the first difference.
+    """
+    weights = {
+        name.removeprefix("network."): value
+        for name, value in rename_authors_weights(read_weights(path)).items()
+        if name.startswith("network.")
+    }
+    expected = network.state_dict()
+    last = {name: value for name, value in expected.items() if name.startswith("8.")}
+    if any(name in weights and weights[name].shape != value.shape for name, value in last.items()):
+        weights |= last
+    weights = {name: value for name, value in weights.items() if name in expected}
+    check_shapes(path, weights, expected)
+    network.load_state_dict(weights)
+
+
+def rename_authors_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of the authors' PyTorch code, where the blocks are model1 ... model8; return others unchanged."""
+    if "model1.0.weight" not in weights:
+        return weights
+    renamed = {}
+    for name, value in weights.items():
+        if name == "model_out.weight":  # the bins, which are constant
+            continue
+        name = re.sub(r"^model8\.6\.", "network.8.", name)  # the last convolution
+        renamed[re.sub(r"^model([1-8])\.", lambda match: f"network.{int(match[1]) - 1}.", name)] = value
+    for name in [name for name in renamed if name.endswith(".running_mean")]:  # old files have no counters
+        renamed.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    return renamed
 
 
 def block(before: int, after: int, count: int, stride: int, dilation: int, affine: bool) -> nn.Sequential:

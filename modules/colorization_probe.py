@@ -9,8 +9,7 @@ Differences from the paper, with reasons:
 """
 
 import math
-from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,8 @@ from datamodules.batches import ClassificationOutputs, PhotographEvalBatch
 from datamodules.errors import UserError
 from datamodules.io.paths import file_hash, find_file
 from datamodules.transforms.lab import rgb_to_lab
-from modules.colorization import ColorfulColorization, scale_lightness
+from modules.colorization import colorization_network, load_network, scale_lightness
 from modules.losses.precision import to_float32
-from modules.networks.weights import load_weights
 from modules.training.method import Batch, Method
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")  # blocks of the network
@@ -41,7 +39,7 @@ class ColorizationProbe(Method):
         weights: checkpoint or weights file of a colorization network, see `find_file`; null for random weights ("Gaussian").
         n_classes: number of classes.
         size: side of the images in pixels; a multiple of 8.
-        loss, base_channels, affine: of the colorization network, see `ColorfulColorization`.
+        base_channels, affine: of the colorization network, see `ColorfulColorization`.
         n_features: largest number of features of a layer.
         total_images: training budget.
         learning_rate: Adam learning rate at the start.
@@ -52,7 +50,6 @@ class ColorizationProbe(Method):
         weights: str | None = None,
         n_classes: PositiveInt = 1000,
         size: PositiveInt = 224,
-        loss: Literal["classification", "regression"] = "classification",
         base_channels: PositiveInt = 64,
         affine: bool = False,
         n_features: PositiveInt = 9_000,
@@ -63,8 +60,7 @@ class ColorizationProbe(Method):
         self.save_hyperparameters()
         self.weights, self.n_classes = weights, n_classes
         self.weights_hash = ""  # sha256 of the file
-        self.source = partial(ColorfulColorization, loss, base_channels=base_channels, affine=affine)
-        self.network = self.source().network[: len(LAYERS)].eval().requires_grad_(False)
+        self.network = colorization_network(base_channels, 2, affine)[: len(LAYERS)].eval().requires_grad_(False)
         channels = [base_channels * width for width in WIDTHS]
         self.sides = [min(math.isqrt(n_features // n), size // stride) for n, stride in zip(channels, STRIDES, strict=True)]
         if not all(self.sides):
@@ -112,9 +108,7 @@ class ColorizationProbe(Method):
         super().setup(stage)
         if stage == "fit" and self.weights is not None:
             path = find_file(self.weights, "model.weights")
-            source = self.source()
-            load_weights(source, path)
-            self.network.load_state_dict(source.network[: len(LAYERS)].state_dict())
+            load_network(self.network, path)
             self.weights_hash = file_hash(path)
 
     def file_hashes(self) -> dict[str, str]:

@@ -55,7 +55,7 @@ class ColorMetrics(ImageMetric):
         """Return the metrics in the docstring of the class."""
         counts, areas = (torch.stack([state[part] for state in states]).sum(0) for part in (0, 1))
         weights = rebalancing_weights(smooth(counts), uniform_weight=0.0)
-        means = torch.tensor([values for _, _, values in states]).mean(0).tolist()
+        means = torch.tensor([values for _, _, values in states], dtype=torch.float64).mean(0).tolist()
         return {
             "auc/raw": 100 * float(areas.sum() / counts.sum()),
             "auc/rebalanced": 100 * float((weights * areas).sum() / (weights * counts).sum()),

@@ -123,7 +123,7 @@ class TranslationInputs(Dataset[dict[str, Any]]):
 
 
 class PhotographInputs(Dataset[dict[str, Any]]):
-    """RGB inputs of style transfer, from images of any size and mode.
+    """RGB inputs of style transfer and colorization, from images of any size and mode.
 
     Args:
         files: readable image files.

@@ -101,6 +101,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
         weights = module.rename_weights(weights)
     weights = inference_state_dict(module, weights)
     expected = inference_state_dict(module, module.state_dict())
+    check_shapes(path, weights, expected)
+    module.load_state_dict(weights, strict=False)
+
+
+def check_shapes(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of the weights of a file with those of a model.
+
+    Raises:
+        UserError: they differ; the message names the file and the first difference.
+    """
     for name in sorted(expected.keys() | weights.keys()):
         shape, expected_shape = (
             tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (weights, expected)
@@ -110,7 +120,6 @@ def load_weights(module: nn.Module, path: Path) -> None:
                 f"{path} does not fit this model: for '{name}', the file has {shape}, but the model needs {expected_shape}. "
                 "Use weights of the same recipe"
             )
-    module.load_state_dict(weights, strict=False)
 
 
 def inference_state_dict(method: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Base class of colorization methods."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -12,7 +13,8 @@ from datamodules.transforms.lab import fit_gamut, lab_to_rgb, rgb_to_lab
 from modules.training.method import Batch, Method
 
 STRIDE = 8  # sides of the inputs of `predict_ab` are multiples of it
-STRIP_PIXELS = 2**20  # of a strip in `add_color`
+PREDICTION_PIXELS = 2**20  # of the network's input in `predict_step`, at most
+STRIP_PIXELS = 2**20  # of a strip in `predict_step`
 
 
 class ColorizationMethod(Method, ABC):
@@ -50,12 +52,15 @@ class ColorizationMethod(Method, ABC):
         """Add the colorized photograph as "prediction": colors predicted at a low resolution, with the L of the input."""
         image = batch["image"]
         height, width = image.shape[-2:]
-        factor = self.prediction_side / min(height, width)
+        factor = min(self.prediction_side / min(height, width), math.sqrt(PREDICTION_PIXELS / (height * width)))
         sides = [max(STRIDE, round(side * factor / STRIDE) * STRIDE) for side in (height, width)]
         small = F.interpolate(image, sides, mode="bilinear", antialias=True).clamp(0, 1)
         ab = self.predict_ab(rgb_to_lab(small)[:, :1], batch)
-        lightness = rgb_to_lab(image)[:, :1]
-        return {**batch, "prediction": add_color(lightness, F.interpolate(ab, (height, width), mode="bilinear"))}
+        ab = F.interpolate(ab, (height, width), mode="bilinear")
+        rows = max(1, STRIP_PIXELS // width)
+        strips = zip(image.split(rows, dim=-2), ab.split(rows, dim=-2), strict=True)
+        prediction = torch.cat([add_color(rgb_to_lab(strip)[:, :1], colors) for strip, colors in strips], dim=-2)
+        return {**batch, "prediction": prediction}
 
     preview_limit = 6
 
@@ -67,6 +72,4 @@ class ColorizationMethod(Method, ABC):
 
 def add_color(lightness: Tensor, ab: Tensor) -> Tensor:
     """Return RGB images in [0, 1] from L (N, 1, H, W) and a and b (N, 2, H, W); see `fit_gamut` for colors outside of sRGB."""
-    lab = torch.cat([lightness, ab.to(lightness)], dim=1)
-    rows = max(1, STRIP_PIXELS // lab.shape[-1])
-    return torch.cat([lab_to_rgb(fit_gamut(strip)) for strip in lab.split(rows, dim=-2)], dim=-2)
+    return lab_to_rgb(fit_gamut(torch.cat([lightness, ab.to(lightness)], dim=1)))

@@ -1,7 +1,9 @@
 """Colorization: Lab, bins, objective and decoding against independent implementations, and the contract."""
 
+import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from callbacks.metrics.color_metrics import ColorMetrics
 from datamodules.colorization import Colorization
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
-from datamodules.photographs import read_resized
+from datamodules.photographs import center_crop, read_resized
 from datamodules.transforms.ab_bins import (
     BINS,
     annealed_mean,
@@ -27,6 +29,7 @@ from datamodules.transforms.ab_bins import (
 from datamodules.transforms.lab import fit_gamut, lab_to_rgb, rgb_to_lab
 from experiments.cli.main import main
 from modules.colorization import RELEASED_URL, ColorfulColorization
+from modules.colorization_baselines import RandomColorization
 from modules.networks.weights import load_weights
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.colorization import ColorizationContract, write_colorization_recipe
@@ -35,6 +38,9 @@ MODEL = {
     "class_path": "modules.colorization.ColorfulColorization",
     "init_args": {"base_channels": 4, "learning_rate": 3e-3, "weight_decay": 0.0, "mask_gray": True},
 }
+
+
+BINS_HASH = "2a39983ed60d5b52b717842d56d5f766982289e6d5a609582155f437cecc1045"  # int64, row by row
 
 
 class TestColorization(ColorizationContract):
@@ -75,12 +81,14 @@ def test_colors_outside_of_srgb_are_clipped_as_in_skimage_or_reduced_to_its_bord
 
 
 def test_bins_are_those_of_the_authors():
-    root = Path(os.environ.get("DARKROOM_DATA", ""))
-    file = root / "colorization/pts_in_hull.npy"
+    """The hash is that of the array in the authors' pts_in_hull.npy; with DARKROOM_DATA, the file is compared as well."""
     assert BINS.shape == (313, 2)
-    if not file.exists():
-        pytest.skip("DARKROOM_DATA has no colorization/pts_in_hull.npy")
-    assert np.array_equal(np.load(file), BINS.numpy())
+    assert hashlib.sha256(BINS.to(torch.int64).numpy().tobytes()).hexdigest() == BINS_HASH
+    _, counts = BINS[:, 0].unique(return_counts=True)
+    assert counts.tolist() == [5, 8, 10, 12, 14, 15, 16, 16, 17, 18, 18, 18, 19, 20, 19, 20, 20, 19, 19, 10]
+    file = Path(os.environ.get("DARKROOM_DATA", ""), "colorization/pts_in_hull.npy")
+    if file.exists():
+        assert np.array_equal(np.load(file), BINS.numpy())
 
 
 @pytest.mark.parametrize("count", [1, 5, 10])
@@ -340,3 +348,76 @@ def test_released_weights_that_cannot_be_downloaded_are_named(workdir, monkeypat
 
 def refuse_download(url, *args, **kwargs):
     raise OSError(f"no connection to {url}")
+
+
+def test_training_starts_from_the_weights_of_another_network(workdir, photos, three_photos):
+    """A regression takes all but the last convolution of a classification, and keeps its own."""
+    torch.manual_seed(1)
+    source = ColorfulColorization(base_channels=4)
+    torch.save({"state_dict": source.state_dict()}, workdir / "source.ckpt")
+    settings = {"base_channels": 4, "initial_weights": str(workdir / "source.ckpt")}
+    same, other = ColorfulColorization(**settings), ColorfulColorization("regression", **settings)
+    own = {name: value.clone() for name, value in other.state_dict().items()}
+    for method in (same, other):
+        method.setup("fit")
+    assert all(
+        torch.equal(value, source.state_dict()[name]) for name, value in same.network.state_dict(prefix="network.").items()
+    )
+    for name, value in other.network.state_dict(prefix="network.").items():
+        assert torch.equal(value, own[name] if name.startswith("network.8.") else source.state_dict()[name])
+    with pytest.raises(UserError, match=r"source.ckpt does not fit this model"):
+        ColorfulColorization(base_channels=8, initial_weights=settings["initial_weights"]).setup("fit")
+    recipe = write_colorization_recipe(
+        workdir / "tiny.yaml", photos, three_photos, {**MODEL, "init_args": {**MODEL["init_args"], **settings}}
+    )
+    argv = ["fit", str(recipe), "--run", "r", "--model.total_images"]
+    assert forked(main, [*argv, "8"]) == 0
+    torch.save({"state_dict": other.state_dict()}, workdir / "source.ckpt")
+    assert forked(main, [*argv, "16"]) == 2  # the file has changed
+
+
+def test_random_colors_are_those_of_one_training_photograph(photos, three_photos):
+    data = Colorization(str(photos), str(three_photos), [str(three_photos)], size=32, resize=48)
+    data.setup("test")
+    method = RandomColorization()
+    method.trainer = SimpleNamespace(datamodule=data)
+    crops = [center_crop(read_resized(path, 48), 48).permute(1, 2, 0).numpy() for path in sorted(photos.iterdir())]
+    references = [torch.from_numpy(rgb2lab(crop / 255)[..., 1:]).permute(2, 0, 1) for crop in crops]
+    chosen = set()
+    for index in range(20):
+        batch = {"index": torch.tensor([index])}
+        ab = method.predict_ab(torch.zeros(1, 1, 48, 48), batch)[0]
+        matches = [i for i, reference in enumerate(references) if torch.allclose(ab.double(), reference, atol=1e-3)]
+        assert len(matches) >= 1
+        assert torch.equal(ab, method.predict_ab(torch.zeros(1, 1, 48, 48), batch)[0])
+        chosen |= set(matches)
+    assert len(chosen) > 3
+    assert data.train_fingerprint()[0] == photos.name  # the photographs are in the record
+    with pytest.raises(UserError, match="random colors"):
+        method.predict_ab(torch.zeros(1, 1, 48, 48), {})
+
+
+def test_predict_of_large_and_elongated_photographs(monkeypatch):
+    """The network's input is limited, and colors are added in strips, with the result of the whole image."""
+    method = ColorfulColorization(base_channels=4).eval()
+    sizes = []
+
+    def colors(lightness, batch):
+        sizes.append(tuple(lightness.shape[-2:]))
+        return 30 * torch.ones(1, 2, *lightness.shape[-2:])
+
+    monkeypatch.setattr(method, "predict_ab", colors)
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr("modules.tasks.colorization.PREDICTION_PIXELS", 2**16)
+    for height, width in ((8, 4000), (4000, 8), (300, 200)):
+        image = torch.rand(1, 3, height, width, generator=generator)
+        whole = method.predict_step({"image": image}, 0)["prediction"]
+        with monkeypatch.context() as patch:
+            patch.setattr("modules.tasks.colorization.STRIP_PIXELS", 900)
+            assert torch.equal(method.predict_step({"image": image}, 0)["prediction"], whole)
+        assert whole.shape == image.shape
+    for height, width in sizes:
+        assert not height % 8
+        assert not width % 8
+        assert height * width <= 1.05 * 2**16
+    assert max(sizes) >= (256, 168)

@@ -47,7 +47,7 @@ class TestColorization(ColorizationContract):
     model = MODEL
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicColorization"
     bf16_rtol = 0.05
-    training_overrides = ["--model.total_images", "1200", "--val_every_images", "100"]
+    training_overrides = ["--model.total_images", "1600", "--val_every_images", "200", "--model.base_channels", "8"]
 
 
 # Lab

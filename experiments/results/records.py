@@ -138,18 +138,16 @@ def validate(record: Record, path: Path) -> None:
         for dataset, protocols in record["metrics"].items()
         for protocol, result in protocols.items()
     }
-    # Means and image values are rounded, each to the maximum number of decimals that occurs in the record.
-    means = [mean for mean, _ in results.values()]
-    images = [value for _, values in results.values() for value in values]
-    tolerance = 0.5 * (10.0 ** -_decimals(means) + 10.0 ** -_decimals(images))
     for name, (mean, values) in results.items():
+        tolerance = 0.5 * (10.0 ** -_decimals([mean]) + 10.0 ** -_decimals(values))  # both are rounded
         if not _is_mean(mean, values, tolerance):
             raise BrokenRecord(f"{path}: {name}: its mean is not that of its images. Restore the file, or repeat the run")
 
 
 def _decimals(values: list[float]) -> int:
+    """Return the number of decimals of values without zeros at their end; at least 4, to which no record rounds less."""
     finite = [Decimal(repr(value)).as_tuple().exponent for value in values if math.isfinite(value)]
-    return max((-int(exponent) for exponent in finite), default=0)
+    return max(4, *(-int(exponent) for exponent in finite)) if finite else 4
 
 
 def _is_mean(mean: float, values: list[float], tolerance: float) -> bool:

@@ -115,6 +115,11 @@ def test_inconsistent_record_is_rejected(changes, reason):
 def test_means_are_compared_at_their_stored_precision():
     for mean, images in ((28.1235, {"a": 28.1233, "b": 28.1236}), ("inf", {"a": "inf", "b": 30.0}), ("nan", {"a": "nan"})):
         validate(a_record(metrics={"set5": {"m": {"mean": mean, "images": images}}}), Path("record.json"))
+    older = {"mean": 1.3563, "images": {"all": 1.356271}}
+    updated = {"mean": 1.54259797, "images": {"all": 1.54259797}}  # a check replaced one of the metrics
+    validate(a_record(metrics={"set5": {"m": older, "n": updated}}), Path("record.json"))
+    with pytest.raises(BrokenRecord, match="set5/n: its mean"):
+        validate(a_record(metrics={"set5": {"m": older, "n": {**updated, "mean": 1.5426980}}}), Path("record.json"))
 
 
 @pytest.fixture

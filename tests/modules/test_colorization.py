@@ -48,6 +48,7 @@ class TestColorization(ColorizationContract):
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicColorization"
     bf16_rtol = 0.05
     training_overrides = ["--model.total_images", "1600", "--val_every_images", "200", "--model.base_channels", "8"]
+    max_loss_ratio = 0.8  # 0.61 ... 0.71 over eight seeds
 
 
 # Lab

@@ -1,5 +1,6 @@
 """Labeled images of one size in memory, from array datasets or folders (center-cropped and resized)."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,8 +92,9 @@ def random_order(count: int) -> Tensor:
 
 def class_folders(refs: Sequence[ImageRef]) -> list[Path]:
     """Return the folders of images and the folders next to them, sorted: a folder of each class, as in `ImageFolder`."""
-    parents = {ref.path.parent.parent for ref in refs}
-    return sorted(folder for parent in parents for folder in parent.iterdir() if folder.is_dir())
+    own = {ref.path.parent.absolute() for ref in refs}
+    readable = {folder.parent for folder in own if os.access(folder.parent, os.R_OK | os.X_OK)}
+    return sorted(own | {folder for parent in readable for folder in parent.iterdir() if folder.is_dir()})
 
 
 def folder_labels(refs: Sequence[ImageRef], folders: Sequence[Path] | None = None) -> Tensor:
@@ -102,8 +104,9 @@ def folder_labels(refs: Sequence[ImageRef], folders: Sequence[Path] | None = Non
         refs: images.
         folders: all folders, such as those of `class_folders`; None for those of the images, sorted.
     """
-    numbers = {folder: i for i, folder in enumerate(folders or sorted({ref.path.parent for ref in refs}))}
-    return torch.tensor([numbers[ref.path.parent] for ref in refs])
+    own = [ref.path.parent.absolute() for ref in refs]
+    numbers = {folder: i for i, folder in enumerate(folders or sorted(set(own)))}
+    return torch.tensor([numbers[folder] for folder in own])
 
 
 def read_square(path: Path, size: int, channels: int, square: Square) -> Tensor:

@@ -100,7 +100,7 @@ def test_wrong_settings_are_refused(workdir):
         ColorizationProbe(str(workdir / "other.pth"), n_classes=10).setup("fit")
 
 
-def test_labels_are_those_of_image_folder(workdir, photos):
+def test_labels_are_those_of_image_folder(workdir, photos, monkeypatch):
     """Only some of the folders have images that the pattern of a split selects."""
     from torchvision.datasets import ImageFolder
 
@@ -119,3 +119,8 @@ def test_labels_are_those_of_image_folder(workdir, photos):
     assert found == {path: label for path, label in expected.items() if "_0001" in path}
     crops = data.crops[0, np.array([0, 3])]
     assert crops["label"].tolist() == [int(data.crops.labels[i]) for i in (0, 3)]
+    monkeypatch.chdir(workdir / "data/ImageNet/val/n0")
+    data = Classification(".", ".", size=32, resize=32)
+    data.setup("fit")
+    assert data.crops.labels.tolist() == [0] * len(data.crops)
+    assert data.train_class_count() == 3

@@ -312,7 +312,7 @@ def short_crops(data):
 
 def colorization_recipes():
     """Return the recipes of colorization; those that differ from another one by the dataset or a row are slow."""
-    variant = re.compile(r"colorization/(.*_class|.*_l2|class|l2|released_code|cifar10|places)")
+    variant = re.compile(r"colorization/(.*_class|.*_l2|.*_finetuned|class|l2|released_code|cifar10|coco|places)")
     return [
         pytest.param(recipe, marks=pytest.mark.slow if variant.fullmatch(recipe.name) else [], id=recipe.name)
         for recipe in TRAINED
@@ -336,7 +336,16 @@ def test_colorization_recipe_trains_a_few_steps(recipe, workdir, monkeypatch):
     assert_losses_are_documented(recipe, folder)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Classification"], ids=name_of)
+def classification_recipes():
+    """Return the recipes of classification; those with random features are slow."""
+    return [
+        pytest.param(recipe, marks=pytest.mark.slow if recipe.name.endswith("_random") else [], id=recipe.name)
+        for recipe in TRAINED
+        if datamodule_of(recipe) == "Classification"
+    ]
+
+
+@pytest.mark.parametrize("recipe", classification_recipes())
 def test_classification_recipe_trains_a_few_steps(recipe, workdir):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data["val"], *data["test"]}:

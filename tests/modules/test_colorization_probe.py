@@ -28,7 +28,7 @@ class TestColorizationProbe(ClassificationContract):
     model = MODEL
     deterministic_model = "modules.colorization_probe.ColorizationProbe"
     training_overrides = ["--model.total_images", "8000", "--val_every_images", "8000", "--data.batch_size", "32"]
-    min_accuracy = 50  # 62.4 ... 72.4 over eight seeds
+    min_accuracy = 40  # 65 ... 75 over eight seeds
 
 
 def test_features_are_means_of_the_blocks_of_the_colorization_network(workdir):

@@ -5,17 +5,29 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from PIL import Image
 
+from datamodules.catalog.array_readers import read_split
 from tests.helpers.method_contract import Contract
 from tests.helpers.tiny_recipes import Model, write_yaml
 
 
+def write_digits(folder: Path) -> Path:
+    """Write the first 60 test digits, one folder for each class; all metrics take less time than with all 500."""
+    for i, (image, label) in enumerate(zip(*read_split("digits/test"), strict=True)):
+        if i < 60:
+            (folder / str(int(label))).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(folder / str(int(label)) / f"{i}.png")
+    return folder
+
+
 def write_classification_recipe(path: Path, model: Model, **data: Any) -> Path:
     """Write a classification recipe on the embedded digits."""
+    digits = str(write_digits(path.parent / "some_digits"))
     init_args = {
         "train": "digits/train",
-        "val": "digits/val",
-        "test": ["digits/test"],
+        "val": digits,
+        "test": [digits],
         "size": 24,
         "resize": 28,
         "batch_size": 4,

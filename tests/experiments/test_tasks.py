@@ -57,6 +57,7 @@ def test_predict_uses_an_external_task(workdir, photos, capfd):
 
 def test_every_bundled_datamodule_has_a_task():
     from datamodules import (
+        classification,
         colorization,
         generation,
         reconstruction,
@@ -75,6 +76,7 @@ def test_every_bundled_datamodule_has_a_task():
         reconstruction.Reconstruction,
         stylization.Stylization,
         colorization.Colorization,
+        classification.Classification,
         toys.Points,
     }
     assert {task.datamodule for task in registry.TASKS} == classes

@@ -48,15 +48,17 @@ class Photographs(ResumableDataModule):
             CIFAR-10, are resized in the same way.
         batch_size: global batch size, over all devices.
         streaming: decode training photographs on demand instead of keeping them in memory; use with `num_workers`.
+            Evaluation photographs are in memory.
         num_workers: loader processes; 0 is fastest for images in memory.
-        skip_bad: skip unusable files and report their count instead of raising an error.
+        skip_bad: skip unusable files and report their count instead of raising an error. Of streamed photographs, only the
+            header and the end are checked.
         seed: seed of the order and of the crops.
 
     Attributes:
         class_counts: number of classes of each dataset that was read, by its name in logs.
 
     Raises:
-        UserError: `resize` is smaller than a crop.
+        UserError: `resize` is smaller than a crop, or two datasets have the same name in logs.
     """
 
     def __init__(
@@ -74,6 +76,13 @@ class Photographs(ResumableDataModule):
         seed: int,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, skip_bad)
+        specs: dict[str, str] = {}
+        for option, spec in (("train", train), ("val", val), *(("test", spec) for spec in test)):
+            if (other := specs.setdefault(dataset_label(spec), spec)) != spec:
+                raise UserError(
+                    f"data.{option}: {spec} and {other} have the same name in logs and records, {dataset_label(spec)}. "
+                    "Rename one of the folders"
+                )
         if resize < size:
             raise UserError(f"data.resize: {resize} is smaller than data.size: {size}. Use at least {size}")
         self.train, self.val, self.test = train, val, test
@@ -88,9 +97,12 @@ class Photographs(ResumableDataModule):
         Raises:
             DatasetNotFound: a dataset is not installed.
             InvalidImage: files are unusable; the message names each of them.
+            UserError: `streaming` is set for a dataset of arrays.
         """
         if stage == "fit":
             self.crops: RandomCrops | StreamedCrops
+            if self.streaming and is_array_dataset(self.train):
+                raise UserError(f"data.streaming: {self.train} consists of arrays, which are in memory. Set it to false")
             if self.streaming:
                 refs = self.data_report.validate(list_image_refs(self.train), 1, decode=False)
                 files = [ref.path for ref in refs]

@@ -8,18 +8,19 @@ Paper and released code (richzhang/colorization, branch caffe) differ. Each of t
 2. The code gives images without colors the weight zero (`mask_gray`).
 3. The learning rate falls to 1/3 and 1/10 in the paper, and at other steps to 1/10 and 1/100 in the code
    (`learning_rate_steps`).
-4. The input is L - 50 in Caffe, and a hundredth of it here and in the authors' PyTorch code, for which the weights exist.
+4. The temperature is 0.38 in the paper, 0.384 in the Caffe code and 1 in the authors' PyTorch code (`temperature`).
 
 Differences from both, with reasons:
 
-1. The weights start with He's initialization. The authors compute them from images (Kraehenbuehl et al.).
-2. The frequencies of the colors are those of the training photographs. The files that circulate are those of ImageNet, and one
+1. The input is L - 50 in Caffe, and a hundredth of it here and in the authors' PyTorch code, for which the weights exist.
+2. The weights start with He's initialization. The authors compute them from images (Kraehenbuehl et al.).
+3. The frequencies of the colors are those of the training photographs. The files that circulate are those of ImageNet, and one
    of them does not match the order of the bins.
-3. The running statistics of batch normalization have torch's momentum; Caffe averages over about 1,000 batches.
-4. The output of the regression is a and b over 110, as in the authors' PyTorch code.
-5. Training crops come from photographs whose shorter side has 256 pixels. The authors distort them to 256 x 256 pixels.
-6. Evaluation crops are the central squares of 256 pixels, and `predict` computes colors at this shorter side.
-7. The uniform distribution of eq. 4 is over all bins, in the authors' code over those with a frequency above zero.
+4. The running statistics of batch normalization have torch's momentum; Caffe averages over about 1,000 batches.
+5. The output of the regression is a and b over 110, as in the authors' PyTorch code.
+6. Training crops come from photographs whose shorter side has 256 pixels. The authors distort them to 256 x 256 pixels.
+7. Evaluation crops are the central squares of 256 pixels, and `predict` computes colors at this shorter side.
+8. The uniform distribution of eq. 4 is over all bins, in the authors' code over those with a frequency above zero.
 """
 
 import math
@@ -98,8 +99,8 @@ class ColorfulColorization(ColorizationMethod):
     ) -> None:
         super().__init__(total_images, learning_rate, seed)
         self.save_hyperparameters()
-        if not 0 <= uniform_weight <= 1:
-            raise UserError(f"model.uniform_weight: {uniform_weight} is not in [0, 1]")
+        if not 0 < uniform_weight <= 1:  # with 0, absent colors would have infinite weights
+            raise UserError(f"model.uniform_weight: {uniform_weight} is not in (0, 1]. Use 0.5, as in the paper")
         if neighbors > len(BINS):
             raise UserError(f"model.neighbors: {neighbors} is more than the {len(BINS)} bins. Use 5 or 10")
         self.is_classification = loss == "classification"
@@ -155,7 +156,8 @@ class ColorfulColorization(ColorizationMethod):
             gray = self.frequencies.fit(data.training_photograph, numbers, self.uniform_weight)
             self.frequencies.fingerprint.fill_(int(fingerprint, 16))
             if gray and not data.rank_and_world_size[0]:
-                advice = "excluded from the loss" if self.mask_gray else "--model.mask_gray true excludes them from the loss"
+                excluded = "their crops are excluded from the loss"
+                advice = excluded if self.mask_gray else "--model.mask_gray true excludes their crops from the loss"
                 print(f"{name}: {gray} of {len(numbers)} photographs are gray; {advice}")
         if (saved := f"{int(self.frequencies.fingerprint):012x}") != fingerprint:
             raise UserError(
@@ -277,7 +279,7 @@ def load_network(network: nn.Sequential, path: Path) -> None:
     last = {name: value for name, value in expected.items() if name.startswith("8.")}
     if any(name in weights and weights[name].shape != value.shape for name, value in last.items()):
         weights |= last
-    weights = {name: value for name, value in weights.items() if name in expected}
+    weights = {name: value for name, value in weights.items() if int(name.partition(".")[0]) < len(network)}
     check_shapes(path, weights, expected)
     network.load_state_dict(weights)
 

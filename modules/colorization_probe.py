@@ -5,7 +5,7 @@ R. Zhang, P. Isola, A. A. Efros. Colorful Image Colorization. ECCV 2016. arXiv:1
 Differences from the paper, with reasons:
 
 1. The features are those of the network of Section 2. The paper trains an AlexNet on colorization for this experiment.
-2. Optimizer, budget and number of features. The values of the paper are not known here; Adam needs no scale of the features.
+2. Optimizer, budget and number of features: the paper refers to other work. Adam does not depend on the scale of the features.
 """
 
 import math

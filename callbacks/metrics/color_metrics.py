@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.metrics.base import ImageMetric
+from callbacks.metrics.base import ImageMetric, to_uint8
 from datamodules.transforms.ab_bins import BINS, nearest_bins, rebalancing_weights, smooth
 from datamodules.transforms.lab import rgb_to_lab
 
 MAX_ERROR = 150.0  # largest threshold of the error curve, in Lab units
+MAX_PSNR = 100.0  # of equal images, in dB; a single different level in 256 x 256 pixels gives 101
 
 
 class ColorMetrics(ImageMetric):
@@ -21,7 +22,7 @@ class ColorMetrics(ImageMetric):
     - `auc/rebalanced`: the same, with pixels weighted inversely to the frequency of their true color (eq. 4 with lambda = 0).
       The frequencies are those of the dataset, smoothed as in the paper. The paper uses those of ImageNet.
     - `psnr-rgb`, `psnr-lab`: PSNR of the 8-bit images in dB: in RGB with a peak of 1, and in Lab with a peak of 100; mean over
-      the images.
+      the images, of which each has at most 100 dB.
     - `colorfulness`, `colorfulness-real`: colorfulness of the 8-bit images and of the photographs (Hasler and Suesstrunk, 2003,
       M3); mean over the images.
 
@@ -35,8 +36,7 @@ class ColorMetrics(ImageMetric):
 
     def update(self, outputs: dict[str, Any], i: int) -> tuple[Tensor, Tensor, list[float]]:
         """Return the number of pixels and the sum of their areas by true color, (313,) each, and the metrics of the image."""
-        image = outputs["image"][i].double()
-        prediction = (outputs["prediction"][i].double() * 255 + 0.5).floor().clamp(0, 255) / 255
+        image, prediction = (to_uint8(outputs[name][i].double()).double() / 255 for name in ("image", "prediction"))
         lab, predicted_lab = rgb_to_lab(image), rgb_to_lab(prediction)
         error = (outputs["ab"][i].double() - lab[1:]).norm(dim=0).flatten()
         area = (1 - error / MAX_ERROR).clamp(min=0)  # of the curve of one pixel: a step from 0 to 1 at its error
@@ -64,8 +64,8 @@ class ColorMetrics(ImageMetric):
 
 
 def psnr(prediction: Tensor, target: Tensor, peak: float) -> float:
-    """Return the PSNR in dB of tensors of one shape."""
-    return float(10 * torch.log10(peak**2 / (prediction - target).square().mean()))
+    """Return the PSNR in dB of tensors of one shape, at most `MAX_PSNR`."""
+    return min(MAX_PSNR, float(10 * torch.log10(peak**2 / (prediction - target).square().mean())))
 
 
 def colorfulness(image: Tensor) -> float:

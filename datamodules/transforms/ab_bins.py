@@ -37,14 +37,14 @@ def nearest_bins(ab: Tensor, count: int) -> tuple[Tensor, Tensor]:
         Indices of the bins, nearest first, int64 (M, count), and squared distances (M, count).
     """
     cells = ((ab + CELL * CELLS / 2) / CELL).long().clamp(0, CELLS - 1)
-    candidates = _candidates(count).to(ab.device)[cells[:, 0] * CELLS + cells[:, 1]]  # (M, candidates)
+    candidates = _candidates(count, ab.device)[cells[:, 0] * CELLS + cells[:, 1]]  # (M, candidates)
     distances = (ab[:, None] - BINS.to(ab)[candidates]).square().sum(-1)
     nearest, order = distances.topk(count, dim=1, largest=False)
     return candidates.gather(1, order), nearest
 
 
 @cache
-def _candidates(count: int) -> Tensor:
+def _candidates(count: int, device: torch.device) -> Tensor:
     """Return the bins that can be among the `count` nearest ones of a color, for each cell: int64 (CELLS**2, candidates)."""
     lows = torch.tensor(list(product(range(CELLS), repeat=2))).float() * CELL - CELL * CELLS / 2  # (cells, 2)
     offsets = (BINS - (lows[:, None] + CELL / 2)).abs()  # from the center of the cell, (cells, bins, 2)
@@ -52,7 +52,7 @@ def _candidates(count: int) -> Tensor:
     most = (offsets + CELL / 2).norm(dim=-1)
     bound = most.kthvalue(count, dim=1, keepdim=True).values  # `count` bins are at most as far as this
     width = int((least <= bound).sum(1).max())
-    return least.topk(width, dim=1, largest=False).indices
+    return least.topk(width, dim=1, largest=False).indices.to(device)
 
 
 def soft_encode(ab: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:

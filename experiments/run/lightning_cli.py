@@ -129,7 +129,7 @@ class DarkroomCLI(LightningCLI):
             parser.add_argument("--compile", type=bool, default=False, help="compile the networks with torch.compile")
             parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="also log to Weights & Biases")
         else:
-            parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt or .safetensors file")
+            parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt, .safetensors or .pth file")
         if self.command == "test":
             parser.add_argument("--record", type=str | None, help="path of the run record to write")
         if self.command == "predict":

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.catalog.array_readers import read_split
+from datamodules.io.image_io import to_channels
 from datamodules.io.image_refs import list_image_refs
 from datamodules.photographs import Photographs, is_array_dataset
 
@@ -37,7 +38,7 @@ class PilCrops(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         source = self.sources[index % len(self.sources)]
         if isinstance(source, Tensor):
-            image = Image.fromarray(source.permute(1, 2, 0).numpy())
+            image = Image.fromarray(to_channels(source, 3).permute(1, 2, 0).numpy())
         else:
             image = Image.open(source).convert("RGB")
         factor = self.data.resize / min(image.size)

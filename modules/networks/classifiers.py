@@ -125,9 +125,10 @@ class Cifar10ResNet(Classifier):
         return nn.Sequential(layers)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See `Classifier`; images have 32 x 32 pixels."""
+        """See `Classifier`; images are resized to 32 x 32 pixels."""
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return self.network((images.float() / 255 - mean) / std)
+        images = F.interpolate(images.float() / 255, (32, 32), mode="bilinear", antialias=True)
+        return self.network((images - mean) / std)
 
 
 class Shortcut(nn.Module):

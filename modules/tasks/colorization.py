@@ -13,7 +13,7 @@ from datamodules.transforms.lab import fit_gamut, lab_to_rgb, rgb_to_lab
 from modules.training.method import Batch, Method
 
 STRIDE = 8  # sides of the inputs of `predict_ab` are multiples of it
-PREDICTION_PIXELS = 2**20  # of the network's input in `predict_step`, at most
+PREDICTION_PIXELS = 2**20  # of the network's input in `predict_step`, at most, before its sides are rounded
 STRIP_PIXELS = 2**20  # of a strip in `predict_step`
 
 

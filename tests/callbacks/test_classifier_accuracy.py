@@ -167,7 +167,8 @@ def test_published_resnets_have_their_accuracy_on_the_images(with_real_data):
 
 def test_accuracy_of_classification_counts_the_highest_scores():
     metric = Accuracy()
+    metric.class_counts = {"set": 2}
     logits = {"a": torch.tensor([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), "b": torch.tensor([[0.0, 1.0]] * 4)}
-    outputs = {"logits": logits, "label": torch.tensor([1, 0, 0, 0])}
+    outputs = {"logits": logits, "label": torch.tensor([1, 0, 0, 0]), "dataset": ["set"] * 4}
     states = [metric.update(outputs, i) for i in range(4)]
     assert metric.compute(states, None) == {"top1/a": 75.0, "top1/b": 25.0}

@@ -82,3 +82,10 @@ def test_gray_has_the_mean_distance_of_the_colors_from_gray(outputs):
     chroma = np.concatenate([np.hypot(*rgb2lab(pixels_of(output["image"]))[..., 1:].reshape(-1, 2).T) for output in outputs])
     assert metrics["auc/raw"] == pytest.approx(100 * (1 - chroma.mean() / MAX_ERROR), rel=1e-5)
     assert metrics["colorfulness"] < 0.5  # of 255; 8-bit gray has no color
+
+
+def test_psnr_of_equal_images_is_limited():
+    """A gray photograph has no colors to predict; infinity or rounding would dominate the mean."""
+    image = torch.full((1, 3, 8, 8), 100 / 255)
+    metrics = metrics_of([GrayColorization().validation_step({"image": image, "name": ["a"], "dataset": ["b"]}, 0)])
+    assert metrics["psnr-rgb"] == metrics["psnr-lab"] == 100

@@ -1,5 +1,6 @@
 """Colorization: Lab, bins, objective and decoding against independent implementations, and the contract."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from datamodules.transforms.lab import rgb_to_lab
 from experiments.cli.main import main
 from modules.colorization import RELEASED_URL, ColorfulColorization
 from modules.colorization_baselines import RandomColorization
+from modules.colorization_probe import ColorizationProbe
 from modules.networks.weights import load_weights
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.colorization import ColorizationContract, write_colorization_recipe
@@ -116,7 +118,7 @@ def test_training_photographs_are_all_or_a_subset(photos, streaming):
 def test_curve_of_errors_has_its_closed_form():
     """The reference integrates the share of pixels below each threshold."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, 8, 8, generator=generator, dtype=torch.float64)
+    image = torch.randint(0, 256, (1, 3, 8, 8), generator=generator).double() / 255
     ab = rgb_to_lab(image)[:, 1:] + 40 * torch.randn(1, 2, 8, 8, generator=generator, dtype=torch.float64)
     metric = ColorMetrics()
     values = metric.compute([metric.update({"image": image, "prediction": image, "ab": ab}, 0)], None)
@@ -172,7 +174,18 @@ def test_invalid_sizes_are_refused(photos, arguments, message):
         Colorization(str(photos), str(photos), **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"uniform_weight": 1.5}, {"neighbors": 400}])
+def test_data_that_cannot_be_used_are_refused(workdir, photos):
+    for folder in ("a/images", "b/images"):
+        (workdir / folder).mkdir(parents=True)
+        shutil.copy(next(photos.iterdir()), workdir / folder)
+    with pytest.raises(UserError, match=r"data.val: .*b/images and .*a/images have the same name"):
+        Colorization(str(workdir / "a/images"), str(workdir / "b/images"))
+    data = Colorization("digits/train", "digits/val", size=24, resize=24, streaming=True)
+    with pytest.raises(UserError, match=r"data.streaming: digits/train"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("arguments", [{"uniform_weight": 1.5}, {"uniform_weight": 0.0}, {"neighbors": 400}])
 def test_invalid_settings_are_refused(arguments):
     with pytest.raises(UserError, match=f"model.{next(iter(arguments))}"):
         ColorfulColorization(**arguments)
@@ -272,6 +285,14 @@ def test_training_starts_from_the_weights_of_another_network(workdir, photos, th
     )
     for name, value in other.network.state_dict(prefix="network.").items():
         assert torch.equal(value, own[name] if name.startswith("network.8.") else source.state_dict()[name])
+    affine = ColorfulColorization(base_channels=4, affine=True)
+    torch.save({"state_dict": affine.state_dict()}, workdir / "affine.ckpt")
+    for wrong in (
+        ColorfulColorization(base_channels=4, initial_weights="affine.ckpt"),
+        ColorizationProbe("affine.ckpt", base_channels=4),
+    ):
+        with pytest.raises(UserError, match=r"affine.ckpt does not fit this model"):
+            wrong.setup("fit")
     with pytest.raises(UserError, match=r"source.ckpt does not fit this model"):
         ColorfulColorization(base_channels=8, initial_weights=settings["initial_weights"]).setup("fit")
     recipe = write_colorization_recipe(
@@ -327,4 +348,4 @@ def test_predict_of_large_and_elongated_photographs(monkeypatch):
         assert not height % 8
         assert not width % 8
         assert height * width <= 1.05 * 2**16
-    assert max(sizes) >= (256, 168)
+    assert sizes[-1] == (312, 208)

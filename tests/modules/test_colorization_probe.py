@@ -74,21 +74,28 @@ def test_losses_are_those_of_separate_classifiers():
     images, labels = torch.stack(list(data.val_images.images[:50])).float() / 255, data.val_images.labels[:50]
     batch = {"image": images, "label": labels}
     lightness = torch.from_numpy(rgb2lab(images.permute(0, 2, 3, 1).numpy()))[..., 0][:, None].float()
-    features = F.adaptive_avg_pool2d(probe.network[0]((lightness - 50) / 100), probe.sides[0]).flatten(1).numpy()
-    reference = LogisticRegression()
-    reference.classes_ = np.arange(10)
-    reference.coef_, reference.intercept_ = (value.detach().numpy() for value in probe.classifiers[0].parameters())
-    assert probe.losses(batch)["conv1"].item() == pytest.approx(log_loss(labels, reference.predict_proba(features)), rel=1e-4)
-    logits = probe.validation_step(batch, 0)["logits"]
-    assert list(logits) == list(LAYERS)
-    assert logits["conv1"].detach().numpy() == pytest.approx(reference.decision_function(features), abs=1e-4)
+    losses, logits, maps = probe.losses(batch), probe.validation_step(batch, 0)["logits"], (lightness - 50) / 100
+    assert list(losses) == list(logits) == list(LAYERS)
+    for i, layer in enumerate(LAYERS):
+        maps = probe.network[i](maps)
+        features = F.adaptive_avg_pool2d(maps, probe.sides[i]).flatten(1).numpy()
+        reference = LogisticRegression()
+        reference.classes_ = np.arange(10)
+        reference.coef_, reference.intercept_ = (value.detach().numpy() for value in probe.classifiers[i].parameters())
+        assert losses[layer].item() == pytest.approx(log_loss(labels, reference.predict_proba(features)), rel=1e-4)
+        assert logits[layer].detach().numpy() == pytest.approx(reference.decision_function(features), abs=1e-4)
 
 
-def test_wrong_settings_are_refused(workdir):
+def test_wrong_settings_are_refused(workdir, capfd):
     data = Classification("digits/train", "digits/val", size=24, resize=28)
     data.setup("fit")
     with pytest.raises(UserError, match=r"model.n_classes: 7.*10 classes"):
         ColorizationProbe(n_classes=7, size=24, base_channels=4).inspect_data(data)
+    recipe = write_classification_recipe(workdir / "tiny.yaml", MODEL)
+    some = workdir / "some_digits"
+    (some / "9").rename(workdir / "nine")  # labels would still be right, but those after an absent class would not
+    assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "8"]) == 2
+    assert "some_digits: it has 9 folders of classes" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"model.n_features: 20.*32 channels"):
         ColorizationProbe(n_classes=10, size=24, base_channels=4, n_features=20)
     with pytest.raises(UserError, match=r"data.size: 30.*Use 32"):

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -153,9 +154,15 @@ class ColorfulColorization(ColorizationMethod):
         name, fingerprint = data.train_fingerprint()
         if not self.frequencies.fingerprint:
             numbers = data.photograph_subset(self.frequency_images)
-            gray = self.frequencies.fit(data.training_photograph, numbers, self.uniform_weight)
+            rank, world_size = data.rank_and_world_size
+            counts, gray = count_all_colors(data.training_photograph, numbers[rank::world_size])
+            if world_size > 1:
+                totals = torch.cat([counts, torch.tensor([gray])]).to(self.device)
+                dist.all_reduce(totals)
+                counts, gray = totals[:-1].cpu(), int(totals[-1])
+            self.frequencies.fit(counts, self.uniform_weight)
             self.frequencies.fingerprint.fill_(int(fingerprint, 16))
-            if gray and not data.rank_and_world_size[0]:
+            if gray and not rank:
                 excluded = "their crops are excluded from the loss"
                 advice = excluded if self.mask_gray else "--model.mask_gray true excludes their crops from the loss"
                 print(f"{name}: {gray} of {len(numbers)} photographs are gray; {advice}")
@@ -331,24 +338,32 @@ class ColorFrequencies(nn.Module):
         self.register_buffer("weights", torch.ones(len(BINS)))
         self.register_buffer("fingerprint", torch.tensor(0))
 
-    def fit(self, photograph: Callable[[int], Tensor], numbers: Sequence[int], uniform_weight: float) -> int:
-        """Compute the weights from the pixels that are targets of the training, every fourth one.
+    def fit(self, counts: Tensor, uniform_weight: float) -> None:
+        """Compute the weights.
 
         Args:
-            photograph: function from a number to a photograph, uint8 (3, H, W); several threads call it.
-            numbers: numbers of the photographs.
+            counts: number of pixels nearest to each bin, (313,).
             uniform_weight: lambda of eq. 4.
-
-        Returns:
-            The number of gray photographs.
         """
-        counts, gray = torch.zeros(len(BINS), dtype=torch.float64), 0
-        with ThreadPoolExecutor() as pool:
-            for colors, is_gray in pool.map(lambda number: count_colors(photograph(number)), numbers):
-                counts += colors
-                gray += int(is_gray)
-        self.weights.copy_(rebalancing_weights(smooth(counts), uniform_weight))
-        return gray
+        self.weights.copy_(rebalancing_weights(smooth(counts.double()), uniform_weight))
+
+
+def count_all_colors(photograph: Callable[[int], Tensor], numbers: Sequence[int]) -> tuple[Tensor, int]:
+    """Count the colors of the pixels that are targets of the training, every fourth one, in threads.
+
+    Args:
+        photograph: function from a number to a photograph, uint8 (3, H, W); several threads call it.
+        numbers: numbers of the photographs.
+
+    Returns:
+        The number of pixels nearest to each bin, int64 (313,), and the number of gray photographs.
+    """
+    counts, gray = torch.zeros(len(BINS), dtype=torch.int64), 0
+    with ThreadPoolExecutor() as pool:
+        for colors, is_gray in pool.map(lambda number: count_colors(photograph(number)), numbers):
+            counts += colors
+            gray += int(is_gray)
+    return counts, gray
 
 
 def count_colors(photograph: Tensor) -> tuple[Tensor, bool]:

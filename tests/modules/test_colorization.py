@@ -79,7 +79,7 @@ def test_cross_entropy_is_that_of_the_definition():
 # Data and commands
 
 
-def test_frequencies_are_those_of_the_photographs(photos):
+def test_frequencies_are_those_of_the_photographs(photos, capsys):
     data = Colorization(str(photos), str(photos), size=32, resize=48)
     data.setup("fit")
     method = ColorfulColorization(base_channels=4)
@@ -91,6 +91,10 @@ def test_frequencies_are_those_of_the_photographs(photos):
         counts += np.bincount((ab[:, None] - BINS).square().sum(-1).argmin(1).numpy(), minlength=313)
     expected = rebalancing_weights(smooth(torch.from_numpy(counts)), 0.5)
     assert torch.allclose(method.frequencies.weights, expected.float(), rtol=0.02)
+    gray = sum(
+        np.abs(rgb2lab(read_resized(path, 48).permute(1, 2, 0).numpy() / 255)[..., 1:]).max() < 5 for path in photos.iterdir()
+    )
+    assert f"{photos.name}: {gray} of {len(list(photos.iterdir()))} photographs are gray" in capsys.readouterr().out
     with pytest.raises(UserError, match="color frequencies of other photographs"):
         data.train = "other"
         data.data_report.content_hashes = {"other": {"a": "b"}}

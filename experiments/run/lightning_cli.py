@@ -294,6 +294,7 @@ def silence_lightning() -> None:
         "``instantiate_classes`` was deprecated",
         "Couldn't infer the batch indices",
         "The `srun` command is available on your system but is not used",  # on a login node, or in a batch script outside srun
+        r"Found \d+ module\(s\) in eval mode",  # frozen networks keep their statistics of batch normalization
         "It is recommended to use `self.log",  # metrics are gathered from all ranks before they are logged
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -47,9 +47,14 @@ class Recipe:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the method of the recipe is trained; the class is imported only if the recipe does not state the budget."""
-        stated = "total_images" in self.content["model"].get("init_args", {})
-        return stated or "total_images" in signature(self.load_class("model")).parameters
+        """Whether the method of the recipe is trained, and not only evaluated with weights of its authors (`released`).
+
+        The class is imported only if the recipe does not state the budget.
+        """
+        init_args = self.content["model"].get("init_args", {})
+        if init_args.get("released"):
+            return False
+        return "total_images" in init_args or "total_images" in signature(self.load_class("model")).parameters
 
     @property
     def bundled(self) -> bool:

@@ -24,6 +24,7 @@ from datamodules.transforms.ab_bins import (
 )
 from datamodules.transforms.lab import rgb_to_lab
 from experiments.cli.main import main
+from experiments.run.recipes import find_recipe
 from modules.colorization import RELEASED_URL, ColorfulColorization
 from modules.colorization_baselines import RandomColorization
 from modules.colorization_probe import ColorizationProbe
@@ -268,6 +269,8 @@ def test_released_weights_that_cannot_be_downloaded_are_named(workdir, monkeypat
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse_download)
     assert forked(main, ["predict", "colorization/released", "--input", "photo.jpg"]) == 2
     assert RELEASED_URL in capfd.readouterr().err
+    assert not find_recipe("colorization/released").is_trainable  # `reproduce --run` evaluates it
+    assert find_recipe("colorization/released_code").is_trainable
 
 
 def refuse_download(url, *args, **kwargs):

@@ -286,7 +286,8 @@ def load_network(network: nn.Sequential, path: Path) -> None:
     last = {name: value for name, value in expected.items() if name.startswith("8.")}
     if any(name in weights and weights[name].shape != value.shape for name, value in last.items()):
         weights |= last
-    weights = {name: value for name, value in weights.items() if int(name.partition(".")[0]) < len(network)}
+    later_blocks = tuple(f"{number}." for number in range(len(network), 9))
+    weights = {name: value for name, value in weights.items() if not name.startswith(later_blocks)}
     check_shapes(path, weights, expected)
     network.load_state_dict(weights)
 

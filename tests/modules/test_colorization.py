@@ -300,6 +300,9 @@ def test_training_starts_from_the_weights_of_another_network(workdir, photos, th
     ):
         with pytest.raises(UserError, match=r"affine.ckpt does not fit this model"):
             wrong.setup("fit")
+    torch.save({"network.encoder.weight": torch.zeros(1)}, workdir / "other.pth")
+    with pytest.raises(UserError, match=r"other.pth does not fit this model"):
+        ColorizationProbe("other.pth", base_channels=4).setup("fit")
     with pytest.raises(UserError, match=r"source.ckpt does not fit this model"):
         ColorfulColorization(base_channels=8, initial_weights=settings["initial_weights"]).setup("fit")
     recipe = write_colorization_recipe(

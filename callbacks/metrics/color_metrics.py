@@ -36,7 +36,8 @@ class ColorMetrics(ImageMetric):
 
     def update(self, outputs: dict[str, Any], i: int) -> tuple[Tensor, Tensor, list[float]]:
         """Return the number of pixels and the sum of their areas by true color, (313,) each, and the metrics of the image."""
-        image, prediction = (to_uint8(outputs[name][i].double()).double() / 255 for name in ("image", "prediction"))
+        image = outputs["image"][i].double()  # 8-bit levels
+        prediction = to_uint8(outputs["prediction"][i].double()).double() / 255
         lab, predicted_lab = rgb_to_lab(image), rgb_to_lab(prediction)
         error = (outputs["ab"][i].double() - lab[1:]).norm(dim=0).flatten()
         area = (1 - error / MAX_ERROR).clamp(min=0)  # of the curve of one pixel: a step from 0 to 1 at its error

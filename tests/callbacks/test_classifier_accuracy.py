@@ -154,15 +154,15 @@ def test_missing_weights_are_an_error_unless_the_metric_is_skipped(workdir, caps
 
 
 def test_published_resnets_have_their_accuracy_on_the_images(with_real_data):
-    """The weights have 83 % on these JPEGs; the paper's network 91.25 to 93 % on the originals."""
-    weights = "weights/cifar10-resnet/resnet56-4bfd9763.th"
+    """The weights have 81 % on these JPEGs."""
+    weights = "weights/cifar10-resnet/resnet20-12fca82f.th"
     data = Colorization("cifar10-jpeg/train", "cifar10-jpeg/val", ["cifar10-jpeg/test"], size=32, resize=32)
     data.setup("test")
-    classifier = find_classifier("cifar10-resnet56")
+    classifier = find_classifier("cifar10-resnet20")
     classifier.load(find_file(weights, "weights"))
     images, labels = torch.stack(data.test_images.images), data.test_images.labels
     hits = torch.cat([classifier(part).argmax(1) for part in images.split(250)]) == labels
-    assert 100 * hits.double().mean() == pytest.approx(83, abs=1)
+    assert 100 * hits.double().mean() == pytest.approx(81, abs=1)
 
 
 def test_accuracy_of_classification_counts_the_highest_scores():

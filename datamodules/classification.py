@@ -6,9 +6,8 @@ from typing import Any
 from pydantic import PositiveInt
 
 from datamodules.batches import ClassificationBatch
-from datamodules.errors import UserError
 from datamodules.io.image_refs import dataset_label
-from datamodules.photographs import Photographs
+from datamodules.photographs import Photographs, require_multiple
 
 
 class Classification(Photographs):
@@ -38,8 +37,7 @@ class Classification(Photographs):
         seed: int = 0,
     ) -> None:
         super().__init__(train, val, test, size, size, resize, batch_size, streaming, num_workers, skip_bad, seed)
-        if size % 8:
-            raise UserError(f"data.size: {size} is not a multiple of 8. Use {size + -size % 8}")
+        require_multiple("size", size, 8)
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> ClassificationBatch:
         """Convert uint8 images to float32 in [0, 1], and keep their labels."""

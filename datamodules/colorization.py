@@ -6,11 +6,10 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from datamodules.catalog.array_readers import read_split
-from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.io.image_set import random_subset
-from datamodules.photographs import Photographs, RandomCrops, center_crop, is_array_dataset, read_resized
+from datamodules.photographs import Photographs, RandomCrops, center_crop, is_array_dataset, read_resized, require_multiple
 from datamodules.transforms.short_side import resize_short_side
 
 
@@ -40,9 +39,8 @@ class Colorization(Photographs):
         seed: int = 0,
     ) -> None:
         super().__init__(train, val, test, size, resize, resize, batch_size, streaming, num_workers, skip_bad, seed)
-        for name, value in (("size", size), ("resize", resize)):
-            if value % 8:
-                raise UserError(f"data.{name}: {value} is not a multiple of 8. Use {value + -value % 8}")
+        require_multiple("size", size, 8)
+        require_multiple("resize", resize, 8)
         self.sources: Tensor | list[ImageRef] | None = None  # of `training_crop`
 
     def photograph_subset(self, count: int | None = None) -> list[int]:

@@ -257,6 +257,16 @@ class CenterCrops(Dataset[dict[str, Any]]):
         }
 
 
+def require_multiple(option: str, value: int, divisor: int) -> None:
+    """Require that an option of a datamodule is a multiple of a number.
+
+    Raises:
+        UserError: it is not; the message names the next multiple.
+    """
+    if value % divisor:
+        raise UserError(f"data.{option}: {value} is not a multiple of {divisor}. Use {value + -value % divisor}")
+
+
 def is_array_dataset(spec: str) -> bool:
     """Return whether a dataset of the catalog consists of arrays, such as CIFAR-10, and not of image files."""
     name = spec.partition("/")[0]

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import PositiveInt
 
-from datamodules.errors import UserError
-from datamodules.photographs import Photographs
+from datamodules.photographs import Photographs, require_multiple
 
 
 class Stylization(Photographs):
@@ -34,5 +33,4 @@ class Stylization(Photographs):
         seed: int = 0,
     ) -> None:
         super().__init__(train, val, test, size, size, resize, batch_size, streaming, num_workers, skip_bad, seed)
-        if size % 4:
-            raise UserError(f"data.size: {size} is not a multiple of 4. Use {size + -size % 4}")
+        require_multiple("size", size, 4)

@@ -1,4 +1,4 @@
-"""Colorization: Lab, bins, objective and decoding against independent implementations, and the contract."""
+"""Colorization: network, objective, decoding and predictions against independent implementations, and the contract."""
 
 import shutil
 from types import SimpleNamespace

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import lightning as L
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,7 +13,7 @@ from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
 from datamodules.errors import UserError
 from datamodules.io.image_refs import DataReport, dataset_label
 from datamodules.io.loader import make_loader
-from datamodules.sampler import InfiniteBatchSampler, RankSampler
+from datamodules.sampler import GroupedBatchSampler, InfiniteBatchSampler, RankSampler
 
 TestData = TypeVar("TestData")
 
@@ -78,12 +79,13 @@ class ResumableDataModule(L.LightningDataModule, ABC):
             raise DatasetNotFound("; ".join(self.missing_sets.values()) or "data.test: no dataset given. Name at least one")
         return found
 
-    def train_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
+    def train_loader(self, items: Dataset[Any], length: int, groups: np.ndarray | None = None) -> DataLoader[Any]:
         """Return an infinite loader of this rank's slice of each training batch.
 
         Args:
             items: dataset that returns the slice for an output of `InfiniteBatchSampler`.
             length: number of items in one pass.
+            groups: group of each item, (length,), for batches of one group; None for batches of all items.
 
         Raises:
             UserError: the batch size is not a multiple of the number of processes.
@@ -94,6 +96,8 @@ class ResumableDataModule(L.LightningDataModule, ABC):
                 f"data.batch_size: {self.batch_size} is not divisible by {world_size} processes. Use a multiple of {world_size}"
             )
         sampler = InfiniteBatchSampler(length, self.batch_size_at, self.seed, self.position, rank, world_size)
+        if groups is not None:
+            sampler = GroupedBatchSampler(groups, self.batch_size, self.seed, self.position, rank, world_size)
         return make_loader(items, sampler, self.num_workers)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:

@@ -5,7 +5,7 @@ adds "sample_ids", a range, and "repeat_index"; see `modules.training.method`. O
 and the entries that the method adds.
 """
 
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -85,6 +85,30 @@ class SegmentationOutputs(SegmentationEvalBatch):
     """Evaluation batch with class probabilities."""
 
     prediction: Tensor  # (N, K, H, W)
+
+
+class DetectionBatch(TypedDict):
+    """Images of different sizes, with their objects."""
+
+    image: list[Tensor]  # N images (3, H, W)
+    objects: list[dict[str, Tensor]]  # N times "boxes", "labels", "masks", "keypoints", see datamodules/transforms/objects.py
+
+
+class DetectionEvalBatch(Named):
+    """A full image; N is 1."""
+
+    image: list[Tensor]  # N images (3, H, W)
+    annotations: list[dict[str, Any]]  # N times the fields of datamodules/catalog/annotated_images.py, `Annotations`
+
+
+class DetectionOutputs(DetectionEvalBatch):
+    """Evaluation batch with the detections, sorted by score.
+
+    A detection has "boxes" (M, 4), "labels" (M,) and "scores" (M,); "masks", bool (M, H, W), if the method predicts masks; and
+    "keypoints" (M, K, 3) with their scores (M, K), "keypoint_scores", if it predicts keypoints.
+    """
+
+    prediction: list[dict[str, Tensor]]  # N
 
 
 class UnpairedBatch(TypedDict):

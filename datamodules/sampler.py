@@ -53,6 +53,43 @@ class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
         return permutation(self.seed, "order", pass_index, self.length)
 
 
+class GroupedBatchSampler(InfiniteBatchSampler):
+    """Shuffled items in batches of one group, such as wide and tall images.
+
+    As in `InfiniteBatchSampler`, each pass contains each item once, in an order that is a function of the seed. The last batches
+    of a pass contain the items of all groups that remain.
+
+    Args:
+        groups: group of each item, (length,).
+        batch_size: global batch size, the same at every position.
+        seed, position, rank, world_size: see `InfiniteBatchSampler`.
+    """
+
+    def __init__(
+        self,
+        groups: np.ndarray,
+        batch_size: int,
+        seed: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(len(groups), batch_size, seed, position, rank, world_size)
+        self.groups, self.group_size = groups, batch_size
+
+    def pass_order(self, pass_index: int) -> np.ndarray:
+        """Return the order of the items in a pass: int64 (length,)."""
+        items = super().pass_order(pass_index)
+        begun = -pass_index * self.length % self.group_size  # items that complete the last batch of the pass before
+        batches, open_batches = [items[:begun]], dict[int, list[int]]()
+        for item in items[begun:]:
+            batch = open_batches.setdefault(int(self.groups[item]), [])
+            batch.append(item)
+            if len(batch) == self.group_size:
+                batches.append(np.array(open_batches.pop(int(self.groups[item]))))
+        return np.concatenate([*batches, *(np.array(batch) for batch in open_batches.values())]).astype(np.int64)
+
+
 class RankSampler(Sampler[int]):
     """Items rank, rank + world_size, ...: each item occurs once over all ranks, without padding.
 

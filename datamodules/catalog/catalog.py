@@ -44,6 +44,7 @@ class CatalogEntry:
     treat_equal_rgb_as_gray: bool = False
     manifest_from: str = ""
     masks: dict[str, Any] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
     skip_file_count: bool = False
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import binary_fill_holes, label
 from torch import Tensor
 
-from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset, is_folder
+from datamodules.catalog.catalog import CatalogEntry, DatasetNotFound, catalog, get_dataset, is_folder
 from datamodules.errors import UserError
 from datamodules.io.folders import list_images
 from datamodules.io.image_io import InvalidImage, open_image, read_image, to_channels
@@ -136,13 +136,14 @@ def coins_mask(path: Path) -> np.ndarray:
     return remove_small_objects(coins, max_size=500)
 
 
-def list_masked_images(spec: str, instances: bool = False) -> list[MaskedImage]:
+def list_masked_images(spec: str, instances: bool = False, replace: Sequence[str] | None = None) -> list[MaskedImage]:
     """List the images and masks of a dataset or a folder.
 
     Args:
         spec: dataset of the catalog, one of its splits ("camvid/train"), or a folder with subfolders `images` and `masks`,
             in which an image and its mask have the same name.
         instances: whether the masks of a folder are instance ids.
+        replace: regular expression and replacement from image names to mask names; None for the dataset's masks of classes.
 
     Raises:
         DatasetNotFound: images or masks are missing.
@@ -156,10 +157,12 @@ def list_masked_images(spec: str, instances: bool = False) -> list[MaskedImage]:
     if entry is None:
         # `list_image_refs` raises the error for an unknown name.
         return [MaskedImage(image, image.path, MaskSpec()) for image in list_image_refs(spec)]
+    if replace:
+        return _pair(spec, entry, replace, MaskSpec(instances=True), allow_missing=False)
     if not entry.masks:
         raise UserError(f"{name} has no masks. Datasets with masks: {', '.join(k for k, v in catalog().items() if v.masks)}")
     options = dict(entry.masks)
-    source, replace, allow_missing = (options.pop(key, None) for key in ("torchvision", "replace", "allow_missing"))
+    source, pattern, allow_missing = (options.pop(key, None) for key in ("torchvision", "replace", "allow_missing"))
     mask_spec = MaskSpec(**{**options, "classes": tuple(options["classes"])})
     if name == "coins":
         (path,) = (image.path for image in list_image_refs(spec))
@@ -170,9 +173,15 @@ def list_masked_images(spec: str, instances: bool = False) -> list[MaskedImage]:
         ]
     if source:
         return _from_torchvision(source, spec, mask_spec)
+    return _pair(spec, entry, pattern, mask_spec, allow_missing)
+
+
+def _pair(
+    spec: str, entry: CatalogEntry, pattern: Sequence[str], mask_spec: MaskSpec, allow_missing: bool
+) -> list[MaskedImage]:
     dataset, candidates = [], list_image_refs(spec)
     for image in candidates:
-        mask = entry.path / re.sub(replace[0], replace[1], entry.manifest_name(image.path))
+        mask = entry.path / re.sub(pattern[0], pattern[1], entry.manifest_name(image.path))
         if mask.exists():
             dataset.append(MaskedImage(image, mask, mask_spec))
         elif not allow_missing:

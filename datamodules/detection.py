@@ -1,0 +1,303 @@
+"""Detection: images with boxes, masks and keypoints of objects."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.base import ResumableDataModule
+from datamodules.batches import DetectionBatch
+from datamodules.catalog.annotated_images import (
+    AnnotatedImage,
+    AnnotatedSet,
+    Annotations,
+    ImageSummary,
+    list_annotated_images,
+)
+from datamodules.catalog.coco_annotations import InvalidAnnotations
+from datamodules.errors import UserError
+from datamodules.io.image_io import InvalidImage
+from datamodules.io.image_refs import dataset_label
+from datamodules.random.noise import uniform
+from datamodules.transforms.augment_objects import ObjectAugment, Window
+from datamodules.transforms.objects import Objects, decode_masks
+
+SHOWN_PROBLEMS = 5  # in a message
+
+
+class Detection(ResumableDataModule):
+    """Images with objects.
+
+    Yields `DetectionBatch` and `DetectionEvalBatch`, see `datamodules/batches.py`. Evaluation images have their full size.
+
+    Args:
+        train: training images: a dataset of the catalog ("coco2017/train"), or a folder, see `list_annotated_images`.
+        val: validation images.
+        test: datasets to evaluate; absent ones are reported and skipped.
+        num_classes: number of classes and of the background, as in torchvision.
+        num_keypoints: number of keypoints of an object; 0 for none. With keypoints, datasets in the format of COCO use their
+            annotations of persons.
+        category_ids: use the category ids of COCO as labels (1 ... 90 with gaps), as torchvision's weights require.
+        masks: read masks for training.
+        short_sides: lengths to which the shorter side of a training image is resized, one of them at random; empty for the
+            size of the file.
+        long_side: maximum length of the longer side of a training image after it is resized.
+        zoom: maximum additional zoom factor of training images; its logarithm is uniform in [-log zoom, log zoom].
+        crop: side of a random square of the resized training image; null for the whole image.
+        hflip: flip half of the training images from left to right.
+        symmetries: use the eight symmetries of the square in training, for images without a preferred direction.
+        group_by_shape: batches contain only wide or only tall images, which reduces padding.
+        skip_empty: leave out training images without objects, and with fewer than `min_keypoints` annotated keypoints.
+        min_keypoints: see `skip_empty`.
+        skip_bad: leave out annotations that cannot be used and report them, instead of raising an error.
+        batch_size: global batch size, over all devices.
+        streaming: decode images on demand instead of keeping them in memory; use with `num_workers`.
+        num_workers: loader processes; 0 is fastest for images in memory.
+        seed: seed of the order and of the augmentation.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        num_classes: int,
+        test: Sequence[str] = (),
+        num_keypoints: NonNegativeInt = 0,
+        category_ids: bool = False,
+        masks: bool = True,
+        short_sides: Sequence[PositiveInt] = (),
+        long_side: PositiveInt = 1333,
+        zoom: float = 1.0,
+        crop: PositiveInt | None = None,
+        hflip: bool = True,
+        symmetries: bool = False,
+        group_by_shape: bool = False,
+        skip_empty: bool = False,
+        min_keypoints: NonNegativeInt = 0,
+        skip_bad: bool = False,
+        batch_size: int = 2,
+        streaming: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, skip_bad)
+        self.train, self.val, self.test = train, val, test
+        self.num_classes, self.num_keypoints, self.category_ids = num_classes, num_keypoints, category_ids
+        self.masks, self.short_sides, self.long_side, self.zoom, self.crop = masks, short_sides, long_side, zoom, crop
+        self.hflip, self.symmetries, self.group_by_shape = hflip, symmetries, group_by_shape
+        self.skip_empty, self.min_keypoints, self.streaming = skip_empty, min_keypoints, streaming
+        self.sets: dict[str, AnnotatedSet] = {}
+        self.summaries: dict[str, list[ImageSummary]] = {}
+        if num_classes < 2:
+            raise UserError(f"data.num_classes: {num_classes} is less than 2, the background and one class. Use at least 2")
+        if zoom < 1:
+            raise UserError(f"data.zoom: {zoom} is less than 1. Use at least 1")
+        if short_sides and long_side < max(short_sides):
+            raise UserError(f"data.long_side: {long_side} is less than the shorter side {max(short_sides)}. Increase it")
+
+    # Setup
+
+    def setup(self, stage: str) -> None:
+        """Locate, read and validate the images and annotations of a stage.
+
+        Raises:
+            DatasetNotFound: a dataset is not installed.
+            InvalidAnnotations: annotations cannot be used.
+            InvalidImage: images or masks are unusable; the message names each of them.
+            UserError: no image has objects, the classes of two datasets differ, or two test sets have the same name.
+        """
+        if stage == "fit":
+            images = self._training_images()
+            augment = ObjectAugment(
+                self.short_sides, self.long_side, self.zoom, self.crop, self.hflip, self.symmetries, self.sets[self.train].mirrored
+            )
+            self.train_images = TrainingImages(images, self.masks, augment, self.seed, self.streaming)
+        if stage in ("fit", "validate"):
+            self.val_images = EvaluationImages(self._validate_set(self.val))
+        if stage == "test":
+            sets = self.read_test_sets(self._validate_set)
+            self.test_images = EvaluationImages([image for images in sets for image in images])
+
+    @classmethod
+    def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
+        """List the images with objects."""
+        return list_annotated_images(spec, init_args.get("num_keypoints", 0)).images
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes by label; that of the background, 0, is empty."""
+        known = next(iter(self.sets.values()), None) or list_annotated_images(self.val, self.num_keypoints, self.category_ids)
+        return ["", *known.classes]
+
+    @property
+    def skeleton(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of indices of connected keypoints."""
+        return next(iter(self.sets.values())).skeleton if self.sets else ()
+
+    def _training_images(self) -> list[AnnotatedImage]:
+        images = self._validate_set(self.train)
+        summaries = self.summaries[self.train]
+        has_objects = [s.n_objects > 0 and s.n_keypoints >= self.min_keypoints for s in summaries]
+        if not any(has_objects):
+            raise UserError(f"data.train: no image of {self.train} has objects for training. Use another dataset")
+        kept = has_objects if self.skip_empty else [True] * len(images)
+        self.is_wide = np.array([s.width >= s.height for s, keep in zip(summaries, kept, strict=True) if keep])
+        return [image for image, keep in zip(images, kept, strict=True) if keep]
+
+    def _validate_set(self, spec: str) -> list[AnnotatedImage]:
+        """Return the images of a dataset after validating them with their annotations, and record their content hashes."""
+        listed = list_annotated_images(spec, self.num_keypoints, self.category_ids)
+        if listed.problems and not self.data_report.skip_bad:
+            raise InvalidAnnotations(
+                f"{len(listed.problems)} annotations of {spec} cannot be used (--data.skip_bad true leaves them out): "
+                f"{shorten(listed.problems)}"
+            )
+        self.data_report.skipped += listed.problems
+        if len(listed.classes) >= self.num_classes:
+            raise UserError(
+                f"data.num_classes: {self.num_classes}, but {spec} has {len(listed.classes)} classes and a background. "
+                f"Set data.num_classes and model.num_classes to {len(listed.classes) + 1}"
+            )
+        for other, known in self.sets.items():
+            if known.classes != listed.classes:
+                raise UserError(f"data: {spec} has other classes than {other}. Use datasets with the same classes")
+        self.sets[spec] = listed
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(partial(inspect, decode=not self.streaming), listed.images))
+        if reasons := [reason for reason in results if isinstance(reason, str)]:
+            raise InvalidImage(
+                f"{len(reasons)} of {len(results)} images of {spec} cannot be used. Replace or remove them: {shorten(reasons)}"
+            )
+        self.summaries[spec] = [result for result in results if isinstance(result, ImageSummary)]
+        self.data_report.content_hashes[dataset_label(spec)] = {
+            image.image.name: summary.content_hash
+            for image, summary in zip(listed.images, self.summaries[spec], strict=True)
+        }
+        return listed.images
+
+    # Loaders
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return an infinite loader of augmented images with objects."""
+        return self.train_loader(self.train_images, len(self.train_images), self.is_wide if self.group_by_shape else None)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return a loader of single validation images."""
+        return self.eval_loader(self.val_images, len(self.val_images))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return a loader of single images of all test sets."""
+        return self.eval_loader(self.test_images, len(self.test_images))
+
+    # Batch processing on the device
+
+    def prepare_train_batch(self, batch: dict[str, Any]) -> DetectionBatch:
+        """Convert images to float32 in [0, 1]."""
+        return {"image": [image.float() / 255 for image in batch["image"]], "objects": batch["objects"]}
+
+    def prepare_eval_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Convert images to float32 in [0, 1]."""
+        return {**batch, "image": [image.float() / 255 for image in batch["image"]]}
+
+
+def shorten(problems: Sequence[str]) -> str:
+    """Join the first problems, and count the others."""
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + more
+
+
+def inspect(image: AnnotatedImage, decode: bool) -> ImageSummary | str:
+    """Return the result of `AnnotatedImage.inspect`, or the reason why the image cannot be used."""
+    try:
+        return image.inspect(decode)
+    except InvalidImage as error:
+        return str(error)
+
+
+class TrainingImages(Dataset[dict[str, Any]]):
+    """Batches of augmented images with objects, indexed by the outputs of `InfiniteBatchSampler`.
+
+    Args:
+        images: the images.
+        masks: read masks.
+        augment: random transforms.
+        seed: seed of the transforms.
+        streaming: decode images on demand.
+    """
+
+    def __init__(
+        self, images: Sequence[AnnotatedImage], masks: bool, augment: ObjectAugment, seed: int, streaming: bool
+    ) -> None:
+        self.images, self.masks, self.augment, self.seed = images, masks, augment, seed
+        with ThreadPoolExecutor() as pool:
+            self.decoded = None if streaming else list(pool.map(read, images))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
+        """Return a `DetectionBatch` before `prepare_train_batch`: images are uint8."""
+        start, items = slice_
+        samples = []
+        for position, item in enumerate(items, start):
+            image, annotations = self.decoded[item] if self.decoded else read(self.images[item])
+            noise = uniform(self.seed, "objects", [position], 7)[0]
+            height, width = image.shape[-2:]
+            window = self.augment.window(height, width, noise)
+            objects = training_objects(annotations, height, width, window, self.masks)
+            samples.append(self.augment.apply(image, objects, window, noise))
+        return {"image": [image for image, _ in samples], "objects": [objects for _, objects in samples]}
+
+
+class EvaluationImages(Dataset[dict[str, Any]]):
+    """Single evaluation images with annotations."""
+
+    def __init__(self, images: Sequence[AnnotatedImage]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a `DetectionEvalBatch` before `prepare_eval_batch`: images are uint8."""
+        ref = self.images[index].image
+        image, annotations = read(self.images[index])
+        return {
+            "image": [image],
+            "annotations": [annotations._asdict()],
+            "name": [ref.name],
+            "dataset": [ref.dataset],
+        }
+
+
+def read(image: AnnotatedImage) -> tuple[Tensor, Annotations]:
+    """Read an image, uint8 (3, H, W), and its annotations."""
+    pixels = image.read()
+    return pixels, image.annotations(pixels.shape[-2], pixels.shape[-1])
+
+
+def training_objects(annotations: Annotations, height: int, width: int, window: Window, masks: bool) -> Objects:
+    """Return the objects of an image of this size with pixels in a window as tensors, without crowds."""
+    left, top, right, bottom = annotations.boxes.T
+    in_rows = (top < window.top + window.height) & (bottom > window.top)
+    in_columns = (left < window.left + window.width) & (right > window.left)
+    kept = in_rows & in_columns & ~annotations.crowd
+    objects = {
+        "boxes": torch.from_numpy(annotations.boxes[kept]),
+        "labels": torch.from_numpy(annotations.labels[kept]),
+    }
+    if masks:
+        codes = [code for code, keep in zip(annotations.masks, kept, strict=True) if keep]
+        objects["masks"] = decode_masks(codes, height, width)
+    if annotations.keypoints.shape[1]:
+        objects["keypoints"] = torch.from_numpy(annotations.keypoints[kept])
+    return objects

@@ -118,7 +118,13 @@ class Detection(ResumableDataModule):
         if stage == "fit":
             images = self._training_images()
             augment = ObjectAugment(
-                self.short_sides, self.long_side, self.zoom, self.crop, self.hflip, self.symmetries, self.sets[self.train].mirrored
+                self.short_sides,
+                self.long_side,
+                self.zoom,
+                self.crop,
+                self.hflip,
+                self.symmetries,
+                self.sets[self.train].mirrored,
             )
             self.train_images = TrainingImages(images, self.masks, augment, self.seed, self.streaming)
         if stage in ("fit", "validate"):
@@ -179,8 +185,7 @@ class Detection(ResumableDataModule):
             )
         self.summaries[spec] = [result for result in results if isinstance(result, ImageSummary)]
         self.data_report.content_hashes[dataset_label(spec)] = {
-            image.image.name: summary.content_hash
-            for image, summary in zip(listed.images, self.summaries[spec], strict=True)
+            image.image.name: summary.content_hash for image, summary in zip(listed.images, self.summaries[spec], strict=True)
         }
         return listed.images
 

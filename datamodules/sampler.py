@@ -56,8 +56,8 @@ class InfiniteBatchSampler(Sampler[tuple[int, np.ndarray]]):
 class GroupedBatchSampler(InfiniteBatchSampler):
     """Shuffled items in batches of one group, such as wide and tall images.
 
-    As in `InfiniteBatchSampler`, each pass contains each item once, in an order that is a function of the seed. The last batches
-    of a pass contain the items of all groups that remain.
+    As in `InfiniteBatchSampler`, each pass contains each item once, in an order that is a function of the seed. The last
+    batches of a pass contain the remaining items of all groups.
 
     Args:
         groups: group of each item, (length,).

@@ -46,6 +46,7 @@ from modules.networks.pretrained import find_or_download
 from modules.networks.weights import check_shapes, read_weights
 from modules.tasks.colorization import ColorizationMethod
 from modules.training.method import Batch
+from modules.training.schedules import step_schedule
 from modules.training.stages import Stage
 
 RELEASED_URL = "https://colorizers.s3.us-east-2.amazonaws.com/colorization_release_v2-9b330a0b.pth"
@@ -223,8 +224,7 @@ class ColorfulColorization(ColorizationMethod):
         """Return the learning rate: the last step of `learning_rate_steps`, or a half cosine to zero."""
         if not self.learning_rate_steps:
             return super().schedule(images_seen)
-        passed = [rate for start, rate in self.learning_rate_steps.items() if start <= images_seen]
-        return passed[-1] if passed else self.learning_rate
+        return step_schedule(self.learning_rate, self.learning_rate_steps, images_seen)
 
     def stages(self) -> list[Stage]:
         """Return a stage for each learning rate."""

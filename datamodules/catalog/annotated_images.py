@@ -153,9 +153,9 @@ class CocoAnnotatedImage(AnnotatedImage):
             masks,
             np.array([entry.get("area", own_areas[i]) for i, entry in enumerate(self.entries)], np.float64),
             np.array([entry.get("iscrowd", 0) == 1 for entry in self.entries], bool),
-            np.array(
-                [entry["keypoints"] for entry in self.entries] if self.num_keypoints else [], np.float32
-            ).reshape(len(masks), self.num_keypoints, 3),
+            np.array([entry["keypoints"] for entry in self.entries] if self.num_keypoints else [], np.float32).reshape(
+                len(masks), self.num_keypoints, 3
+            ),
         )
 
 

@@ -124,9 +124,7 @@ def _read_categories(path: Path, entries: list[Any]) -> tuple[dict[int, str], tu
     return dict(sorted(names.items())), keypoints, skeleton
 
 
-def _problems(
-    annotation: Any, images: dict[int, CocoImage], categories: dict[int, str], num_keypoints: int
-) -> Iterator[str]:
+def _problems(annotation: Any, images: dict[int, CocoImage], categories: dict[int, str], num_keypoints: int) -> Iterator[str]:
     """Yield the reasons why an annotation cannot be used."""
     if not isinstance(annotation, dict):
         yield "not an object with names and values"

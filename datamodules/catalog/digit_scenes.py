@@ -54,7 +54,9 @@ def digit_scene(split: str, number: int) -> Scene:
         top, left = (int(value * (SIDE - side + 1)) for value in values[2:4])
         digit = torch.from_numpy(images[index]).float()[None] / 255  # (1, 1, 28, 28)
         opacity = torch.zeros(SIDE, SIDE)
-        opacity[top : top + side, left : left + side] = F.interpolate(digit, (side, side), mode="bilinear", antialias=True)[0, 0]
+        opacity[top : top + side, left : left + side] = F.interpolate(digit, (side, side), mode="bilinear", antialias=True)[
+            0, 0
+        ]
         mask = opacity >= 0.5
         visible = masks & ~mask
         hides_too_much = (visible.sum((1, 2)) < MIN_VISIBLE * masks.sum((1, 2))).any()

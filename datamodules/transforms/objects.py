@@ -66,9 +66,7 @@ def resize_objects(image: Tensor, objects: Objects, height: int, width: int) -> 
     scale = torch.tensor([width / old_width, height / old_height])
     changed = {**objects, "boxes": objects["boxes"] * scale.repeat(2)}
     if "masks" in objects:
-        rows, columns = (
-            (torch.arange(new) * (old / new)).long() for old, new in ((old_height, height), (old_width, width))
-        )
+        rows, columns = ((torch.arange(new) * (old / new)).long() for old, new in ((old_height, height), (old_width, width)))
         changed["masks"] = objects["masks"][:, rows][:, :, columns]
     if "keypoints" in objects:
         changed["keypoints"] = torch.cat([objects["keypoints"][..., :2] * scale, objects["keypoints"][..., 2:]], dim=-1)
@@ -105,9 +103,7 @@ def transpose_objects(image: Tensor, objects: Objects) -> tuple[Tensor, Objects]
     return image.mT, changed
 
 
-def crop_objects(
-    image: Tensor, objects: Objects, top: int, left: int, height: int, width: int
-) -> tuple[Tensor, Objects]:
+def crop_objects(image: Tensor, objects: Objects, top: int, left: int, height: int, width: int) -> tuple[Tensor, Objects]:
     """Crop a rectangle of an image, and the parts of objects inside.
 
     Objects without pixels in the crop are removed. The box of a cut object encloses the rest of its mask, or of its box if

@@ -38,3 +38,12 @@ def he_init_(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
+
+
+def msra_init_(module: nn.Module) -> None:
+    """Initialize convolutions as He et al. (arXiv:1502.01852) with the fan-out, and biases with zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -162,8 +162,8 @@ class MaskRCNN(DetectionMethod):
             len(strides) + is_pyramid,
             anchor_sizes,
             anchors_per_image,
-            train_candidates=2000 if is_pyramid else 12_000,
-            test_candidates=1000 if is_pyramid else 6000,
+            train_candidates=train_proposals if is_pyramid else 12_000,
+            test_candidates=test_proposals if is_pyramid else 6000,
             train_proposals=train_proposals,
             test_proposals=test_proposals,
         )

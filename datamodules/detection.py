@@ -117,7 +117,7 @@ class Detection(ResumableDataModule):
         """
         if stage == "fit":
             images = self._training_images()
-            augment = ObjectAugment(
+            self.augment = ObjectAugment(
                 self.short_sides,
                 self.long_side,
                 self.zoom,
@@ -126,7 +126,7 @@ class Detection(ResumableDataModule):
                 self.symmetries,
                 self.sets[self.train].mirrored,
             )
-            self.train_images = TrainingImages(images, self.masks, augment, self.seed, self.streaming)
+            self.train_images = TrainingImages(images, self.masks, self.augment, self.seed, self.streaming)
         if stage in ("fit", "validate"):
             self.val_images = EvaluationImages(self._validate_set(self.val))
         if stage == "test":

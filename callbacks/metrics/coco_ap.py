@@ -21,9 +21,9 @@ class COCOAveragePrecision(ImageMetric):
 
     A detection of a class is true if its overlap with an object that is not yet found by a detection with a higher score is at
     least a threshold. The overlap is the intersection over union (IoU) of boxes or masks. For keypoints it is the similarity
-    OKS = mean of exp(-d^2 / (2 s^2 k^2)) over the annotated keypoints, with the distance d in pixels, the area s^2 of the object,
-    and k = 2 sigma. AP is the mean over 101 recalls of the precision, made monotone, and over the classes with objects; AR is the
-    maximum recall. Detections of regions of crowds are ignored.
+    OKS, the mean of exp(-d^2 / (2 s^2 k^2)) over the annotated keypoints, with the distance d in pixels, the area s^2 of the
+    object, and k = 2 sigma. AP is the mean over 101 recalls of the precision, made monotone, and over the classes with objects;
+    AR is the maximum recall. Detections of regions of crowds are ignored.
 
     - `box/ap`, `mask/ap`, `keypoints/ap`: mean over the thresholds 0.50, 0.55, ..., 0.95;
     - `box/ap50`, `box/ap75`: AP at one threshold;
@@ -35,7 +35,7 @@ class COCOAveragePrecision(ImageMetric):
     With another number of detections than 100, names end with it: `mask/ap/max500`. A column without objects, such as one
     without small objects, is absent.
 
-    Required outputs: "prediction" and "annotations", see `DetectionOutputs`. The masks and keypoints are evaluated if the method
+    Required outputs: "prediction" and "annotations", see `DetectionOutputs`. Masks and keypoints are evaluated if the method
     predicts them.
 
     Args:
@@ -118,7 +118,8 @@ class COCOAveragePrecision(ImageMetric):
 def columns(evaluation: Any) -> dict[str, float]:
     """Return the columns of COCO from an accumulated evaluation, in percent, without those that have no objects.
 
-    The precision is an array over thresholds, recalls, classes, areas and numbers of detections; -1 marks classes without objects.
+    The precision is an array over thresholds, recalls, classes, areas and numbers of detections; it is -1 for classes without
+    objects.
     """
     parameters = evaluation.params
     precision = np.asarray(evaluation.eval["precision"])

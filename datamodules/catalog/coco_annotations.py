@@ -112,7 +112,7 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
 def _read_categories(path: Path, entries: list[Any]) -> tuple[dict[int, str], tuple[str, ...], tuple[tuple[int, int], ...]]:
     try:
         names = {int(entry["id"]): str(entry["name"]) for entry in entries}
-        points = next((entry for entry in entries if entry.get("keypoints")), {})
+        points: dict[str, Any] = next((entry for entry in entries if entry.get("keypoints")), {})
         keypoints = tuple(map(str, points.get("keypoints", ())))
         skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in points.get("skeleton", ()))
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -139,7 +139,7 @@ def _problems(annotation: Any, images: dict[int, CocoImage], categories: dict[in
         yield f"iscrowd is {annotation['iscrowd']}, not 0 or 1"
     yield from _box_problems(annotation.get("bbox"), image)
     yield from _mask_problems(annotation.get("segmentation"), image)
-    points = annotation.get("keypoints")
+    points: Any = annotation.get("keypoints")
     if num_keypoints and (not _are_numbers(points) or len(points) != 3 * num_keypoints):
         found = len(points) if isinstance(points, list) else "no"
         yield f"{found} numbers for {num_keypoints} keypoints, not {3 * num_keypoints}"
@@ -181,7 +181,7 @@ def _code_problems(code: dict[str, Any], image: CocoImage) -> Iterator[str]:
         yield f"the run-length code has the size {size}, but its image [{image.height}, {image.width}]"
         return
     try:
-        runs = decompress_counts(counts) if isinstance(counts, str) else counts
+        runs: Any = decompress_counts(counts) if isinstance(counts, str) else counts
         complete = _are_numbers(runs) and min(runs, default=-1) >= 0 and sum(runs) == image.height * image.width
     except IndexError:
         complete = False

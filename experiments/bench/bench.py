@@ -27,7 +27,7 @@ from experiments.run.lightning_cli import DarkroomCLI, build_cli
 from experiments.run.recipes import Recipe
 from experiments.tasks.registry import task_of
 from modules.training.method import Method
-from modules.training.phases import Batch
+from modules.training.phases import Batch, map_tensors
 
 PIL_EVERY = 6  # rounds per PIL interval; a PIL interval has this many times the steps, because workers prefetch some batches
 SETTLE = 0.5  # seconds for the PIL loader's workers to refill their queue before the Trainer is timed again
@@ -76,12 +76,19 @@ def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
     baseline = task_of(data).baseline
     assert baseline is not None
     size = data.batch_size_at(data.position())
+    items = baseline(data)
     loader = DataLoader(
-        baseline(data), size, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+        items,
+        size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=os.cpu_count() or 1,
+        persistent_workers=True,
+        collate_fn=getattr(items, "collate", None),  # for images of different sizes
     )
     while True:
         for batch in loader:
-            yield {key: value.to(device) for key, value in batch.items()}
+            yield map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 class InterleavedTimer(Callback):

@@ -72,7 +72,8 @@ COMMAND_OPTIONS = {
     "fit": "[--run NAME] [--wandb offline|online]",
     "validate": "[--ckpt FILE]",
     "test": "[--ckpt FILE] [--record FILE]",
-    "predict": "--input PATH [--output FOLDER] [--direction AtoB|BtoA] [--style S] [--alpha A] [--temperature T] [--ckpt FILE]",
+    "predict": "--input PATH [--output FOLDER] [--direction AtoB|BtoA] [--style S] [--alpha A] [--temperature T] [--score T]"
+    " [--ckpt FILE]",
 }
 
 STARTED = time.perf_counter()

@@ -147,6 +147,7 @@ class DarkroomCLI(LightningCLI):
             parser.add_argument(
                 "--temperature", type=PositiveFloat | None, help="temperature of a colorization (default that of the recipe)"
             )
+            parser.add_argument("--score", type=ClosedUnitInterval | None, help="lowest score of a detection (default 0.5)")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         if "seed" in parameters(self.recipe.class_path("model")):
             parser.link_arguments("seed_everything", "model.init_args.seed")

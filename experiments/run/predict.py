@@ -18,7 +18,7 @@ from modules.tasks.stylization import StylizationMethod
 
 
 def predict(cli: DarkroomCLI) -> None:
-    """Enlarge, segment, translate, stylize or colorize a user's images or video, and write the results to the output folder.
+    """Apply the method of a task to a user's images or video, and write the results to the output folder.
 
     Raises:
         UserError: the method takes no images, an option is invalid, or a path cannot be read or written.
@@ -26,7 +26,7 @@ def predict(cli: DarkroomCLI) -> None:
     task = task_of(cli.datamodule)
     if task.predict is None:
         raise UserError(f"predict: {cli.recipe.name} takes no images. Use darkroom sample")
-    for name in ("direction", "style", "alpha", "temperature"):
+    for name in ("direction", "style", "alpha", "temperature", "score"):
         if cli.config[name] is not None and name not in task.predict_options:
             raise UserError(f"--{name}: {cli.recipe.name} does not have this option. Remove it")
     for name in ("input", "output"):

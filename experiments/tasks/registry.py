@@ -6,6 +6,7 @@ from datamodules.errors import UserError
 from experiments.tasks import (
     classification,
     colorization,
+    detection,
     generation,
     reconstruction,
     segmentation,
@@ -19,6 +20,7 @@ from experiments.tasks.task import Task
 TASKS: list[Task] = [
     superresolution.TASK,
     segmentation.TASK,
+    detection.TASK,
     translation.TASK,
     generation.TASK,
     reconstruction.TASK,

@@ -83,8 +83,10 @@ class ProposalNetwork(RegionProposalNetwork):
         classification = F.binary_cross_entropy_with_logits(
             to_float32(objectness.flatten()[index]), target, weights, reduction="sum"
         )
-        boxes = F.smooth_l1_loss(to_float32(pred_bbox_deltas[index]), box_target, beta=RPN_BETA, reduction="none").sum(1)
-        return classification, (boxes * weights * (target == 1)).sum()
+        positive = target == 1  # targets of others may be infinite
+        offsets = to_float32(pred_bbox_deltas[index[positive]])
+        error = F.smooth_l1_loss(offsets, box_target[positive], beta=RPN_BETA, reduction="none").sum(1)
+        return classification, (error * weights[positive]).sum()
 
 
 class BoxPredictor(nn.Module):
@@ -167,14 +169,15 @@ class RCNNHeads(RoIHeads):
             return self.detections(features, proposals, image_shapes), {}
         proposals, matches, labels, box_targets = self.select_training_samples(proposals, targets)
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        losses = self.box_losses(*self.box_predictor(box_features), labels, box_targets)
+        logits, offsets = self.box_predictor(box_features)
+        losses = self.box_losses(logits, offsets, labels, box_targets)
         positive = [label > 0 for label in labels]
         boxes = [box[index] for box, index in zip(proposals, positive, strict=True)]
         matched = [match[index] for match, index in zip(matches, positive, strict=True)]
         if self.mask_loss is not None:
             pooled = box_features[torch.cat(positive)] if self.shares_features else None
-            logits = self.mask_logits(features, boxes, image_shapes, pooled)
-            losses["mask"] = self.mask_loss(to_float32(logits), boxes, matched, targets)
+            mask_logits = self.mask_logits(features, boxes, image_shapes, pooled)
+            losses["mask"] = self.mask_loss(to_float32(mask_logits), boxes, matched, targets)
         if self.keypoint_loss is not None:
             losses["keypoint"] = self.keypoint_loss(
                 to_float32(self.heatmaps(features, boxes, image_shapes)), boxes, matched, targets
@@ -188,9 +191,10 @@ class RCNNHeads(RoIHeads):
         label, box_target = torch.cat(labels), torch.cat(list(box_targets))
         weights = image_mean_weights([len(values) for values in labels], box_target)
         entropy = F.cross_entropy(to_float32(logits), label, reduction="none")
-        own_offsets = to_float32(offsets).view(len(offsets), -1, 4)[torch.arange(len(label), device=label.device), label]
-        error = F.smooth_l1_loss(own_offsets, box_target, beta=BOX_BETA, reduction="none").sum(1)
-        return {"class": (entropy * weights).sum(), "box": (error * weights * (label > 0)).sum()}
+        positive = torch.where(label > 0)[0]  # targets of others may be infinite
+        own_offsets = to_float32(offsets).view(len(offsets), -1, 4)[positive, label[positive]]
+        error = F.smooth_l1_loss(own_offsets, box_target[positive], beta=BOX_BETA, reduction="none").sum(1)
+        return {"class": (entropy * weights).sum(), "box": (error * weights[positive]).sum()}
 
     def mask_logits(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]], pooled: Tensor | None

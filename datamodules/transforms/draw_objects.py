@@ -39,7 +39,15 @@ def draw_objects(
         scores = objects["scores"].tolist() if "scores" in objects else [None] * count
         texts = [names[label] if label < len(names) else str(label) for label in objects["labels"].tolist()]
         captions = [text if s is None else f"{text} {s:.2f}" for text, s in zip(texts, scores, strict=True)]
-    canvas = draw_bounding_boxes(canvas, objects["boxes"].float(), captions, colors, width=1)
+    canvas = draw_bounding_boxes(
+        canvas,
+        objects["boxes"].float(),
+        captions,
+        colors,
+        label_colors="black",
+        label_background_colors=colors,
+        fill_labels=True,
+    )
     if "keypoints" in objects and objects["keypoints"].numel():
         points = objects["keypoints"].float()
         canvas = draw_keypoints(

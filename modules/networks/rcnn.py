@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
@@ -33,6 +34,24 @@ def image_mean_weights(counts: Sequence[int], like: Tensor) -> Tensor:
     """
     weights = [1 / (max(1, count) * len(counts)) for count in counts]
     return torch.repeat_interleave(like.new_tensor(weights), torch.tensor(counts, device=like.device))
+
+
+class Float32Anchors(AnchorGenerator):
+    """Anchors in float32. In torchvision they have the dtype of the features: with bf16, errors of up to 4 pixels."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Return the anchors of each image, (A, 4)."""
+        placeholders = [to_float32(features.new_zeros(())).expand(features.shape) for features in feature_maps]
+        return super().forward(image_list, placeholders)
+
+
+class Float32ProposalHead(RPNHead):
+    """Head whose outputs are float32; boxes that are decoded from them have the same dtype."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the objectness (N, A, h, w) and the offsets (N, 4 A, h, w) at each level."""
+        objectness, offsets = super().forward(x)
+        return [to_float32(values) for values in objectness], [to_float32(values) for values in offsets]
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -59,10 +78,10 @@ class ProposalNetwork(RegionProposalNetwork):
         test_proposals: int,
     ) -> None:
         sizes = tuple((size,) for size in anchor_sizes) if n_levels > 1 else (tuple(anchor_sizes),)
-        anchors = AnchorGenerator(sizes, (ASPECT_RATIOS,) * n_levels)
+        anchors = Float32Anchors(sizes, (ASPECT_RATIOS,) * n_levels)
         super().__init__(
             anchors,
-            RPNHead(channels, anchors.num_anchors_per_location()[0]),
+            Float32ProposalHead(channels, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=anchors_per_image,
@@ -80,11 +99,9 @@ class ProposalNetwork(RegionProposalNetwork):
         index = torch.where(torch.cat(sampled).bool())[0]
         target, box_target = torch.cat(labels)[index], torch.cat(regression_targets)[index]
         weights = image_mean_weights([int(mask.sum()) for mask in sampled], target)
-        classification = F.binary_cross_entropy_with_logits(
-            to_float32(objectness.flatten()[index]), target, weights, reduction="sum"
-        )
+        classification = F.binary_cross_entropy_with_logits(objectness.flatten()[index], target, weights, reduction="sum")
         positive = target == 1  # targets of others may be infinite
-        offsets = to_float32(pred_bbox_deltas[index[positive]])
+        offsets = pred_bbox_deltas[index[positive]]
         error = F.smooth_l1_loss(offsets, box_target[positive], beta=RPN_BETA, reduction="none").sum(1)
         return classification, (error * weights[positive]).sum()
 

@@ -55,8 +55,7 @@ class RoIPooler(nn.Module):
         return pooled
 
     def pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
-        """Pool from one level: (N, C, h, w) and (R, 5) to (R, C, output_size, output_size)."""
-        rois = rois.to(features.dtype)
+        """Pool from one level: (N, C, h, w) and (R, 5) to (R, C, output_size, output_size); under autocast in float32."""
         if self.layer == "pool":
             return roi_pool(features, rois, self.output_size, 1 / stride)
         if self.layer == "align_max":

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
 from modules.colorization import ColorfulColorization
 from modules.cyclegan import CycleGAN
 from modules.dcgan import DCGAN
 from modules.espcn import ESPCN
 from modules.gan import GAN
+from modules.mask_rcnn import MaskRCNN
 from modules.networks.progressive import MinibatchStddev
+from modules.networks.rcnn import ProposalNetwork
 from modules.perceptual_sr import PerceptualSR
 from modules.progan import ProGAN
 from modules.smp import SMPSegmenter
@@ -122,3 +125,34 @@ class DeterministicPerceptualSR(PerceptualSR):
 class DeterministicStyleTransfer(StyleTransfer):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, eps=1e-3)
+
+
+class FirstSamples:
+    """In place of torchvision's sampler of anchors and proposals, which draws at random: takes the first ones."""
+
+    def __init__(self, count: int, positive_fraction: float) -> None:
+        self.count, self.max_positive = count, int(count * positive_fraction)
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        positives = [(label >= 1) & ((label >= 1).cumsum(0) <= self.max_positive) for label in labels]
+        limits = [self.count - int(positive.sum()) for positive in positives]
+        negatives = [(label == 0) & ((label == 0).cumsum(0) <= limit) for label, limit in zip(labels, limits, strict=True)]
+        return positives, negatives
+
+
+class FixedProposals(ProposalNetwork):
+    """Takes every 50th anchor in training, because the order of the scores of an untrained network is that of their rounding."""
+
+    def filter_proposals(self, proposals: Tensor, objectness: Tensor, image_shapes: Any, num_anchors_per_level: Any) -> Any:
+        if not self.training:
+            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
+        chosen = [clip_boxes_to_image(boxes[::50], shape) for boxes, shape in zip(proposals, image_shapes, strict=True)]
+        return [boxes[(boxes[:, 2:] - boxes[:, :2]).min(1).values > 1] for boxes in chosen], []
+
+
+class DeterministicMaskRCNN(MaskRCNN):
+    def __init__(self, **init_args: Any) -> None:
+        super().__init__(**init_args)
+        self.rpn.__class__ = FixedProposals
+        self.rpn.fg_bg_sampler = FirstSamples(init_args["anchors_per_image"], 0.5)
+        self.roi_heads.fg_bg_sampler = FirstSamples(init_args["rois_per_image"], 0.25)

@@ -98,7 +98,7 @@ class COCOAveragePrecision(ImageMetric):
         evaluation = COCOeval_faster(true, found, EVALUATIONS[kind], kpt_oks_sigmas=sigmas, print_function=ignore)
         evaluation.params.catIds = list(labels)
         if kind != "keypoints":
-            evaluation.params.maxDets = [1, 10, self.max_detections]
+            evaluation.params.maxDets = [limit for limit in (1, 10) if limit < self.max_detections] + [self.max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
         suffix = "" if self.max_detections == COCO_DETECTIONS or kind == "keypoints" else f"/max{self.max_detections}"

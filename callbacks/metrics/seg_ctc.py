@@ -6,6 +6,7 @@ import numpy as np
 from scipy.ndimage import label
 
 from callbacks.metrics.base import ImageMetric
+from datamodules.transforms.objects import decode_masks, label_map
 
 
 class CTCSeg(ImageMetric):
@@ -29,6 +30,38 @@ class CTCSeg(ImageMetric):
         """Return the mean over all objects of the set; NaN if there are none."""
         scores = np.concatenate(states)
         return {"seg/ctc": float(scores.mean()) if len(scores) else float("nan")}
+
+
+class CTCSegOfDetections(ImageMetric):
+    """SEG of detected objects, logged as `seg/ctc/score0.5`: see `CTCSeg`.
+
+    Predicted objects are the masks of the detections with a score of at least 0.5. A pixel in several masks belongs to the one
+    with the highest score.
+
+    Required outputs: "prediction" and "annotations", see `DetectionOutputs`, with masks.
+
+    Args:
+        score: lowest score of a detection; the protocol ends with it.
+        on_validation: evaluate at validations too, otherwise only at tests.
+    """
+
+    required_outputs = ("prediction", "annotations")
+
+    def __init__(self, score: float = 0.5, on_validation: bool = True) -> None:
+        super().__init__(on_validation)
+        self.score = score
+
+    def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
+        """Return the scores of the objects in the image: float64 (objects,)."""
+        found, true = outputs["prediction"][i], outputs["annotations"][i]
+        height, width = outputs["image"][i].shape[-2:]
+        predicted = label_map(found["masks"][found["scores"] >= self.score])
+        return seg_scores(label_map(decode_masks(true["masks"], height, width)).numpy(), predicted.cpu().numpy())
+
+    def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
+        """Return the mean over all objects of the set; NaN if there are none."""
+        scores = np.concatenate(states)
+        return {f"seg/ctc/score{self.score:g}": float(scores.mean()) if len(scores) else float("nan")}
 
 
 def seg_scores(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.transforms.draw_objects import draw_objects
-from datamodules.transforms.objects import encode_masks
+from datamodules.transforms.objects import encode_masks, label_map
 
 MAX_OBJECTS = 2**16 - 1  # in a label map of 16 bits
 
@@ -62,7 +61,7 @@ class DetectionWriter(BasePredictionWriter):
         drawing = (draw_objects(image, found, self.names, self.skeleton) * 255).round().byte().permute(1, 2, 0)
         save(drawing, overlay_path)
         if "masks" in found:
-            save(label_map(found["masks"]), target)
+            save(label_map(found["masks"][:MAX_OBJECTS]).to(torch.uint16), target)
         entry = {"id": self.numbers[path], "file_name": path, "height": height, "width": width}
         self.content[self.numbers[path]] = (entry, coco_annotations(found, self.numbers[path]))
         written = target if "masks" in found else overlay_path
@@ -100,14 +99,6 @@ def save(pixels: Tensor, path: Path) -> None:
     """Write an image, uint8 or uint16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.numpy()).save(path)
-
-
-def label_map(masks: Tensor) -> Tensor:
-    """Return a map of instance ids, uint16 (H, W), from masks (M, H, W) in descending order of their scores."""
-    ids = np.zeros(masks.shape[-2:], np.uint16)
-    for i, mask in reversed(list(enumerate(masks[:MAX_OBJECTS].numpy(), 1))):
-        ids[mask] = i
-    return torch.from_numpy(ids)
 
 
 def coco_annotations(found: dict[str, Tensor], image_id: int) -> list[dict[str, Any]]:

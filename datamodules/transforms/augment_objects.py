@@ -54,8 +54,10 @@ class ObjectAugment:
             image, objects = flip_objects(image, objects, self.mirrored_keypoints)
         if self.symmetries and noise[5] < 0.5:
             image, objects = transpose_objects(image, objects)
-        if self.symmetries and noise[6] < 0.5:  # a flip, an exchange and a flip generate all eight symmetries
-            image, objects = flip_objects(image, objects, self.mirrored_keypoints)
+            image, objects = flip_objects(image, objects, self.mirrored_keypoints)  # from top to bottom
+            image, objects = transpose_objects(image, objects)
+        if self.symmetries and noise[6] < 0.5:
+            image, objects = transpose_objects(image, objects)
         return image, objects
 
 

@@ -40,6 +40,13 @@ def label_map_codes(label_map: np.ndarray) -> tuple[list[int], list[RunLengthCod
     return values, encode_masks(masks)
 
 
+def label_map(masks: Tensor) -> Tensor:
+    """Return a map of ids 1, 2, ..., int64 (H, W), from masks (M, H, W); where masks overlap, the first one counts."""
+    ids = torch.arange(1, len(masks) + 1, device=masks.device).view(-1, 1, 1)
+    first = torch.where(masks > 0, ids, len(masks) + 1).amin(0) if len(masks) else torch.zeros(masks.shape[-2:]).long()
+    return first * (first <= len(masks))
+
+
 def mask_boxes(codes: Sequence[RunLengthCode]) -> np.ndarray:
     """Return the bounding boxes of masks: float32 (M, 4), x1, y1, x2, y2."""
     if not codes:

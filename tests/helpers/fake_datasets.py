@@ -1,6 +1,7 @@
 """Fake files of datasets that are not installed, made of embedded photographs and digits."""
 
 import hashlib
+import json
 import pickle
 import re
 from functools import cache
@@ -33,6 +34,9 @@ def _write(name: str, path: Path) -> None:
         return
     if dataset.masks:
         _write_masked_images(dataset)
+        return
+    if "annotations" in dataset.objects:
+        write_coco(dataset)
         return
     examples = [re.sub(r"\[(.)[^]]*\]", r"\1", pattern) for pattern in dataset._patterns(None, None)]
     templates = [
@@ -69,6 +73,9 @@ def _write_masked_images(dataset: CatalogEntry) -> None:
         Image.fromarray(sample.pixels[0].numpy()[crop]).save(image_path)
         mask_values = np.array(values)[(sample.instance_ids[crop] + np.arange(80) // 16) % len(values)]
         Image.fromarray(mask_values.astype(np.uint16 if is_uint16 else np.uint8)).save(mask)
+        if dataset.objects:  # instances of Cityscapes
+            ids = np.where(sample.instance_ids[crop] > 0, 26_000 + sample.instance_ids[crop], 0)
+            Image.fromarray(ids.astype(np.uint16)).save(mask.with_name(mask.name.replace("labelIds", "instanceIds")))
 
 
 def pairs_from_patterns(dataset: CatalogEntry) -> list[tuple[Path, Path]]:
@@ -114,7 +121,35 @@ def cityscapes_pairs(dataset: CatalogEntry) -> list[tuple[Path, Path]]:
     ]
 
 
-PAIRS = {"voc": voc_pairs, "pets": pets_pairs, "cityscapes": cityscapes_pairs}
+def penn_fudan_pairs(dataset: CatalogEntry) -> list[tuple[Path, Path]]:
+    names = [f"FudanPed{i:05d}" for i in range(1, 75)] + [f"PennPed{i:05d}" for i in range(1, 97)]
+    return [(dataset.path / f"PNGImages/{name}.png", dataset.path / f"PedMasks/{name}_mask.png") for name in names]
+
+
+PAIRS = {"voc": voc_pairs, "pets": pets_pairs, "cityscapes": cityscapes_pairs, "penn-fudan": penn_fudan_pairs}
+
+
+def write_coco(dataset: CatalogEntry) -> None:
+    """Write five photographs for each split, with two objects in all but the last, and annotation files of COCO."""
+    polygon = [[10.0, 10, 60, 10, 60, 90, 10, 90]]
+    points = [[20.0 + i, 20 + 2 * i, 1 + i % 2] for i in range(17)]
+    annotation = {"bbox": [10.0, 10, 50, 80], "area": 4000.0, "iscrowd": 0, "segmentation": polygon}
+    keypoints = {"keypoints": [value for point in points for value in point], "num_keypoints": 17}
+    (dataset.path / "annotations").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        images = []
+        for i, crop in enumerate(seven_crops()[:5], 1):
+            name = f"{i:012d}.jpg"
+            (dataset.path / f"{split}2017").mkdir(parents=True, exist_ok=True)
+            crop.save(dataset.path / f"{split}2017/{name}")
+            images.append({"id": i, "file_name": name, "height": 112, "width": 112})
+        numbers = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+        categories = [{"id": number, "name": f"class {number}"} for number in numbers]
+        objects = [{**annotation, **keypoints, "id": i, "image_id": (i + 1) // 2, "category_id": 1} for i in range(1, 9)]
+        person = {"id": 1, "name": "person", "keypoints": [f"point {i}" for i in range(17)], "skeleton": [[1, 2]]}
+        for kind, categories_of_kind in (("instances", categories), ("person_keypoints", [person])):
+            content = {"images": images, "annotations": objects, "categories": categories_of_kind}
+            (dataset.path / f"annotations/{kind}_{split}2017.json").write_text(json.dumps(content))
 
 
 def write_mnist(folder: Path) -> None:

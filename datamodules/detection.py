@@ -41,8 +41,8 @@ class Detection(ResumableDataModule):
         val: validation images.
         test: datasets to evaluate; absent ones are reported and skipped.
         num_classes: number of classes and of the background, as in torchvision.
-        num_keypoints: number of keypoints of an object; 0 for none. With keypoints, datasets in the format of COCO use their
-            annotations of persons.
+        num_keypoints: number of keypoints of an object; 0 for none.
+        persons: use the annotations of persons of COCO only, which contain keypoints; always with keypoints.
         category_ids: use the category ids of COCO as labels (1 ... 90 with gaps), as torchvision's weights require.
         masks: read masks for training.
         short_sides: lengths to which the shorter side of a training image is resized, one of them at random; empty for the
@@ -55,6 +55,8 @@ class Detection(ResumableDataModule):
         group_by_shape: batches contain only wide or only tall images, which reduces padding.
         skip_empty: leave out training images without objects, and with fewer than `min_keypoints` annotated keypoints.
         min_keypoints: see `skip_empty`.
+        max_images: use only the first images with objects of each dataset, to test whether a network can learn them; null for
+            all.
         skip_bad: leave out annotations that cannot be used and report them, instead of raising an error.
         batch_size: global batch size, over all devices.
         streaming: decode images on demand instead of keeping them in memory; use with `num_workers`.
@@ -72,6 +74,7 @@ class Detection(ResumableDataModule):
         num_classes: int,
         test: Sequence[str] = (),
         num_keypoints: NonNegativeInt = 0,
+        persons: bool = False,
         category_ids: bool = False,
         masks: bool = True,
         short_sides: Sequence[PositiveInt] = (),
@@ -83,6 +86,7 @@ class Detection(ResumableDataModule):
         group_by_shape: bool = False,
         skip_empty: bool = False,
         min_keypoints: NonNegativeInt = 0,
+        max_images: PositiveInt | None = None,
         skip_bad: bool = False,
         batch_size: int = 2,
         streaming: bool = False,
@@ -91,10 +95,12 @@ class Detection(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, skip_bad)
         self.train, self.val, self.test = train, val, test
-        self.num_classes, self.num_keypoints, self.category_ids = num_classes, num_keypoints, category_ids
+        self.num_classes, self.num_keypoints = num_classes, num_keypoints
+        self.category_ids, self.persons = category_ids, persons
         self.masks, self.short_sides, self.long_side, self.zoom, self.crop = masks, short_sides, long_side, zoom, crop
         self.hflip, self.symmetries, self.group_by_shape = hflip, symmetries, group_by_shape
-        self.skip_empty, self.min_keypoints, self.streaming = skip_empty, min_keypoints, streaming
+        self.skip_empty, self.min_keypoints, self.max_images = skip_empty, min_keypoints, max_images
+        self.streaming = streaming
         self.sets: dict[str, AnnotatedSet] = {}
         self.summaries: dict[str, list[ImageSummary]] = {}
         if num_classes < 2:
@@ -136,12 +142,14 @@ class Detection(ResumableDataModule):
     @classmethod
     def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
         """List the images with objects."""
-        return list_annotated_images(spec, init_args.get("num_keypoints", 0)).images
+        return list_annotated_images(spec, init_args.get("num_keypoints", 0), persons=init_args.get("persons", False)).images
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes by label; that of the background, 0, is empty."""
-        known = next(iter(self.sets.values()), None) or list_annotated_images(self.val, self.num_keypoints, self.category_ids)
+        known = next(iter(self.sets.values()), None) or list_annotated_images(
+            self.val, self.num_keypoints, self.category_ids, self.persons
+        )
         return ["", *known.classes]
 
     @property
@@ -152,7 +160,7 @@ class Detection(ResumableDataModule):
     def _training_images(self) -> list[AnnotatedImage]:
         images = self._validate_set(self.train)
         summaries = self.summaries[self.train]
-        has_objects = [s.n_objects > 0 and s.n_keypoints >= self.min_keypoints for s in summaries]
+        has_objects = [self._has_objects(summary) for summary in summaries]
         if not any(has_objects):
             raise UserError(f"data.train: no image of {self.train} has objects for training. Use another dataset")
         kept = has_objects if self.skip_empty else [True] * len(images)
@@ -161,7 +169,7 @@ class Detection(ResumableDataModule):
 
     def _validate_set(self, spec: str) -> list[AnnotatedImage]:
         """Return the images of a dataset after validating them with their annotations, and record their content hashes."""
-        listed = list_annotated_images(spec, self.num_keypoints, self.category_ids)
+        listed = list_annotated_images(spec, self.num_keypoints, self.category_ids, self.persons)
         if listed.problems and not self.data_report.skip_bad:
             raise InvalidAnnotations(
                 f"{len(listed.problems)} annotations of {spec} cannot be used (--data.skip_bad true leaves them out): "
@@ -183,11 +191,19 @@ class Detection(ResumableDataModule):
             raise InvalidImage(
                 f"{len(reasons)} of {len(results)} images of {spec} cannot be used. Replace or remove them: {shorten(reasons)}"
             )
-        self.summaries[spec] = [result for result in results if isinstance(result, ImageSummary)]
-        self.data_report.content_hashes[dataset_label(spec)] = {
-            image.image.name: summary.content_hash for image, summary in zip(listed.images, self.summaries[spec], strict=True)
-        }
-        return listed.images
+        pairs = [
+            (image, summary) for image, summary in zip(listed.images, results, strict=True) if not isinstance(summary, str)
+        ]
+        if self.max_images is not None:
+            pairs = [pair for pair in pairs if self._has_objects(pair[1])][: self.max_images]
+        self.summaries[spec] = [summary for _, summary in pairs]
+        hashes = {image.image.name: summary.content_hash for image, summary in pairs}
+        self.data_report.content_hashes[dataset_label(spec)] = hashes
+        return [image for image, _ in pairs]
+
+    def _has_objects(self, summary: ImageSummary) -> bool:
+        """Return whether an image has objects for training, with enough keypoints."""
+        return summary.n_objects > 0 and summary.n_keypoints >= self.min_keypoints
 
     # Loaders
 

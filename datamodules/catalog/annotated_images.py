@@ -254,7 +254,7 @@ class AnnotatedSet:
     problems: tuple[str, ...] = ()
 
 
-def list_annotated_images(spec: str, num_keypoints: int = 0, category_ids: bool = False) -> AnnotatedSet:
+def list_annotated_images(spec: str, num_keypoints: int = 0, category_ids: bool = False, persons: bool = False) -> AnnotatedSet:
     """List the images and objects of a dataset or a folder.
 
     Args:
@@ -264,6 +264,7 @@ def list_annotated_images(spec: str, num_keypoints: int = 0, category_ids: bool 
         num_keypoints: number of keypoints of each object; 0 for none.
         category_ids: use the category ids of COCO files as labels. By default, the categories are numbered 1, 2, ... without
             gaps.
+        persons: use the annotations of persons of a dataset that has others too; always with keypoints.
 
     Raises:
         DatasetNotFound: images, masks or annotation files are missing.
@@ -284,7 +285,7 @@ def list_annotated_images(spec: str, num_keypoints: int = 0, category_ids: bool 
             for number, scene in enumerate(scene_names(part))
         ]
         return AnnotatedSet(images, SCENE_CLASSES)
-    if template := entry.objects.get("keypoints" if num_keypoints else "annotations"):
+    if template := entry.objects.get("keypoints" if num_keypoints or persons else "annotations"):
         if not split:
             raise UserError(f"{spec}: name one of its splits, such as {name}/{next(iter(entry.splits))}")
         path = entry.path / template.replace("{split}", split)

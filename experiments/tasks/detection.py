@@ -36,7 +36,7 @@ class PilScenes(Dataset[dict[str, Any]]):
 
     def __init__(self, data: Detection) -> None:
         self.data = data
-        self.images = list_annotated_images(data.train, data.num_keypoints, data.category_ids).images
+        self.images = list_annotated_images(data.train, data.num_keypoints, data.category_ids, data.persons).images
 
     def __len__(self) -> int:
         return 100 * len(self.images)

@@ -59,6 +59,7 @@ def test_every_bundled_datamodule_has_a_task():
     from datamodules import (
         classification,
         colorization,
+        detection,
         generation,
         reconstruction,
         segmentation,
@@ -71,6 +72,7 @@ def test_every_bundled_datamodule_has_a_task():
     classes = {
         superresolution.SuperResolution,
         segmentation.Segmentation,
+        detection.Detection,
         unpaired.Unpaired,
         generation.Generation,
         reconstruction.Reconstruction,

@@ -36,7 +36,7 @@ class TestMaskRCNN(DetectionContract):
         "--model.learning_rate",
         "0.003",
     ]
-    min_score = 30
+    min_score = 25  # 8 seeds, AVX2: 42 ... 70
 
     def test_bench_reports_metrics(self, workdir, recipe, capfd):
         assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "1", "--json"]) == 0

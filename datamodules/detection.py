@@ -275,7 +275,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
             height, width = image.shape[-2:]
             window = self.augment.window(height, width, noise)
             objects = training_objects(annotations, height, width, window, self.masks)
-            samples.append(self.augment.apply(image, objects, window, noise))
+            samples.append(self.augment.transform(image, objects, window, noise))
         return {"image": [image for image, _ in samples], "objects": [objects for _, objects in samples]}
 
 

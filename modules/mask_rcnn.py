@@ -155,7 +155,7 @@ class MaskRCNN(DetectionMethod):
         body = make_body(backbone, base_channels, norm_layer)
         stage = last_stage(body) if neck == "c4" else None
         self.backbone = Backbone(body, neck, fpn_channels)
-        channels, strides = self.backbone.out_channels, self.backbone.strides
+        channels, strides = self.backbone.out_channels, self.backbone.level_strides
         is_pyramid = neck == "fpn"
         self.rpn = ProposalNetwork(
             channels,

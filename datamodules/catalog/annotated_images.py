@@ -216,7 +216,7 @@ class MaskFolderImage(AnnotatedImage):
 class DigitSceneImage(AnnotatedImage):
     """A scene composed of digits, see `datamodules/catalog/digit_scenes.py`."""
 
-    split: str
+    subset: str
     number: int
 
     def inspect(self, decode: bool) -> ImageSummary:
@@ -225,11 +225,11 @@ class DigitSceneImage(AnnotatedImage):
 
     def read(self) -> Tensor:
         """See `AnnotatedImage`."""
-        return to_channels(digit_scene(self.split, self.number).pixels, 3)
+        return to_channels(digit_scene(self.subset, self.number).pixels, 3)
 
     def annotations(self, height: int, width: int) -> Annotations:
         """See `AnnotatedImage`."""
-        scene = digit_scene(self.split, self.number)
+        scene = digit_scene(self.subset, self.number)
         return annotations_of_masks(encode_masks(scene.masks), scene.labels, [False] * len(scene.labels))
 
 

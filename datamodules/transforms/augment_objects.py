@@ -45,7 +45,7 @@ class ObjectAugment:
         size = np.minimum(size, self.crop)
         return Window(int(top), int(left), int(source[0]), int(source[1]), int(size[0]), int(size[1]))
 
-    def apply(self, image: Tensor, objects: Objects, window: "Window", noise: np.ndarray) -> tuple[Tensor, Objects]:
+    def transform(self, image: Tensor, objects: Objects, window: "Window", noise: np.ndarray) -> tuple[Tensor, Objects]:
         """Crop, resize and flip an image (C, H, W), uint8, and its objects."""
         if self.crop is not None:
             image, objects = crop_objects(image, objects, window.top, window.left, window.height, window.width)

@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         if neck == "fpn":
             self.fpn = FeaturePyramidNetwork([width // 8, width // 4, width // 2, width], fpn_channels, LastLevelMaxPool())
         self.out_channels = {"c4": width // 2, "c5": width}.get(neck, fpn_channels)
-        self.strides = STRIDES[neck]
+        self.level_strides = STRIDES[neck]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the features of images (N, 3, H, W): (N, out_channels, H / stride, W / stride) each."""

@@ -28,7 +28,7 @@ class RoIPooler(nn.Module):
 
     def __init__(self, layer: RoILayer, output_size: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.layer, self.output_size, self.strides = layer, output_size, strides
+        self.layer, self.output_size, self.level_strides = layer, output_size, strides
         self.level_of = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
 
     def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor], image_shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -44,12 +44,12 @@ class RoIPooler(nn.Module):
         """
         numbers = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
         rois = torch.cat([numbers, torch.cat(boxes)], dim=1)  # (R, 5)
-        if len(self.strides) == 1:
-            return self.pool(features["0"], rois, self.strides[0])
+        if len(self.level_strides) == 1:
+            return self.pool(features["0"], rois, self.level_strides[0])
         levels = self.level_of(boxes)
         first = features["0"]
         pooled = first.new_zeros(len(rois), first.shape[1], self.output_size, self.output_size)
-        for level, stride in enumerate(self.strides):
+        for level, stride in enumerate(self.level_strides):
             index = torch.where(levels == level)[0]
             pooled[index] = self.pool(features[str(level)], rois[index], stride).to(pooled.dtype)
         return pooled

@@ -313,7 +313,7 @@ def test_symmetries_are_those_of_the_square():
     views = set()
     for bits in range(8):
         noise = np.array([0.5] * 4 + [0.1 if bits & 1 << i else 0.9 for i in range(3)])
-        view, _ = augment.apply(image, objects, augment.window(HEIGHT, HEIGHT, noise), noise)
+        view, _ = augment.transform(image, objects, augment.window(HEIGHT, HEIGHT, noise), noise)
         views.add(view.numpy().tobytes())
     expected = {v.contiguous().numpy().tobytes() for k in range(4) for v in (image.rot90(k, (1, 2)), image.mT.rot90(k, (1, 2)))}
     assert views == expected
@@ -329,7 +329,7 @@ def test_crops_of_a_zoomed_image_have_the_size_of_the_crop():
         assert 0 <= window.left <= WIDTH - window.width
     image, objects = scene()
     window = ObjectAugment(crop=64).window(HEIGHT, WIDTH, rng.random(7))
-    whole, _ = ObjectAugment(crop=64, hflip=False).apply(image, objects, window, rng.random(7))
+    whole, _ = ObjectAugment(crop=64, hflip=False).transform(image, objects, window, rng.random(7))
     assert torch.equal(whole, image)  # smaller than the crop
 
 

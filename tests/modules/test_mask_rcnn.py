@@ -38,6 +38,7 @@ class TestMaskRCNN(DetectionContract):
     ]
     min_score = 25  # 8 seeds, AVX2: 42 ... 70
 
+    @pytest.mark.slow
     def test_bench_reports_metrics(self, workdir, recipe, capfd):
         assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "1", "--json"]) == 0
         metrics = json.loads(capfd.readouterr().out)
@@ -184,7 +185,7 @@ def small(**init_args):
 def test_small_images_have_the_levels_of_their_strides():
     """torchvision infers the strides from the size of the first image, which is wrong if it is much smaller than its padding."""
     method = small().eval()
-    assert method.roi_heads.box_roi_pool.strides == [4, 8, 16, 32]
+    assert method.roi_heads.box_roi_pool.level_strides == [4, 8, 16, 32]
     assert [found["masks"].shape[1:] for found in method.predict([torch.rand(3, 33, 35)])] == [(33, 35)]
 
 

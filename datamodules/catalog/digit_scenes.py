@@ -1,6 +1,6 @@
 """Scenes composed of real digits of MNIST, with exact masks: a small dataset of instance segmentation with ten classes.
 
-A scene has 3 to 8 digits of random size, position and color on a black background. Later digits cover earlier ones.
+A scene has 2 to 6 digits of random size, position and color on a black background. Later digits cover earlier ones.
 """
 
 from functools import cache, lru_cache
@@ -18,7 +18,7 @@ SIDE = 128  # of a scene, in pixels
 SCENE_CLASSES = tuple(str(digit) for digit in range(10))  # digit d has the label d + 1
 MIN_VISIBLE = 0.5  # a digit of which less is visible is not placed
 SPLITS = {"train": (0, 4000, 4000), "val": (4000, 4500, 100), "test": (4500, 5000, 400)}  # embedded digits, number of scenes
-DIGIT_SIDES = (20, 56)  # smallest and largest side of a digit, in pixels
+DIGIT_SIDES = (28, 80)  # smallest and largest side of a digit, in pixels
 ATTEMPTS = 8  # digits that are tried in each scene
 
 
@@ -46,7 +46,7 @@ def digit_scene(split: str, number: int) -> Scene:
     first, end, _ = SPLITS[split]
     images, digit_labels = _digits()
     noise = uniform(0, f"digit-scenes/{split}", [number], ATTEMPTS * 8 + 1)[0]
-    count = 3 + int(noise[-1] * 6)
+    count = 2 + int(noise[-1] * 5)
     canvas, masks, labels = torch.zeros(3, SIDE, SIDE), torch.zeros(0, SIDE, SIDE, dtype=torch.bool), list[int]()
     for values in noise[:-1].reshape(ATTEMPTS, 8):
         index = first + int(values[0] * (end - first))

@@ -18,6 +18,8 @@ from datamodules.catalog.annotated_images import (
     AnnotatedSet,
     Annotations,
     ImageSummary,
+    declared_classes,
+    declared_skeleton,
     list_annotated_images,
 )
 from datamodules.catalog.coco_annotations import InvalidAnnotations
@@ -147,15 +149,15 @@ class Detection(ResumableDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes by label; that of the background, 0, is empty."""
-        known = next(iter(self.sets.values()), None) or list_annotated_images(
-            self.val, self.num_keypoints, self.category_ids, self.persons
-        )
-        return ["", *known.classes]
+        known = next((found.classes for found in self.sets.values()), ())
+        names = ["", *(known or declared_classes(self.train, self.category_ids, self.persons or self.num_keypoints > 0))]
+        return names + [f"class {label}" for label in range(len(names), self.num_classes)]
 
     @property
     def skeleton(self) -> tuple[tuple[int, int], ...]:
         """Pairs of indices of connected keypoints."""
-        return next(iter(self.sets.values())).skeleton if self.sets else ()
+        known = next((found.skeleton for found in self.sets.values()), ())
+        return known or (declared_skeleton(self.train) if self.num_keypoints else ())
 
     def _training_images(self) -> list[AnnotatedImage]:
         images = self._validate_set(self.train)
@@ -182,8 +184,8 @@ class Detection(ResumableDataModule):
                 f"Set data.num_classes and model.num_classes to {len(listed.classes) + 1}"
             )
         for other, known in self.sets.items():
-            if known.classes != listed.classes:
-                raise UserError(f"data: {spec} has other classes than {other}. Use datasets with the same classes")
+            if (known.classes, known.keypoints) != (listed.classes, listed.keypoints):
+                raise UserError(f"data: {spec} has other classes or keypoints than {other}. Use datasets with the same ones")
         self.sets[spec] = listed
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(partial(inspect, decode=not self.streaming), listed.images))

@@ -85,10 +85,14 @@ class DetectionWriter(BasePredictionWriter):
         """Write an annotation file in the format of COCO."""
         entries = [content[number] for number in sorted(content)]
         annotations = [row for _, rows in entries for row in rows]
+        used = {row["category_id"] for row in annotations}
+        names = dict(enumerate(self.names)) | {label: f"class {label}" for label in used if label >= len(self.names)}
         file = {
             "images": [image for image, _ in entries],
             "annotations": [{"id": number, **row} for number, row in enumerate(annotations, 1)],
-            "categories": [{"id": label, "name": name} for label, name in enumerate(self.names) if name],
+            "categories": [
+                {"id": label, "name": name or f"class {label}"} for label, name in names.items() if name or label in used
+            ],
         }
         path = self.output / "annotations.json"
         path.write_text(json.dumps(file))

@@ -11,16 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset, is_folder
-from datamodules.catalog.coco_annotations import CocoFile, annotation_mask, mirrored_keypoints, read_coco_file
+from datamodules.catalog.coco_annotations import CocoFile, annotation_mask, clip_box, mirrored_keypoints, read_coco_file
 from datamodules.catalog.digit_scenes import SCENE_CLASSES, digit_scene, scene_names
-from datamodules.catalog.masked_images import MaskedImage, list_masked_images
+from datamodules.catalog.masked_images import MaskedImage, add_unique, list_masked_images
 from datamodules.errors import UserError
 from datamodules.io.folders import list_images
 from datamodules.io.image_io import InvalidImage, open_image, pixel_hash, probe_image, read_image, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.transforms.objects import RunLengthCode, encode_masks, label_map_codes, mask_areas, mask_boxes
+
+COCO_CATEGORIES = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id; "N/A" for gaps
+MAX_IDS = 20_000  # objects in a label map
 
 
 class Annotations(NamedTuple):
@@ -144,14 +148,14 @@ class CocoAnnotatedImage(AnnotatedImage):
         """See `AnnotatedImage`."""
         self.check_size(height, width)
         masks = [annotation_mask(entry, height, width) for entry in self.entries]
-        boxes = np.array([entry["bbox"] for entry in self.entries], np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
+        boxes = [clip_box(entry["bbox"], height, width) for entry in self.entries]
+        areas = [entry.get("area") for entry in self.entries]
         own_areas = mask_areas(masks)
         return Annotations(
-            np.clip(boxes, 0, [width, height, width, height]).astype(np.float32),
+            np.array(boxes, np.float32).reshape(-1, 4),
             np.array([self.labels[entry["category_id"]] for entry in self.entries], np.int64),
             masks,
-            np.array([entry.get("area", own_areas[i]) for i, entry in enumerate(self.entries)], np.float64),
+            np.array([own if area is None else area for area, own in zip(areas, own_areas, strict=True)], np.float64),
             np.array([entry.get("iscrowd", 0) == 1 for entry in self.entries], bool),
             np.array([entry["keypoints"] for entry in self.entries] if self.num_keypoints else [], np.float32).reshape(
                 len(masks), self.num_keypoints, 3
@@ -181,6 +185,10 @@ class LabelMapImage(AnnotatedImage):
     def annotations(self, height: int, width: int) -> Annotations:
         """See `AnnotatedImage`."""
         _, label_map = self.masked_image.read(3)  # raises an error if the sizes differ
+        if (count := len(np.unique(label_map))) > MAX_IDS:
+            raise InvalidImage(
+                f"{self.masked_image.mask}: {count} different values, not ids of objects. Save one id per object"
+            )
         values, masks = label_map_codes(label_map)
         if not self.ids_per_class:
             return annotations_of_masks(masks, [1] * len(values), [False] * len(values))
@@ -199,16 +207,17 @@ class MaskFolderImage(AnnotatedImage):
 
     def annotations(self, height: int, width: int) -> Annotations:
         """See `AnnotatedImage`."""
-        masks = []
+        codes = []
         for path in list_images(self.folder):
+            if path.parent != self.folder:  # belongs to an image in a folder of this name
+                continue
             values = np.asarray(open_image(path))
             if values.shape != (height, width):
                 found = "x".join(map(str, values.shape[::-1]))
                 raise InvalidImage(f"{path}: {found}, but its image has {width}x{height} pixels. Save gray masks of this size")
             if not values.any():
                 raise InvalidImage(f"{path}: a mask without pixels. Remove it")
-            masks.append(values > 0)
-        codes = [code for mask in masks for code in encode_masks(torch.from_numpy(mask)[None])]
+            codes += encode_masks(torch.from_numpy(values > 0)[None])
         return annotations_of_masks(codes, [1] * len(codes), [False] * len(codes))
 
 
@@ -322,21 +331,22 @@ def _from_label_maps(spec: str, entry: Any) -> AnnotatedSet:
 
 
 def _from_folder(folder: Path, num_keypoints: int, category_ids: bool) -> AnnotatedSet:
-    file = folder / "annotations.json"
-    if file.exists():
-        label = dataset_label(str(folder))
-        paths = {path.relative_to(folder / "images").as_posix(): path for path in list_images(folder / "images")}
-        refs = {name: ImageRef(label, Path(name).with_suffix("").as_posix(), path) for name, path in paths.items()}
-        return _from_coco(read_coco_file(file, num_keypoints), refs, num_keypoints, category_ids)
-    if list_images(folder / "images") and _mask_folders(folder):
-        refs_in_order = sorted(list_images(folder / "images"))
+    label, files = dataset_label(str(folder)), list_images(folder / "images")
+    if (folder / "annotations.json").exists() or (files and _mask_folders(folder)):
+        names: dict[Path, Path] = {}
+        for path in files:
+            add_unique(names, path.relative_to(folder / "images").with_suffix(""), path)
+        refs = {path: ImageRef(label, name.as_posix(), path) for name, path in names.items()}
+        if (folder / "annotations.json").exists():
+            content = read_coco_file(folder / "annotations.json", num_keypoints)
+            by_name = {path.relative_to(folder / "images").as_posix(): ref for path, ref in refs.items()}
+            return _from_coco(content, by_name, num_keypoints, category_ids)
         images: list[AnnotatedImage] = []
-        for path in refs_in_order:
-            name = path.relative_to(folder / "images").with_suffix("")
-            masks = folder / "masks" / name
+        for path, ref in refs.items():
+            masks = folder / "masks" / ref.name
             if not masks.is_dir():
                 raise DatasetNotFound(f"{path} has no folder of masks {masks}. Create it, empty for an image without objects")
-            images.append(MaskFolderImage(ImageRef(dataset_label(str(folder)), name.as_posix(), path), masks))
+            images.append(MaskFolderImage(ref, masks))
         return AnnotatedSet(images, ("object",))
     masked = list_masked_images(str(folder), instances=True)
     return AnnotatedSet([LabelMapImage(image.image, image) for image in masked], ("object",))
@@ -370,3 +380,21 @@ def _from_coco(file: CocoFile, refs: dict[str, ImageRef], num_keypoints: int, ca
     problems = tuple(f"{file.path}: {problem}" for problem in file.problems)
     mirrored = tuple(mirrored_keypoints(file.keypoints))
     return AnnotatedSet(images, tuple(classes), file.keypoints, file.skeleton, mirrored, problems)
+
+
+def declared_classes(spec: str, category_ids: bool, persons: bool) -> tuple[str, ...]:
+    """Return the names of the labels 1, 2, ... of a dataset of the catalog, which need not be installed; empty if unknown."""
+    entry = catalog().get(spec.partition("/")[0])
+    if entry is None:
+        return ()
+    if "annotations" in entry.objects:  # categories of COCO
+        names = [name if name != "N/A" else "" for name in COCO_CATEGORIES[1:]]
+        named = tuple(names) if category_ids else tuple(filter(None, names))
+        return named[:1] if persons else named
+    return tuple(entry.objects.get("classes", ())) or tuple(entry.masks.get("classes", ())[1:])
+
+
+def declared_skeleton(spec: str) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of indices of connected keypoints of a dataset of the catalog; empty if there are none."""
+    entry = catalog().get(spec.partition("/")[0])
+    return tuple((a - 1, b - 1) for a, b in entry.objects.get("skeleton", ())) if entry else ()

@@ -194,7 +194,7 @@ def _pair(
 def _from_folder(folder: Path, mask_spec: MaskSpec) -> list[MaskedImage]:
     masks: dict[Path, Path] = {}
     for path in list_images(folder / "masks"):
-        _add_unique(masks, path.relative_to(folder / "masks").with_suffix(""), path)
+        add_unique(masks, path.relative_to(folder / "masks").with_suffix(""), path)
     candidates = list_images(folder / "images")
     if not candidates:
         raise DatasetNotFound(
@@ -203,14 +203,19 @@ def _from_folder(folder: Path, mask_spec: MaskSpec) -> list[MaskedImage]:
     dataset, names = [], dict[Path, Path]()
     for path in candidates:
         name = path.relative_to(folder / "images").with_suffix("")
-        _add_unique(names, name, path)
+        add_unique(names, name, path)
         if name not in masks:
             raise DatasetNotFound(f"{path} has no mask. Save it as {folder / 'masks' / name}.png, or remove the image")
         dataset.append(MaskedImage(ImageRef(dataset_label(str(folder)), name.as_posix(), path), masks[name], mask_spec))
     return dataset
 
 
-def _add_unique(paths_by_name: dict[Path, Path], name: Path, path: Path) -> None:
+def add_unique(paths_by_name: dict[Path, Path], name: Path, path: Path) -> None:
+    """Add the path of a file under its name.
+
+    Raises:
+        InvalidImage: another file has the same name.
+    """
     if name in paths_by_name:
         raise InvalidImage(f"{paths_by_name[name]} and {path} have the same name. Rename one of them")
     paths_by_name[name] = path

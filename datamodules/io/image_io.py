@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import struct
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 
+ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # last bytes of a complete file
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` raises InvalidImage instead
@@ -44,7 +46,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise InvalidImage(f"{path}: not an image in a known format") from None
     except Image.DecompressionBombError:
         raise InvalidImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, a possible decompression bomb") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, OverflowError, struct.error) as error:
         raise InvalidImage(f"{path}: truncated or damaged ({error})") from None
 
 
@@ -101,11 +103,12 @@ def probe_image(path: str | Path, min_size: int) -> str:
     path = Path(path)
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            width, height = image.size
+            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            width, height = image.size[::-1] if turned else image.size
             length = file.seek(0, 2)
             file.seek(max(0, length - 64))
             complete = image.format in END_MARKERS and END_MARKERS[image.format] in file.read()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error, Image.DecompressionBombError):
         complete = False  # `open_image` raises the exact error
     if not complete:
         width, height = open_image(path).size

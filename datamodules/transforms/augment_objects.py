@@ -53,11 +53,11 @@ class ObjectAugment:
         if (self.hflip or self.symmetries) and noise[4] < 0.5:
             image, objects = flip_objects(image, objects, self.mirrored_keypoints)
         if self.symmetries and noise[5] < 0.5:
-            image, objects = transpose_objects(image, objects)
+            image, objects = transpose_objects(image, objects, self.mirrored_keypoints)
             image, objects = flip_objects(image, objects, self.mirrored_keypoints)  # from top to bottom
-            image, objects = transpose_objects(image, objects)
+            image, objects = transpose_objects(image, objects, self.mirrored_keypoints)
         if self.symmetries and noise[6] < 0.5:
-            image, objects = transpose_objects(image, objects)
+            image, objects = transpose_objects(image, objects, self.mirrored_keypoints)
         return image, objects
 
 

@@ -36,15 +36,15 @@ def decode_masks(codes: Sequence[RunLengthCode], height: int, width: int) -> Ten
 def label_map_codes(label_map: np.ndarray) -> tuple[list[int], list[RunLengthCode]]:
     """Return the values of a label map (H, W) other than 0, in ascending order, and the mask of each."""
     values = [int(value) for value in np.unique(label_map) if value]
-    masks = torch.from_numpy(np.stack([label_map == value for value in values])) if values else torch.zeros((0, 1, 1))
-    return values, encode_masks(masks)
+    return values, [coco_mask.encode(np.asfortranarray(label_map == value, dtype=np.uint8)) for value in values]
 
 
 def label_map(masks: Tensor) -> Tensor:
     """Return a map of ids 1, 2, ..., int64 (H, W), from masks (M, H, W); where masks overlap, the first one counts."""
-    ids = torch.arange(1, len(masks) + 1, device=masks.device).view(-1, 1, 1)
-    first = torch.where(masks > 0, ids, len(masks) + 1).amin(0) if len(masks) else torch.zeros(masks.shape[-2:]).long()
-    return first * (first <= len(masks))
+    ids = torch.zeros(masks.shape[-2:], dtype=torch.int64, device=masks.device)
+    for i in range(len(masks), 0, -1):
+        ids[masks[i - 1] > 0] = i
+    return ids
 
 
 def mask_boxes(codes: Sequence[RunLengthCode]) -> np.ndarray:
@@ -100,13 +100,13 @@ def flip_objects(image: Tensor, objects: Objects, mirrored_keypoints: Sequence[i
     return image.flip(-1), changed
 
 
-def transpose_objects(image: Tensor, objects: Objects) -> tuple[Tensor, Objects]:
-    """Exchange rows and columns of an image and its objects."""
+def transpose_objects(image: Tensor, objects: Objects, mirrored_keypoints: Sequence[int] = ()) -> tuple[Tensor, Objects]:
+    """Exchange rows and columns of an image and its objects, a reflection; arguments as in `flip_objects`."""
     changed = {**objects, "boxes": objects["boxes"][:, [1, 0, 3, 2]]}
     if "masks" in objects:
         changed["masks"] = objects["masks"].mT
     if "keypoints" in objects:
-        changed["keypoints"] = objects["keypoints"][..., [1, 0, 2]]
+        changed["keypoints"] = objects["keypoints"][:, list(mirrored_keypoints)][..., [1, 0, 2]]
     return image.mT, changed
 
 

@@ -14,6 +14,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from datamodules.batches import DetectionEvalBatch, DetectionOutputs
 from datamodules.transforms.draw_objects import draw_objects
 from datamodules.transforms.objects import decode_masks
+from modules.training.lightning_compat import datamodule
 from modules.training.method import Batch, Method
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB values in [0, 1]
@@ -84,8 +85,10 @@ class DetectionMethod(Method, ABC):
             "keypoints": torch.as_tensor(true["keypoints"]),
         }
         confident = {name: values[found["scores"] >= PREVIEW_SCORE] for name, values in found.items()}
-        gap = torch.ones(3, height, 4)
-        return torch.cat([draw_objects(image, annotated), gap, draw_objects(image, confident)], dim=2)[None]
+        data = datamodule(self.trainer)
+        names = data.class_names if len(data.class_names) > 2 else ()  # a single class needs no name
+        drawings = [draw_objects(image, objects, names, data.skeleton) for objects in (annotated, confident)]
+        return torch.cat([drawings[0], torch.ones(3, height, 4), drawings[1]], dim=2)[None]
 
 
 def batch_images(images: Sequence[Tensor]) -> ImageList:

@@ -112,6 +112,25 @@ PROBLEMS = {
     "not add up to the 2400 pixels": {"segmentation": {"size": [40, 60], "counts": "~"}},
     "6 numbers for 3 keypoints, not 9": {"keypoints": [1, 2, 2, 3, 4, 2]},
     "no numbers for 3 keypoints": {"keypoints": None},
+    "there is no image 1.0": {"image_id": 1.0},
+    "there is no category [1]": {"category_id": [1]},
+    "there is no category True": {"category_id": True},
+    "the box [5, 5, 1e-09, 3] is empty": {"bbox": [5, 5, 1e-9, 3]},
+    "the box [60.2, 5, 0.5, 3] is empty": {"bbox": [60.2, 5, 0.5, 3]},
+    "the box [1000": {"bbox": [10**400, 5, 1, 3]},
+    "a list of polygons nor": {"segmentation": [[10**400, 5, 1, 3, 4, 5]]},
+    "its polygons have no pixel": {"segmentation": [[5, 5, 5, 5, 5, 5]]},
+    "polygons have no pixel": {"segmentation": [[60.5, 5, 61, 5, 61, 9]]},
+    "its run-length code has no pixel": {"segmentation": {"size": [40, 60], "counts": [2400]}},
+    "run-length code do not add up": {"segmentation": {"size": [40, 60], "counts": [400.0, 10, 1990]}},
+    "the run-length code has the size [40.0, 60.0]": {"segmentation": {"size": [40.0, 60.0], "counts": [400, 10, 1990]}},
+    "code do not add up": {"segmentation": {"size": [40, 60], "counts": "`<:Vn" + chr(0x1031)}},
+    "of the run-length code do not add up": {"segmentation": {"size": [40, 60], "counts": "o" * 100_000}},
+    "the area x is not a number": {"area": "x"},
+    "the area nan is not": {"area": float("nan")},
+    "the area 2401 is not": {"area": 2401},
+    "the visibility of a keypoint is 7": {"keypoints": [10, 10, 7, 0, 0, 0, 0, 0, 0]},
+    "the keypoint [70, 10] is not inside": {"keypoints": [70, 10, 2, 0, 0, 0, 0, 0, 0]},
 }
 
 
@@ -145,8 +164,15 @@ def test_annotation_files_that_cannot_be_read_are_refused(workdir):
     refused({**content, "images": [{"id": 1}]}, "no valid id, file_name, height and width")
     refused({**content, "images": content["images"] * 2}, "two images have the id 1")
     refused({**content, "images": []}, "contains no images", DatasetNotFound)
-    refused({**content, "categories": [{"id": 0, "name": "x"}]}, "ids from 1 on")
-    refused({**content, "categories": [{"name": "x"}]}, "no valid id and name")
+    for number in (0, None, 1.5, "1", 10**30, float("inf")):
+        refused({**content, "categories": [{"id": number, "name": "x"}]}, "has no id of its own from 1 to 100000")
+    refused({**content, "categories": content["categories"] * 2}, "has no id of its own")
+    refused({**content, "categories": [{"id": 1, "name": ""}]}, "has no name")
+    refused({**content, "categories": []}, "there are no categories")
+    refused({**content, "categories": [{"id": 1, "name": "x", "keypoints": 5}]}, "not a list of names")
+    refused({**content, "categories": [{"id": 1, "name": "x", "keypoints": ["A", "a"]}]}, "two keypoints have the same name")
+    refused({**content, "images": [content["images"][0], {**content["images"][0], "id": 9}]}, "two images have the file_name")
+    refused({**content, "images": [{**content["images"][0], "height": float("inf")}]}, "no valid id, file_name")
     refused({**content, "categories": [{"id": 3, "name": "x", "keypoints": ["a"]}]}, "have 1 keypoints")
     skeleton = [{"id": 3, "name": "x", **CATEGORY, "skeleton": [[1, 9]]}]
     refused({**content, "categories": skeleton}, "skeleton")
@@ -166,7 +192,7 @@ def test_options_that_do_not_fit_the_data_are_refused(workdir):
         ({"num_classes": 3, "train": "coins/train", "num_keypoints": 3}, r"coins/train has no keypoints"),
         ({"num_classes": 3, "train": "camvid/train"}, r"camvid has no annotated objects"),
         ({"num_classes": 3, "train": str(other)}, r"data\.train: no image of .* has objects"),
-        ({"num_classes": 3, "val": "coins/val"}, r"has other classes than"),
+        ({"num_classes": 3, "val": "coins/val"}, r"has other classes or keypoints than"),
         ({"num_classes": 3, "zoom": 0.5}, r"data\.zoom: 0\.5"),
         ({"num_classes": 3, "short_sides": [800], "long_side": 700}, r"data\.long_side: 700"),
         ({"num_classes": 1}, r"data\.num_classes: 1"),
@@ -204,6 +230,59 @@ def test_label_maps_and_folders_of_masks_are_read(workdir):
     (workdir / "folders/images/b.png").write_bytes((workdir / "folders/images/a.png").read_bytes())
     with pytest.raises(DatasetNotFound, match=r"b\.png has no folder of masks"):
         data.setup("fit")
+    (workdir / "folders/images/b.png").rename(workdir / "folders/images/a.jpeg")
+    with pytest.raises(InvalidImage, match=r"have the same name"):
+        data.setup("fit")
+
+
+def test_folders_of_masks_of_images_in_folders_are_separate(workdir):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[:9, :9] = 255
+    for folder in ("images/a", "masks/a/b"):
+        (workdir / "set" / folder).mkdir(parents=True)
+    for name in ("images/a.png", "images/a/b.png", "masks/a/1.png", "masks/a/b/1.png"):
+        Image.fromarray(mask).save(workdir / "set" / name)
+    images = list_annotated_images(str(workdir / "set")).images
+    assert [len(image.annotations(HEIGHT, WIDTH).labels) for image in images] == [1, 1]
+
+
+def test_photographs_are_no_label_maps(workdir):
+    for name in ("images", "masks"):
+        (workdir / "set" / name).mkdir(parents=True)
+    pixels = np.arange(200 * 200, dtype=np.uint16).reshape(200, 200)
+    Image.fromarray((pixels // 256).astype(np.uint8)).save(workdir / "set/images/a.png")
+    Image.fromarray(pixels).save(workdir / "set/masks/a.png")
+    with pytest.raises(InvalidImage, match="40000 different values, not ids of objects"):
+        Detection(str(workdir / "set"), str(workdir / "set"), 2).setup("fit")
+
+
+def test_rotated_photographs_have_the_size_in_which_they_are_seen(workdir):
+    folder = Path(write_folder(workdir / "f", [annotation(1)], sizes=((HEIGHT, WIDTH),)))
+    turned = Image.open(folder / "images/1.png").transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the viewer turns it clockwise
+    turned.save(folder / "images/1.jpg", exif=exif)
+    (folder / "images/1.png").unlink()
+    (folder / "annotations.json").write_text((folder / "annotations.json").read_text().replace("1.png", "1.jpg"))
+    for streaming in (False, True):
+        data = Detection(str(folder), str(folder), 3, streaming=streaming)
+        data.setup("fit")
+        assert data.train_images[0, np.array([0])]["image"][0].shape == (3, HEIGHT, WIDTH)
+        assert data.is_wide.tolist() == [True]
+
+
+def test_names_do_not_need_the_dataset(workdir):
+    """`predict` runs with committed or released weights, without the training images."""
+    data = Detection("coco2017/train", "coco2017/val", 91, category_ids=True)
+    assert data.class_names[1:3] == ["person", "bicycle"]
+    assert data.class_names[90] == "toothbrush"
+    assert len(data.class_names) == 91
+    assert Detection("coco2017/train", "coco2017/val", 81).class_names[80] == "toothbrush"
+    persons = Detection("coco2017/train", "coco2017/val", 2, num_keypoints=17)
+    assert persons.class_names == ["", "person"]
+    assert len(persons.skeleton) == 19
+    assert Detection("dsb2018/train", "dsb2018/val", 2).class_names == ["", "nucleus"]
+    assert Detection("mine", "mine", 3).class_names == ["", "class 1", "class 2"]
 
 
 def test_cityscapes_instances_have_classes_and_groups(workdir):
@@ -259,7 +338,7 @@ def test_transforms_move_boxes_masks_and_keypoints_together():
     image, objects = scene()
     for transform in (
         lambda: flip_objects(image, objects, [0, 1]),
-        lambda: transpose_objects(image, objects),
+        lambda: transpose_objects(image, objects, [0, 1]),
         lambda: crop_objects(image, objects, 5, 10, 30, 40),
         lambda: resize_objects(image, objects, 2 * HEIGHT, 3 * WIDTH),
     ):
@@ -300,9 +379,13 @@ def test_masks_are_resized_as_in_torchvision():
 
 def test_keypoints_exchange_sides_in_a_flip():
     assert mirrored_keypoints(["nose", "left_eye", "right_eye", "left_ear"]) == [0, 2, 1, 3]
+    assert mirrored_keypoints(["Left eye", "Right eye"]) == [1, 0]
     image, objects = scene()
     flipped = flip_objects(image, objects, [1, 0])[1]["keypoints"]
     assert torch.equal(flipped[:, 1, 0], WIDTH - objects["keypoints"][:, 0, 0])
+    transposed = transpose_objects(image, objects, [1, 0])  # with a flip, a rotation, which exchanges no sides
+    assert torch.equal(transposed[1]["keypoints"][:, 1, :2], objects["keypoints"][:, 0, [1, 0]])
+    assert torch.equal(flip_objects(*transposed, [1, 0])[1]["keypoints"][:, 0, 1], objects["keypoints"][:, 0, 0])
 
 
 def test_symmetries_are_those_of_the_square():

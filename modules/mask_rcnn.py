@@ -5,15 +5,19 @@ K. He, G. Gkioxari, P. Dollar, R. Girshick. Mask R-CNN. ICCV 2017. arXiv:1703.06
 Differences from the paper, with reasons:
 
 1. Proposals and heads are trained together, from one set of features, as in the authors' code (Detectron). The paper trains the
-   region proposal network first, "for convenient ablation".
+   region proposal network first, "for convenient ablation". The learning rate has Detectron's warmup.
 2. Losses are means over the RoIs of an image and then over the images, see `modules/networks/rcnn.py`.
 3. Regions of crowds are not used in training, as in torchvision. Detectron does not use them as negative examples.
 4. Without pretrained weights, backbones have group normalization, because a batch has few images.
-5. The paper does not describe the heads for C5 backbones (Table 2d). They are those of feature pyramids.
-6. Keypoints are drawn from the maximum of the enlarged heat map, as in torchvision.
+5. Pretrained weights are those of torchvision, whose ResNets have their strides in the 3 x 3 convolutions. Its ResNeXt-101
+   (64x4d) was trained by a newer recipe.
+6. Biases have the learning rate and the weight decay of the other weights. In Detectron they have twice the learning rate and
+   no decay. Anchors that cross the border of the image are used. Mask targets are interpolated, not binary.
+7. The keypoint loss is over all positive RoIs; Detectron samples RoIs with visible keypoints.
+8. With `aligned`, features and masks are values at the centers of their cells, as in Detectron2. In the paper's code and in
+   torchvision, they are shifted by half a cell, which limits the masks of objects of a few pixels.
 """
 
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +28,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import keypointrcnn_inference, keypoints_to_heatmap, project_masks_on_boxes
+from torchvision.models.detection.roi_heads import keypointrcnn_inference, keypoints_to_heatmap
+from torchvision.ops import roi_align
 
 from datamodules.errors import UserError
 from datamodules.io.paths import file_hash
@@ -37,7 +42,7 @@ from modules.networks.detection_backbones import (
     load_stages,
     make_body,
 )
-from modules.networks.init import msra_init_
+from modules.networks.mask_heads import MASK_SIZE, KeypointHead, KeypointPredictor, MaskHead, MaskMLP, MaskPredictor
 from modules.networks.pretrained import find_or_download
 from modules.networks.rcnn import (
     BoxPredictor,
@@ -54,7 +59,7 @@ from modules.training.method import Batch
 from modules.training.schedules import step_schedule
 from modules.training.stages import Stage
 
-BOX_SIZE, MASK_SIZE = 7, 14  # sides of the pooled features (Figure 4)
+BOX_SIZE = 7  # side of the pooled features of the box head (Figure 4)
 WARMUP_START = 1 / 3  # of the learning rate, as in Detectron
 
 
@@ -79,6 +84,7 @@ class MaskRCNN(DetectionMethod):
         num_keypoints: number of keypoints of an object; 0 for no keypoint head.
         keypoint_layers, keypoint_channels: convolutions of the keypoint head and their channels; 8 and 512 in the paper.
         roi_layer: see `RoIPooler` (Table 2c, 2d).
+        aligned: see `RoIPooler` and `to_image_size`.
         anchor_sizes: square roots of the areas of the anchors in pixels, one for each level of a feature pyramid.
         anchors_per_image: sampled anchors of an image.
         rois_per_image: sampled RoIs of an image; 512 with a feature pyramid, 64 with C4 in the paper.
@@ -118,6 +124,7 @@ class MaskRCNN(DetectionMethod):
         keypoint_layers: PositiveInt = 8,
         keypoint_channels: PositiveInt = 512,
         roi_layer: RoILayer = "align",
+        aligned: bool = False,
         anchor_sizes: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512),
         anchors_per_image: PositiveInt = 256,
         rois_per_image: PositiveInt = 512,
@@ -137,7 +144,7 @@ class MaskRCNN(DetectionMethod):
         learning_rate: PositiveFloat = 0.02,
         seed: int = 0,
     ) -> None:
-        super().__init__(min_size, max_size, total_images, learning_rate, warmup, seed)
+        super().__init__(aligned, min_size, max_size, total_images, learning_rate, warmup, seed)
         self.save_hyperparameters()
         if class_agnostic_masks and mask_activation == "softmax":
             raise UserError("model.class_agnostic_masks: one mask for all classes has no softmax. Use sigmoid")
@@ -159,7 +166,8 @@ class MaskRCNN(DetectionMethod):
         is_pyramid = neck == "fpn"
         self.rpn = ProposalNetwork(
             channels,
-            len(strides) + is_pyramid,
+            [*strides, 2 * strides[-1]] if is_pyramid else strides,
+            released,
             anchor_sizes,
             anchors_per_image,
             train_candidates=train_proposals if is_pyramid else 12_000,
@@ -167,8 +175,8 @@ class MaskRCNN(DetectionMethod):
             train_proposals=train_proposals,
             test_proposals=test_proposals,
         )
-        box_pool = RoIPooler(roi_layer, BOX_SIZE, strides)
-        mask_pool = RoIPooler(roi_layer, MASK_SIZE, strides)
+        box_pool = RoIPooler(roi_layer, BOX_SIZE, strides, aligned)
+        mask_pool = RoIPooler(roi_layer, MASK_SIZE, strides, aligned)
         box_head = stage or TwoMLPHead(channels * BOX_SIZE**2, box_channels)
         box_features = 2 * channels if stage else box_channels  # `layer4` has twice the channels of `layer3`
         outputs = 1 if class_agnostic_masks else num_classes
@@ -236,17 +244,18 @@ class MaskRCNN(DetectionMethod):
         """
         size = logits.shape[-1]
         labels = torch.cat([target["labels"][match] for target, match in zip(targets, matches, strict=True)])
-        masks = torch.cat(
-            [
-                project_masks_on_boxes(target["masks"], box, match, size)
-                for target, box, match in zip(targets, boxes, matches, strict=True)
-            ]
-        ).to(logits)  # (R, m, m), the intersection of RoI and object
+        found = zip(targets, boxes, matches, strict=True)
+        masks = torch.cat([self.mask_targets(target["masks"], box, match, size) for target, box, match in found]).to(logits)
         if self.mask_activation == "softmax":
             loss = F.cross_entropy(logits, labels[:, None, None] * (masks >= 0.5), reduction="none")
         else:
             loss = F.binary_cross_entropy_with_logits(self.own_masks(logits, labels), masks, reduction="none")
         return (loss.mean((1, 2)) * image_mean_weights([len(box) for box in boxes], loss)).sum()
+
+    def mask_targets(self, masks: Tensor, boxes: Tensor, matches: Tensor, size: int) -> Tensor:
+        """Return the intersections of boxes (R, 4) and their objects, with indices (R,) in masks (M, H, W): (R, size, size)."""
+        rois = torch.cat([matches[:, None].to(boxes), boxes], dim=1)
+        return roi_align(masks[:, None].to(boxes), rois, size, aligned=self.aligned)[:, 0]
 
     def own_masks(self, values: Tensor, labels: Tensor) -> Tensor:
         """Return the mask of the class of each RoI: (R, num_classes or 1, m, m) to (R, m, m)."""
@@ -323,66 +332,7 @@ class MaskRCNN(DetectionMethod):
         return rename_torchvision_weights(weights)
 
 
-# Figure 4: heads. Their layers have the names of torchvision, so that its weights fit.
-
-
-class MaskHead(nn.Sequential):
-    """Convolutions of the mask head (Figure 4, right): (R, C, 14, 14) to (R, channels, 14, 14)."""
-
-    def __init__(self, in_channels: int, layers: int, channels: int) -> None:
-        widths = [in_channels] + layers * [channels]
-        super().__init__(*(nn.Sequential(nn.Conv2d(widths[i], widths[i + 1], 3, padding=1), nn.ReLU()) for i in range(layers)))
-        msra_init_(self)
-
-
-class MaskPredictor(nn.Sequential):
-    """Transposed convolution and logits of each class: (R, C, m, m) to (R, outputs, 2 m, 2 m)."""
-
-    def __init__(self, in_channels: int, channels: int, outputs: int) -> None:
-        layers = [
-            ("conv5_mask", nn.ConvTranspose2d(in_channels, channels, 2, 2)),
-            ("relu", nn.ReLU()),
-            ("mask_fcn_logits", nn.Conv2d(channels, outputs, 1)),
-        ]
-        super().__init__(OrderedDict(layers))
-        msra_init_(self)
-
-
-class MaskMLP(nn.Sequential):
-    """Fully connected layers instead of convolutions (Table 2e): (R, 14 * 14 C) to (R, outputs, 28, 28)."""
-
-    def __init__(self, in_channels: int, layers: int, channels: int, outputs: int) -> None:
-        widths = [in_channels * MASK_SIZE**2] + layers * [channels]
-        hidden = [part for i in range(layers) for part in (nn.Linear(widths[i], widths[i + 1]), nn.ReLU())]
-        side = 2 * MASK_SIZE
-        super().__init__(*hidden, nn.Linear(channels, outputs * side**2), nn.Unflatten(1, (outputs, side, side)))
-
-
 # Section 5: keypoints
-
-
-class KeypointHead(nn.Sequential):
-    """Convolutions of the keypoint head: (R, C, 14, 14) to (R, channels, 14, 14)."""
-
-    def __init__(self, in_channels: int, layers: int, channels: int) -> None:
-        widths = [in_channels] + layers * [channels]
-        super().__init__(
-            *(part for i in range(layers) for part in (nn.Conv2d(widths[i], widths[i + 1], 3, padding=1), nn.ReLU()))
-        )
-        msra_init_(self)
-
-
-class KeypointPredictor(nn.Module):
-    """Transposed convolution and bilinear enlargement: (R, C, 14, 14) to (R, K, 56, 56)."""
-
-    def __init__(self, in_channels: int, num_keypoints: int) -> None:
-        super().__init__()
-        self.kps_score_lowres = nn.ConvTranspose2d(in_channels, num_keypoints, 4, 2, padding=1)
-        msra_init_(self)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits of the positions of each keypoint."""
-        return F.interpolate(self.kps_score_lowres(features), scale_factor=2, mode="bilinear")
 
 
 def keypoint_loss(logits: Tensor, boxes: list[Tensor], matches: list[Tensor], targets: Objects) -> Tensor:

@@ -141,7 +141,8 @@ class CocoAnnotatedImage(AnnotatedImage):
         self.check_size(height, width)
         digest = hashlib.sha256(json.dumps(list(self.entries), sort_keys=True).encode()).hexdigest()
         n_objects = sum(not entry.get("iscrowd") for entry in self.entries)
-        n_keypoints = sum(v > 0 for entry in self.entries for v in entry["keypoints"][2::3]) if self.num_keypoints else 0
+        stated = sum(entry.get("num_keypoints", 0) for entry in self.entries)
+        n_keypoints = sum(v > 0 for entry in self.entries for v in entry["keypoints"][2::3]) if self.num_keypoints else stated
         return digest, n_objects, n_keypoints
 
     def annotations(self, height: int, width: int) -> Annotations:
@@ -299,7 +300,7 @@ def list_annotated_images(spec: str, num_keypoints: int = 0, category_ids: bool 
             raise UserError(f"{spec}: name one of its splits, such as {name}/{next(iter(entry.splits))}")
         path = entry.path / template.replace("{split}", split)
         if not path.exists():
-            raise DatasetNotFound(f"{spec}: {path} is missing. To install: {entry.install_hint()}")
+            raise DatasetNotFound(f"{path} is missing. To install: {entry.install_hint()}")
         refs = {ref.path.name: ref for ref in list_image_refs(spec)}
         return _from_coco(read_coco_file(path, num_keypoints), refs, num_keypoints, category_ids)
     return _from_label_maps(spec, entry)
@@ -332,7 +333,7 @@ def _from_label_maps(spec: str, entry: Any) -> AnnotatedSet:
 
 def _from_folder(folder: Path, num_keypoints: int, category_ids: bool) -> AnnotatedSet:
     label, files = dataset_label(str(folder)), list_images(folder / "images")
-    if (folder / "annotations.json").exists() or (files and _mask_folders(folder)):
+    if (folder / "annotations.json").exists() or (files and _mask_folders(folder, files[0])):
         names: dict[Path, Path] = {}
         for path in files:
             add_unique(names, path.relative_to(folder / "images").with_suffix(""), path)
@@ -352,10 +353,9 @@ def _from_folder(folder: Path, num_keypoints: int, category_ids: bool) -> Annota
     return AnnotatedSet([LabelMapImage(image.image, image) for image in masked], ("object",))
 
 
-def _mask_folders(folder: Path) -> bool:
-    """Return whether the folder `masks` has a folder of masks for the first image."""
-    first = list_images(folder / "images")[0].relative_to(folder / "images").with_suffix("")
-    return (folder / "masks" / first).is_dir()
+def _mask_folders(folder: Path, first: Path) -> bool:
+    """Return whether the folder `masks` has a folder of masks for an image."""
+    return (folder / "masks" / first.relative_to(folder / "images").with_suffix("")).is_dir()
 
 
 def _from_coco(file: CocoFile, refs: dict[str, ImageRef], num_keypoints: int, category_ids: bool) -> AnnotatedSet:

@@ -176,6 +176,8 @@ def _problems(annotation: Any, images: dict[int, CocoImage], categories: dict[in
     area = annotation.get("area")
     if area is not None and not (_are_numbers([area]) and 0 <= area <= image.height * image.width):
         yield f"the area {_shorten(area)} is not a number of pixels of its image"
+    if not _is_integer(annotation.get("num_keypoints", 0)):
+        yield f"num_keypoints is {_shorten(annotation['num_keypoints'])}, not a number"
     if num_keypoints:
         yield from _keypoint_problems(annotation.get("keypoints"), num_keypoints, image)
 

@@ -108,7 +108,7 @@ def require_resnet(name: str) -> None:
 
 
 def imagenet_url(name: str) -> str:
-    """Return the address of the weights of a ResNet or ResNeXt for ImageNet, those of its paper's training."""
+    """Return the address of torchvision's first weights of a ResNet or ResNeXt for ImageNet."""
     return get_model_weights(name)["IMAGENET1K_V1"].url
 
 

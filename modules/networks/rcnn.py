@@ -36,13 +36,28 @@ def image_mean_weights(counts: Sequence[int], like: Tensor) -> Tensor:
     return torch.repeat_interleave(like.new_tensor(weights), torch.tensor(counts, device=like.device))
 
 
-class Float32Anchors(AnchorGenerator):
-    """Anchors in float32. In torchvision they have the dtype of the features: with bf16, errors of up to 4 pixels."""
+class Anchors(AnchorGenerator):
+    """Anchors in float32. In torchvision they have the dtype of the features: with bf16, errors of up to 4 pixels.
+
+    Args:
+        sizes: square roots of the areas of the anchors at each level.
+        level_strides: stride of each level; None for the ratio of the sizes of image and features, rounded down, as in
+            torchvision: for an image with 800 rows, the stride of the last level is then 61 instead of 64.
+    """
+
+    def __init__(self, sizes: tuple[tuple[int, ...], ...], level_strides: Sequence[int] | None) -> None:
+        super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
+        self.level_strides = level_strides
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Return the anchors of each image, (A, 4)."""
         placeholders = [to_float32(features.new_zeros(())).expand(features.shape) for features in feature_maps]
-        return super().forward(image_list, placeholders)
+        if self.level_strides is None:
+            return super().forward(image_list, placeholders)
+        self.set_cell_anchors(placeholders[0].dtype, placeholders[0].device)
+        grids = [list(features.shape[-2:]) for features in placeholders]
+        strides = [[placeholders[0].new_tensor(stride)] * 2 for stride in self.level_strides]
+        return [torch.cat(self.grid_anchors(grids, strides))] * len(image_list.image_sizes)
 
 
 class Float32ProposalHead(RPNHead):
@@ -59,7 +74,8 @@ class ProposalNetwork(RegionProposalNetwork):
 
     Args:
         channels: channels of the features.
-        n_levels: number of levels of the features, with "pool" for a feature pyramid.
+        level_strides: strides of the levels of the features, with "pool" for a feature pyramid.
+        infer_strides: compute the strides from the features, as in torchvision, see `Anchors`.
         anchor_sizes: square roots of the areas of the anchors in pixels. One for each level, or all at a single level.
         anchors_per_image: sampled anchors for the loss, at most half of them positive.
         train_candidates, test_candidates: proposals of each level before non-maximum suppression.
@@ -69,7 +85,8 @@ class ProposalNetwork(RegionProposalNetwork):
     def __init__(
         self,
         channels: int,
-        n_levels: int,
+        level_strides: Sequence[int],
+        infer_strides: bool,
         anchor_sizes: Sequence[int],
         anchors_per_image: int,
         train_candidates: int,
@@ -77,8 +94,8 @@ class ProposalNetwork(RegionProposalNetwork):
         train_proposals: int,
         test_proposals: int,
     ) -> None:
-        sizes = tuple((size,) for size in anchor_sizes) if n_levels > 1 else (tuple(anchor_sizes),)
-        anchors = Float32Anchors(sizes, (ASPECT_RATIOS,) * n_levels)
+        sizes = tuple((size,) for size in anchor_sizes) if len(level_strides) > 1 else (tuple(anchor_sizes),)
+        anchors = Anchors(sizes, None if infer_strides else level_strides)
         super().__init__(
             anchors,
             Float32ProposalHead(channels, anchors.num_anchors_per_location()[0]),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align, roi_pool
 from torchvision.ops.poolers import LevelMapper
 
+from modules.losses.precision import to_float32
+
 RoILayer = Literal["align", "align_max", "pool"]
 SAMPLES = 2  # per side of a bin in RoIAlign (Section 3)
 
@@ -24,11 +26,13 @@ class RoIPooler(nn.Module):
             (Fast R-CNN), which rounds the coordinates to the grid of the features.
         output_size: side of the output.
         strides: strides of the levels.
+        aligned: RoIAlign takes features as values at the centers of their cells, as in Detectron2. In the paper's code and in
+            torchvision, its samples are shifted by half a cell.
     """
 
-    def __init__(self, layer: RoILayer, output_size: int, strides: Sequence[int]) -> None:
+    def __init__(self, layer: RoILayer, output_size: int, strides: Sequence[int], aligned: bool) -> None:
         super().__init__()
-        self.layer, self.output_size, self.level_strides = layer, output_size, strides
+        self.layer, self.output_size, self.level_strides, self.aligned = layer, output_size, strides, aligned
         self.level_of = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
 
     def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor], image_shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -48,17 +52,18 @@ class RoIPooler(nn.Module):
             return self.pool(features["0"], rois, self.level_strides[0])
         levels = self.level_of(boxes)
         first = features["0"]
-        pooled = first.new_zeros(len(rois), first.shape[1], self.output_size, self.output_size)
+        pooled = to_float32(first.new_zeros(len(rois), first.shape[1], self.output_size, self.output_size))
         for level, stride in enumerate(self.level_strides):
             index = torch.where(levels == level)[0]
-            pooled[index] = self.pool(features[str(level)], rois[index], stride).to(pooled.dtype)
+            pooled[index] = self.pool(features[str(level)], rois[index], stride)
         return pooled
 
     def pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
-        """Pool from one level: (N, C, h, w) and (R, 5) to (R, C, output_size, output_size); under autocast in float32."""
+        """Pool from one level: (N, C, h, w) and (R, 5) to (R, C, output_size, output_size); in float32 under autocast."""
+        features, scale = to_float32(features), 1 / stride
         if self.layer == "pool":
-            return roi_pool(features, rois, self.output_size, 1 / stride)
+            return roi_pool(features, rois, self.output_size, scale)
         if self.layer == "align_max":
-            samples = roi_align(features, rois, SAMPLES * self.output_size, 1 / stride, sampling_ratio=1)
+            samples = roi_align(features, rois, SAMPLES * self.output_size, scale, sampling_ratio=1, aligned=self.aligned)
             return F.max_pool2d(samples, SAMPLES)
-        return roi_align(features, rois, self.output_size, 1 / stride, sampling_ratio=SAMPLES)
+        return roi_align(features, rois, self.output_size, scale, sampling_ratio=SAMPLES, aligned=self.aligned)

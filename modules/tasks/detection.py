@@ -30,16 +30,24 @@ class DetectionMethod(Method, ABC):
     """Method that predicts boxes with classes and scores, and optionally masks and keypoints.
 
     Args:
+        aligned: see `to_image_size`.
         min_size: shorter side of the network's input in evaluations; None for the size of the image.
         max_size: maximum of its longer side.
         total_images, learning_rate, seed: see `Method`.
     """
 
     def __init__(
-        self, min_size: int | None, max_size: int, total_images: int, learning_rate: float, warmup: int = 0, seed: int = 0
+        self,
+        aligned: bool,
+        min_size: int | None,
+        max_size: int,
+        total_images: int,
+        learning_rate: float,
+        warmup: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__(total_images, learning_rate, warmup, seed)
-        self.min_size, self.max_size = min_size, max_size
+        self.aligned, self.min_size, self.max_size = aligned, min_size, max_size
 
     @abstractmethod
     def detect(self, images: ImageList) -> list[Detections]:
@@ -50,7 +58,7 @@ class DetectionMethod(Method, ABC):
         inputs = [self.resize(picture) for picture in image]
         detections = self.detect(batch_images(inputs))
         return [
-            to_image_size(found, small.shape[-2:], picture.shape[-2:])
+            to_image_size(found, small.shape[-2:], picture.shape[-2:], self.aligned)
             for found, small, picture in zip(detections, inputs, image, strict=True)
         ]
 
@@ -101,19 +109,37 @@ def batch_images(images: Sequence[Tensor]) -> ImageList:
     return ImageList(batch, [(image.shape[1], image.shape[2]) for image in images])
 
 
-def to_image_size(found: Detections, network_size: Sequence[int], image_size: Sequence[int]) -> Detections:
+def to_image_size(found: Detections, network_size: Sequence[int], image_size: Sequence[int], aligned: bool) -> Detections:
     """Scale detections from the size of the network's input to that of the image, and enlarge and threshold their masks.
 
     Args:
         found: detections with masks (M, 1, m, m).
         network_size, image_size: heights and widths.
+        aligned: see `paste_aligned`; otherwise as in the paper's code and in torchvision, which round the boxes.
     """
     scale = found["boxes"].new_tensor([new / old for old, new in zip(network_size, image_size, strict=True)]).flip(0)  # x, y
     scaled: dict[str, Any] = {**found, "boxes": found["boxes"] * scale.repeat(2)}
     if "masks" in found:
         parts = zip(found["masks"].split(PASTED_MASKS), scaled["boxes"].split(PASTED_MASKS), strict=True)
-        size = (int(image_size[0]), int(image_size[1]))
-        scaled["masks"] = torch.cat([paste_masks_in_image(masks, boxes, size)[:, 0] > MASK_THRESHOLD for masks, boxes in parts])
+        size, paste = (int(image_size[0]), int(image_size[1])), paste_aligned if aligned else paste_masks_in_image
+        scaled["masks"] = torch.cat([paste(masks, boxes, size)[:, 0] > MASK_THRESHOLD for masks, boxes in parts])
     if "keypoints" in found:
         scaled["keypoints"] = torch.cat([found["keypoints"][..., :2] * scale, found["keypoints"][..., 2:]], dim=-1)
     return scaled
+
+
+def paste_aligned(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Interpolate masks (M, 1, m, m), whose values are at the centers of the cells of boxes (M, 4), at the centers of pixels.
+
+    Returns:
+        (M, 1, *size); zeros outside of the boxes.
+    """
+    if not len(masks):
+        return masks.new_zeros(0, 1, *size)
+    x, y = (torch.arange(length, device=boxes.device, dtype=boxes.dtype) + 0.5 for length in reversed(size))
+    left, top, right, bottom = (end[:, None] for end in boxes.unbind(1))
+    columns = 2 * (x - left) / (right - left) - 1  # (M, W), in [-1, 1] inside of the box
+    rows = 2 * (y - top) / (bottom - top) - 1
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=-1)  # (M, H, W, 2)
+    inside = (grid.abs() <= 1).all(-1)[:, None]
+    return F.grid_sample(masks, grid.to(masks), padding_mode="border", align_corners=False) * inside

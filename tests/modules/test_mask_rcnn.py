@@ -12,12 +12,13 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from datamodules.errors import UserError
+from datamodules.transforms.objects import enclosing_boxes
 from experiments.cli.main import main
 from modules.mask_rcnn import MaskRCNN, keypoint_loss
 from modules.networks import rcnn
 from modules.networks.roi_pool import RoIPooler
 from modules.networks.weights import load_weights
-from modules.tasks.detection import batch_images
+from modules.tasks.detection import batch_images, to_image_size
 from tests.helpers.deterministic_variants import DeterministicMaskRCNN
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.detection import SMALL_NETWORK, DetectionContract
@@ -150,7 +151,7 @@ def test_roi_layers_on_a_pyramid(layer):
     torch.manual_seed(0)
     features = {str(i): torch.rand(2, 3, 64 >> i, 64 >> i) for i in range(4)}
     boxes = [torch.tensor([[3.3, 5.2, 40.1, 44.9], [0.0, 0, 250, 250]]), torch.tensor([[10.0, 60, 130, 199]])]
-    pooled = RoIPooler(layer, 7, [4, 8, 16, 32])(features, boxes, [(256, 256)] * 2)
+    pooled = RoIPooler(layer, 7, [4, 8, 16, 32], False)(features, boxes, [(256, 256)] * 2)
     if layer == "align":
         reference = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
         assert torch.equal(pooled, reference(features, boxes, [(256, 256)] * 2))
@@ -175,6 +176,53 @@ def test_roi_layers_on_a_pyramid(layer):
             for x in (x1 + (x2 - x1) / 7 * 2.25, x1 + (x2 - x1) / 7 * 2.75)
         ]
         assert torch.allclose(pooled[0, :, i, 2], torch.stack(samples).amax(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["align", "align_max", "pool"])
+def test_roi_layers_work_in_float32_under_autocast(layer):
+    features = {"0": torch.rand(1, 2, 32, 32).bfloat16()}
+    boxes = [torch.tensor([[100.3, 5.2, 400.1, 444.9]])]
+    pooler = RoIPooler(layer, 7, [16], False)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = pooler(features, boxes, [(512, 512)])
+    assert torch.equal(pooled, pooler({"0": features["0"].float()}, boxes, [(512, 512)]))
+
+
+def test_aligned_features_are_those_at_the_centers_of_cells():
+    """A linear function of the position is sampled without an offset: at the centers of the bins."""
+    columns = (torch.arange(64.0) + 0.5) * 4  # position of the center of each cell in pixels
+    features = {"0": columns.expand(1, 1, 64, 64)}
+    box = torch.tensor([[30.0, 30, 100, 100]])
+    pooled = RoIPooler("align", 7, [4], True)(features, [box], [(256, 256)])
+    assert torch.allclose(pooled[0, 0, 0], torch.arange(35.0, 100, 10), atol=1e-4)
+    shifted = RoIPooler("align", 7, [4], False)(features, [box], [(256, 256)])
+    assert torch.allclose(shifted[0, 0, 0], torch.arange(37.0, 102, 10), atol=1e-4)
+
+
+def test_aligned_masks_of_small_objects_are_exact():
+    """The target of an ellipse, taken as a prediction, gives back the ellipse; without alignment, a small one is distorted."""
+    rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    for aligned, lowest, highest in ((True, 0.97, 1.0), (False, 0.5, 0.9)):
+        method, overlaps = small(aligned=aligned), []
+        for i in range(20):
+            center, axes = 20 + 0.37 * i, (6.2, 4.1)
+            ellipse = ((columns - center) / axes[0]) ** 2 + ((rows - 30.4) / axes[1]) ** 2 <= 1
+            box = enclosing_boxes(ellipse[None])
+            target = method.mask_targets(ellipse[None].float(), box, torch.tensor([0]), 28)
+            found = to_image_size({"boxes": box, "masks": target[None]}, (64, 64), (64, 64), aligned)["masks"][0]
+            overlaps.append(((found & ellipse).sum() / (found | ellipse).sum()).item())
+        assert lowest < sum(overlaps) / 20 <= highest
+
+
+def test_anchors_have_the_strides_of_the_levels():
+    """At 800 x 1344, torchvision computes a stride of 61 for the last level, which has 13 x 21 cells."""
+    images = batch_images([torch.zeros(3, 800, 1344)])
+    features = [torch.zeros(1, 1, -(-800 // stride), -(-1344 // stride)) for stride in (4, 8, 16, 32, 64)]
+    (exact,) = small().rpn.anchor_generator(images, features)
+    last = exact[-1].view(2, 2).mean(0)  # center
+    assert last.tolist() == [64 * 20, 64 * 12]
+    (inferred,) = small(released=True).rpn.anchor_generator(images, features)
+    assert inferred[-1].view(2, 2).mean(0).tolist() == [64 * 20, 61 * 12]
 
 
 def small(**init_args):

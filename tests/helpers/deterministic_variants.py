@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image
 
 from modules.colorization import ColorfulColorization
@@ -140,6 +141,13 @@ class FirstSamples:
         return positives, negatives
 
 
+class AnchorsAsBoxes(BoxCoder):
+    """Decodes each anchor to itself: whether a proposal matches an object does not depend on rounding."""
+
+    def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
+        return torch.cat(boxes)[:, None]
+
+
 class FixedProposals(ProposalNetwork):
     """Takes every 50th anchor in training, because the order of the scores of an untrained network is that of their rounding."""
 
@@ -154,5 +162,6 @@ class DeterministicMaskRCNN(MaskRCNN):
     def __init__(self, **init_args: Any) -> None:
         super().__init__(**init_args)
         self.rpn.__class__ = FixedProposals
+        self.rpn.box_coder = AnchorsAsBoxes((1.0, 1.0, 1.0, 1.0))
         self.rpn.fg_bg_sampler = FirstSamples(init_args["anchors_per_image"], 0.5)
         self.roi_heads.fg_bg_sampler = FirstSamples(init_args["rois_per_image"], 0.25)

@@ -47,7 +47,9 @@ def test_header_states_cell_value_time_and_command(recipe):
 def build(recipes):
     for recipe in recipes:
         print(recipe.name)
-        with torch.device("cpu" if datamodule_of(recipe) == "Points" else "meta"):  # points are computed when they are built
+        with torch.device(
+            "meta" if datamodule_of(recipe) == "Detection" else "cpu"
+        ):  # toy data are computed when they are built
             cli = DarkroomCLI("fit", recipe, [])
         assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
 
@@ -364,8 +366,8 @@ def test_classification_recipe_trains_a_few_steps(recipe, workdir):
 
 
 def detection_recipes():
-    """Return the recipes of detection; those of COCO that differ from another one by an option of the network are slow."""
-    kept = ("demo", "dsb2018", "digits", "coco_mini", "r50_c4", "persons_faster", "persons_keypoints_masks", "cityscapes")
+    """Return the recipes of detection; those that differ from another one by an option of the network or the dataset are slow."""
+    kept = ("demo", "dsb2018", "coco_mini", "r50_c4", "persons_keypoints_masks", "cityscapes")
     tested = {f"mask_rcnn/{name}" for name in kept}
     return [
         pytest.param(recipe, marks=[] if recipe.name in tested else pytest.mark.slow, id=recipe.name)
@@ -408,7 +410,7 @@ def test_recipe_without_training_is_evaluated(recipe, workdir, monkeypatch):
     assert (workdir / "record.json").exists()
 
 
-@pytest.mark.parametrize("name", ["released", "released_keypoints"])
+@pytest.mark.parametrize("name", ["released", pytest.param("released_keypoints", marks=pytest.mark.slow)])
 def test_released_detectors_are_evaluated_with_their_weights(name, workdir, monkeypatch, capfd):
     """The weights are random, and have the names of those that torchvision publishes."""
     monkeypatch.setenv("TORCH_HOME", str(workdir / "torch"))

@@ -51,12 +51,13 @@ class Anchors(AnchorGenerator):
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Return the anchors of each image, (A, 4)."""
-        placeholders = [to_float32(features.new_zeros(())).expand(features.shape) for features in feature_maps]
+        # Expanded scalars: torchvision takes the sizes, the dtype and the device of the features, and not their values.
+        float32_maps = [to_float32(features.new_zeros(())).expand(features.shape) for features in feature_maps]
         if self.level_strides is None:
-            return super().forward(image_list, placeholders)
-        self.set_cell_anchors(placeholders[0].dtype, placeholders[0].device)
-        grids = [list(features.shape[-2:]) for features in placeholders]
-        strides = [[placeholders[0].new_tensor(stride)] * 2 for stride in self.level_strides]
+            return super().forward(image_list, float32_maps)
+        self.set_cell_anchors(float32_maps[0].dtype, float32_maps[0].device)
+        grids = [list(features.shape[-2:]) for features in feature_maps]
+        strides = [[float32_maps[0].new_tensor(stride)] * 2 for stride in self.level_strides]
         return [torch.cat(self.grid_anchors(grids, strides))] * len(image_list.image_sizes)
 
 

@@ -18,11 +18,10 @@ from datamodules.catalog.annotated_images import (
     AnnotatedSet,
     Annotations,
     ImageSummary,
-    declared_classes,
-    declared_skeleton,
     list_annotated_images,
 )
 from datamodules.catalog.coco_annotations import InvalidAnnotations
+from datamodules.catalog.object_names import declared_classes, declared_skeleton
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import dataset_label

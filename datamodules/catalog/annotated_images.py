@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset, is_folder
 from datamodules.catalog.coco_annotations import CocoFile, annotation_mask, clip_box, mirrored_keypoints, read_coco_file
@@ -23,7 +22,6 @@ from datamodules.io.image_io import InvalidImage, open_image, pixel_hash, probe_
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.transforms.objects import RunLengthCode, encode_masks, label_map_codes, mask_areas, mask_boxes
 
-COCO_CATEGORIES = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id; "N/A" for gaps
 MAX_IDS = 20_000  # objects in a label map
 
 
@@ -44,6 +42,17 @@ def annotations_of_masks(masks: list[RunLengthCode], labels: Sequence[int], crow
     return Annotations(
         mask_boxes(masks), np.array(labels, np.int64), masks, mask_areas(masks), np.array(crowd, bool), no_keypoints
     )
+
+
+def check_mask_size(path: Path, values: np.ndarray, height: int, width: int) -> None:
+    """Require that a mask is gray and has the size of its image.
+
+    Raises:
+        InvalidImage: it has another shape.
+    """
+    if values.shape != (height, width):
+        found = "x".join(map(str, values.shape[::-1]))
+        raise InvalidImage(f"{path}: {found}, but its image has {width}x{height} pixels. Save gray masks of this size")
 
 
 class ImageSummary(NamedTuple):
@@ -185,7 +194,8 @@ class LabelMapImage(AnnotatedImage):
 
     def annotations(self, height: int, width: int) -> Annotations:
         """See `AnnotatedImage`."""
-        _, label_map = self.masked_image.read(3)  # raises an error if the sizes differ
+        label_map = self.masked_image.read_mask()
+        check_mask_size(self.masked_image.mask, label_map, height, width)
         if (count := len(np.unique(label_map))) > MAX_IDS:
             raise InvalidImage(
                 f"{self.masked_image.mask}: {count} different values, not ids of objects. Save one id per object"
@@ -213,9 +223,7 @@ class MaskFolderImage(AnnotatedImage):
             if path.parent != self.folder:  # belongs to an image in a folder of this name
                 continue
             values = np.asarray(open_image(path))
-            if values.shape != (height, width):
-                found = "x".join(map(str, values.shape[::-1]))
-                raise InvalidImage(f"{path}: {found}, but its image has {width}x{height} pixels. Save gray masks of this size")
+            check_mask_size(path, values, height, width)
             if not values.any():
                 raise InvalidImage(f"{path}: a mask without pixels. Remove it")
             codes += encode_masks(torch.from_numpy(values > 0)[None])
@@ -282,7 +290,11 @@ def list_annotated_images(spec: str, num_keypoints: int = 0, category_ids: bool 
         UserError: the dataset has no objects or no keypoints.
     """
     entry = None if is_folder(spec) else _entry_of(spec)
-    if num_keypoints and not (entry and "keypoints" in entry.objects) and not _folder_file(spec, entry):
+    if (
+        num_keypoints
+        and not (entry and "keypoints" in entry.objects)
+        and (entry or not Path(spec, "annotations.json").exists())
+    ):
         raise UserError(f"data.num_keypoints: {spec} has no keypoints. Set it to 0")
     if entry is None:
         return _from_folder(Path(spec), num_keypoints, category_ids)
@@ -315,10 +327,6 @@ def _entry_of(spec: str) -> Any:
         known = ", ".join(k for k, v in catalog().items() if v.objects or v.masks.get("instances"))
         raise UserError(f"{name} has no annotated objects. Datasets with objects: {known}")
     return entry
-
-
-def _folder_file(spec: str, entry: Any) -> bool:
-    return entry is None and (Path(spec) / "annotations.json").exists()
 
 
 def _from_label_maps(spec: str, entry: Any) -> AnnotatedSet:
@@ -380,21 +388,3 @@ def _from_coco(file: CocoFile, refs: dict[str, ImageRef], num_keypoints: int, ca
     problems = tuple(f"{file.path}: {problem}" for problem in file.problems)
     mirrored = tuple(mirrored_keypoints(file.keypoints))
     return AnnotatedSet(images, tuple(classes), file.keypoints, file.skeleton, mirrored, problems)
-
-
-def declared_classes(spec: str, category_ids: bool, persons: bool) -> tuple[str, ...]:
-    """Return the names of the labels 1, 2, ... of a dataset of the catalog, which need not be installed; empty if unknown."""
-    entry = catalog().get(spec.partition("/")[0])
-    if entry is None:
-        return ()
-    if "annotations" in entry.objects:  # categories of COCO
-        names = [name if name != "N/A" else "" for name in COCO_CATEGORIES[1:]]
-        named = tuple(names) if category_ids else tuple(filter(None, names))
-        return named[:1] if persons else named
-    return tuple(entry.objects.get("classes", ())) or tuple(entry.masks.get("classes", ())[1:])
-
-
-def declared_skeleton(spec: str) -> tuple[tuple[int, int], ...]:
-    """Return the pairs of indices of connected keypoints of a dataset of the catalog; empty if there are none."""
-    entry = catalog().get(spec.partition("/")[0])
-    return tuple((a - 1, b - 1) for a, b in entry.objects.get("skeleton", ())) if entry else ()

@@ -192,7 +192,14 @@ def test_seg_of_detections():
         "image": [torch.zeros(3, 10, 12)],
     }
     metric = CTCSegOfDetections()
-    scores = metric.update(outputs, 0)
-    assert scores.tolist() == pytest.approx([16 / 22, 0])  # overlapping pixels belong to the higher score
-    assert metric.compute([scores], None) == {"seg/ctc/score0.5": pytest.approx(8 / 22)}
-    assert CTCSegOfDetections(score=0.3).update(outputs, 0).tolist() == pytest.approx([16 / 22, 1])
+    state = metric.update(outputs, 0)
+    assert state[0].tolist() == pytest.approx([16 / 22, 0])  # overlapping pixels belong to the higher score
+    assert metric.compute([state], None) == {"seg/ctc/score0.5": pytest.approx(8 / 22)}
+    assert CTCSegOfDetections(score=0.3).update(outputs, 0)[0].tolist() == pytest.approx([16 / 22, 1])
+    masks[1, 4:, 5:] = True  # now the two touch at a corner
+    outputs["annotations"] = [{"masks": encode_masks(masks)}]
+    name = "seg/ctc/score0.5"
+    assert metric.compute([state, metric.update(outputs, 0)], None) == {
+        name: pytest.approx(4 / 22 * 2),
+        f"{name}/touching": pytest.approx(8 / 22),
+    }

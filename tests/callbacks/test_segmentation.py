@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import label
+from scipy.ndimage import binary_dilation, label
 from skimage.measure import euler_number
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, jaccard_score
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from callbacks.metrics.isbi2012 import ISBI2012Errors, best_errors, error_counts, simple_neighborhoods, warp_topology
-from callbacks.metrics.seg_ctc import CTCSeg, seg_scores
+from callbacks.metrics.seg_ctc import CTCSeg, seg_scores, touching_objects
 from callbacks.metrics.segmentation import SegmentationMetrics, confusion, metrics_from_confusion
 from tests.helpers.subprocess_helpers import SERVER
 
@@ -173,6 +173,20 @@ def test_seg_matches_a_worked_example():
     ]  # object 2: an overlap of exactly half is not a match; object 3 has only one pixel
     assert seg_scores(true, np.zeros_like(true)).tolist() == [0, 0, 0]
     assert seg_scores(np.zeros_like(true), predicted).tolist() == []
+
+
+def test_touching_objects_have_neighboring_pixels():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        true = generator.integers(0, 40, (12, 12)) * (generator.random((12, 12)) < 0.4)
+        expected = []
+        for true_label in np.unique(true[true > 0]):
+            pixels = true == true_label
+            around = np.unique(true[binary_dilation(pixels, np.ones((3, 3)))])
+            if pixels.sum() > 1:
+                expected.append(bool(set(around) - {0, true_label}))
+        assert touching_objects(true).tolist() == expected
+    assert touching_objects(np.zeros((4, 4), dtype=np.int32)).tolist() == []
 
 
 # ISBI 2012

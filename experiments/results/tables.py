@@ -37,19 +37,29 @@ def cells(method: str) -> list[Cell]:
 
     In `table.yaml`, `better` of a table is "higher" (the default) or "lower", and `decimals` is the number of decimals of its
     values (default 2). `comparable: false` means that the paper used another protocol. The paper's value in a row may be null.
+    A table has one `metric`, or `columns` with the metric of each; the paper's values in a row are then a map of columns.
 
     Returns:
-        Cells with the keys `table`, `row`, `dataset`, `metric` (name of the protocol), `decimals`, `paper` (value or None),
-        `provenance` (key of `PROVENANCE`), `ours` (mean over seeds or None), `std` (None below two seeds), `seeds` (number of
-        records), `difference`, `state`, `checked` and `record` (paths of the record files).
+        Cells with the keys `table`, `row`, `dataset`, `column` (empty in a table with one metric), `metric` (name of the
+        protocol), `decimals`, `paper` (value or None), `provenance` (key of `PROVENANCE`), `ours` (mean over seeds or None),
+        `std` (None below two seeds), `seeds` (number of records), `difference`, `state`, `checked` and `record` (paths of the
+        record files).
     """
     files = _Files()
     return [
-        _cell(table, row, dataset, paper, files)
+        _cell(table, row, dataset, paper, files, column)
         for table in load_table(method)["tables"]
         for row in table["rows"]
-        for dataset, paper in row["paper"].items()
+        for dataset, papers in row["paper"].items()
+        for column, paper in _paper_values(table, papers).items()
     ]
+
+
+def _paper_values(table: dict[str, Any], papers: Any) -> dict[str, float | None]:
+    """Return the paper's values by column; null in the file is None in each column."""
+    if "columns" not in table:
+        return {"": papers}
+    return dict.fromkeys(table["columns"]) if papers is None else papers
 
 
 class _Files:
@@ -61,8 +71,10 @@ class _Files:
         self.code = cache(lambda name: code_fingerprint(find_recipe(name)))
 
 
-def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float | None, files: _Files) -> Cell:
-    metric = row.get("metric", table["metric"])
+def _cell(
+    table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float | None, files: _Files, column: str = ""
+) -> Cell:
+    metric = table["columns"][column] if column else row.get("metric", table["metric"])
     records, broken = files.records(row["recipe"]) if "recipe" in row else ([], [])
     used = []
     for record in records:
@@ -75,6 +87,7 @@ def _cell(table: dict[str, Any], row: dict[str, Any], dataset: str, paper: float
         "table": table["table"],
         "row": row["row"],
         "dataset": dataset,
+        "column": column,
         "metric": metric,
         "decimals": table.get("decimals", 2),
         "paper": paper,
@@ -201,23 +214,19 @@ def format_ours(cell: Cell) -> str:
 
 
 def render(method: str) -> str:
-    """Render a method's tables in Markdown: one line per cell that was run, then one line per reason for the other cells.
+    """Render a method's tables in Markdown: one line per cell that was run, then the other cells by their reason.
 
     The protocol of a row is next to its name if it differs from that of the table.
     """
     lines: list[str] = []
     of_method = cells(method)
     for table in load_table(method)["tables"]:
-        of_table = [
-            {**cell, "row": cell["row"] if cell["metric"] == table["metric"] else f"{cell['row']} (`{cell['metric']}`)"}
-            for cell in of_method
-            if cell["table"] == table["table"]
-        ]
-        lines += [f"**{table['table']}.** {table['caption']} Protocol: `{table['metric']}`.", ""]
+        of_table = [cell for cell in of_method if cell["table"] == table["table"]]
+        lines += [f"**{table['table']}.** {table['caption']} {_protocols(table)}.", ""]
         if run := [cell for cell in of_table if not cell["state"].startswith(NOT_RUN)]:
             lines += ["| row | dataset | paper | ours | difference | state | checked |", "|---|---|---:|---:|---:|---|---|"]
-            lines += [*map(_table_line, run), ""]
-        lines += [f"{line}\n" for line in _not_run_lines(of_table)]
+            lines += [*(_table_line(cell, table) for cell in run), ""]
+        lines += _not_run_lines([cell for cell in of_table if cell not in run], table)
         lines += [table["note"].strip(), ""] if "note" in table else []
     used = {cell["provenance"] for cell in of_method if cell["paper"] is not None}
     if used:
@@ -226,31 +235,72 @@ def render(method: str) -> str:
     return "\n".join(lines)
 
 
-def _table_line(cell: Cell) -> str:
+def _protocols(table: dict[str, Any]) -> str:
+    if "columns" not in table:
+        return f"Protocol: `{table['metric']}`"
+    return "Protocols: " + ", ".join(f"{column} `{metric}`" for column, metric in table["columns"].items())
+
+
+def _row_name(cell: Cell, table: dict[str, Any]) -> str:
+    """Return the row with its column, or with its protocol if that of the table is another."""
+    if cell["column"]:
+        return f"{cell['row']}: {cell['column']}"
+    return cell["row"] if cell["metric"] == table["metric"] else f"{cell['row']} (`{cell['metric']}`)"
+
+
+def _table_line(cell: Cell, table: dict[str, Any]) -> str:
     difference = "" if cell["difference"] is None else f"{cell['difference']:+.{cell['decimals']}f}"
-    paper = f"{format_paper(cell)}{format_provenance(cell)}"
-    columns = [cell["row"], cell["dataset"], paper, format_ours(cell), difference, cell["state"], cell["checked"]]
+    columns = [
+        _row_name(cell, table),
+        cell["dataset"],
+        _paper(cell),
+        format_ours(cell),
+        difference,
+        cell["state"],
+        cell["checked"],
+    ]
     return f"| {' | '.join(columns)} |"
 
 
-def _not_run_lines(of_table: list[Cell]) -> list[str]:
-    """Return one line for each reason, with the rows and the paper's values."""
+def _paper(cell: Cell) -> str:
+    return f"{format_paper(cell)}{format_provenance(cell)}"
+
+
+def _not_run_lines(of_table: list[Cell], table: dict[str, Any]) -> list[str]:
+    """Return the rows of each reason with the paper's values: one line, or a table if there are columns."""
     by_reason: dict[str, list[Cell]] = {}
     for cell in of_table:
-        if cell["state"].startswith(NOT_RUN):
-            by_reason.setdefault(cell["state"].removeprefix(NOT_RUN), []).append(cell)
-    return [f"Not run ({reason}). {_paper_values(group)}." for reason, group in by_reason.items()]
+        by_reason.setdefault(cell["state"].removeprefix(NOT_RUN), []).append(cell)
+    lines = []
+    for reason, group in by_reason.items():
+        datasets = list(dict.fromkeys(cell["dataset"] for cell in group))
+        beginning = "In the paper" if any(cell["paper"] is not None for cell in group) else "Rows"
+        beginning = f"Not run ({reason}). {beginning}" + (f" on {datasets[0]}:" if len(datasets) == 1 else ":")
+        if "columns" in table:
+            lines += [beginning, "", *_column_lines(group, list(table["columns"]), len(datasets) > 1), ""]
+        else:
+            lines += [f"{beginning} {'; '.join(_row_values(group, table, len(datasets) > 1))}.", ""]
+    return lines
 
 
-def _paper_values(group: list[Cell]) -> str:
-    """Format the rows of a table with the paper's values; a dataset that all cells share occurs once."""
-    datasets = {cell["dataset"] for cell in group}
+def _row_values(group: list[Cell], table: dict[str, Any], several_datasets: bool) -> list[str]:
+    """Format each row with the paper's values, and with the datasets if there are several."""
     by_row: dict[str, list[str]] = {}
     for cell in group:
-        value = f"{format_paper(cell)}{format_provenance(cell)}"
-        by_row.setdefault(cell["row"], []).append(value if len(datasets) == 1 else f"{cell['dataset']} {value}".strip())
-    beginning = "In the paper" if any(cell["paper"] is not None for cell in group) else "Rows"
-    if len(datasets) == 1:
-        rows = "; ".join(" ".join([row, *values]).strip() for row, values in by_row.items())
-        return f"{beginning} on {datasets.pop()}: {rows}"
-    return f"{beginning}: " + "; ".join(f"{row}: {', '.join(values)}" for row, values in by_row.items())
+        value = f"{cell['dataset']} {_paper(cell)}".strip() if several_datasets else _paper(cell)
+        by_row.setdefault(_row_name(cell, table), []).append(value)
+    if several_datasets:
+        return [f"{row}: {', '.join(values)}" for row, values in by_row.items()]
+    return [" ".join([row, *values]).strip() for row, values in by_row.items()]
+
+
+def _column_lines(group: list[Cell], columns: list[str], several_datasets: bool) -> list[str]:
+    """Format a table of the paper's values."""
+    by_row: dict[str, dict[str, str]] = {}
+    for cell in group:
+        row = f"{cell['row']} | {cell['dataset']}" if several_datasets else cell["row"]
+        by_row.setdefault(row, {})[cell["column"]] = _paper(cell)
+    used = [column for column in columns if any(column in values for values in by_row.values())]
+    names = ["row", "dataset"] if several_datasets else ["row"]
+    head = [f"| {' | '.join([*names, *used])} |", f"|{'---|' * len(names)}{'---:|' * len(used)}"]
+    return head + [f"| {row} | {' | '.join(values.get(column, '') for column in used)} |" for row, values in by_row.items()]

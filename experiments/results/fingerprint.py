@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def code_fingerprint(recipe: Recipe) -> dict[str, str]:
 
 def _hash_of_classes(classes: list[str]) -> str:
     files = _files([name.rpartition(".")[0] for name in classes])
-    return _hash(json.dumps(sorted({_file_hash(name, files) for name in files})))
+    own = frozenset(attribute for file in files.values() for attribute in file.attributes) - SHARED
+    return _hash(json.dumps(sorted({_file_hash(file, files, own) for file in files.values()})))
 
 
 def _classes(entry: Any) -> list[str]:
@@ -173,11 +175,7 @@ def _source(module: str) -> Path | None:
     if top in PACKAGES:
         folders = [ROOT / top]
     else:
-        try:
-            spec = importlib.util.find_spec(top)  # only the top-level package, so that nothing is imported
-        except (ImportError, ValueError):
-            return None
-        if spec is None:
+        if (spec := _find_package(top, tuple(sys.path))) is None:
             return None
         folders = [Path(folder) for folder in spec.submodule_search_locations or []]
         if not folders:
@@ -189,6 +187,15 @@ def _source(module: str) -> Path | None:
             if candidate.exists() and not _is_installed(candidate):
                 return candidate
     return None
+
+
+@cache
+def _find_package(name: str, path: tuple[str, ...]) -> ModuleSpec | None:
+    """Find a top-level package or module in the folders of `sys.path`, without an import."""
+    try:
+        return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
 
 
 def _is_installed(path: Path) -> bool:
@@ -247,10 +254,14 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
 # Hash of a file
 
 
-def _file_hash(name: str, files: dict[str, File]) -> str:
-    """Return the hash of a file. Names imported from other files are replaced by the places of their definitions."""
-    file = files[name]
-    own = frozenset(attribute for other in files.values() for attribute in other.attributes) - SHARED
+def _file_hash(file: File, files: dict[str, File], own: frozenset[str]) -> str:
+    """Return the hash of a file. Names imported from other files are replaced by the places of their definitions.
+
+    Args:
+        file: the file.
+        files: all files of the classes.
+        own: attributes that these files define.
+    """
     imported = {alias: _place(module, member, files, own) for alias, (module, member) in file.imported.items()}
     attributes: dict[str, list[str]] = {}
     parameters: dict[str, list[list[str]]] = {}

@@ -19,7 +19,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start the server before this process computes anything."""
+    """Start the server before this process computes anything; a controller of pytest-xdist runs no tests."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return
     hashes = tempfile.TemporaryDirectory()
     session.config.add_cleanup(hashes.cleanup)
     os.environ["DARKROOM_TEST_HASHES"] = hashes.name  # of code, see `forkserver_preload.py`

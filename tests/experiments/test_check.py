@@ -102,6 +102,7 @@ def project(trained, tmp_path):
     return Project(tmp_path / "darkroom")
 
 
+@pytest.mark.slow
 def test_renaming_is_certified(project, tmp_path):
     """Both code versions evaluate the current weights, because the commit of the record contains no weights."""
     first = read_record(project.record)

@@ -315,7 +315,7 @@ def short_crops(data):
 
 def colorization_recipes():
     """Return the recipes of colorization; those that differ from another one by the dataset or a row are slow."""
-    variant = re.compile(r"colorization/(.*_class|.*_l2|.*_finetuned|class|l2|released_code|cifar10|coco|places)")
+    variant = re.compile(r"colorization/(.*_class|.*_l2|.*_finetuned|photographs.*|class|l2|released_code|cifar10|coco|places)")
     return [
         pytest.param(recipe, marks=pytest.mark.slow if variant.fullmatch(recipe.name) else [], id=recipe.name)
         for recipe in TRAINED
@@ -369,11 +369,11 @@ WITHOUT_TRAINING = [recipe for recipe in ALL if recipe not in TRAINED and datamo
 
 
 @pytest.mark.parametrize("recipe", WITHOUT_TRAINING, ids=name_of)
-def test_recipe_without_training_is_evaluated(recipe, workdir, monkeypatch):
+def test_recipe_without_training_is_evaluated(recipe, workdir, photos, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(workdir / "torch"))
     if datamodule_of(recipe) == "Colorization":
         lay_out(recipe.content["data"]["init_args"]["train"])
-    argv = ["test", recipe.name, "--record", "record.json", "--data.test", "[photographs/test]"]
+    argv = ["test", recipe.name, "--record", "record.json", "--data.test", f"[{photos}]"]
     assert forked(main_with_fake_datasets, argv) == 0
     assert (workdir / "record.json").exists()
 

@@ -125,7 +125,7 @@ SHRUNK = {
 SHRUNK["progan"] = [*SHRUNK["dcgan"], "--model.stable_images", "2", "--model.fade_images", "2"]
 
 
-QUICK = ("espcn", "vae", "cyclegan")  # one of each kind; the others are slow tests
+QUICK = ("espcn",)  # the others are slow tests
 
 
 @pytest.mark.parametrize(

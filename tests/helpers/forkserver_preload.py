@@ -22,6 +22,10 @@ for name in (
     "experiments.search.report",
     "modules.smp",
     "tests.helpers.method_contract",
+    "tests.experiments.test_cli_options",  # functions of these modules run in children
+    "tests.experiments.test_detection_recipes",
+    "tests.experiments.test_recipes",
+    "tests.experiments.test_search_spec",
 ):
     importlib.import_module(name)
 for recipe in recipes():

@@ -72,7 +72,7 @@ class Contract(ABC):
     deterministic_model: ClassVar[str]  # class of tests/helpers/deterministic_variants.py, or the model itself
     training_overrides: ClassVar[list[str]]  # of the run in `test_training_improves_the_metric`
     bf16_rtol: ClassVar[float] = 0.02  # relative difference of losses between bf16 and fp32
-    bf16_images: ClassVar[int] = 24  # of these runs, which are slow on processors without bf16
+    bf16_images: ClassVar[int] = 12  # of these runs, which are slow on processors without bf16
     bf16_overrides: ClassVar[tuple[str, ...]] = ()  # of the runs that compare bf16 with fp32
 
     @abstractmethod

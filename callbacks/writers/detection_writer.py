@@ -16,14 +16,16 @@ from datamodules.transforms.draw_objects import draw_objects
 from datamodules.transforms.objects import encode_masks, label_map
 
 MAX_OBJECTS = 2**16 - 1  # in a label map of 16 bits
+OVERLAY_SIZE = 640  # approximate size of the shorter side of the drawing of a smaller image
 
 
 class DetectionWriter(BasePredictionWriter):
     """Callback that writes the detections of each image, and those of all images to `annotations.json`.
 
-    For each image, it writes a drawing to the folder `overlays`. If the method predicts masks, it also writes a map of instance
-    ids as a gray PNG of 16 bits: i for the detection with the i-th highest score, 0 for the background. Where masks overlap,
-    the higher score counts. The file has the format of an annotation file of COCO, with the score of each annotation.
+    For each image, it writes a drawing to the folder `overlays`, enlarged if the image is small. If the method predicts masks,
+    it also writes a map of instance ids as a gray PNG of 16 bits: i for the detection with the i-th highest score, 0 for the
+    background. Where masks overlap, the higher score counts. The file has the format of an annotation file of COCO, with the
+    score of each annotation.
 
     Args:
         targets: output file of each label map, by the "path" of its image.
@@ -58,8 +60,9 @@ class DetectionWriter(BasePredictionWriter):
         found = {name: values[found["scores"] >= self.score] for name, values in found.items()}
         target = self.targets[path]
         overlay_path = self.output / "overlays" / target.relative_to(self.output)
-        drawing = (draw_objects(image, found, self.names, self.skeleton) * 255).round().byte().permute(1, 2, 0)
-        save(drawing, overlay_path)
+        scale = max(1, round(OVERLAY_SIZE / min(height, width)))  # so that captions are legible
+        drawing = draw_objects(image, found, self.names, self.skeleton, scale)
+        save((drawing * 255).round().byte().permute(1, 2, 0), overlay_path)
         if "masks" in found:
             save(label_map(found["masks"][:MAX_OBJECTS]).to(torch.uint16), target)
         entry = {"id": self.numbers[path], "file_name": path, "height": height, "width": width}

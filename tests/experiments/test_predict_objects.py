@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 from callbacks.writers.detection_writer import DetectionWriter
 from datamodules.detection import Detection
-from datamodules.transforms.draw_objects import draw_objects
+from datamodules.transforms.draw_objects import _captions, draw_objects
 from experiments.cli.main import main
 from tests.helpers.subprocess_helpers import forked, two_forked
 from tests.tasks.detection import SMALL_NETWORK, write_detection_recipe
@@ -43,7 +43,8 @@ def test_predict_writes_overlays_label_maps_and_annotations(workdir, recipe, thr
         for i in range(6, 0, -1):  # the highest score is on top
             expected[reference.annToMask(rows[i - 1]) == 1] = i
         assert (ids == expected).all()
-        assert Image.open(workdir / "out/overlays" / name).size == original.size
+        width, height = Image.open(workdir / "out/overlays" / name).size
+        assert width // original.width == height // original.height > 1  # small images are enlarged
     assert sorted(path.name for path in (workdir / "out").iterdir() if path.suffix == ".json") == ["annotations.json"]
     data = json.loads((workdir / "out/annotations.json").read_text())
     status, _ = two_forked(main, [*argv[:-3], "two", "--score", "0", "--trainer.devices", "2", "--trainer.accelerator", "cpu"])
@@ -97,5 +98,29 @@ def test_drawings_show_boxes_masks_and_skeletons():
     assert drawn[:, 25, 20].max() == 0
     assert drawn[:, 5, 47].max() > 0.3  # connection of the two visible keypoints
     assert drawn[:, 30, 50].max() == 0  # an invisible keypoint
-    assert not torch.equal(draw_objects(image, objects, ["", "coin"]), draw_objects(image, objects))  # name and score
+    large = draw_objects(image, objects, skeleton=[(0, 1)], scale=3)
+    assert large.shape == (3, 120, 180)
+    for y, x in ((52, 52), (75, 30), (15, 141)):  # the same places
+        assert large[:, y, x].max() > 0.3
+    assert large[:, 75, 60].max() == 0
     assert torch.equal(draw_objects(image, {name: values[:0] for name, values in objects.items()}), image)
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "expected"),
+    [
+        ([], 200, ""),
+        (["", "coin"], 40, "0.75"),  # the name of a single class is left out
+        (["", "coin"], 12, ""),
+        (["", "cat", "dog"], 80, "cat 0.75"),
+        (["", "cat", "dog"], 30, "cat"),
+        (["", "cat", "dog"], 12, ""),
+    ],
+)
+def test_captions_are_not_wider_than_their_boxes(names, width, expected):
+    boxes = torch.tensor([[5.0, 5, 5 + width, 40]])
+    objects = {"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.75])}
+    assert _captions(objects, names) == [expected]
+    plain, drawn = (draw_objects(torch.zeros(3, 60, 220), objects, words) for words in ((), names))
+    assert torch.equal(plain, drawn) == (not expected)
+    assert torch.equal(plain[:, :, 6 + width :], drawn[:, :, 6 + width :])

@@ -5,11 +5,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from datamodules.errors import UserError
+from experiments.run.yaml_file import read_yaml
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -102,7 +102,7 @@ def read_renames(path: Path | None) -> Renames:
     if path is None:
         return Renames()
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise UserError(f"--renames {path}: must be a map of {', '.join(Renames.__dataclass_fields__)}")
         renames = Renames(**content)
@@ -113,7 +113,7 @@ def read_renames(path: Path | None) -> Renames:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--renames {path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
-    except (OSError, UnicodeError, yaml.YAMLError, TypeError, RecursionError, re.error) as error:
+    except (TypeError, re.error) as error:
         raise UserError(f"--renames {path}: {' '.join(str(error).split())}") from None
     return renames
 

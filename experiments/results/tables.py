@@ -8,13 +8,12 @@ import statistics
 from functools import cache
 from typing import Any
 
-import yaml
-
 from datamodules.errors import UserError
 from experiments import METHODS
 from experiments.results.fingerprint import canonical, code_fingerprint
 from experiments.results.records import Record, changed_code, committed_records, differences
 from experiments.run.recipes import find_recipe
+from experiments.run.yaml_file import read_yaml
 
 Cell = dict[str, Any]
 NOT_RUN = "not run: "
@@ -29,7 +28,7 @@ PROVENANCE = {
 def load_table(method: str) -> dict[str, Any]:
     """Return the content of a method's `table.yaml`; without the file, `{"tables": []}`."""
     path = METHODS / method / "table.yaml"
-    return yaml.safe_load(path.read_text()) if path.exists() else {"tables": []}
+    return read_yaml(path) if path.exists() else {"tables": []}
 
 
 def cells(method: str) -> list[Cell]:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -179,7 +178,7 @@ def check_same_config(cli: DarkroomCLI, run: Run) -> None:
     for section in ("model", "data"):
         for key, old, new in cli.config_diff(run, section):
             raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}. Choose another --run")
-    started = yaml.safe_load(run.config.read_text())
+    started = run.read_config()
     if started.get("monitor") != cli.config.monitor:
         raise UserError(
             f"run '{run.folder.name}' was started with monitor {started.get('monitor')}, not {cli.config.monitor}. "

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
@@ -34,7 +33,7 @@ def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> Non
     check_output([path], [])
     run = find_run(recipe, run_name)
     print(f"run       {run.folder}")
-    config = yaml.safe_load(run.config.read_text())
+    config = run.read_config()
     plan, size, end = stage_plan(recipe, config)
     if len(plan.starts) < 2:
         raise UserError(f"growth: the training of {run.folder} has one stage. Use a run that grows, such as one of progan/demo")

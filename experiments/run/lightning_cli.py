@@ -222,7 +222,7 @@ class DarkroomCLI(LightningCLI):
 
     def config_diff(self, run: Run, section: str) -> list[tuple[str, Any, Any]]:
         """List the keys of "model" or "data" that differ from the configuration of a run: (key, old value, new value)."""
-        run_config = yaml.safe_load(run.config.read_text())
+        run_config = run.read_config()
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))
         old, new = ({"class_path": c[section]["class_path"], **c[section]["init_args"]} for c in (run_config, config))
         keys = sorted((old.keys() | new.keys()) - RESUMABLE_KEYS)

@@ -7,10 +7,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datamodules.errors import UserError
 from experiments import METHODS
+from experiments.run.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,7 @@ class Recipe:
         Raises:
             UserError: the file is not a recipe.
         """
-        try:
-            content = yaml.safe_load(self.path.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
+        content = read_yaml(self.path)
         if not isinstance(content, dict) or not {"model", "data"} <= content.keys():
             raise UserError(f"{self.path}: not a recipe. Add the keys `model` and `data`")
         return content

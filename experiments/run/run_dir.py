@@ -7,10 +7,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from callbacks.run.record_file import BrokenRecord, read_record
 from datamodules.errors import UserError
 from experiments.run.recipes import Recipe
+from experiments.run.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,18 @@ class Run:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.folder / "config.yaml"
+
+    def read_config(self) -> dict[str, Any]:
+        """Read the resolved configuration.
+
+        Raises:
+            UserError: the file is missing, damaged, or not the configuration of a run.
+        """
+        content = read_yaml(self.config)
+        sections = [content.get(key) for key in ("model", "data")] if isinstance(content, dict) else [None]
+        if not all(isinstance(section, dict) and isinstance(section.get("init_args"), dict) for section in sections):
+            raise UserError(f"{self.config}: not the configuration of a run. Restore the file, or choose another --run")
+        return content
 
     @property
     def log(self) -> Path:

@@ -9,10 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datamodules.errors import UserError
 from experiments.run.recipes import Recipe, find_recipe
+from experiments.run.yaml_file import read_yaml
 
 METHODS = ("grid", "random", "bayes")
 KEYS = {"name", "description", "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "project"}
@@ -97,7 +96,7 @@ class Search:
 
 def is_search(path: Path) -> bool:
     """Return whether a file is a search and not a recipe; `read_search` reports errors in the file."""
-    return path.suffix in (".yaml", ".yml") and path.is_file() and "\nparameters:" in path.read_text()
+    return path.suffix in (".yaml", ".yml") and path.is_file() and b"\nparameters:" in path.read_bytes()
 
 
 def read_search(path: Path, extra_args: list[str], max_trials: int | None = None) -> Search:
@@ -113,10 +112,7 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
     """
     if not path.is_file():
         raise UserError(f"sweep: no file {path}. Check the path; bundled searches are in sweeps/")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict) or not {"method", "metric", "parameters", "command"} <= content.keys():
         raise UserError(f"{path}: not a search; it needs `method`, `metric`, `parameters` and `command`")
     if unknown := sorted(content.keys() - KEYS):

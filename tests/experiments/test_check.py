@@ -273,12 +273,12 @@ def test_probes_of_a_replay_read_few_items(tmp_path):
         ("places: {a: b}", "places: "),
         ("names: {'(a': b}", "missing )"),
         ("names: {'(a)': '\\2'}", "invalid group reference"),
-        ("[" * 5000, "recursion"),
+        ("[" * 5000, "nested more than 50 deep"),
     ],
 )
 def test_invalid_map_of_renames_is_rejected_with_its_key(tmp_path, text, reason):
     (tmp_path / "map.yaml").write_text(text)
-    with pytest.raises(UserError, match=re.escape(f"--renames {tmp_path / 'map.yaml'}: ")) as error:
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "map.yaml"))) as error:
         read_renames(tmp_path / "map.yaml")
     assert reason in str(error.value)
 

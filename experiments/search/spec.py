@@ -4,6 +4,7 @@ The format is W&B's (docs.wandb.ai, "Define a sweep configuration"). Keys that o
 """
 
 import json
+import math
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ METHODS = ("grid", "random", "bayes")
 KEYS = {"name", "description", "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "project"}
 DISTRIBUTIONS = ("uniform", "int_uniform", "q_uniform", "log_uniform_values")
 DEFAULT_MAX_TRIALS = 50  # for random and bayes without run_cap
+RESERVED = ("config", "help", "print_config", "run", "wandb")  # options of `darkroom fit` that a trial sets, or cannot vary
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
     if content["method"] not in METHODS:
         raise UserError(f"{path}: method: {content['method']}; use one of {', '.join(METHODS)}")
     recipe, fixed_args = _parse_command(path, content["command"])
+    if not isinstance(content["parameters"], dict) or not content["parameters"]:
+        raise UserError(f"{path}: parameters: {content['parameters']}; it must be a map of keys of the recipe")
     parameters = {key: _parse_parameter(path, key, value) for key, value in content["parameters"].items()}
     if duplicates := [arg for arg in split_pairs(extra_args)[::2] if arg.removeprefix("--") in parameters]:
         raise UserError(f"{duplicates[0]}: already a parameter of {path}; remove it from one of the two")
@@ -129,9 +133,12 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
             raise UserError(f"{path}: {key}: a grid needs `values`. Add them, or use another method")
         grid_size *= len(spec.get("values", [0]))
     name = str(content.get("name", path.stem))
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UserError(f"{path}: name: {name}; use a name without directories")
-    max_trials = max_trials or content.get("run_cap", grid_size if content["method"] == "grid" else DEFAULT_MAX_TRIALS)
+    run_cap = content.get("run_cap")
+    if run_cap is not None:
+        run_cap = _whole_number(path, "run_cap", run_cap, 1)
+    max_trials = max_trials or run_cap or (grid_size if content["method"] == "grid" else DEFAULT_MAX_TRIALS)
     metric = content["metric"]
     if not isinstance(metric, dict) or "name" not in metric or metric.get("goal", "minimize") not in ("minimize", "maximize"):
         raise UserError(f"{path}: metric: {metric}; it needs a name and a goal, minimize or maximize")
@@ -148,15 +155,43 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
     )
 
 
-def _parse_command(path: Path, command: list[str]) -> tuple[Recipe, list[str]]:
+def _whole_number(path: Path, key: str, value: Any, low: int) -> int:
+    """Return a number of the file if it is an integer of at least `low`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if type(value) is not int or value < low:
+        raise UserError(f"{path}: {key}: {value}; it must be an integer of at least {low}")
+    return value
+
+
+def _number(value: Any) -> float | int | None:
+    """Return a finite number of the file, also one that YAML reads as text, such as 1e-4; None for other values."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def _parse_command(path: Path, command: Any) -> tuple[Recipe, list[str]]:
     """Return the recipe and the fixed arguments of W&B's `command`, which runs `darkroom fit RECIPE ... ${args}`."""
-    if "fit" not in command or command[-1] != "${args}" or command.index("fit") + 1 == len(command) - 1:
+    words = list(map(_word, command)) if isinstance(command, list) else []
+    if "fit" not in words or words[-1] != "${args}" or words.index("fit") + 1 == len(words) - 1:
         raise UserError(f"{path}: command: {command}; it must end in [fit, RECIPE, ..., '${{args}}']")
+    command = words
     recipe, *argv = command[command.index("fit") + 1 : -1]
     if "--wandb" in argv:  # needed only by W&B's agent
         index = argv.index("--wandb")
         del argv[index : index + 2]
     return find_recipe(recipe), argv
+
+
+def _word(value: Any) -> str:
+    """Return a word of `command` as on a command line; numbers, booleans and lists need no quotation marks in the file."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def split_pairs(argv: list[str]) -> list[str]:
@@ -173,25 +208,38 @@ def split_pairs(argv: list[str]) -> list[str]:
 
 def _parse_parameter(path: Path, key: str, spec: Any) -> dict[str, Any]:
     """Return {"value"}, {"values"}, or {"distribution", "min", "max"} with "q" for a step size."""
+    if key in RESERVED or not isinstance(key, str):
+        raise UserError(f"{path}: {key}: not a key of a recipe. Remove it")
     if not isinstance(spec, dict):
         raise UserError(f"{path}: {key}: {spec}; it needs `value`, `values`, or `min` and `max`")
-    if "value" in spec or spec.get("values"):
+    if "values" in spec and (not isinstance(spec["values"], list) or not spec["values"]):
+        raise UserError(f"{path}: {key}: values: {spec['values']}; it must be a list of at least one value")
+    if "value" in spec or "values" in spec:
         return {name: spec[name] for name in ("value", "values") if name in spec}
-    low, high = spec.get("min"), spec.get("max")
-    if not isinstance(low, int | float) or not isinstance(high, int | float) or low >= high:
+    low, high, step = (_number(spec.get(name)) for name in ("min", "max", "q"))
+    if low is None or high is None or low >= high:
         raise UserError(f"{path}: {key}: {spec}; it needs `value`, `values`, or a `min` below its `max`")
+    if "q" in spec and (step is None or step <= 0):
+        raise UserError(f"{path}: {key}: q: {spec['q']}; it must be greater than 0")
     integer = isinstance(low, int) and isinstance(high, int)
     distribution = spec.get("distribution", "int_uniform" if integer else "uniform")
     if distribution not in DISTRIBUTIONS:
         raise UserError(f"{path}: {key}: distribution: {distribution}; use one of {', '.join(DISTRIBUTIONS)}, or `values`")
-    return {**spec, "distribution": distribution}
+    if distribution.startswith("log") and low <= 0:
+        raise UserError(f"{path}: {key}: min: {low}; {distribution} needs a value greater than 0")
+    return {**spec, "min": low, "max": high, "distribution": distribution, **({"q": step} if step else {})}
 
 
 def _parse_hyperband(path: Path, spec: dict[str, Any] | None) -> HyperbandSpec | None:
     if spec is None:
         return None
-    eta, last = int(spec.get("eta", 3)), spec.get("max_iter")
-    if spec.get("type") != "hyperband" or not ("min_iter" in spec or {"max_iter", "s"} <= spec.keys()):
+    known = isinstance(spec, dict) and spec.get("type") == "hyperband"
+    if not known or not ("min_iter" in spec or {"max_iter", "s"} <= spec.keys()):
         raise UserError(f"{path}: early_terminate: {spec}; it needs type hyperband with min_iter, or with max_iter and s")
-    first = spec["min_iter"] if "min_iter" in spec else max(1, spec["max_iter"] // eta ** int(spec["s"]))
+    lowest = {"eta": 2, "min_iter": 1, "max_iter": 1, "s": 0}
+    values = {
+        name: _whole_number(path, f"early_terminate.{name}", spec[name], low) for name, low in lowest.items() if name in spec
+    }
+    eta, last = values.get("eta", 3), values.get("max_iter")
+    first = values["min_iter"] if "min_iter" in values else max(1, values["max_iter"] // eta ** values["s"])
     return HyperbandSpec(first, last, eta)

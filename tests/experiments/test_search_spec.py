@@ -162,11 +162,34 @@ def test_bundled_search_completes_a_trial_with_its_metric(path, workdir):
         ({"early_terminate": {"type": "hyperband"}}, r"early_terminate: .*min_iter"),
         ({"controller": {"type": "local"}}, r"search\.yaml: controller:"),
         ({"name": "../x"}, r"search\.yaml: name: \.\./x;"),
+        ({"name": ".."}, r"search\.yaml: name: \.\.;"),
+        ({"run_cap": -3}, r"search\.yaml: run_cap: -3; it must be an integer of at least 1"),
+        ({"run_cap": "many"}, r"search\.yaml: run_cap: many; it must be an integer"),
+        ({"command": "fit"}, r"search\.yaml: command: fit; it must end in"),
+        ({"parameters": ["model.scale"]}, r"search\.yaml: parameters: .* must be a map"),
+        ({"parameters": {"help": {"values": [1]}}}, r"search\.yaml: help: not a key of a recipe"),
+        ({"parameters": {"model.scale": {"values": []}}}, r"model\.scale: values: \[\]; it must be a list"),
+        ({"parameters": {"x": {"min": 0.0, "max": 1.0, "q": 0}}}, r"x: q: 0; it must be greater than 0"),
+        ({"parameters": {"x": {"min": 0.0, "max": float("inf")}}}, r"x: .*`min` below its `max`"),
+        (
+            {"parameters": {"x": {"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}}},
+            r"x: min: 0\.0; log_uniform_values needs a value greater than 0",
+        ),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 0}}, r"early_terminate\.eta: 0;"),
+        ({"early_terminate": ["hyperband"]}, r"early_terminate: \['hyperband'\]; it needs type hyperband"),
     ],
 )
 def test_invalid_search_raises_an_error(workdir, photos, changes, message):
     with pytest.raises(UserError, match=message):
         read_search(write_search(workdir, photos, **changes), [])
+
+
+def test_numbers_need_no_quotation_marks_and_no_decimal_point(workdir, photos):
+    path = write_search(workdir, photos, method="random", parameters={"model.learning_rate": {"min": "1e-4", "max": "1e-2"}})
+    path.write_text(path.read_text().replace("- ${args}", "- --model.total_images\n- 64\n- ${args}").replace("'1e-4'", "1e-4"))
+    search = read_search(path, [])
+    assert search.parameters["model.learning_rate"] == {"min": 1e-4, "max": 1e-2, "distribution": "uniform"}
+    assert search.fixed_args == ("--model.total_images", "64")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def locked_run(cli: DarkroomCLI, run: Run) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be created, or another process holds the lock.
     """
-    existed = run.config.exists()
+    existed = run.folder.exists() and any(run.folder.iterdir())
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,10 +144,16 @@ def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple
         Images seen at the checkpoint, and the checkpoint; 0 and None for a new run.
 
     Raises:
-        UserError: the run is finished, was started with another configuration, or the disk is full.
+        UserError: the run is finished, was started with another configuration, has lost its last checkpoint, or the disk is
+            full.
     """
     last = run.checkpoints / "last.ckpt"
     resumed_at, checkpoint = 0, None
+    if run.record.exists() and not last.exists():  # a new run would replace the results
+        raise UserError(
+            f"run '{run.folder.name}' has a record, but not {last}, so it cannot be resumed. "
+            "Restore that file, or choose another --run"
+        )
     if last.exists():
         content = read_checkpoint(last)
         resumed_at, checkpoint = content["images_seen"], last

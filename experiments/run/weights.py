@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datamodules.errors import UserError
-from experiments.run.lightning_cli import RESUMABLE_KEYS, DarkroomCLI
+from experiments.run.lightning_cli import RESUMABLE_KEYS, DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import finished_runs
 from modules.networks.weights import HasAuthorsWeights, load_weights, read_checkpoint
 
@@ -49,8 +49,11 @@ def resolve_weights(cli: DarkroomCLI) -> Path | None:
     if not list(cli.model.parameters()):
         return None
     for run in finished_runs(cli.recipe):
-        if not cli.config_diff(run, "model"):
+        changed = cli.config_diff(run, "model")
+        if not changed:
             return run.checkpoints / "best.ckpt"
+        key, theirs, ours = changed[0]
+        print_rank_zero(f"not used  {run.folder}, which was trained with {key} {theirs}; the model has {ours}")
     if cli.recipe.weights.exists():
         return cli.recipe.weights
     if isinstance(cli.model, HasAuthorsWeights) and (path := cli.model.authors_weights()) is not None:

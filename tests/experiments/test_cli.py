@@ -288,6 +288,20 @@ def test_resume_refuses_a_damaged_checkpoint(workdir, recipe, capfd):
     assert "last.ckpt cannot be read as weights" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("lost", ["checkpoints/last.ckpt", "config.yaml"])
+def test_results_of_a_damaged_run_are_kept(workdir, recipe, capfd, lost):
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
+    folder = workdir / "runs/tiny/one"
+    (folder / lost).unlink()
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "finished" in error if lost == "config.yaml" else f"{lost}, so it cannot be resumed" in error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+
+
 @pytest.mark.parametrize("missing", ["metrics", "record"])
 def test_trained_run_without_metrics_is_evaluated_on_resume(workdir, recipe, missing):
     assert forked(main, ["fit", str(recipe), "--run", "one"]) == 0
@@ -310,7 +324,10 @@ def test_trained_run_without_metrics_is_evaluated_on_resume(workdir, recipe, mis
 def test_weights_of_a_run_with_another_model_are_not_used(workdir, recipe, capfd):
     assert forked(main, ["fit", str(recipe), "--run", "relu", "--model.activation", "relu", "--data.test", "[]"]) == 0
     assert forked(main, ["validate", str(recipe)]) == 2
-    assert "no weights for tiny" in capfd.readouterr().err
+    output = capfd.readouterr()
+    assert "no weights for tiny" in output.err
+    passed_over = "runs/tiny/relu, which was trained with model.activation relu; the model has tanh"
+    assert passed_over in " ".join(output.out.split())
     assert forked(main, ["validate", str(recipe), "--model.activation", "relu"]) == 0
 
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 import time
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -10,9 +9,9 @@ from pathlib import Path
 
 from datamodules.errors import UserError
 from experiments.cli import latent_commands, style_commands
-from experiments.cli.errors import one_line
 from experiments.cli.parser import Parser
-from experiments.run.recipes import find_recipe, known_method, methods, recipes
+from experiments.cli.process_errors import environment_error, exit_with_parent, report_error
+from experiments.run.recipes import find_recipe, known_method, methods
 
 HELP = """\
 usage: darkroom COMMAND ...
@@ -62,8 +61,9 @@ environment
 RUN_HELP = """\
 usage: darkroom {command} RECIPE {options} [--KEY VALUE ...]
 
-  RECIPE is one of: {recipes}
-  or the path of a YAML file. darkroom list METHOD describes the recipes of a method.
+  RECIPE is METHOD/NAME, such as espcn/t91_x3, or the path of a YAML file. METHOD alone means METHOD/demo.
+  METHOD is one of: {methods}
+  darkroom list METHOD describes the recipes of a method.
 
   darkroom {command} RECIPE --help lists every key that can be overridden.
 """
@@ -77,16 +77,14 @@ COMMAND_OPTIONS = {
 }
 
 STARTED = time.perf_counter()
-PARENT = os.getppid()
-RANK_ERROR_DELAY = 8  # seconds that other ranks wait for the exit of rank 0 before they print an error
-ORPHAN_GRACE = 30  # seconds between the exit of a rank's parent and the forced exit of the rank
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit status: 0 for success, 1 if a check failed, 2 for a UserError, 130 if the command was interrupted.
+        The exit status: 0 for success, 1 if a check failed, 2 for an error of the user or of the machine (a full disk, too
+        little memory), 130 if the command was interrupted.
     """
     argv = sys.argv[1:] if arguments is None else arguments
     try:
@@ -100,35 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `darkroom list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def report_error(error: UserError) -> None:
-    """Report an error once: rank 0 prints it; other ranks print theirs only if rank 0 does not exit."""
-    if (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
-        print(f"darkroom: {one_line(str(error))}", file=sys.stderr)
-        return
-    deadline = time.monotonic() + RANK_ERROR_DELAY
-    while os.getppid() == PARENT and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if os.getppid() == PARENT:
-        print(f"darkroom: rank {rank}: {one_line(str(error))}", file=sys.stderr)
-
-
-def exit_with_parent() -> None:
-    """Start a thread that ends this process `ORPHAN_GRACE` seconds after its parent.
-
-    If rank 0 dies before the ranks are connected, another rank would otherwise wait half an hour for it.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        time.sleep(ORPHAN_GRACE)
-        print(f"darkroom: rank {os.environ['LOCAL_RANK']} exits: rank 0 has ended", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    except (OSError, MemoryError, UnicodeError) as error:
+        report_error(environment_error(error))
+        return 2
 
 
 def dispatch(argv: list[str]) -> int:
@@ -153,8 +125,7 @@ def dispatch(argv: list[str]) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
-        names = " ".join(recipe.name for recipe in recipes())
-        print(RUN_HELP.format(command=command, options=COMMAND_OPTIONS[command], recipes=names))
+        print(RUN_HELP.format(command=command, options=COMMAND_OPTIONS[command], methods=" ".join(methods())))
         return 0
     if not argv or argv[0].startswith("-"):
         raise UserError(f"{command}: the recipe comes first. Example: darkroom {command} espcn/demo (darkroom list shows all)")

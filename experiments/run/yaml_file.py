@@ -48,9 +48,10 @@ class _Collection:
 def _check(path: Path, text: str) -> None:
     """Check the events of a file without building its content, see `read_yaml`."""
     open_collections: list[_Collection] = [_Collection(None, False)]
-    sizes: dict[str, int] = {}
+    sizes: dict[str | None, int] = {}
     for event in yaml.parse(text, Loader=LOADER):
         parent = open_collections[-1]
+        assert event.start_mark is not None
         where = f"{path}, line {event.start_mark.line + 1}"
         size = 0
         if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):

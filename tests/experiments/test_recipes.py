@@ -231,16 +231,8 @@ def test_segmentation_recipe_trains_a_few_steps(recipe, workdir):
         overrides += ["--data.num_workers", "1"]
     if "UNet" in recipe.class_path("model"):
         crop = 4 + 2 ** model.get("depth", 4)
-        overrides += [
-            "--model.base_channels",
-            "2",
-            "--model.tta_views",
-            "1",
-            "--model.tile_size",
-            "100",
-            "--data.crop",
-            str(crop),
-        ]
+        overrides += ["--model.base_channels", "2", "--model.tta_views", "1", "--model.tile_size", "100"]
+        overrides += ["--data.crop", str(crop)]
     else:
         overrides += ["--model.encoder_weights", "null", "--model.encoder_name", "tu-mobilenetv3_small_050"]
         overrides += ["--model.tile_size", "96", "--data.crop", "64"]
@@ -256,23 +248,11 @@ def test_translation_recipe_trains_a_few_steps(recipe, workdir):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data.get("val", data["train"]), *data.get("test", [])}:
         lay_out(name)
-    overrides = [
-        "--model.total_images",
-        "2",
-        "--val_every_images",
-        "1",
-        "--data.max_val_images",
-        "1",
-        "--model.base_channels",
-        "2",
-        "--model.n_residual_blocks",
-        "1",
-    ]
+    overrides = ["--model.total_images", "2", "--val_every_images", "1", "--data.max_val_images", "1"]
+    overrides += ["--model.base_channels", "2", "--model.n_residual_blocks", "1"]
     overrides += ["--model.crop", "32", "--data.crop", "32"]
     overrides += [] if data.get("resize", 286) is None else ["--data.resize", "36"]
-    if (
-        len(recipe.content.get("trainer", {}).get("callbacks", [])) > 1
-    ):  # other callbacks require weights of a segmenter or of Inception
+    if len(recipe.content.get("trainer", {}).get("callbacks", [])) > 1:  # they require weights of a segmenter or of Inception
         overrides += ["--data.test", "[]"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *accepted(recipe, overrides)]) == 0
     folder = workdir / "runs" / recipe.name / "short"

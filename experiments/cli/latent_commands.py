@@ -4,7 +4,8 @@ from argparse import Namespace
 
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
-from experiments.run.recipes import find_recipe
+from experiments.run.network import find_network
+from experiments.run.recipes import Recipe, find_recipe
 
 OVERRIDES = "--KEY VALUE overrides a key of the recipe, such as --model.stable_images 1000."
 
@@ -13,10 +14,9 @@ def sample(argv: list[str]) -> int:
     """Run `darkroom sample` and return the exit status."""
     parser = _seeded_parser("sample", "Generate images from noise, one file each.", "samples")
     parser.add_argument("--count", type=int, default=64, metavar="N", help="number of images (default 64)")
-    args, options = _parse(parser, argv)
+    args, recipe, options = _parse(parser, argv)
     if args.count < 1:
         raise UserError(f"sample: --count {args.count}: must be at least 1")
-    recipe = find_recipe(args.recipe)
     from experiments.run import sample
 
     sample.sample(recipe, options, args.count, args.seed, args.output)
@@ -29,9 +29,8 @@ def interpolate(argv: list[str]) -> int:
     parser.add_argument("--indices", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="sample indices, from 0")
     parser.add_argument("--images", action="store_true", help="interpolate between the test images with these --indices")
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="steps between neighbors in --indices (default 9)")
-    args, options = _parse(parser, argv)
+    args, recipe, options = _parse(parser, argv)
     _require_non_negative("interpolate: --indices", args.indices)
-    recipe = find_recipe(args.recipe)
     if args.images:
         from experiments.run import reconstruct
 
@@ -50,9 +49,8 @@ def arithmetic(argv: list[str]) -> int:
         parser.add_argument(
             f"--{sign}", type=int, nargs="+", action="append", default=[], metavar="N", help="sample indices of a concept"
         )
-    args, options = _parse(parser, argv)
+    args, recipe, options = _parse(parser, argv)
     _require_non_negative("arithmetic", [index for indices in (*args.plus, *args.minus) for index in indices])
-    recipe = find_recipe(args.recipe)
     from experiments.run import sample
 
     sample.arithmetic(recipe, options, args.plus, args.minus, args.seed, args.output)
@@ -64,8 +62,7 @@ def manifold(argv: list[str]) -> int:
     parser = Parser(prog="darkroom manifold", description="Plot decoder outputs over a 2-D latent grid.", epilog=OVERRIDES)
     _add_common_arguments(parser, "manifold.png")
     parser.add_argument("--grid-size", type=int, default=20, metavar="N", help="images per row and column (default 20)")
-    args, options = _parse(parser, argv)
-    recipe = find_recipe(args.recipe)
+    args, recipe, options = _parse(parser, argv)
     from experiments.run import sample
 
     sample.manifold(recipe, options, args.grid_size, args.output)
@@ -94,10 +91,9 @@ def nearest(argv: list[str]) -> int:
     parser = _seeded_parser("nearest", "Show samples and the training images nearest to them, by pixels.", "nearest.png")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="number of samples (default 8)")
     parser.add_argument("--k", type=int, default=5, metavar="N", help="training images for each sample (default 5)")
-    args, options = _parse(parser, argv)
+    args, recipe, options = _parse(parser, argv)
     if args.count < 1:
         raise UserError(f"nearest: --count {args.count}: must be at least 1")
-    recipe = find_recipe(args.recipe)
     from experiments.run import nearest
 
     nearest.nearest(recipe, options, args.count, args.k, args.seed, args.output)
@@ -109,8 +105,7 @@ def reconstruct(argv: list[str]) -> int:
     parser = Parser(prog="darkroom reconstruct", description="Show test images and their reconstructions.", epilog=OVERRIDES)
     _add_common_arguments(parser, "reconstructions.png")
     parser.add_argument("--indices", type=int, nargs="+", default=[*range(16)], metavar="N", help="image indices, from 0")
-    args, options = _parse(parser, argv)
-    recipe = find_recipe(args.recipe)
+    args, recipe, options = _parse(parser, argv)
     from experiments.run import reconstruct
 
     reconstruct.reconstruct(recipe, options, args.indices, args.output)
@@ -124,18 +119,18 @@ def retrieve(argv: list[str]) -> int:
     _add_common_arguments(parser, "retrieval.png")
     parser.add_argument("--indices", type=int, nargs="+", default=[*range(8)], metavar="N", help="query indices, from 0")
     parser.add_argument("--k", type=int, default=10, metavar="N", help="images retrieved for each query (default 10)")
-    args, options = _parse(parser, argv)
-    recipe = find_recipe(args.recipe)
+    args, recipe, options = _parse(parser, argv)
     from experiments.run import reconstruct
 
     reconstruct.retrieve(recipe, options, args.indices, args.k, args.output)
     return 0
 
 
-def _parse(parser: Parser, argv: list[str]) -> tuple[Namespace, list[str]]:
-    """Return the arguments, and the words that select the weights and override keys of the recipe."""
+def _parse(parser: Parser, argv: list[str]) -> tuple[Namespace, Recipe, list[str]]:
+    """Return the arguments, the recipe, and the words that select the weights and override keys of the recipe."""
     args, overrides = parser.parse_with_overrides(argv)
-    return args, [*(["--ckpt", args.ckpt] if args.ckpt else []), *overrides]
+    words = [*(["--ckpt", args.ckpt] if args.ckpt else []), *overrides]
+    return args, *find_network(args.recipe, args.run, words)
 
 
 def _require_non_negative(option: str, indices: list[int]) -> None:
@@ -151,6 +146,7 @@ def _seeded_parser(command: str, description: str, output: str) -> Parser:
 
 
 def _add_common_arguments(parser: Parser, output: str) -> None:
-    parser.add_argument("recipe", help="recipe of the network; darkroom list shows all")
+    parser.add_argument("recipe", help="recipe of the network (darkroom list shows all), or the folder of a run")
+    parser.add_argument("--run", metavar="NAME", help="run whose network is used, or latest")
     parser.add_argument("--ckpt", metavar="FILE", help="weights to use: a .ckpt or .safetensors file")
     parser.add_argument("--output", default=output, metavar="PATH", help=f"output path (default {output})")

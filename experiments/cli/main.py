@@ -11,6 +11,7 @@ from datamodules.errors import UserError
 from experiments.cli import latent_commands, style_commands
 from experiments.cli.parser import Parser
 from experiments.cli.process_errors import environment_error, exit_with_parent, report_error
+from experiments.run.network import find_network
 from experiments.run.recipes import find_recipe, known_method, methods
 
 HELP = """\
@@ -36,7 +37,8 @@ train, evaluate and predict
   RECIPE is a name, such as espcn/t91_x3, or the path of a YAML file. The name espcn alone means espcn/demo.
   Any key can be overridden: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
   With fit, --run NAME names a run, or resumes it if it exists; --wandb offline also logs to Weights & Biases.
-  To evaluate or apply a network, --ckpt FILE selects its weights.
+  To evaluate or apply a network, give the folder of a run instead of RECIPE, or RECIPE and --run NAME (or --run latest):
+  the network then has the settings of the run. --ckpt FILE selects other weights.
   darkroom fit RECIPE --help lists all keys.
 
 inspect, reproduce and scale
@@ -61,7 +63,7 @@ environment
 RUN_HELP = """\
 usage: darkroom {command} RECIPE {options} [--KEY VALUE ...]
 
-  RECIPE is METHOD/NAME, such as espcn/t91_x3, or the path of a YAML file. METHOD alone means METHOD/demo.
+  RECIPE is METHOD/NAME, such as espcn/t91_x3, or the path of a YAML file{or_run}. METHOD alone means METHOD/demo.
   METHOD is one of: {methods}
   darkroom list METHOD describes the recipes of a method.
 
@@ -70,10 +72,10 @@ usage: darkroom {command} RECIPE {options} [--KEY VALUE ...]
 # Options of each command in addition to the recipe's keys.
 COMMAND_OPTIONS = {
     "fit": "[--run NAME] [--wandb offline|online]",
-    "validate": "[--ckpt FILE]",
-    "test": "[--ckpt FILE] [--record FILE]",
+    "validate": "[--run NAME|latest] [--ckpt FILE]",
+    "test": "[--run NAME|latest] [--ckpt FILE] [--record FILE]",
     "predict": "--input PATH [--output FOLDER] [--direction AtoB|BtoA] [--style S] [--alpha A] [--temperature T] [--score T]"
-    " [--ckpt FILE]",
+    " [--run NAME|latest] [--ckpt FILE]",
 }
 
 STARTED = time.perf_counter()
@@ -125,16 +127,23 @@ def dispatch(argv: list[str]) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
-        print(RUN_HELP.format(command=command, options=COMMAND_OPTIONS[command], methods=" ".join(methods())))
+        or_run = "" if command == "fit" else ", or the folder of a run"
+        print(RUN_HELP.format(command=command, options=COMMAND_OPTIONS[command], methods=" ".join(methods()), or_run=or_run))
         return 0
     if not argv or argv[0].startswith("-"):
         raise UserError(f"{command}: the recipe comes first. Example: darkroom {command} espcn/demo (darkroom list shows all)")
-    recipe = find_recipe(argv[0])
+    if command == "fit":
+        recipe, overrides = find_recipe(argv[0]), argv[1:]
+    else:
+        parser = Parser(prog=f"darkroom {command}", add_help=False)
+        parser.add_argument("--run")
+        args, overrides = parser.parse_known_args(argv[1:])
+        recipe, overrides = find_network(argv[0], args.run, overrides)
     if os.environ.get("LOCAL_RANK", "0") != "0" and "DARKROOM_RUN_FOLDER" in os.environ:  # launched by Lightning in rank 0
         exit_with_parent()
     from experiments.run.execute import execute
 
-    execute(command, recipe, argv[1:])
+    execute(command, recipe, overrides)
     return 0
 
 

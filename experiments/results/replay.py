@@ -203,7 +203,7 @@ def evaluate(codes: list[Code], replay: str, all_samples: bool = False) -> list[
     """
     commands = []
     for code in codes:
-        weights = code.run(replay).checkpoints / "best.ckpt" if replay else _committed_weights(code, codes[-1])
+        weights = code.run(replay).best_checkpoint if replay else _committed_weights(code, codes[-1])
         code.runs.mkdir(parents=True, exist_ok=True)
         recipe = few_items(code) if replay else code.recipe
         words = ["test", str(recipe), "--record", str(code.runs / "record.json"), "--trainer.accelerator", "cpu"]

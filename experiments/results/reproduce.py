@@ -178,7 +178,7 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     if any(segment["code"] != record["code"] for segment in record["previous_segments"]):
         record["replayed_images"] = replay(run, recipe, record["seed"])
     write_record(record, record_path(recipe, record["seed"]))
-    state = load(run.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    state = load(run.best_checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     weights = inference_state_dict(recipe.load_class("model"), state)
     if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= MAX_WEIGHT_BYTES:
         recipe.weights.parent.mkdir(exist_ok=True)

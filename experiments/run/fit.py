@@ -42,7 +42,7 @@ def fit(cli: DarkroomCLI) -> None:
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if evaluates:
             best_model = model if not model.fsdp_modules else cli.fresh_model()
-            load_weights(best_model, run.checkpoints / "best.ckpt")
+            load_weights(best_model, run.best_checkpoint)
             trainer.loggers = []
             trainer.test(best_model, cli.datamodule, verbose=False)
             print_results(trainer, cli)
@@ -198,7 +198,7 @@ def write_config(cli: DarkroomCLI, run: Run) -> None:
     config = cli.config.clone()
     config.pop("run")
     tmp_path = run.config.with_suffix(".part")
-    tmp_path.write_text(cli.parser.dump(config, skip_link_targets=True, skip_validation=True))
+    tmp_path.write_text(cli.parser.dump(config, skip_none=False, skip_link_targets=True, skip_validation=True))
     tmp_path.replace(run.config)
 
 

@@ -3,6 +3,7 @@
 import logging
 import shlex
 import warnings
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ MANAGED_OPTIONS = {
     "--trainer.accumulate_grad_batches": "--accumulate_grad_batches",
     "--trainer.gradient_clip_val": "max_grad_norm of a Phase, in the method's file",
 }
+# Options of `fit` in the configuration of a run, which other commands accept without using them.
+FIT_OPTIONS = {"accumulate_grad_batches": int | None, "compile": bool | None, "wandb": str | None}
 # Keys of model and data that may change when a run is resumed.
 RESUMABLE_KEYS = {"total_images", "learning_rate", "warmup", "num_workers", "test", "skip_bad"}
 
@@ -129,6 +132,8 @@ class DarkroomCLI(LightningCLI):
             parser.add_argument("--compile", type=bool, default=False, help="compile the networks with torch.compile")
             parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="also log to Weights & Biases")
         else:
+            for name, kind in FIT_OPTIONS.items():  # a run's configuration contains them
+                parser.add_argument(f"--{name}", type=kind, help=SUPPRESS)
             parser.add_argument("--ckpt", type=str | None, help="weights to use: a .ckpt, .safetensors or .pth file")
         if self.command == "test":
             parser.add_argument("--record", type=str | None, help="path of the run record to write")

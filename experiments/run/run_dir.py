@@ -54,6 +54,11 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def best_checkpoint(self) -> Path:
+        """The best weights, or those of the last validation if the recipe has no monitor; written at validations."""
+        return self.checkpoints / "best.ckpt"
+
+    @property
     def samples(self) -> Path:
         """Folder of preview images."""
         return self.folder / "samples"
@@ -132,7 +137,7 @@ def finished_runs(recipe: Recipe) -> list[Run]:
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
         run = Run(path.parent)
         try:
-            if run.finished and (run.checkpoints / "best.ckpt").exists():
+            if run.finished and run.best_checkpoint.exists():
                 runs.append(run)
         except BrokenRecord as error:
             print(f"skipped: {error}", file=sys.stderr)

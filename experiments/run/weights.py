@@ -1,5 +1,6 @@
 """Select the weights of a command, in this order: --ckpt, the newest finished run, the bundled file, those of the authors."""
 
+import json
 from pathlib import Path
 
 from datamodules.errors import UserError
@@ -26,9 +27,9 @@ def check_settings(cli: DarkroomCLI, path: Path) -> None:
     saved = read_checkpoint(path).get("hyper_parameters", {}) if path.suffix == ".ckpt" else {}
     for key in sorted(saved.keys() & cli.model.hparams.keys() - RESUMABLE_KEYS - {"seed"}):
         if saved[key] != cli.model.hparams[key]:
+            theirs, ours = (json.dumps(values[key], default=str) for values in (saved, cli.model.hparams))
             raise UserError(
-                f"{path} was trained with model.{key} {saved[key]}, but the model has {cli.model.hparams[key]}. "
-                f"Add --model.{key} {saved[key]}"
+                f"{path} was trained with model.{key} {theirs}, but the model has {ours}. Add --model.{key} {theirs}"
             )
 
 
@@ -51,7 +52,7 @@ def resolve_weights(cli: DarkroomCLI) -> Path | None:
     for run in finished_runs(cli.recipe):
         changed = cli.config_diff(run, "model")
         if not changed:
-            return run.checkpoints / "best.ckpt"
+            return run.best_checkpoint
         key, theirs, ours = changed[0]
         print_rank_zero(f"not used  {run.folder}, which was trained with {key} {theirs}; the model has {ours}")
     if cli.recipe.weights.exists():

@@ -103,6 +103,9 @@ def read_renames(path: Path | None) -> Renames:
         return Renames()
     try:
         content = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"--renames {error}") from None
+    try:
         if not isinstance(content, dict):
             raise UserError(f"--renames {path}: must be a map of {', '.join(Renames.__dataclass_fields__)}")
         renames = Renames(**content)

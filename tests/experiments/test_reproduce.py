@@ -276,7 +276,7 @@ def test_only_option_rejects_recipes_without_a_row(capsys):
         (["espcn", "--renames", "map.yaml"], "reproduce: --renames"),
         (["espcn", "--check", "--write"], "reproduce: --check takes no option but --renames"),
         (["espcn", "--check", "--seeds", "2"], "reproduce: --check takes no option but --renames"),
-        (["espcn", "--check", "--renames", "nowhere.yaml"], "--renames nowhere.yaml: "),
+        (["espcn", "--check", "--renames", "nowhere.yaml"], "--renames nowhere.yaml cannot be read: "),
     ],
 )
 def test_invalid_reproduce_arguments_are_refused(capsys, workdir, words, reason):

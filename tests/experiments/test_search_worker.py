@@ -133,6 +133,7 @@ def test_missing_ray_names_the_package_to_install(workdir, photos, monkeypatch):
         sweep_on_ray(search, None, "local", 0, 1)
 
 
+@pytest.mark.slow
 def test_search_with_only_failed_trials_reports_the_last_error(workdir, photos, capfd):
     write_search(workdir, photos, parameters={"model.total_images": {"values": [0, -1]}})
     assert forked(main, ["sweep", "search.yaml"]) == 2

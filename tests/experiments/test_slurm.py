@@ -107,6 +107,7 @@ def test_submit_without_sbatch_suggests_dry_run(workdir, monkeypatch, capfd):
     assert (error := capfd.readouterr().err).startswith("darkroom: submit: sbatch") and "--dry-run" in error
 
 
+@pytest.mark.slow
 def test_preempted_job_is_requeued_and_resumes_bit_identically(fake_slurm, workdir, photos, capfd):
     write_search(workdir, photos)  # also writes tiny.yaml
     overrides = ["--model.total_images", "3200", "--val_every_images", "400"]

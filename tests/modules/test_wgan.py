@@ -75,6 +75,7 @@ def test_critic_separates_real_points_from_fakes(name, workdir):
     assert (folder / "samples/000060160.png").exists()
 
 
+@pytest.mark.slow
 def test_generator_covers_the_ring(workdir):
     """The saturating GAN on the same data covers one or two of eight Gaussians."""
     overrides = ["--model.total_images", "400000", "--val_every_images", "100000", "--run", "r"]

@@ -295,7 +295,8 @@ def short_crops(data):
 
 def colorization_recipes():
     """Return the recipes of colorization; those that differ from another one by the dataset or a row are slow."""
-    variant = re.compile(r"colorization/(.*_class|.*_l2|.*_finetuned|photographs.*|stl10|class|l2|released_code|cifar10|coco|places)")
+    others = "(.*_)?(class|l2)|.*_finetuned|photographs.*|stl10|released_code|cifar10|coco|places"
+    variant = re.compile(f"colorization/({others})")
     return [
         pytest.param(recipe, marks=pytest.mark.slow if variant.fullmatch(recipe.name) else [], id=recipe.name)
         for recipe in TRAINED

@@ -222,10 +222,11 @@ def render(method: str) -> str:
     for table in load_table(method)["tables"]:
         of_table = [cell for cell in of_method if cell["table"] == table["table"]]
         lines += [f"**{table['table']}.** {table['caption']} {_protocols(table)}.", ""]
+        not_run = [cell for cell in of_table if cell["state"].startswith(NOT_RUN)]
         if run := [cell for cell in of_table if not cell["state"].startswith(NOT_RUN)]:
             lines += ["| row | dataset | paper | ours | difference | state | checked |", "|---|---|---:|---:|---:|---|---|"]
             lines += [*(_table_line(cell, table) for cell in run), ""]
-        lines += _not_run_lines([cell for cell in of_table if cell not in run], table)
+        lines += _not_run_lines(not_run, table)
         lines += [table["note"].strip(), ""] if "note" in table else []
     used = {cell["provenance"] for cell in of_method if cell["paper"] is not None}
     if used:

@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}, byte {error.start}: not UTF-8. Save the file as UTF-8") from None
     try:
         _check(path, text)
-        return yaml.load(text, Loader=LOADER)  # noqa: S506, both loaders are safe
+        return LOADER(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 

@@ -1,11 +1,12 @@
 """Command lines of the commands that show the images of a latent space, from `darkroom sample` to `retrieve`."""
 
 from argparse import Namespace
+from pathlib import Path
 
 from datamodules.errors import UserError
 from experiments.cli.parser import Parser
-from experiments.run.network import find_network
-from experiments.run.recipes import Recipe, find_recipe
+from experiments.run.network import LATEST, find_network
+from experiments.run.recipes import Recipe
 
 OVERRIDES = "--KEY VALUE overrides a key of the recipe, such as --model.stable_images 1000."
 
@@ -72,17 +73,17 @@ def manifold(argv: list[str]) -> int:
 def growth(argv: list[str]) -> int:
     """Run `darkroom growth` and return the exit status."""
     parser = Parser(prog="darkroom growth", description="Show samples of the same latents at the end of each training stage.")
-    parser.add_argument("recipe", help="recipe of a method with stages, such as progan/demo")
-    parser.add_argument("--run", metavar="NAME", help="run (default: the newest one)")
+    parser.add_argument("recipe", help="recipe of a method with stages, such as progan/demo, or the folder of a run")
+    parser.add_argument("--run", metavar="NAME", help="run (default: the latest one)")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="number of latents (default 8)")
     parser.add_argument("--output", default="growth.png", metavar="FILE", help="PNG file (default growth.png)")
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError(f"growth: --count {args.count}: must be at least 1")
-    recipe = find_recipe(args.recipe)
+    recipe, _ = find_network(args.recipe, args.run or (None if Path(args.recipe).is_dir() else LATEST), [])
     from experiments.run import growth
 
-    growth.growth(recipe, args.run, args.count, args.output)
+    growth.growth(recipe, args.count, args.output)
     return 0
 
 
@@ -130,7 +131,33 @@ def _parse(parser: Parser, argv: list[str]) -> tuple[Namespace, Recipe, list[str
     """Return the arguments, the recipe, and the words that select the weights and override keys of the recipe."""
     args, overrides = parser.parse_with_overrides(argv)
     words = [*(["--ckpt", args.ckpt] if args.ckpt else []), *overrides]
-    return args, *find_network(args.recipe, args.run, words)
+    return args, *find_network(args.recipe, args.run, words, args.modules)
+
+
+def add_network_arguments(parser: Parser) -> None:
+    """Add the arguments that select a network, see `find_network`."""
+    parser.add_argument(
+        "recipe", help="recipe of the network (darkroom list shows all), folder of a run, or a .safetensors file of its weights"
+    )
+    parser.add_argument("--run", metavar="NAME", help="run whose network is used, or latest")
+    parser.add_argument("--ckpt", metavar="FILE", help="weights to use: a .ckpt or .safetensors file")
+    parser.add_argument("--modules", metavar="FILE", help="Python file with the classes that a file of weights names")
+
+
+def export(argv: list[str]) -> int:
+    """Run `darkroom export` and return the exit status."""
+    parser = Parser(
+        prog="darkroom export",
+        description="Write weights with the description of their network, one file for predict.",
+        epilog=OVERRIDES,
+    )
+    add_network_arguments(parser)
+    parser.add_argument("--output", metavar="FILE", required=True, help="the .safetensors file to write")
+    args, recipe, options = _parse(parser, argv)
+    from experiments.run import export
+
+    export.export(recipe, options, Path(args.output))
+    return 0
 
 
 def _require_non_negative(option: str, indices: list[int]) -> None:
@@ -146,7 +173,5 @@ def _seeded_parser(command: str, description: str, output: str) -> Parser:
 
 
 def _add_common_arguments(parser: Parser, output: str) -> None:
-    parser.add_argument("recipe", help="recipe of the network (darkroom list shows all), or the folder of a run")
-    parser.add_argument("--run", metavar="NAME", help="run whose network is used, or latest")
-    parser.add_argument("--ckpt", metavar="FILE", help="weights to use: a .ckpt or .safetensors file")
+    add_network_arguments(parser)
     parser.add_argument("--output", default=output, metavar="PATH", help=f"output path (default {output})")

@@ -31,6 +31,7 @@ train, evaluate and predict
   nearest RECIPE                             show samples and the training images nearest to them (--count N, --k N)
   reconstruct RECIPE                         show test images and their reconstructions (--indices 0 1 2)
   retrieve RECIPE                            find the test images with codes similar to a query image's (--indices 0 1 2, --k N)
+  export RECIPE --output FILE.safetensors    write weights with a description of their network, one file for predict
   neural-style CONTENT STYLE                 transfer a style by optimization of the image (--size N, --steps N)
   deepdream IMAGE                            amplify the features of a network in an image (--layer NAME)
 
@@ -38,7 +39,8 @@ train, evaluate and predict
   Any key can be overridden: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
   With fit, --run NAME names a run, or resumes it if it exists; --wandb offline also logs to Weights & Biases.
   To evaluate or apply a network, give the folder of a run instead of RECIPE, or RECIPE and --run NAME (or --run latest):
-  the network then has the settings of the run. --ckpt FILE selects other weights.
+  the network then has the settings of the run. --ckpt FILE selects other weights. predict, sample and the like also take
+  a file of weights instead of RECIPE, if it describes its network (darkroom export); --modules FILE allows it your classes.
   darkroom fit RECIPE --help lists all keys.
 
 inspect, reproduce and scale
@@ -75,7 +77,7 @@ COMMAND_OPTIONS = {
     "validate": "[--run NAME|latest] [--ckpt FILE]",
     "test": "[--run NAME|latest] [--ckpt FILE] [--record FILE]",
     "predict": "--input PATH [--output FOLDER] [--direction AtoB|BtoA] [--style S] [--alpha A] [--temperature T] [--score T]"
-    " [--run NAME|latest] [--ckpt FILE]",
+    " [--run NAME|latest] [--ckpt FILE] [--modules FILE]",
 }
 
 STARTED = time.perf_counter()
@@ -128,6 +130,8 @@ def dispatch(argv: list[str]) -> int:
 def _run(command: str, argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         or_run = "" if command == "fit" else ", or the folder of a run"
+        if command == "predict":
+            or_run += ", or a .safetensors file of its weights"
         print(RUN_HELP.format(command=command, options=COMMAND_OPTIONS[command], methods=" ".join(methods()), or_run=or_run))
         return 0
     if not argv or argv[0].startswith("-"):
@@ -137,8 +141,11 @@ def _run(command: str, argv: list[str]) -> int:
     else:
         parser = Parser(prog=f"darkroom {command}", add_help=False)
         parser.add_argument("--run")
+        parser.add_argument("--modules")
         args, overrides = parser.parse_known_args(argv[1:])
-        recipe, overrides = find_network(argv[0], args.run, overrides)
+        recipe, overrides = find_network(argv[0], args.run, overrides, args.modules)
+        if recipe.embedded is not None and command != "predict":
+            raise UserError(f"{command}: {argv[0]} names no metrics. Use darkroom {command} {recipe.name} --ckpt {argv[0]}")
     if os.environ.get("LOCAL_RANK", "0") != "0" and "DARKROOM_RUN_FOLDER" in os.environ:  # launched by Lightning in rank 0
         exit_with_parent()
     from experiments.run.execute import execute
@@ -369,6 +376,7 @@ COMMANDS = {
     "arithmetic": latent_commands.arithmetic,
     "manifold": latent_commands.manifold,
     "growth": latent_commands.growth,
+    "export": latent_commands.export,
     "nearest": latent_commands.nearest,
     "reconstruct": latent_commands.reconstruct,
     "retrieve": latent_commands.retrieve,

@@ -98,6 +98,13 @@ def code_fingerprint(recipe: Recipe) -> dict[str, str]:
     return {part: _hash_of_classes(_classes(entries)) for part, entries in parts.items()}
 
 
+def user_files(recipe: Recipe) -> list[Path]:
+    """List the Python files of the user that the classes of a recipe import, apart from packages."""
+    files = _files([name.rpartition(".")[0] for name in _classes(canonical(recipe))])
+    sources = [_source(name) for name in files if "." not in name and name not in PACKAGES]
+    return [path for path in sources if path is not None and path.name != "__init__.py"]
+
+
 def _hash_of_classes(classes: list[str]) -> str:
     files = _files([name.rpartition(".")[0] for name in classes])
     own = frozenset(attribute for file in files.values() for attribute in file.attributes) - SHARED

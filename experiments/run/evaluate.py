@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.errors import UserError
-from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
+from experiments.run.lightning_cli import DarkroomCLI
 from experiments.run.weights import load_resolved_weights
 
 
@@ -17,8 +17,7 @@ def evaluate(cli: DarkroomCLI) -> None:
     """
     if cli.command == "test" and cli.config.record and not os.access(Path(cli.config.record).absolute().parent, os.W_OK):
         raise UserError(f"--record: cannot write to {Path(cli.config.record).absolute().parent}. Choose another path")
-    path = load_resolved_weights(cli)
-    print_rank_zero(f"weights   {path or 'none needed'}")
+    load_resolved_weights(cli)
     run = cli.trainer.test if cli.command == "test" else cli.trainer.validate
     run(cli.model, cli.datamodule, verbose=False)
     print_results(cli.trainer, cli)

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from callbacks.run.csv_logger import CSVLogger
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
+from experiments.results.fingerprint import user_files
 from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
@@ -33,7 +34,9 @@ def fit(cli: DarkroomCLI) -> None:
     run, trainer, model = cli.run, cli.trainer, cli.model
     with locked_run(cli, run):
         if not list(model.parameters()):
-            raise UserError(f"{type(model).__name__} has nothing to train. Evaluate it with darkroom test {cli.recipe.name}")
+            raise UserError(
+                f"{type(model).__name__} has nothing to train. Evaluate it with darkroom test {cli.recipe.argument}"
+            )
         configure_batching(cli)
         evaluates = has_test_data(cli)
         resumed_at, checkpoint = prepare_resume(cli, run, evaluates)
@@ -200,6 +203,9 @@ def write_config(cli: DarkroomCLI, run: Run) -> None:
     tmp_path = run.config.with_suffix(".part")
     tmp_path.write_text(cli.parser.dump(config, skip_none=False, skip_link_targets=True, skip_validation=True))
     tmp_path.replace(run.config)
+    for file in user_files(cli.recipe):  # the run can be used without them
+        run.code.mkdir(exist_ok=True)
+        shutil.copy(file, run.code)
 
 
 def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:

@@ -10,28 +10,27 @@ from datamodules.errors import UserError
 from datamodules.io.image_io import read_image
 from datamodules.transforms.draw import split_grid
 from experiments.run.recipes import Recipe
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.run_dir import Run
 from experiments.run.sample import check_output, grid, save_png
 from modules.training.stages import StagePlan
 
 MIN_SIDE = 64  # of an image in the picture, in pixels
 
 
-def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> None:
+def growth(recipe: Recipe, count: int, output: str) -> None:
     """Write a picture of samples: one row for each latent, and one column for each stage, at its last validation.
 
     Args:
-        recipe: recipe of a method with stages, such as ProGAN.
-        run_name: name of the run; None for the newest one with samples.
+        recipe: configuration of a run of a method with stages, such as ProGAN; see `find_network`.
         count: number of latents.
         output: PNG file.
 
     Raises:
-        UserError: there is no such run, its training has one stage, or it has fewer samples.
+        UserError: the training has one stage, or the run has fewer samples.
     """
     path = Path(output)
     check_output([path], [])
-    run = find_run(recipe, run_name)
+    run = Run(recipe.path.parent)
     print(f"run       {run.folder}")
     config = run.read_config()
     plan, size, end = stage_plan(recipe, config)
@@ -55,22 +54,6 @@ def growth(recipe: Recipe, run_name: str | None, count: int, output: str) -> Non
     factor = -(-MIN_SIDE // size)
     rows = rows.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     save_png(grid(rows, len(columns)), path)
-
-
-def find_run(recipe: Recipe, name: str | None) -> Run:
-    """Return the run of that name, or the newest one that has samples.
-
-    Raises:
-        UserError: there is none.
-    """
-    parent = runs_root() / recipe.name
-    runs = [Run(folder.parent) for folder in parent.glob("*/samples") if (folder.parent / "config.yaml").exists()]
-    if name is not None:
-        runs = [run for run in runs if run.folder.name == name]
-    if not runs:
-        run = f"run '{name}' with samples" if name else "run with samples"
-        raise UserError(f"growth: {parent} has no {run}. Train a recipe that grows, such as darkroom fit progan/demo")
-    return max(runs, key=lambda run: run.samples.stat().st_mtime)
 
 
 def stage_plan(recipe: Recipe, config: dict[str, Any]) -> tuple[StagePlan, int, int]:

@@ -69,7 +69,7 @@ class DarkroomCLI(LightningCLI):
         super().__init__(
             Method,
             L.LightningDataModule,
-            args=["--config", str(recipe.path), *overrides],
+            args=["--config", recipe.config, *overrides],
             run=False,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -236,8 +236,7 @@ class DarkroomCLI(LightningCLI):
     def resume_command(self) -> str:
         """Return the command that resumes this run."""
         overrides = drop_option(self.overrides, "--run")
-        name = self.recipe.name if self.recipe.bundled else str(self.recipe.path)
-        return f"{program_name()} " + shlex.join(["fit", name, *overrides, "--run", self.run.folder.name])
+        return f"{program_name()} " + shlex.join(["fit", self.recipe.argument, *overrides, "--run", self.run.folder.name])
 
 
 class ParseOnlyCLI(DarkroomCLI):

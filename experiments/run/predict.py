@@ -32,11 +32,10 @@ def predict(cli: DarkroomCLI) -> None:
     for name in ("input", "output"):
         if not cli.config[name]:
             raise UserError(f"--{name} is empty. Give a path")
-    path = load_resolved_weights(cli)
+    load_resolved_weights(cli)
     source, output = Path(cli.config.input), Path(cli.config.output)
     files = [] if is_video(source) else list_user_images(cli.config.input, exclude=output)
     require_writable(output)
-    print_rank_zero(f"weights   {path or 'none needed'}")
     if is_video(source):
         predict_video(cli, source, output)
     else:

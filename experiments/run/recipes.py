@@ -1,11 +1,15 @@
 """Recipes: short YAML files, found by name. This module does not import torch, so that the command line starts fast."""
 
-from dataclasses import dataclass
+import sys
+from copy import deepcopy
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from datamodules.errors import UserError
 from experiments import METHODS
@@ -14,10 +18,17 @@ from experiments.run.yaml_file import read_yaml
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe file and its name, such as "espcn/t91_x3"; a user's file is named by its stem."""
+    """A recipe file and its name, such as "espcn/t91_x3"; a user's file is named by its stem.
+
+    Args:
+        name: name.
+        path: YAML file, or a file of weights that contains the recipe.
+        embedded: content of the recipe in a file of weights; None for a YAML file.
+    """
 
     name: str
     path: Path
+    embedded: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -26,10 +37,20 @@ class Recipe:
         Raises:
             UserError: the file is not a recipe.
         """
-        content = read_yaml(self.path)
+        content = read_yaml(self.path) if self.embedded is None else deepcopy(self.embedded)
         if not isinstance(content, dict) or not {"model", "data"} <= content.keys():
             raise UserError(f"{self.path}: not a recipe. Add the keys `model` and `data`")
         return content
+
+    @property
+    def config(self) -> str:
+        """The recipe as an argument of `--config`: the path of the file, or YAML."""
+        return str(self.path) if self.embedded is None else yaml.safe_dump(self.embedded)
+
+    @property
+    def argument(self) -> str:
+        """The recipe as an argument of a command: its name, or the path of a user's file."""
+        return self.name if self.bundled else str(self.path)
 
     def class_path(self, section: str) -> str:
         """Return the class path of the section "model" or "data"; empty if the section is malformed."""
@@ -96,6 +117,12 @@ def recipes() -> list[Recipe]:
     return [Recipe(f"{path.parent.parent.name}/{path.stem}", path) for path in paths]
 
 
+def add_to_path(folder: Path) -> None:
+    """Let Python find the user's classes in the files of a folder, after all installed packages."""
+    if (entry := str(folder.resolve())) not in sys.path:
+        sys.path.append(entry)
+
+
 def find_recipe(name: str) -> Recipe:
     """Find a recipe by name ("espcn/t91_x3", or "espcn" for its demo) or by the path of a YAML file.
 
@@ -110,7 +137,10 @@ def find_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise UserError(f"no recipe file {name}. Check the path")
-        same_file = (recipe for recipe in known.values() if recipe.path.resolve() == path.resolve())
-        return next(same_file, Recipe(path.stem, path))
+        for recipe in known.values():
+            if recipe.path.resolve() == path.resolve():
+                return recipe
+        add_to_path(path.parent)
+        return Recipe(path.stem, path)
     matches = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
     raise UserError(f"no recipe '{name}'; did you mean '{matches[0]}'? (darkroom list shows all)")

@@ -81,7 +81,7 @@ def encode_test_set(recipe: Recipe, options: list[str]) -> tuple[VAE | Autoencod
     cli = build_cli("test", recipe, options)
     if not isinstance(cli.model, VAE | Autoencoder) or not isinstance(cli.datamodule, Reconstruction):
         raise UserError(f"{recipe.name} does not encode images. Use a recipe of vae or autoencoder")
-    print_rank_zero(f"weights   {load_resolved_weights(cli)}")
+    load_resolved_weights(cli)
     method, data = cli.model.eval(), cli.datamodule
     data.setup("test")
     first = next(iter(data.reference_sets))

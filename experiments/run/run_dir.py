@@ -64,6 +64,11 @@ class Run:
         return self.folder / "samples"
 
     @property
+    def code(self) -> Path:
+        """Folder of copies of the user's Python files that the run uses."""
+        return self.folder / "code"
+
+    @property
     def finished(self) -> bool:
         """Whether training has reached its image budget."""
         record = read_record(self.record) if self.record.exists() else {}

@@ -124,7 +124,7 @@ def load_generator(recipe: Recipe, options: list[str]) -> tuple[GenerativeMethod
     cli = build_cli("test", recipe, options)
     if not isinstance(cli.model, GenerativeMethod):
         raise UserError(f"{recipe.name} does not generate images from latents. Use a recipe of a generative method")
-    print_rank_zero(f"weights   {load_resolved_weights(cli)}")
+    load_resolved_weights(cli)
     method = cli.model.eval()
     if generate(method, method.sample_latents([0])).ndim != 4:
         raise UserError(f"{recipe.name} generates points, not images. See the plots in the folder of its run")

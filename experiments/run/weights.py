@@ -6,16 +6,30 @@ from pathlib import Path
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import RESUMABLE_KEYS, DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import finished_runs
+from experiments.run.weights_file import date_of, read_description
 from modules.networks.weights import HasAuthorsWeights, load_weights, read_checkpoint
 
 
 def load_resolved_weights(cli: DarkroomCLI) -> Path | None:
-    """Load the weights to use into the model and return their path; None if the model has no parameters."""
+    """Load the weights to use into the model, print their path, and return it; None if the model has no parameters."""
     path = resolve_weights(cli)
     if path is not None:
         check_settings(cli, path)
         load_weights(cli.model, path)
+    print_rank_zero(f"weights   {origin(path) if path else 'none needed'}")
     return path
+
+
+def origin(path: Path) -> str:
+    """Return the path of a file of weights, with the day of the training and its images if they are known."""
+    date: str | None
+    if path.suffix == ".ckpt":
+        date, images = date_of(path), read_checkpoint(path).get("images_seen")
+    else:
+        description = read_description(path) if path.suffix == ".safetensors" else None
+        date, images = (description.date, description.images_seen) if description else (None, None)
+    known = [*([f"of {date}"] if date else []), *([f"after {images:,} images"] if isinstance(images, int) else [])]
+    return f"{path}  ({', '.join(known)})" if known else str(path)
 
 
 def check_settings(cli: DarkroomCLI, path: Path) -> None:
@@ -59,4 +73,4 @@ def resolve_weights(cli: DarkroomCLI) -> Path | None:
         return cli.recipe.weights
     if isinstance(cli.model, HasAuthorsWeights) and (path := cli.model.authors_weights()) is not None:
         return path
-    raise UserError(f"no weights for {cli.recipe.name}; train it with darkroom fit {cli.recipe.name}, or use --ckpt FILE")
+    raise UserError(f"no weights for {cli.recipe.name}; train it with darkroom fit {cli.recipe.argument}, or use --ckpt FILE")

@@ -65,7 +65,7 @@ class Search:
     @property
     def recipe_name(self) -> str:
         """The recipe as an argument of `darkroom fit`."""
-        return self.recipe.name if self.recipe.bundled else str(self.recipe.path)
+        return self.recipe.argument
 
     @property
     def search_space(self) -> dict[str, dict[str, Any]]:

@@ -2,26 +2,33 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval
 from pydantic import NonNegativeFloat
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import SegmentationBatch
 from datamodules.catalog.catalog import catalog
-from datamodules.catalog.masked_images import MaskedImage, MaskedSample, list_masked_images
+from datamodules.catalog.held_out import HELD_OUT, HeldOut, read_class_names
+from datamodules.catalog.masked_image import MaskedImage, MaskedSample, MaskSpec
+from datamodules.catalog.masked_images import list_masked_images, pair_folders
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage, pixel_hash
 from datamodules.io.image_refs import dataset_label
+from datamodules.io.value_range import ValueRange
 from datamodules.random.noise import uniform
+from datamodules.segmentation_datasets import InMemoryTiles, SegmentationEvalImages, StreamedTiles
 from datamodules.transforms.augment import SpatialAugment
 from datamodules.transforms.downsample import IGNORE_INDEX
-from datamodules.transforms.ragged_buffer import RaggedImageBuffer
-from datamodules.transforms.weight_map import border_weight, class_weights, separate_instances
+
+TRAIN, VAL = "training images", "validation images"  # roles, in place of the name of a dataset
 
 
 class Segmentation(ResumableDataModule):
@@ -30,10 +37,23 @@ class Segmentation(ResumableDataModule):
     Yields `SegmentationBatch` with masks of side `crop`, and with weights if `border_weight` is given; and
     `SegmentationEvalBatch`, see `datamodules/batches.py`.
 
+    A folder contains subfolders `images` and `masks`, with the same names. `images` and `masks` name two other folders
+    instead. A share of the images is held out for validation if no validation images are given: the dataset `held-out`. All
+    pages of a stack (a TIFF file) are in the same share.
+
     Args:
-        train: training images: a dataset of the catalog ("camvid/train"), or a folder with subfolders `images` and `masks`.
-        val: validation images.
-        test: datasets to evaluate; absent ones are reported and skipped.
+        train: training images: a dataset of the catalog ("camvid/train"), or a folder; None if `images` and `masks` are given.
+        val: validation images; None to hold out a share of the training images.
+        test: datasets to evaluate, which can include `held-out`; absent ones are reported and skipped.
+        images, masks: a folder of images and a folder of their masks, or a CSV file of run lengths, in place of `train`.
+        mask_format: format of the masks of folders: "ids" (0, 1, ...; 255 for ignored pixels), "binary" (0 for the background
+            and any other value for objects), "colors" (those of `class_colors`), or "rle" (the run lengths of a CSV file).
+        class_names: names of the classes in the order of their ids, or a text file of them, one per line; () for the names of
+            the catalog.
+        class_colors: color (R, G, B) of each class in the masks, from 0 to 255; also the colors of the overlays of `predict`.
+        val_fraction: share of the held-out images.
+        fold: "K/N" holds out the K-th of N equal shares, for cross-validation; None for `val_fraction`.
+        value_range: black and white of the images of folders, in training and in `predict`: see `ValueRange`.
         num_classes: number of classes; masks with other ids raise an error.
         channels: image channels, 1 or 3; grayscale images are repeated to 3.
         instances: whether the masks of folders are instance ids; their classes are background (0) and object (1).
@@ -55,9 +75,9 @@ class Segmentation(ResumableDataModule):
 
     def __init__(
         self,
-        train: str,
-        val: str,
-        num_classes: int,
+        train: str | None = None,
+        val: str | None = None,
+        num_classes: int = 2,
         test: Sequence[str] = (),
         channels: int = 3,
         instances: bool = False,
@@ -74,6 +94,14 @@ class Segmentation(ResumableDataModule):
         streaming: bool = False,
         num_workers: int = 0,
         seed: int = 0,
+        images: str | None = None,
+        masks: str | None = None,
+        mask_format: Literal["ids", "binary", "colors", "rle"] = "ids",
+        class_names: Sequence[str] | str = (),
+        class_colors: Sequence[tuple[int, int, int]] = (),
+        val_fraction: ClosedUnitInterval = 0.2,
+        fold: str | None = None,
+        value_range: ValueRange = "dtype",
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.train, self.val, self.test = train, val, test
@@ -82,6 +110,12 @@ class Segmentation(ResumableDataModule):
         self.augment = SpatialAugment(rotate, hflip, zoom, elastic_std)
         self.contrast_jitter, self.border_weight, self.streaming = contrast_jitter, border_weight, streaming
         self.classes_present: dict[str, set[int]] = {}  # dataset name -> class ids in its masks
+        self.images, self.masks, self.value_range = images, masks, value_range
+        self.held_out = HeldOut(val_fraction, fold)
+        self.own_class_names = read_class_names(class_names, num_classes)
+        self.class_colors = [(red, green, blue) for red, green, blue in class_colors]
+        self.mask_spec = MaskSpec(instances=instances, mask_format=mask_format, colors=tuple(self.class_colors))
+        self._check_folders(mask_format)
         if border_weight is not None and streaming:
             raise UserError("data.border_weight: requires images in memory. Use --data.streaming false, or null for no weights")
         if not 2 <= num_classes <= IGNORE_INDEX or channels not in (1, 3):
@@ -105,14 +139,13 @@ class Segmentation(ResumableDataModule):
             UserError: the training masks have only one class, a dataset has no masks, or two test sets have the same name.
         """
         if stage == "fit":
-            masked_images = self._validate_set(self.train)
+            masked_images = self._validate_set(TRAIN)
             if (
                 not masked_images[0].mask_spec.instances
-                and len(self.classes_present[dataset_label(self.train)] - {IGNORE_INDEX}) < 2
+                and len(self.classes_present[masked_images[0].image.dataset] - {IGNORE_INDEX}) < 2
             ):
                 raise UserError(
-                    f"data.train: the masks of {self.train} have only one class ({IGNORE_INDEX} marks ignored pixels). "
-                    "Save objects as 1, or set data.instances"
+                    "data.train: the masks have only one class. Save the classes as 0, 1, ..., or set data.instances"
                 )
             self.tiles: InMemoryTiles | StreamedTiles
             if self.streaming:
@@ -124,22 +157,62 @@ class Segmentation(ResumableDataModule):
                     self._read(masked_images), self.crop, self.margin, self.augment, self.seed, self.border_weight
                 )
         if stage in ("fit", "validate"):
-            self.val_images = SegmentationEvalImages(self._validate_set(self.val), self.channels, self.downscale)
+            self.val_images = SegmentationEvalImages(self._validate_set(VAL), self.channels, self.downscale)
         if stage == "test":
             self.test_images = SegmentationEvalImages(self._load_test_sets(), self.channels, self.downscale)
 
     @classmethod
     def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:
         """List the images with masks."""
-        return list_masked_images(spec)
+        if spec == HELD_OUT and (images := init_args.get("images")):
+            mask_spec = MaskSpec(mask_format=init_args.get("mask_format", "ids"))
+            return pair_folders(Path(images), Path(str(init_args.get("masks"))), HELD_OUT, mask_spec)
+        return list_masked_images(init_args["train"] if spec == HELD_OUT else spec)
 
     @property
     def class_names(self) -> list[str]:
         """Class names by class id."""
-        declared = next(
-            (names for names in (self._catalog_class_names(spec) for spec in (self.train, self.val, *self.test)) if names), ()
-        )
+        specs = [spec for spec in (self.train, self.val, *self.test) if spec]
+        declared = self.own_class_names or next((names for names in map(self._catalog_class_names, specs) if names), ())
         return [declared[i] if i < len(declared) else f"class {i}" for i in range(self.num_classes)]
+
+    def _check_folders(self, mask_format: str) -> None:
+        """Check the keys that name folders and the format of their masks.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        if (self.images is None) != (self.masks is None) or (self.images is None) == (self.train is None):
+            raise UserError("data.train: give either data.train, or both data.images and data.masks (and null for the others)")
+        if (mask_format == "rle") != (self.masks is not None and self.masks.endswith(".csv")):
+            raise UserError("data.masks: must be a .csv file for data.mask_format rle, and a folder for the others")
+        if (mask_format == "colors" or self.class_colors) and len(self.class_colors) != self.num_classes:
+            raise UserError(
+                f"data.class_colors: {len(self.class_colors)} colors. Give one for each of {self.num_classes} classes"
+            )
+        if mask_format == "colors" and self.instances:
+            raise UserError("data.instances: masks of colors have classes, not objects. Use false")
+
+    def _list(self, spec: str) -> list[MaskedImage]:
+        """List the images of a role (TRAIN, VAL) or of a test set."""
+        if spec == HELD_OUT and self.val is not None:
+            raise UserError(f"data.test: {HELD_OUT} requires data.val null, but it is {self.val}. Name a dataset")
+        if spec == VAL and self.val is not None:
+            spec = self.val
+        if spec not in (TRAIN, VAL, HELD_OUT):
+            images = list_masked_images(spec, self.instances, folder_spec=self.mask_spec)
+        elif self.images is not None and self.masks is not None:
+            images = pair_folders(Path(self.images), Path(self.masks), dataset_label(self.images), self.mask_spec)
+        else:
+            assert self.train is not None
+            images = list_masked_images(self.train, self.instances, folder_spec=self.mask_spec)
+        if spec in (TRAIN, VAL, HELD_OUT) and self.val is None:
+            images = self.held_out.select(images, training=spec == TRAIN)
+        return [replace(image, value_range=self.value_range) for image in images]
+
+    def list_training_images(self) -> list[MaskedImage]:
+        """List the training images with their masks."""
+        return self._list(TRAIN)
 
     def _catalog_class_names(self, spec: str) -> tuple[str, ...]:
         entry = catalog().get(spec.partition("/")[0])
@@ -150,15 +223,21 @@ class Segmentation(ResumableDataModule):
 
     def _validate_set(self, spec: str) -> list[MaskedImage]:
         """Return the images of a dataset after validating them with their masks, and record their content hashes."""
-        masked_images = list_masked_images(spec, self.instances)
+        masked_images = self._list(spec)
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(self._inspect, masked_images))
         if reasons := [reason for reason, *_ in results if reason]:
             raise InvalidImage(
-                f"{len(reasons)} of {len(masked_images)} images of {spec} cannot be used. "
+                f"{len(reasons)} of {len(masked_images)} images of {masked_images[0].image.dataset} cannot be used. "
                 f"Replace or remove them: {'; '.join(reasons)}"
             )
-        self.classes_present[dataset_label(spec)] = {class_id for _, _, class_ids in results for class_id in class_ids}
+        present = {class_id for _, _, class_ids in results for class_id in class_ids}
+        if present == {0, IGNORE_INDEX} and not masked_images[0].mask_spec.instances:
+            raise UserError(
+                f"{masked_images[0].mask}: the masks contain only 0 and 255, and 255 marks ignored pixels. "
+                "If it marks objects, set data.mask_format binary"
+            )
+        self.classes_present[masked_images[0].image.dataset] = present
         for masked_image, (_, content, _) in zip(masked_images, results, strict=True):
             self.data_report.content_hashes.setdefault(masked_image.image.dataset, {})[masked_image.image.name] = content
         return masked_images
@@ -218,153 +297,3 @@ class Segmentation(ResumableDataModule):
         if "weight" in batch:
             prepared["weight"] = batch["weight"]
         return prepared
-
-
-def separate_touching(sample: MaskedSample) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mask and the instance ids for training, with a background border between touching objects."""
-    if not sample.instances:
-        return sample.mask, sample.instance_ids
-    instance_ids = separate_instances(sample.instance_ids)
-    return (instance_ids > 0).astype(np.uint8), instance_ids
-
-
-class RandomTiles(Dataset[dict[str, Any]]):
-    """Batches of augmented tiles, indexed by the outputs of `InfiniteBatchSampler`.
-
-    Args:
-        crop, margin, augment, seed: see `Segmentation`.
-    """
-
-    def __init__(self, crop: int, margin: int, augment: SpatialAugment, seed: int) -> None:
-        self.crop, self.margin, self.augment, self.seed = crop, margin, augment, seed
-
-    def sample(
-        self,
-        images: RaggedImageBuffer,
-        masks: RaggedImageBuffer,
-        weights: RaggedImageBuffer | None,
-        image_ids: np.ndarray,
-        start: int,
-    ) -> dict[str, Any]:
-        """Sample tiles of the images `image_ids` (B,) for the samples from position `start` on.
-
-        Returns:
-            {"image": uint8 (B, C, crop + margin, crop + margin), "mask": uint8 (B, crop, crop), "start": `start`}, and
-            "weight": float32 (B, crop, crop) if `weights` is given.
-        """
-        samples = range(start, start + len(image_ids))
-        heights, widths = images.heights[image_ids], images.widths[image_ids]
-        coords = self.augment.sampling_grid(self.seed, samples, heights, widths, self.crop, self.margin)
-        half = self.margin // 2
-        inner = coords[..., half : half + self.crop, half : half + self.crop]
-        inputs = images.sample_bilinear(image_ids, coords).round().to(torch.uint8)
-        batch = {"image": inputs, "mask": masks.sample_nearest(image_ids, inner)[:, 0], "start": start}
-        if weights is not None:
-            batch["weight"] = weights.sample_bilinear(image_ids, inner)[:, 0]
-        return batch
-
-
-class InMemoryTiles(RandomTiles):
-    """Tiles of decoded images; in one pass, an H x W image yields round(H W / crop**2) tiles, at least one.
-
-    Args:
-        samples: decoded images and masks.
-        crop, margin, augment, seed: see `Segmentation`.
-        weight: `border_weight` of `Segmentation`.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[MaskedSample],
-        crop: int,
-        margin: int,
-        augment: SpatialAugment,
-        seed: int,
-        weight: float | None = None,
-    ) -> None:
-        super().__init__(crop, margin, augment, seed)
-        with ThreadPoolExecutor() as pool:
-            masks, instance_ids = zip(*pool.map(separate_touching, samples), strict=True)
-        self.images = RaggedImageBuffer([sample.pixels for sample in samples])
-        self.masks = RaggedImageBuffer([torch.from_numpy(mask)[None] for mask in masks])
-        self.weights: RaggedImageBuffer | None = None
-        if weight is not None:
-            counts = np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=IGNORE_INDEX + 1)
-            class_weight_table = np.append(class_weights(counts[:IGNORE_INDEX]), np.float32(0))
-            with ThreadPoolExecutor() as pool:
-                border_weights = list(pool.map(lambda ids: border_weight(ids, weight), instance_ids))
-            self.weights = RaggedImageBuffer(
-                [
-                    torch.from_numpy(class_weight_table[mask] + border)[None]
-                    for mask, border in zip(masks, border_weights, strict=True)
-                ]
-            )
-        tiles = np.round(self.images.heights * self.images.widths / crop**2).astype(int)
-        self.image_ids = np.repeat(np.arange(len(self.images)), np.maximum(1, tiles))
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def share_memory(self) -> None:
-        """Move the buffers to shared memory."""
-        for buffer in (self.images, self.masks, self.weights):
-            if buffer is not None:
-                buffer.share_memory()
-
-    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """See `RandomTiles.sample`."""
-        start, items = slice_
-        return self.sample(self.images, self.masks, self.weights, self.image_ids[items], start)
-
-
-class StreamedTiles(RandomTiles):
-    """Tiles of images that are decoded on demand, without weights, for datasets larger than memory.
-
-    In one pass, every image yields one tile.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[MaskedImage],
-        channels: int,
-        downscale: int,
-        crop: int,
-        margin: int,
-        augment: SpatialAugment,
-        seed: int,
-    ) -> None:
-        super().__init__(crop, margin, augment, seed)
-        self.files, self.channels, self.downscale = files, channels, downscale
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """See `RandomTiles.sample`."""
-        start, items = slice_
-        masked_images = [self.files[item].load(self.channels, self.downscale) for item in items]
-        images = RaggedImageBuffer([sample.pixels for sample in masked_images])
-        masks = RaggedImageBuffer([torch.from_numpy(separate_touching(sample)[0])[None] for sample in masked_images])
-        return self.sample(images, masks, None, np.arange(len(items)), start)
-
-
-class SegmentationEvalImages(Dataset[dict[str, Any]]):
-    """Single evaluation images with masks."""
-
-    def __init__(self, eval_images: Sequence[MaskedImage], channels: int, downscale: int) -> None:
-        self.eval_images, self.channels, self.downscale = eval_images, channels, downscale
-
-    def __len__(self) -> int:
-        return len(self.eval_images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a `SegmentationEvalBatch` before `prepare_eval_batch`: image and mask are uint8."""
-        masked_image = self.eval_images[index]
-        sample = masked_image.load(self.channels, self.downscale)
-        return {
-            "image": sample.pixels[None],
-            "mask": torch.from_numpy(sample.mask)[None],
-            "instance_ids": torch.from_numpy(sample.instance_ids)[None],
-            "name": [masked_image.image.name],
-            "dataset": [masked_image.image.dataset],
-        }

@@ -20,7 +20,8 @@ class Metric(Callback, ABC):
     training and at the first batch of each evaluation.
 
     `results` is {dataset: {image: {protocol: value}}} after each evaluation. A metric of a full set has the image name "all".
-    The mean over images is logged as `<dataset>/<protocol>`.
+    The mean over images is logged as `<dataset>/<protocol>`. `image_results` has the values of single images, in the same form,
+    also of a metric of a full set whose states have a value of their own.
     """
 
     required_outputs: ClassVar[tuple[str, ...]] = ()
@@ -29,6 +30,7 @@ class Metric(Callback, ABC):
     def __init__(self, on_validation: bool) -> None:
         self.on_validation = on_validation
         self.results: dict[str, dict[str, dict[str, float]]] = {}
+        self.image_results: dict[str, dict[str, dict[str, float]]] = {}
 
     def _require_outputs(self, outputs: dict[str, Any], pl_module: Any, batch_idx: int) -> None:
         """Check the outputs of the first batch.
@@ -81,6 +83,10 @@ class ImageMetric(Metric):
         """Return the metrics by image and protocol, from the states by image name; by default {"all": `compute`}."""
         return {"all": self.compute([states[name] for name in sorted(states)], trainer)}
 
+    def compute_image(self, state: Any, trainer: Any) -> dict[str, float]:
+        """Return the values of one image by protocol, for a metric of a full set; by default none."""
+        return {}
+
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Discard earlier states, including those of the sanity check."""
         self.state = {}
@@ -119,6 +125,13 @@ class ImageMetric(Metric):
                 merged.setdefault(dataset, {}).update(images)
         self.state = {}
         self.results = {dataset: self.compute_images(images, trainer) for dataset, images in sorted(merged.items())}
+        if trainer.state.fn == "test":
+            self.image_results = {
+                dataset: self.results[dataset]
+                if "all" not in self.results[dataset]
+                else {name: self.compute_image(images[name], trainer) for name in sorted(images)}
+                for dataset, images in sorted(merged.items())
+            }
         self._log_results(trainer, pl_module)
 
     on_test_epoch_end = on_validation_epoch_end

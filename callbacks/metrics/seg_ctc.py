@@ -34,6 +34,10 @@ class CTCSeg(ImageMetric):
         """Return the means over the objects of the set; that over all is NaN if there are none."""
         return seg_means(states, "seg/ctc")
 
+    def compute_image(self, state: np.ndarray, trainer: Any) -> dict[str, float]:
+        """Return the mean over the objects of one image."""
+        return seg_means([state], "seg/ctc")
+
 
 class CTCSegOfDetections(ImageMetric):
     """SEG of detected objects, logged as `seg/ctc/score0.5` and `seg/ctc/score0.5/touching`: see `CTCSeg`.
@@ -65,6 +69,10 @@ class CTCSegOfDetections(ImageMetric):
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Return the means over the objects of the set; that over all is NaN if there are none."""
         return seg_means(states, f"seg/ctc/score{self.score:g}")
+
+    def compute_image(self, state: np.ndarray, trainer: Any) -> dict[str, float]:
+        """Return the mean over the objects of one image."""
+        return seg_means([state], f"seg/ctc/score{self.score:g}")
 
 
 def seg_scores(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -37,6 +37,14 @@ class SegmentationMetrics(ImageMetric):
         """Return the metrics in the docstring of the class."""
         return metrics_from_confusion(torch.stack(states), trainer.datamodule.class_names)
 
+    def compute_image(self, state: Tensor, trainer: Any) -> dict[str, float]:
+        """Return the IoU of each class in one image, their mean, and the pixel accuracy; NaN for an absent class."""
+        values = metrics_from_confusion(state[None], trainer.datamodule.class_names)
+        classes = [f"iou/{name.replace(' ', '-')}" for name in trainer.datamodule.class_names]
+        return {"miou": values["miou/per-image"], "pixel-accuracy": values["pixel-accuracy"]} | {
+            name: values[name] for name in classes
+        }
+
 
 def confusion(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
     """Count the pixels of each true class (row) and predicted class (column): int64 (num_classes, num_classes)."""

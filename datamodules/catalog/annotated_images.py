@@ -15,7 +15,8 @@ from torch import Tensor
 from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset, is_folder
 from datamodules.catalog.coco_annotations import CocoFile, annotation_mask, clip_box, mirrored_keypoints, read_coco_file
 from datamodules.catalog.digit_scenes import SCENE_CLASSES, digit_scene, scene_names
-from datamodules.catalog.masked_images import MaskedImage, add_unique, list_masked_images
+from datamodules.catalog.masked_image import MaskedImage
+from datamodules.catalog.masked_images import add_unique, list_masked_images
 from datamodules.errors import UserError
 from datamodules.io.folders import list_images
 from datamodules.io.image_io import InvalidImage, open_image, pixel_hash, probe_image, read_image, to_channels

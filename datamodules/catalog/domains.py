@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset
-from datamodules.catalog.masked_images import MaskedImage, list_masked_images
+from datamodules.catalog.masked_image import MaskedImage
+from datamodules.catalog.masked_images import list_masked_images
 from datamodules.catalog.palettes import colorize, palette
 from datamodules.errors import UserError
 from datamodules.io.image_io import read_image, to_channels

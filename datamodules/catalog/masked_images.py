@@ -1,108 +1,26 @@
-"""Images with segmentation masks: find the files, and map mask values to classes."""
+"""Images with segmentation masks: find the files of a dataset or a folder."""
 
+import csv
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import binary_fill_holes, label
 from torch import Tensor
 
 from datamodules.catalog.catalog import CatalogEntry, DatasetNotFound, catalog, get_dataset, is_folder
+from datamodules.catalog.masked_image import MaskedImage, MaskSpec, RleImage
 from datamodules.errors import UserError
 from datamodules.io.folders import list_images
-from datamodules.io.image_io import InvalidImage, open_image, read_image, to_channels
+from datamodules.io.image_io import InvalidImage, count_pages, read_image, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.transforms.downsample import downsample_image, downsample_mask
 
 COINS = {"train": (0, 256), "val": (256, 384)}  # columns of the image
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """Meaning of the values of a dataset's masks.
-
-    Args:
-        classes: class names in the order of their ids; empty if unknown.
-        value_map: mask value -> class id; empty if the values are class ids.
-        default_class: class id of all other values; None to raise an error for them.
-        instances: whether the values are instance ids, 0 for the background; the classes are background and object.
-    """
-
-    classes: tuple[str, ...] = ()
-    value_map: dict[int, int] = field(default_factory=dict)
-    default_class: int | None = None
-    instances: bool = False
-
-
-class MaskedSample(NamedTuple):
-    """A decoded image and its mask."""
-
-    pixels: Tensor  # uint8 (C, H, W)
-    mask: np.ndarray  # uint8 (H, W): class ids; 1 for every object of an instance mask
-    instance_ids: np.ndarray  # int32 (H, W): 0 for the background; without instance masks, connected components of class 1
-    instances: bool
-
-
-@dataclass(frozen=True)
-class MaskedImage:
-    """An image file, its mask file, and the meaning of the mask values."""
-
-    image: ImageRef
-    mask: Path
-    mask_spec: MaskSpec
-
-    def read(self, channels: int, downscale: int = 1) -> tuple[Tensor, np.ndarray]:
-        """Read the image, uint8 (channels, H, W), and the mask (H, W) of `read_mask`, both reduced by the factor `downscale`.
-
-        Raises:
-            InvalidImage: one of them is unusable, or their sizes differ.
-        """
-        pixels, values = read_image(self.image.path), self.read_mask()
-        if pixels.shape[-2:] != values.shape:
-            mask_size, image_size = (f"{shape[1]}x{shape[0]}" for shape in (values.shape, pixels.shape[-2:]))
-            raise InvalidImage(f"{self.mask}: {mask_size} pixels, but its image has {image_size}. Save both at the same size")
-        return downsample_image(to_channels(pixels, channels), downscale), downsample_mask(values, downscale)
-
-    def load(self, channels: int, downscale: int = 1) -> MaskedSample:
-        """Read image, class ids and instance ids.
-
-        Raises:
-            InvalidImage: see `read`.
-        """
-        pixels, values = self.read(channels, downscale)
-        if self.mask_spec.instances:
-            ids = np.unique(np.append(values, 0), return_inverse=True)[1][:-1]  # consecutive, 0 for the background
-            return MaskedSample(pixels, (values > 0).astype(np.uint8), ids.reshape(values.shape).astype(np.int32), True)
-        return MaskedSample(pixels, values.astype(np.uint8), label(values == 1)[0].astype(np.int32), False)
-
-    def read_mask(self) -> np.ndarray:
-        """Read class ids or instance ids: int32 (H, W).
-
-        Raises:
-            InvalidImage: the file is not a mask, or a value has no class.
-        """
-        values = np.asarray(open_image(self.mask))
-        if values.ndim != 2:
-            raise InvalidImage(f"{self.mask}: a color image, not class ids. Save one integer per pixel")
-        if values.dtype.kind == "f" or values.min() < 0:
-            raise InvalidImage(f"{self.mask}: fractions or negative numbers, not ids. Save integers from 0")
-        values = values.astype(np.int32)
-        if not self.mask_spec.value_map:
-            return values
-        present = np.unique(values)
-        unknown = np.setdiff1d(present, list(self.mask_spec.value_map))
-        if len(unknown) and self.mask_spec.default_class is None:
-            raise InvalidImage(
-                f"{self.mask}: the value {unknown[0]} is not one of {', '.join(map(str, self.mask_spec.value_map))}"
-            )
-        class_ids = np.array(
-            [self.mask_spec.value_map.get(int(value), self.mask_spec.default_class) for value in present], dtype=np.int32
-        )
-        return class_ids[np.searchsorted(present, values)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +54,9 @@ def coins_mask(path: Path) -> np.ndarray:
     return remove_small_objects(coins, max_size=500)
 
 
-def list_masked_images(spec: str, instances: bool = False, replace: Sequence[str] | None = None) -> list[MaskedImage]:
+def list_masked_images(
+    spec: str, instances: bool = False, replace: Sequence[str] | None = None, folder_spec: MaskSpec | None = None
+) -> list[MaskedImage]:
     """List the images and masks of a dataset or a folder.
 
     Args:
@@ -144,6 +64,7 @@ def list_masked_images(spec: str, instances: bool = False, replace: Sequence[str
             in which an image and its mask have the same name.
         instances: whether the masks of a folder are instance ids.
         replace: regular expression and replacement from image names to mask names; None for the dataset's masks of classes.
+        folder_spec: meaning of the masks of a folder; None for ids.
 
     Raises:
         DatasetNotFound: images or masks are missing.
@@ -151,7 +72,10 @@ def list_masked_images(spec: str, instances: bool = False, replace: Sequence[str
         UserError: the dataset has no masks.
     """
     if is_folder(spec):
-        return _from_folder(Path(spec), MaskSpec(instances=instances))
+        folder = Path(spec)
+        return pair_folders(
+            folder / "images", folder / "masks", dataset_label(spec), folder_spec or MaskSpec(instances=instances)
+        )
     name, _, split = spec.partition("/")
     entry = get_dataset(name) if name in catalog() else None
     if entry is None:
@@ -168,7 +92,7 @@ def list_masked_images(spec: str, instances: bool = False, replace: Sequence[str
         (path,) = (image.path for image in list_image_refs(spec))
         regions = {split: COINS[split]} if split else COINS
         return [
-            CoinsImage(ImageRef(dataset_label(spec), region, path), path, mask_spec, columns)
+            CoinsImage(ImageRef(dataset_label(spec), region, path), path, mask_spec, columns=columns)
             for region, columns in regions.items()
         ]
     if source:
@@ -191,23 +115,85 @@ def _pair(
     return dataset
 
 
-def _from_folder(folder: Path, mask_spec: MaskSpec) -> list[MaskedImage]:
-    masks: dict[Path, Path] = {}
-    for path in list_images(folder / "masks"):
-        add_unique(masks, path.relative_to(folder / "masks").with_suffix(""), path)
-    candidates = list_images(folder / "images")
+def pair_folders(images: Path, masks: Path, dataset: str, mask_spec: MaskSpec) -> list[MaskedImage]:
+    """List the images of a folder with the masks of the same names in another folder; each page of a stack is an image.
+
+    Args:
+        images: folder of the images.
+        masks: folder of the masks; a CSV file for the format "rle".
+        dataset: name of the dataset in logs and records.
+        mask_spec: meaning of the mask values.
+
+    Raises:
+        DatasetNotFound: there are no images, or an image has no mask.
+        InvalidImage: two files have the same name, a mask has no image, or a stack has another number of pages than its mask.
+    """
+    candidates = list_images(images)
     if not candidates:
-        raise DatasetNotFound(
-            f"{folder}: no images in {folder / 'images'}. Save images in this folder, and their masks in {folder / 'masks'}"
-        )
-    dataset, names = [], dict[Path, Path]()
+        raise DatasetNotFound(f"{images}: no images in this folder. Save images in it, and their masks in {masks}")
+    names: dict[Path, Path] = {}
     for path in candidates:
-        name = path.relative_to(folder / "images").with_suffix("")
-        add_unique(names, name, path)
-        if name not in masks:
-            raise DatasetNotFound(f"{path} has no mask. Save it as {folder / 'masks' / name}.png, or remove the image")
-        dataset.append(MaskedImage(ImageRef(dataset_label(str(folder)), name.as_posix(), path), masks[name], mask_spec))
-    return dataset
+        add_unique(names, path.relative_to(images).with_suffix(""), path)
+    if mask_spec.mask_format == "rle":
+        return rle_images(names, masks, dataset, mask_spec)
+    masks_by_name: dict[Path, Path] = {}
+    for path in list_images(masks):
+        add_unique(masks_by_name, path.relative_to(masks).with_suffix(""), path)
+    if missing := [path for name, path in names.items() if name not in masks_by_name]:
+        name = missing[0].relative_to(images).with_suffix("")
+        raise DatasetNotFound(
+            f"{missing[0]} has no mask ({len(missing)} of {len(names)}). Save it as {masks / name}.png, or remove the image"
+        )
+    if unused := sorted(masks_by_name.keys() - names.keys()):
+        raise InvalidImage(
+            f"{masks_by_name[unused[0]]} has no image ({len(unused)} of {len(masks_by_name)} masks). Save it in {images}, or "
+            "remove the mask"
+        )
+    return [
+        masked_image
+        for name, path in names.items()
+        for masked_image in _pages(ImageRef(dataset, name.as_posix(), path), masks_by_name[name], mask_spec)
+    ]
+
+
+def _pages(image: ImageRef, mask: Path, mask_spec: MaskSpec) -> list[MaskedImage]:
+    pages, mask_pages = count_pages(image.path), count_pages(mask)
+    if pages != mask_pages:
+        raise InvalidImage(f"{mask}: {mask_pages} pages, but its image has {pages}. Save a mask for each page")
+    if pages == 1:
+        return [MaskedImage(image, mask, mask_spec)]
+    return [MaskedImage(image._replace(name=f"{image.name}-{page:04d}"), mask, mask_spec, page) for page in range(pages)]
+
+
+def rle_images(names: dict[Path, Path], table: Path, dataset: str, mask_spec: MaskSpec) -> list[MaskedImage]:
+    """List images with the run lengths of a CSV file: columns for the name of the image and for its runs, as on Kaggle.
+
+    Pixels are counted from 1, down the columns. An object is a row; an image without runs has no object.
+
+    Raises:
+        InvalidImage: the file cannot be read, names another image, or lacks one.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InvalidImage(f"{table} cannot be read as a CSV file: {error}") from None
+    runs: dict[str, list[str]] = {}
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) < 2:
+            raise InvalidImage(f"{table}, line {number}: {len(row)} columns. Save the name of an image and its runs")
+        runs.setdefault(Path(row[0]).stem, []).extend([row[1]] if row[1].strip() else [])
+    by_stem = {path.stem: (name, path) for name, path in names.items()}
+    for kind, missing in (
+        ("a row, but no image", runs.keys() - by_stem.keys()),
+        ("an image, but no row", by_stem.keys() - runs),
+    ):
+        if missing:
+            raise InvalidImage(f"{table}: {min(missing)} has {kind} ({len(missing)} such names). Correct the table")
+    return [
+        RleImage(ImageRef(dataset, name.as_posix(), path), table, mask_spec, runs=tuple(runs[stem]))
+        for stem, (name, path) in by_stem.items()
+    ]
 
 
 def add_unique(paths_by_name: dict[Path, Path], name: Path, path: Path) -> None:

@@ -1,15 +1,57 @@
 """List the image files of a folder, with the standard library only."""
 
+import os
 from pathlib import Path
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from datamodules.errors import UserError
+
+SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+}
+UNREADABLE = {".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raf", ".rw2", ".svg"}
+LEFT_OUT = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db"}  # folders of thumbnails and of deleted files
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """List the image files of a folder and its subfolders, sorted by path, without hidden files."""
-    folder = Path(folder)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
+    """List the image files of a folder and its subfolders, sorted by path.
+
+    Linked folders are followed. Hidden files and folders are left out, and folders of thumbnails.
+
+    Raises:
+        UserError: a subfolder cannot be read, or an image is a broken link.
+    """
+    return [path for path in _files(folder) if path.suffix.lower() in SUFFIXES and _exists(path)]
+
+
+def list_unreadable(folder: str | Path) -> list[Path]:
+    """List the files of a folder and its subfolders that are images in formats which cannot be read, such as HEIC."""
+    return [path for path in _files(folder) if path.suffix.lower() in UNREADABLE]
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is left out."""
+    return name.startswith(".") or name.lower() in LEFT_OUT
+
+
+def _files(folder: str | Path) -> list[Path]:
+    paths, visited = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        if (target := os.path.realpath(root)) in visited:  # a link to a folder that was listed before, such as a parent
+            folders.clear()
+            continue
+        visited.add(target)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        paths += [Path(root, name) for name in files if not is_hidden(name)]
+    return sorted(paths)
+
+
+def _exists(path: Path) -> bool:
+    if not path.exists():
+        raise UserError(f"{path}: a broken link. Remove it, or restore the file {os.path.realpath(path)}")
+    return path.is_file()
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # an absent folder has no images
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}. Change its permissions, or move it")

@@ -15,6 +15,11 @@ from datamodules.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # last bytes of a complete file
+Image.init()
+# Formats that are read, whatever the suffix of a file. Others could start programs: PIL reads EPS with Ghostscript.
+FORMATS = tuple(
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+)
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` raises InvalidImage instead
 
@@ -23,17 +28,25 @@ class InvalidImage(UserError):
     """A file cannot be used as an image; the message names the file and the reason."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, page: int | None = None) -> Image.Image:
     """Decode an image completely, in its PIL mode, with the EXIF orientation applied.
 
+    Args:
+        path: image file.
+        page: index of a page of a stack; None for a file of one image.
+
     Raises:
-        InvalidImage: the file is missing, empty, truncated, not an image, or unreadable.
+        InvalidImage: the file is missing, empty, truncated, not an image, or unreadable, or it has several pages or frames
+            although `page` is None.
     """
     path = Path(path)
     try:
         if path.stat().st_size == 0:
             raise InvalidImage(f"{path}: empty file")
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if page is None and (pages := _pages(image)) > 1:
+                raise InvalidImage(f"{path}: {pages} pages or frames. Only segmentation reads stacks; save each as an image")
+            image.seek(page or 0)
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
             image.load()
@@ -48,6 +61,19 @@ def open_image(path: str | Path) -> Image.Image:
         raise InvalidImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, a possible decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, OverflowError, struct.error) as error:
         raise InvalidImage(f"{path}: truncated or damaged ({error})") from None
+
+
+def count_pages(path: str | Path) -> int:
+    """Return the number of pages or frames of an image file; 1 if it cannot be read, see `open_image` for the error."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return _pages(image)
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error, Image.DecompressionBombError):
+        return 1
+
+
+def _pages(image: Image.Image) -> int:
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photograph with its previews
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -78,10 +104,11 @@ def to_pixels(image: Image.Image, path: str | Path) -> Tensor:
 
 
 def to_channels(pixels: Tensor, channels: int) -> Tensor:
-    """Convert uint8 (1 or 3, H, W) to 1 or 3 channels: repeat gray, or reduce RGB to full-range BT.601 luma."""
+    """Convert uint8 or float32 (1 or 3, H, W) to 1 or 3 channels: repeat gray, or reduce RGB to full-range BT.601 luma."""
     if len(pixels) > channels:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        return (pixels.float() * weights).sum(0, keepdim=True).round().to(torch.uint8)
+        luma = (pixels.float() * weights).sum(0, keepdim=True)
+        return luma.round().to(torch.uint8) if pixels.dtype == torch.uint8 else luma
     return pixels.expand(channels, -1, -1)
 
 
@@ -102,7 +129,9 @@ def probe_image(path: str | Path, min_size: int) -> str:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            if _pages(image) > 1:
+                raise ValueError
             turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
             length = file.seek(0, 2)

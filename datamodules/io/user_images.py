@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.io.folders import list_images
-from datamodules.io.image_io import InvalidImage, open_image, to_channels, to_pixels
+from datamodules.io.folders import list_images, list_unreadable
+from datamodules.io.image_io import FORMATS, ORIENTATION, InvalidImage, count_pages, open_image, to_channels, to_pixels
+from datamodules.io.value_range import ValueRange, read_levels
 from datamodules.transforms import resize
 from datamodules.transforms.color import is_gray, rgb_to_ycbcr, ycbcr_to_rgb
 from datamodules.transforms.downsample import downsample_image
@@ -41,7 +43,8 @@ class SuperResolutionInputs(Dataset[dict[str, Any]]):
         """
         resize._placed_matrix.cache_clear()  # matrices of the last image's size: 25 MiB for 1500 pixels at scale 3
         image = open_image(self.files[index])
-        pixels = to_pixels(image, self.files[index]).float() / 255
+        pixels, alpha = read_pixels(image, self.files[index])
+        pixels = pixels / 255
         chroma = torch.empty(0)
         if is_gray(pixels):
             pixels = pixels[:1]
@@ -50,7 +53,7 @@ class SuperResolutionInputs(Dataset[dict[str, Any]]):
         return {
             "input": pixels[None],
             "chroma": chroma,
-            "alpha": read_alpha(image),
+            "alpha": alpha,
             "path": str(self.files[index]),
             "size": f"{image.width}x{image.height}",
         }
@@ -63,28 +66,36 @@ class SegmentationInputs(Dataset[dict[str, Any]]):
         files: readable image files.
         channels: 1 for luma or 3 for RGB.
         downscale: integer factor by which images are reduced after reading.
+        value_range: rule for black and white, as in training.
     """
 
-    def __init__(self, files: Sequence[Path], channels: int, downscale: int = 1) -> None:
-        self.files, self.channels, self.downscale = files, channels, downscale
+    def __init__(self, files: Sequence[Path], channels: int, downscale: int = 1, value_range: ValueRange = "dtype") -> None:
+        self.files, self.channels, self.downscale, self.value_range = files, channels, downscale, value_range
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"image": float32 (1, channels, h, w) in [0, 1], "photo": uint8 (1 or 3, H, W), "path": str}.
+        """Return {"image": float32 (P, channels, h, w) in [0, 1], "photo": uint8 (P, 1 or 3, H, W), "path": str}.
+
+        P is the number of pages of a stack, 1 for a single image.
 
         Raises:
-            InvalidImage: the image is smaller than `downscale` pixels.
+            InvalidImage: the image is smaller than `downscale` pixels, or the pages of a stack have different sizes.
         """
-        source_pixels = to_pixels(open_image(self.files[index]), self.files[index])
-        if min(source_pixels.shape[-2:]) < self.downscale:
+        path = self.files[index]
+        count = count_pages(path)
+        pages = [read_levels(path, self.value_range, page) for page in (range(count) if count > 1 else [None])]
+        if any(page.shape != pages[0].shape for page in pages):
+            raise InvalidImage(f"{path}: its pages have different sizes or modes. Save each page as an image")
+        if min(pages[0].shape[-2:]) < self.downscale:
             raise InvalidImage(
-                f"{self.files[index]}: {source_pixels.shape[-1]}x{source_pixels.shape[-2]} pixels, "
+                f"{path}: {pages[0].shape[-1]}x{pages[0].shape[-2]} pixels, "
                 f"too small: at least {self.downscale}x{self.downscale} are needed"
             )
-        image = downsample_image(to_channels(source_pixels, self.channels), self.downscale)[None].float() / 255
-        return {"image": image, "photo": source_pixels, "path": str(self.files[index])}
+        images = [downsample_image(to_channels(page, self.channels), self.downscale).float() / 255 for page in pages]
+        photo = torch.stack([page.round().to(torch.uint8) for page in pages])
+        return {"image": torch.stack(images), "photo": photo, "path": str(path)}
 
 
 class TranslationInputs(Dataset[dict[str, Any]]):
@@ -108,7 +119,8 @@ class TranslationInputs(Dataset[dict[str, Any]]):
         "input" is absent and "chroma" is empty.
         """
         image = open_image(self.files[index])
-        source_pixels = to_channels(to_pixels(image, self.files[index]), 3)[None].float()
+        pixels, alpha = read_pixels(image, self.files[index])
+        source_pixels = to_channels(pixels, 3)[None]
         if self.short_side is not None:
             sides = [max(1, round(side * self.short_side / min(source_pixels.shape[-2:]))) for side in source_pixels.shape[-2:]]
             source_pixels = F.interpolate(source_pixels, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -116,7 +128,7 @@ class TranslationInputs(Dataset[dict[str, Any]]):
             "image": source_pixels / 255,
             "direction": [self.direction],
             "chroma": torch.empty(0),
-            "alpha": read_alpha(image),
+            "alpha": alpha,
             "path": str(self.files[index]),
             "size": f"{image.width}x{image.height}",
         }
@@ -136,7 +148,7 @@ class PhotographInputs(Dataset[dict[str, Any]]):
     def __init__(self, files: Sequence[Path], min_side: int) -> None:
         sizes = {}
         for file in files:
-            with Image.open(file) as image:  # reads the header only
+            with Image.open(file, formats=FORMATS) as image:  # reads the header only
                 sizes[file] = image.size
         if small := [f"{file}: {w}x{h} pixels" for file, (w, h) in sizes.items() if min(w, h) < min_side]:
             raise InvalidImage(f"{'; '.join(small)}, too small: at least {min_side}x{min_side} are needed")
@@ -151,29 +163,42 @@ class PhotographInputs(Dataset[dict[str, Any]]):
         "input" is absent and "chroma" is empty.
         """
         image = open_image(self.files[index])
+        pixels, alpha = read_pixels(image, self.files[index])
         return {
-            "image": to_channels(to_pixels(image, self.files[index]), 3)[None].float() / 255,
+            "image": to_channels(pixels, 3)[None] / 255,
             "chroma": torch.empty(0),
-            "alpha": read_alpha(image),
+            "alpha": alpha,
             "path": str(self.files[index]),
             "size": f"{image.width}x{image.height}",
         }
 
 
-def read_alpha(image: Image.Image) -> Tensor:
-    """Return the alpha channel of an image, float32 (1, H, W) in [0, 1]; empty if absent."""
+def read_pixels(image: Image.Image, path: Path) -> tuple[Tensor, Tensor]:
+    """Return the pixels of an image, float32 (1 or 3, H, W) in [0, 255], and its alpha channel (1, H, W) in [0, 1], or empty.
+
+    16-bit gray keeps its levels. The color of a fully transparent pixel is not seen, and is often black; it is replaced by that
+    of the nearest other pixel, so that a network does not spread it over the edge.
+    """
+    if image.mode.startswith("I"):
+        return read_levels(path), torch.empty(0)
+    pixels = to_pixels(image, path).float()
     if not image.has_transparency_data:
-        return torch.empty(0)
-    return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
+        return pixels, torch.empty(0)
+    alpha = np.array(image.convert("RGBA").getchannel("A"))
+    if (alpha == 0).any() and alpha.any():
+        rows, columns = distance_transform_edt(alpha == 0, return_distances=False, return_indices=True)
+        pixels = pixels[:, torch.from_numpy(rows), torch.from_numpy(columns)]
+    return pixels, torch.from_numpy(alpha)[None].float() / 255
 
 
-def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
-    """Combine luma, chroma and alpha into an 8-bit image of mode L, LA, RGB or RGBA.
+def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor, bits: int = 8) -> Image.Image:
+    """Combine luma, chroma and alpha into an 8-bit image of mode L, LA, RGB or RGBA, or into 16-bit gray.
 
     Args:
         luma: (1, H, W) in [0, 1]; or RGB, (3, H, W), with empty chroma.
         chroma: Cb and Cr, (2, h, w), or empty; resized to (H, W) by bicubic interpolation.
         alpha: (1, h, w), or empty; resized in the same way.
+        bits: 8, or 16 for luma alone.
     """
     size = (luma.shape[-2], luma.shape[-1])
     channels = luma.float()
@@ -181,34 +206,78 @@ def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor) -> Image.Image:
         channels = ycbcr_to_rgb(torch.cat([channels, imresize(chroma, size)]))
     if alpha.numel():
         channels = torch.cat([channels, imresize(alpha, size)])
+    if bits == 16:
+        return Image.fromarray((channels[0].double() * 65535 + 0.5).floor().clamp(0, 65535).numpy().astype(np.uint16))
     levels = (channels * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
 
 
-def list_user_images(source: str, exclude: Path) -> list[Path]:
+class ImageFileInfo(NamedTuple):
+    """What an image file contains besides its pixels, for the file that is made from it.
+
+    Args:
+        bits: bits per value of a gray image: 8 or 16; 8 for color.
+        options: arguments of PIL's `Image.save`: the ICC profile, the EXIF data without orientation, and the resolution.
+    """
+
+    bits: int
+    options: dict[str, Any]
+
+
+def read_info(path: Path, mode: str) -> ImageFileInfo:
+    """Read what the output of mode `mode` (L, LA, RGB or RGBA) keeps of an input file.
+
+    A color profile is kept if it describes the mode: that of a CMYK file is not, because its pixels are converted.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        options: dict[str, Any] = {}
+        profile = image.info.get("icc_profile") or b""
+        if profile[16:20] == (b"GRAY" if mode.startswith("L") else b"RGB "):
+            options["icc_profile"] = profile
+        exif = image.getexif()
+        exif.pop(ORIENTATION, None)  # the pixels are turned
+        if exif and image.format != "TIFF":  # the tags of a TIFF file describe its storage
+            options["exif"] = exif.tobytes()
+        if "dpi" in image.info:
+            options["dpi"] = tuple(float(value) for value in image.info["dpi"])
+        return ImageFileInfo(16 if image.mode.startswith("I") else 8, options)
+
+
+def list_user_images(source: str, exclude: Path, stacks: bool) -> tuple[list[Path], list[str]]:
     """List the images of a file or a folder, and check that each can be decoded.
 
     Args:
         source: path of the file or folder.
         exclude: folder below `source` to skip, such as the output folder.
+        stacks: accept files of several pages.
+
+    Returns:
+        The images, and the reasons why other images of the folder cannot be used.
 
     Raises:
-        InvalidImage: there are no images, or some are unreadable; the message names them.
+        InvalidImage: there is no image that can be used; the message names the others.
     """
     path = Path(source)
     excluded = exclude.resolve()
-    paths = list_images(path) if path.is_dir() else [path]
-    files = [
-        file for file in paths if not path.is_dir() or excluded == path.resolve() or excluded not in file.resolve().parents
-    ]
-    if not files:
-        raise InvalidImage(f"{path}: no images in this folder. Give a folder with image files, or an image")
-    errors = []
-    for file in files:
+
+    def is_used(file: Path) -> bool:
+        return not path.is_dir() or excluded == path.resolve() or excluded not in file.resolve().parents
+
+    candidates = [file for file in (list_images(path) if path.is_dir() else [path]) if is_used(file)]
+    files, reasons = [], []
+    for file in candidates:
         try:
-            to_pixels(open_image(file), file)
+            page = 0 if stacks and count_pages(file) > 1 else None
+            to_pixels(open_image(file, page), file)
+            files.append(file)
         except InvalidImage as error:
-            errors.append(str(error))
-    if errors:
-        raise InvalidImage("; ".join(errors))
-    return files
+            reasons.append(str(error))
+    if path.is_dir():
+        reasons += [
+            f"{file}: {file.suffix} files cannot be read. Convert it" for file in list_unreadable(path) if is_used(file)
+        ]
+    if not files:
+        raise InvalidImage(
+            "; ".join(reasons) or f"{path}: no images in this folder. Give a folder with image files, or an image"
+        )
+    return files, reasons

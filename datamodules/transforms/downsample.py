@@ -15,9 +15,10 @@ def downsample_mask(mask: np.ndarray, downscale: int) -> np.ndarray:
 
 
 def downsample_image(pixels: Tensor, downscale: int) -> Tensor:
-    """Reduce a uint8 image (C, H, W) by an integer factor with antialiased bilinear interpolation."""
+    """Reduce a uint8 or float32 image (C, H, W) by an integer factor with antialiased bilinear interpolation."""
     if downscale == 1:
         return pixels
     size = [side // downscale for side in pixels.shape[-2:]]
     cropped = pixels[None, :, : size[0] * downscale, : size[1] * downscale]
-    return F.interpolate(cropped.float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)
+    reduced = F.interpolate(cropped.float(), size, mode="bilinear", antialias=True)[0]
+    return reduced.round().to(torch.uint8) if pixels.dtype == torch.uint8 else reduced

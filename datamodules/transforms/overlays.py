@@ -15,21 +15,22 @@ COLORS = torch.tensor(
 RED, BLUE, VIOLET = (torch.tensor(color) for color in ((0.9, 0.1, 0.1), (0.1, 0.3, 1.0), (0.7, 0.2, 0.9)))
 
 
-def overlay(image: Tensor, mask: Tensor, strength: float = 0.55) -> Tensor:
+def overlay(image: Tensor, mask: Tensor, strength: float = 0.55, colors: Tensor = COLORS) -> Tensor:
     """Overlay an image with the colors of its classes, except class 0 and ignored pixels.
 
     Args:
         image: (1 or 3, H, W) in [0, 1].
         mask: class ids (H, W).
         strength: weight of the colors, from 0 to 1.
+        colors: color of the classes 1, 2, ..., (N, 3) in [0, 1], repeated cyclically.
 
     Returns:
         (3, H, W) in [0, 1] on the CPU.
     """
     image, mask = image.detach().float().cpu().expand(3, -1, -1), mask.cpu().long()
     colored = (mask != 0) & (mask != IGNORE_INDEX)
-    colors = COLORS[(mask - 1).clamp(min=0) % len(COLORS)].permute(2, 0, 1)
-    return torch.where(colored, torch.lerp(image, colors, strength), image)
+    drawn = colors[(mask - 1).clamp(min=0) % len(colors)].permute(2, 0, 1)
+    return torch.where(colored, torch.lerp(image, drawn, strength), image)
 
 
 def error_overlay(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:

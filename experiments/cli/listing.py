@@ -6,6 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from datamodules.catalog.catalog import catalog, get_dataset
+from datamodules.catalog.held_out import HELD_OUT
 from datamodules.io.paths import data_root
 from experiments.results.tables import cells
 from experiments.run.recipes import Recipe, methods, recipes
@@ -37,7 +38,7 @@ def show_method(method: str) -> None:
         for line in recipe.header:
             console.print(Padding(escape(line), (0, 0, 0, 4)))
         data = recipe.content["data"].get("init_args", {})
-        names = [data.get("train"), data.get("val"), *data.get("test", [])]
+        names = [data.get("train"), data.get("images"), data.get("val"), *data.get("test", [])]
         listed = ", ".join(f"{name} ({_status(name)})" for name in dict.fromkeys(filter(None, names)))
         console.print(Padding(escape(f"Data: {listed or 'none'}"), (0, 0, 1, 4)))
 
@@ -47,6 +48,8 @@ def _recipes_of(method: str) -> list[Recipe]:
 
 
 def _status(spec: str) -> str:
+    if spec == HELD_OUT:
+        return "a share of the training images"
     dataset = catalog().get(spec.partition("/")[0])
     return dataset.status() if dataset else "a folder"
 

@@ -20,6 +20,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from callbacks.run.checkpoints import Checkpoints
 from callbacks.run.data_report import PrintDataReport
+from callbacks.run.image_table import ImageTable
 from callbacks.run.preemption import Preemption
 from callbacks.run.progress import ProgressBar
 from callbacks.run.run_record import RunRecord
@@ -182,13 +183,15 @@ class DarkroomCLI(LightningCLI):
         """Create the Trainer with the callbacks of the command; for `fit`, open the run first."""
         self.trainer_defaults["callbacks"] = [PrintDataReport(), ProgressBar(self.config.monitor)]
         if self.command == "test" and self.config.record:
-            self.trainer_defaults["callbacks"].append(RunRecord(Path(self.config.record), self.metadata()))
+            record = Path(self.config.record)
+            self.trainer_defaults["callbacks"] += [RunRecord(record, self.metadata()), ImageTable(record.with_suffix(".csv"))]
         if self.command != "fit":
             return self.make_trainer()
         self.run = open_run(self.recipe, self.config.run)
         self.trainer_defaults["callbacks"] += [
             PreviewImages(self.run.samples),
             RunRecord(self.run.record, self.metadata()),
+            ImageTable(self.run.image_table),
             Checkpoints(self.run.checkpoints, self.config.monitor),
             Preemption(self.run.checkpoints / "last.ckpt", f"Resume with: {self.resume_command()}"),
         ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
-from datamodules.io.image_io import InvalidImage
+from datamodules.io.image_io import InvalidImage, count_pages
 from datamodules.io.loader import make_loader
 from datamodules.io.user_images import list_user_images
 from datamodules.sampler import RankSampler
@@ -21,7 +21,8 @@ def predict(cli: DarkroomCLI) -> None:
     """Apply the method of a task to a user's images or video, and write the results to the output folder.
 
     Raises:
-        UserError: the method takes no images, an option is invalid, or a path cannot be read or written.
+        UserError: the method takes no images, an option is invalid, a path cannot be read or written, or files of the folder
+            were not processed, after all others.
     """
     task = task_of(cli.datamodule)
     if task.predict is None:
@@ -34,13 +35,15 @@ def predict(cli: DarkroomCLI) -> None:
             raise UserError(f"--{name} is empty. Give a path")
     load_resolved_weights(cli)
     source, output = Path(cli.config.input), Path(cli.config.output)
-    files = [] if is_video(source) else list_user_images(cli.config.input, exclude=output)
+    files, reasons = ([], []) if is_video(source) else list_user_images(cli.config.input, output, task.reads_stacks)
     require_writable(output)
     if is_video(source):
         predict_video(cli, source, output)
     else:
         report_videos(source, output)
         predict_images(cli, files, output_paths(files, source, output), output)
+    if reasons:
+        raise InvalidImage(f"{len(reasons)} of {len(files) + len(reasons)} files were not processed: {'; '.join(reasons)}")
 
 
 def report_videos(source: Path, output: Path) -> None:
@@ -114,7 +117,7 @@ def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
 
 
 def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Path]:
-    """Map each input file to its output path: a PNG in the same sub-folder as below `source`.
+    """Map each input file to its output path: a PNG, or a TIFF for a stack, in the same sub-folder as below `source`.
 
     Raises:
         UserError: an output would overwrite an input, or another file in the folder of an input.
@@ -124,9 +127,10 @@ def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Pat
     taken: set[Path] = set()
     paths: dict[str, Path] = {}
     for file in files:
-        path = output / file.relative_to(base).with_suffix(".png")
+        suffix = ".tif" if count_pages(file) > 1 else ".png"
+        path = output / file.relative_to(base).with_suffix(suffix)
         if path in taken:  # photo.jpg and photo.png in one folder
-            path = path.with_name(f"{file.name}.png")
+            path = path.with_name(f"{file.name}{suffix}")
         if path.resolve() in inputs:
             raise UserError(f"--output: {path} is one of the inputs and would be overwritten. Choose another folder")
         check_target(path, file.parent)

@@ -49,6 +49,11 @@ class Run:
         return self.folder / "record.json"
 
     @property
+    def image_table(self) -> Path:
+        """The test results of each image, a CSV file."""
+        return self.folder / "test_images.csv"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of last.ckpt and best.ckpt."""
         return self.folder / "checkpoints"

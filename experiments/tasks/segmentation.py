@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from callbacks.writers.mask_writer import MaskWriter
-from datamodules.catalog.masked_images import list_masked_images
 from datamodules.io.user_images import SegmentationInputs
 from datamodules.segmentation import Segmentation
 from experiments.tasks.task import Task
@@ -22,14 +21,16 @@ from modules.tasks.segmentation import SegmentationMethod
 
 def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Path) -> tuple[SegmentationInputs, MaskWriter]:
     """Return a dataset of the images, reduced as in the datamodule, and a writer of masks and overlays."""
-    return SegmentationInputs(files, cli.datamodule.channels, cli.datamodule.downscale), MaskWriter(paths, output)
+    data = cli.datamodule
+    inputs = SegmentationInputs(files, data.channels, data.downscale, data.value_range)
+    return inputs, MaskWriter(paths, output, data.class_names, data.class_colors)
 
 
 class PilTiles(Dataset[dict[str, Tensor]]):
     """Tiles with masks: PIL reads image and mask, SciPy rotates and deforms them."""
 
     def __init__(self, data: Segmentation) -> None:
-        self.data, self.images = data, list_masked_images(data.train, data.instances)
+        self.data, self.images = data, data.list_training_images()
 
     def __len__(self) -> int:
         return 100 * len(self.images)
@@ -72,4 +73,4 @@ def bench_inference(method: SegmentationMethod, data: Segmentation) -> dict[str,
     return {"megapixels_per_second": pixels / statistics.median(times[1:]) / 1e6}
 
 
-TASK = Task(Segmentation, PilTiles, bench_inference, predict)
+TASK = Task(Segmentation, PilTiles, bench_inference, predict, reads_stacks=True)

@@ -24,6 +24,7 @@ class Task:
         predict: function that creates the input dataset and the output writer of `darkroom predict`; None if the task has no
             image inputs.
         predict_options: names of the options of `darkroom predict` that the task accepts.
+        reads_stacks: whether `darkroom predict` takes files of several pages.
     """
 
     datamodule: type
@@ -31,3 +32,4 @@ class Task:
     bench_inference: Callable[[Any, Any], dict[str, Any]] | None = None
     predict: PredictFn | None = None
     predict_options: tuple[str, ...] = ()
+    reads_stacks: bool = False

@@ -78,7 +78,8 @@ class SegmentationMethod(Method, ABC):
         def argmax_tile(tile: Tensor) -> Tensor:
             return self._mean_over_symmetries(tile).argmax(1, keepdim=True).to(torch.uint8)
 
-        return {**batch, "prediction": predict_tiled(argmax_tile, batch["image"].to(self.dtype), self.tiling)[:, 0]}
+        images = batch["image"].to(self.dtype).split(1)  # the pages of a stack, one at a time, to bound the memory
+        return {**batch, "prediction": torch.cat([predict_tiled(argmax_tile, image, self.tiling)[:, 0] for image in images])}
 
     def _mean_over_symmetries(self, tile: Tensor) -> Tensor:
         probs = [

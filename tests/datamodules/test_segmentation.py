@@ -10,7 +10,8 @@ from scipy.ndimage import distance_transform_edt, label, map_coordinates
 from skimage.segmentation import find_boundaries
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog
-from datamodules.catalog.masked_images import MaskedImage, MaskSpec, list_masked_images
+from datamodules.catalog.masked_image import MaskedImage, MaskSpec
+from datamodules.catalog.masked_images import list_masked_images
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import ImageRef
@@ -176,7 +177,7 @@ def test_masks_with_values_0_and_255_raise_without_instances(folder):
     for name in ("a", "b", "deep/c"):
         mask = np.asarray(Image.open(folder / f"masks/{name}.png"))
         Image.fromarray(np.where(mask > 0, 255, 0).astype(np.uint8)).save(folder / f"masks/{name}.png")
-    with pytest.raises(UserError, match=r"data\.train: .*data\.instances"):
+    with pytest.raises(UserError, match=r"a\.png: .*data\.mask_format binary"):
         data_of(folder)
     data_of(folder, instances=True)  # one object per image
 

@@ -35,7 +35,7 @@ def test_predict_enlarges_images_of_all_modes(workdir, user_images, capfd):
         "gray": "L",
         "transparent": "RGBA",
         "print": "RGB",
-        "uint16": "L",
+        "uint16": "I;16",
         "tiny": "RGB",
         "album/odd": "RGB",
     }

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ResumableDataModule
 from datamodules.batches import PhotographBatch, PhotographEvalBatch
 from datamodules.catalog.array_readers import read_split
-from datamodules.catalog.catalog import catalog, get_dataset
+from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
@@ -88,6 +88,7 @@ class Photographs(ResumableDataModule):
         self.train, self.val, self.test = train, val, test
         self.size, self.eval_size, self.resize, self.streaming = size, eval_size, resize, streaming
         self.class_counts: dict[str, int] = {}
+        self.class_names_cache: list[str] | None = None
 
     # Setup
 
@@ -130,10 +131,20 @@ class Photographs(ResumableDataModule):
         return PhotographSet(usable, images, self.file_labels(usable))
 
     def file_labels(self, refs: Sequence[ImageRef]) -> Tensor:
-        """Return the classes of image files of a dataset, int64 (N,)."""
+        """Return the classes of image files of a dataset, int64 (N,), numbered by name as in the training set."""
         folders = class_folders(refs)
         self.class_counts[refs[0].dataset] = len(folders)
-        return folder_labels(refs, folders)
+        return folder_labels(refs, folders, self._training_class_names())
+
+    def _training_class_names(self) -> list[str]:
+        """Return the class names of the training images; none if they are arrays or not installed."""
+        if self.class_names_cache is None:
+            try:
+                refs = [] if is_array_dataset(self.train) else list_image_refs(self.train)
+            except DatasetNotFound:
+                refs = []
+            self.class_names_cache = [folder.name for folder in class_folders(refs)]
+        return self.class_names_cache
 
     # Loaders
 

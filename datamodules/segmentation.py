@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import SegmentationBatch
-from datamodules.catalog.catalog import catalog
-from datamodules.catalog.held_out import HELD_OUT, HeldOut, read_class_names
+from datamodules.catalog.catalog import HELD_OUT, catalog
+from datamodules.catalog.held_out import HeldOut, read_class_names
 from datamodules.catalog.masked_image import MaskedImage, MaskedSample, MaskSpec
 from datamodules.catalog.masked_images import list_masked_images, pair_folders
 from datamodules.errors import UserError

@@ -61,6 +61,8 @@ class SuperResolution(ResumableDataModule):
         self.scale, self.train, self.val_every_nth, self.val, self.test = scale, train, val_every_nth, val, test
         self.channels, self.blur = channels, blur
         self.patch_size, self.border_overhang, self.streaming = patch_size, border_overhang, streaming
+        if 2 * border_overhang >= patch_size:
+            raise UserError(f"data.border_overhang: {border_overhang} must be less than half of data.patch_size: {patch_size}")
         self.blur_radius = math.ceil(3 * blur)  # HR pixels
         self.margin = KERNEL_MARGIN + -(-self.blur_radius // scale)  # LR pixels around a patch that its pixels depend on
 

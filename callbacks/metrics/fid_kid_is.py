@@ -29,6 +29,8 @@ MetricName = Literal["fid", "fid-split-half", "kid", "inception-score", "precisi
 Features = dict[str, Tensor]  # "features" (N, F), and for a classifier "logits" (N, K)
 BATCH_SIZE = 100  # images per forward pass
 KID_SUBSET_SIZE = 1000  # images in each KID subset
+# Samples without which a metric is not defined: two for a covariance, ten splits, three neighbors.
+MIN_SAMPLES = {"fid": 2, "kid": KID_SUBSET_SIZE, "inception-score": 10, "precision-recall": 4}
 
 
 class FeatureMetrics(SampleSetMetric):
@@ -79,11 +81,18 @@ class FeatureMetrics(SampleSetMetric):
         never_evaluated = stage == "fit" and not self.on_validation and not trainer.datamodule.test
         if self.network is not None or never_evaluated:
             return
+        count = getattr(trainer.datamodule, "test_samples", None)
+        for metric in self.metrics:
+            if count is not None and count < MIN_SAMPLES.get(metric, 1):
+                raise UserError(f"data.test_samples: {count} are too few for {metric}. Use at least {MIN_SAMPLES[metric]:,}")
         module, _, name = self.extractor.rpartition(".")
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
             raise UserError(f"extractor: no class {self.extractor} exists. Check its import path") from None
+        is_network = isinstance(kind, type) and isinstance(getattr(kind, "name", None), str) and hasattr(kind, "url")
+        if not is_network:
+            raise UserError(f"extractor: {self.extractor} is not a feature network. Use one of feature_extractors.py")
         try:
             path = find_or_download(kind.name, kind.url, self.weights)  # torch-fidelity would unpickle any object
         except UserError as error:

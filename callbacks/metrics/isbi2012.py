@@ -7,6 +7,8 @@ import numpy as np
 from scipy.ndimage import label
 
 from callbacks.metrics.base import ImageMetric
+from datamodules.errors import UserError
+from datamodules.transforms.downsample import IGNORE_INDEX
 
 THRESHOLDS = tuple(level / 10 for level in range(10))  # 0.0 ... 0.9
 # Offsets of a pixel's neighbors, in the order of the bits of a neighborhood code; those at even positions share an edge.
@@ -36,7 +38,12 @@ class ISBI2012Errors(ImageMetric):
 
     def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
         """Return the counts of `error_counts` at each threshold: (thresholds, 9)."""
-        inside, truth = outputs["prediction"][i, 1].cpu().numpy(), outputs["mask"][i].cpu().numpy() == 1
+        inside, mask = outputs["prediction"][i, 1].cpu().numpy(), outputs["mask"][i].cpu().numpy()
+        if (mask == IGNORE_INDEX).any():
+            raise UserError(
+                f"{outputs['name'][i]}: ignored pixels (255) have no place in the measures of ISBI 2012. Remove them"
+            )
+        truth = mask == 1
         return np.array([error_counts(truth, inside > level) for level in THRESHOLDS])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:

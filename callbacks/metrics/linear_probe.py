@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from callbacks.metrics.base import Metric
 from datamodules.errors import UserError
-from datamodules.io.image_set import ImageSet, load_image_set
+from datamodules.io.image_set import ImageSet, folder_class_names, load_image_set
 from datamodules.random.noise import derive_seed
 from modules.networks.batch_norm import reset_bn_stats
 
@@ -72,8 +72,10 @@ class LinearProbe(Metric):
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate on every rank, with the same result."""
         data = trainer.datamodule
+        names = folder_class_names(self.datasets[0])
         train, val, test = (
-            load_image_set(spec, data.size, data.channels, data.crop_region, data.data_report) for spec in self.datasets
+            load_image_set(spec, data.size, data.channels, data.crop_region, data.data_report, class_names=names)
+            for spec in self.datasets
         )
         discriminator = with_recomputed_bn_stats(pl_module.discriminator, train.pixels[:N_BN_IMAGES], pl_module.device)
         labels = train.labels.numpy()

@@ -7,6 +7,7 @@ import numpy as np
 from scipy.ndimage import label, maximum_filter, minimum_filter
 
 from callbacks.metrics.base import ImageMetric
+from datamodules.transforms.downsample import IGNORE_INDEX
 from datamodules.transforms.objects import decode_masks, label_map
 
 
@@ -19,15 +20,17 @@ class CTCSeg(ImageMetric):
     match scores 0. True objects of one pixel are excluded, and false positives are not penalized (Maska et al.,
     Bioinformatics 2014). Predicted objects are the edge-connected components of the pixels whose most likely class is 1.
 
-    Required outputs: {"prediction": (N, K, H, W), "instance_ids": (N, H, W), labels of the true objects, 0 for background}.
+    Pixels whose mask is 255 are ignored: they belong to no object. Required outputs: {"prediction": (N, K, H, W), "mask" and
+    "instance_ids": (N, H, W), labels of the true objects, 0 for background}.
     """
 
-    required_outputs = ("prediction", "instance_ids")
+    required_outputs = ("prediction", "mask", "instance_ids")
 
     def update(self, outputs: dict[str, Any], i: int) -> np.ndarray:
         """Return the scores of the objects in the image, and 1 for each that touches another: float64 (2, objects)."""
-        cells = outputs["prediction"][i].argmax(0).cpu().numpy() == 1
-        true = outputs["instance_ids"][i].cpu().numpy()
+        counted = outputs["mask"][i].cpu().numpy() != IGNORE_INDEX
+        cells = (outputs["prediction"][i].argmax(0).cpu().numpy() == 1) & counted
+        true = outputs["instance_ids"][i].cpu().numpy() * counted
         return np.stack([seg_scores(true, label(cells)[0]), touching_objects(true)])
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:

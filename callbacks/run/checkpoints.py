@@ -1,10 +1,13 @@
 """Checkpoints: the latest state to resume from, and the best weights to evaluate."""
 
+import errno
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from datamodules.errors import UserError
 from modules.training.gradients import broadcast_buffers
@@ -14,17 +17,20 @@ class Checkpoints(Callback):
     """Callback that writes `last.ckpt` after every validation, and `best.ckpt` when the monitored metric has improved.
 
     Both are first written to a temporary file, which then replaces the older checkpoint. A run that is killed during writing
-    keeps the older checkpoint.
+    keeps the older checkpoint. If training ends without a validation, for example because of `max_steps`, both are written at
+    its end. While the metric is not a number, such as the IoU of an absent class, `best.ckpt` has the latest weights.
 
     Args:
         folder: folder of both checkpoints.
-        monitor: logged metric that selects the best weights, higher is better; None to use the latest weights.
+        monitor: logged metric that selects the best weights; None to use the latest weights.
+        mode: "max" if higher values of the metric are better, "min" if lower ones are.
     """
 
-    def __init__(self, folder: Path, monitor: str | None = None) -> None:
-        self.last, self.best, self.monitor = folder / "last.ckpt", folder / "best.ckpt", monitor
-        self.best_value = float("-inf")
+    def __init__(self, folder: Path, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
+        self.last, self.best, self.monitor, self.mode = folder / "last.ckpt", folder / "best.ckpt", monitor, mode
+        self.best_value = float("-inf") if mode == "max" else float("inf")
         self.best_images = 0
+        self.saved_images = -1  # images seen at the newest checkpoint
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the state, and the weights if they are the best so far.
@@ -36,15 +42,35 @@ class Checkpoints(Callback):
             return
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if "/" in name))
-            raise UserError(f"monitor: no metric '{self.monitor}' is logged. Use one of: {known}")
+            raise UserError(
+                f"monitor: no metric '{self.monitor}' is logged. "
+                + (f"Use one of: {known}" if known else "No metric is logged at validations; use null for the latest weights")
+            )
         if trainer.sanity_checking:
             return
-        improved = True
-        if self.monitor is not None:
-            value = float(trainer.callback_metrics[self.monitor])
-            improved = value > self.best_value
-            self.best_value = value if improved else self.best_value
-        if improved:
+        if self._has_improved(trainer, pl_module):
+            self.best_images = pl_module.images_seen
+            save_checkpoint(trainer, self.best)
+        save_checkpoint(trainer, self.last)
+        self.saved_images = pl_module.images_seen
+
+    def _has_improved(self, trainer: Any, pl_module: Any) -> bool:
+        if self.monitor is None:
+            return True
+        value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):
+            if trainer.is_global_zero:
+                print(f"monitor   {self.monitor} is not a number after {pl_module.images_seen:,} images", flush=True)
+            return math.isinf(self.best_value)  # there was no number before
+        improved = value > self.best_value if self.mode == "max" else value < self.best_value
+        self.best_value = value if improved else self.best_value
+        return improved
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save the state if training has ended after the last validation, and the weights if there was no validation."""
+        if self.saved_images == pl_module.images_seen or not trainer.global_step:
+            return
+        if not self.best_images:
             self.best_images = pl_module.images_seen
             save_checkpoint(trainer, self.best)
         save_checkpoint(trainer, self.last)
@@ -56,6 +82,22 @@ class Checkpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, see `state_dict`."""
         self.best_value, self.best_images = state_dict["best_value"], state_dict["best_images"]
+
+
+class LocalCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint directly to its path; Lightning first writes it to the folder of temporary files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: the file cannot be written completely; it names the file.
+        """
+        try:
+            torch.save(checkpoint, path)
+        except RuntimeError as error:  # torch does not say which error of the system it was
+            Path(path).unlink(missing_ok=True)
+            raise OSError(errno.ENOSPC, f"not written ({' '.join(str(error).split())[:100]})", str(path)) from None
 
 
 def save_checkpoint(trainer: Any, path: Path) -> None:

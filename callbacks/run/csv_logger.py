@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.errors import UserError
+
 COLUMNS = ["step", "images", "name", "value"]
 
 
@@ -64,6 +66,26 @@ class CSVLogger(Logger):
 
 
 def read_metrics_csv(path: Path) -> list[dict[str, str]]:
-    """Return the complete rows of a log, without a last row that was truncated when the run was killed."""
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["value"]]
+    """Return the complete rows of a log, without a last row that was truncated when the run was killed.
+
+    Raises:
+        UserError: the file is damaged; the message names the line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a log: {error}. Restore it, or remove it") from None
+    for number, row in enumerate(rows, 2):
+        if row.keys() != set(COLUMNS) or not (_is_row(row) or number == len(rows) + 1):
+            raise UserError(f"{path}, line {number}: not a row of a log, {', '.join(COLUMNS)}. Restore the file, or remove it")
+    return [row for row in rows if _is_row(row)]
+
+
+def _is_row(row: Mapping[str, str | None]) -> bool:
+    try:
+        int(row["images"] or "")
+        float(row["value"] or "")
+    except ValueError:
+        return False
+    return True

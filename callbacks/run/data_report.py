@@ -1,4 +1,4 @@
-"""Report of unusable data files."""
+"""Report of the images of a run, and of unusable data files."""
 
 from typing import Any
 
@@ -6,10 +6,19 @@ from lightning.pytorch.callbacks import Callback
 
 
 class PrintDataReport(Callback):
-    """Callback that prints the number and the names of unusable files that were skipped."""
+    """Callback that prints the number of images of each dataset, and the names of unusable files that were skipped."""
+
+    def __init__(self) -> None:
+        self.printed: set[str] = set()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Print the report, after the setup of the datamodule."""
-        skipped = trainer.datamodule.data_report.skipped if trainer.datamodule else []
-        if skipped and trainer.is_global_zero:
-            print(f"left out  {len(skipped)} unusable files: {'; '.join(skipped)}", flush=True)
+        if not trainer.datamodule or not trainer.is_global_zero:
+            return
+        report = trainer.datamodule.data_report
+        counts = {name: len(images) for name, images in report.content_hashes.items() if set(images) != {"all"}}
+        if found := [f"{name} {count:,}" for name, count in counts.items() if name not in self.printed]:
+            print(f"images    {', '.join(found)}", flush=True)
+        self.printed |= counts.keys()
+        if report.skipped:
+            print(f"left out  {len(report.skipped)} unusable files: {'; '.join(report.skipped)}", flush=True)

@@ -1,4 +1,4 @@
-"""Response to Ctrl-C, SIGTERM and SIGUSR1: save after the current step, print how to resume, and stop."""
+"""Response to Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: save after the current step, print how to resume, and stop."""
 
 import signal
 from pathlib import Path
@@ -25,6 +25,7 @@ class Preemption(Callback):
     def __init__(self, path: Path, resume_hint: str) -> None:
         self.path, self.resume_hint = path, resume_hint
         self.signal_status = 0
+        self.between_steps = False  # during training; an exception then comes from the data
         self.handlers: dict[int, Any] = {}
         self.pending_reduce: tuple[Any, torch.Tensor] | None = None
 
@@ -42,8 +43,20 @@ class Preemption(Callback):
         self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restore the previous signal handlers."""
+        """Save if the training data could not be read, such as a damaged file; restore the previous signal handlers."""
         self._restore_handlers()
+        if not (self.between_steps and isinstance(exception, Exception) and trainer.world_size == 1):
+            return
+        save_checkpoint(trainer, self.path)
+        print(f"\nThe training data could not be read. Saved. {self.resume_hint}", flush=True)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note that a step begins."""
+        self.between_steps = False
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note that a validation begins."""
+        self.between_steps = False
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Handle signals during the test after training, too."""
@@ -68,6 +81,8 @@ class Preemption(Callback):
     def _install_handlers(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.handlers[number] = signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
+            self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_signal)
 
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
@@ -83,11 +98,14 @@ class Preemption(Callback):
         """Stop after a step; if a validation is due, stop after it."""
         if not is_validation_due(trainer) and (signal_status := self._signal_on_any_rank(trainer)):
             self._stop(trainer, signal_status)
+        self.between_steps = not is_validation_due(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop after a validation during training."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and (signal_status := self._signal_on_any_rank(trainer)):
-            self._stop(trainer, signal_status)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            if signal_status := self._signal_on_any_rank(trainer):
+                self._stop(trainer, signal_status)
+            self.between_steps = True
 
     def _signal_on_any_rank(self, trainer: Any) -> int:
         """Return the largest flag of all ranks; with several ranks, the flags are those of the previous step.

@@ -5,7 +5,9 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+BAR_WIDTH = 18  # columns; the bar, the numbers and the remaining time fit into 80
 
 
 class ProgressBar(Callback):
@@ -30,12 +32,11 @@ class ProgressBar(Callback):
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
         self.progress = Progress(
-            TextColumn(unit),
-            BarColumn(),
+            BarColumn(bar_width=BAR_WIDTH),
             TaskProgressColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f}  {task.fields[text]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn(f"{{task.completed:,.0f}} of {{task.total:,.0f}} {unit}"),
+            TimeRemainingColumn(),  # the texts that follow are cut first if the terminal is narrow
+            TextColumn("{task.fields[text]}"),
             console=self.console,
             auto_refresh=False,  # a refresh thread would compete with the training loop for the interpreter
         )
@@ -55,7 +56,7 @@ class ProgressBar(Callback):
             self._close()
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking and self.progress is None:
             done = f"{pl_module.images_seen:,} of {pl_module.total_images:,} images"
-            print(f"{done}  {self._status_text(trainer, pl_module)}", flush=True)
+            print(f"{done}  {self._status_text(trainer, pl_module)}{self._time_left(pl_module)}", flush=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the completed bar on the terminal."""
@@ -98,6 +99,11 @@ class ProgressBar(Callback):
         """Advance the bar, see `on_test_batch_end`."""
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer)
+
+    def _time_left(self, pl_module: Any) -> str:
+        done, left = pl_module.images_seen - self.images_at_start, pl_module.total_images - pl_module.images_seen
+        seconds = round((time.monotonic() - self.started) * left / done) if done else 0
+        return f"  {seconds // 60}:{seconds % 60:02d} left" if left > 0 and done else ""
 
     def _status_text(self, trainer: Any, pl_module: Any) -> str:
         rate = (pl_module.images_seen - self.images_at_start) / (time.monotonic() - self.started)

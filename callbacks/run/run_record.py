@@ -33,6 +33,7 @@ class RunRecord(Callback):
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path, self.metadata = path, metadata
         self.seconds = 0.0
+        self.started = time.monotonic()
         self.previous_segments: list[dict[str, Any]] = []  # trained by other versions of the code
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

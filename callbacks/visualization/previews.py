@@ -68,5 +68,8 @@ class PreviewImages(Callback):
         path = self.folder / f"{name}.png"
         save_image(image, path)
         for logger in trainer.loggers:
+            title = "samples" if name.isdigit() else name
             if hasattr(logger, "log_image"):
-                logger.log_image("samples" if name.isdigit() else name, [str(path)])
+                logger.log_image(title, [str(path)])
+            elif hasattr(getattr(logger, "experiment", None), "add_image"):  # TensorBoard
+                logger.experiment.add_image(title, image[0].clamp(0, 1), trainer.global_step)

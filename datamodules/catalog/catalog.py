@@ -18,6 +18,7 @@ from datamodules.io.paths import data_root
 
 HERE = Path(__file__).parent
 MANIFESTS = HERE / "manifests"
+HELD_OUT = "held-out"  # name of the images that a datamodule holds out, in place of a dataset
 
 
 class DatasetNotFound(UserError):

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from datamodules.catalog.catalog import HELD_OUT
 from datamodules.catalog.masked_image import MaskedImage
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
-
-HELD_OUT = "held-out"  # name of the held-out images as a dataset
 
 
 class HeldOut:

@@ -119,7 +119,7 @@ def pixel_hash(pixels: Tensor) -> str:
 
 
 def probe_image(path: str | Path, min_size: int) -> str:
-    """Check a file by its header and its last bytes; decode it only if these are inconclusive.
+    """Check a file by its header and its last bytes, and a PNG by its checksums; decode it only if these are inconclusive.
 
     Returns:
         Size of the image and of the file: "500x375 10964".
@@ -132,8 +132,11 @@ def probe_image(path: str | Path, min_size: int) -> str:
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             if _pages(image) > 1:
                 raise ValueError
-            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            is_png = image.format == "PNG"  # its getexif would decode the pixels
+            turned = (not is_png or "exif" in image.info) and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
+            if is_png:
+                image.verify()  # checksums of all chunks
             length = file.seek(0, 2)
             file.seek(max(0, length - 64))
             complete = image.format in END_MARKERS and END_MARKERS[image.format] in file.read()

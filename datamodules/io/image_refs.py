@@ -32,9 +32,16 @@ def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
     stems = Counter(path.stem for path in paths)
     root = commonpath([path.parent for path in paths])
     return [
-        ImageRef(dataset_label(spec), path.stem if stems[path.stem] == 1 else path.relative_to(root).as_posix(), path)
+        ImageRef(
+            dataset_label(spec), printable(path.stem if stems[path.stem] == 1 else path.relative_to(root).as_posix()), path
+        )
         for path in paths
     ]
+
+
+def printable(name: str) -> str:
+    """Return a file name with the bytes that are not UTF-8 as escapes, so that it can be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def dataset_label(spec: str) -> str:
@@ -42,7 +49,7 @@ def dataset_label(spec: str) -> str:
 
     Slashes become dashes: "photographs-test" for "photographs/test". An absolute path has the name of its folder.
     """
-    return Path(spec).name if Path(spec).is_absolute() else spec.strip("./").replace("/", "-")
+    return printable(Path(spec).name if Path(spec).is_absolute() else spec.strip("./").replace("/", "-"))
 
 
 class DataReport:

@@ -13,6 +13,7 @@ from torch import Tensor
 from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
+from datamodules.io.folders import is_hidden
 from datamodules.io.image_io import InvalidImage, pixel_hash, read_image
 from datamodules.io.image_refs import DataReport, ImageRef, dataset_label, list_image_refs
 
@@ -37,7 +38,13 @@ class Square(NamedTuple):
 
 
 def load_image_set(
-    spec: str, size: int, channels: int, square: Square, data_report: DataReport, max_images: int | None = None
+    spec: str,
+    size: int,
+    channels: int,
+    square: Square,
+    data_report: DataReport,
+    max_images: int | None = None,
+    class_names: Sequence[str] = (),
 ) -> ImageSet:
     """Load the images and labels of a dataset or a folder.
 
@@ -49,6 +56,7 @@ def load_image_set(
         square: part of image files that is resized.
         data_report: report that collects content hashes and skipped files.
         max_images: number of images that are read, a random subset; None for all.
+        class_names: names of the classes of another set, see `folder_labels`.
 
     Raises:
         DatasetNotFound: the dataset is not installed.
@@ -68,14 +76,23 @@ def load_image_set(
         return ImageSet(resize_uint8(pixels[used], size), labels[used])
     refs = list_image_refs(spec)
     refs = data_report.validate([refs[i] for i in random_subset(len(refs), max_images)], square.side or size)
-    images = torch.empty(len(refs), channels, size, size, dtype=torch.uint8)
+    with torch.inference_mode(False):  # the threads below are not in this mode, and may not write to its tensors
+        images = torch.empty(len(refs), channels, size, size, dtype=torch.uint8)
 
     def read(i: int) -> None:
         images[i] = read_square(refs[i].path, size, channels, square)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(read, range(len(refs))))
-    return ImageSet(images, folder_labels(refs))
+    return ImageSet(images, folder_labels(refs, class_names=class_names))
+
+
+def folder_class_names(spec: str) -> list[str]:
+    """Return the names of the classes of a set of image files, which are the names of their folders; () for arrays."""
+    name = spec.partition("/")[0]
+    if name in catalog() and get_dataset(name).arrays:
+        return []
+    return sorted({ref.path.parent.name for ref in list_image_refs(spec)})
 
 
 def random_subset(count: int, max_items: int | None) -> Tensor:
@@ -94,18 +111,26 @@ def class_folders(refs: Sequence[ImageRef]) -> list[Path]:
     """Return the folders of images and the folders next to them, sorted: a folder of each class, as in `ImageFolder`."""
     own = {ref.path.parent.absolute() for ref in refs}
     readable = {folder.parent for folder in own if os.access(folder.parent, os.R_OK | os.X_OK)}
-    return sorted(own | {folder for parent in readable for folder in parent.iterdir() if folder.is_dir()})
+    siblings = {folder for parent in readable for folder in parent.iterdir() if folder.is_dir() and not is_hidden(folder.name)}
+    return sorted(own | siblings)
 
 
-def folder_labels(refs: Sequence[ImageRef], folders: Sequence[Path] | None = None) -> Tensor:
-    """Return the index of each image's folder: int64 (N,).
+def folder_labels(refs: Sequence[ImageRef], folders: Sequence[Path] | None = None, class_names: Sequence[str] = ()) -> Tensor:
+    """Return the index of each image's folder, its class: int64 (N,).
 
     Args:
         refs: images.
         folders: all folders, such as those of `class_folders`; None for those of the images, sorted.
+        class_names: names of the classes of another set. If a folder has such a name, classes are numbered by name, as in that
+            set, and other names follow. A set that lacks a class then has the labels of the other set.
     """
     own = [ref.path.parent.absolute() for ref in refs]
-    numbers = {folder: i for i, folder in enumerate(folders or sorted(set(own)))}
+    everything = list(folders or sorted(set(own)))
+    names = [folder.name for folder in everything]
+    if set(names) & set(class_names):
+        known = [*class_names, *sorted(set(names) - set(class_names))]
+        return torch.tensor([known.index(folder.name) for folder in own])
+    numbers = {folder: i for i, folder in enumerate(everything)}
     return torch.tensor([numbers[folder] for folder in own])
 
 

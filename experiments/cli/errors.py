@@ -50,9 +50,10 @@ def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return a message without the traceback that a DataLoader worker adds to it."""
-    lines = message.strip().splitlines() or [""]
-    return lines[0] if len(lines) == 1 else lines[-1].partition(": ")[2]
+    """Return a message on one line, without the traceback that a DataLoader worker adds to it."""
+    if message.startswith("Caught ") and "Traceback (most recent call last)" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split()) or "an error without a message"
 
 
 def _suggest(name: str, valid_names: Iterable[str], prefix: str = "") -> str:

@@ -20,7 +20,8 @@ def sample(argv: list[str]) -> int:
         raise UserError(f"sample: --count {args.count}: must be at least 1")
     from experiments.run import sample
 
-    sample.sample(recipe, options, args.count, args.seed, args.output)
+    grid = sample.sample(recipe, options, args.count, args.seed, args.output)
+    _enlarge(grid, args.zoom)
     return 0
 
 
@@ -36,10 +37,12 @@ def interpolate(argv: list[str]) -> int:
         from experiments.run import reconstruct
 
         reconstruct.interpolate(recipe, options, args.indices, args.steps, args.output)
+        _enlarge(args.output, args.zoom)
         return 0
     from experiments.run import sample
 
     sample.interpolate(recipe, options, args.indices, args.steps, args.seed, args.output)
+    _enlarge(args.output, args.zoom)
     return 0
 
 
@@ -55,6 +58,7 @@ def arithmetic(argv: list[str]) -> int:
     from experiments.run import sample
 
     sample.arithmetic(recipe, options, args.plus, args.minus, args.seed, args.output)
+    _enlarge(args.output, args.zoom)
     return 0
 
 
@@ -67,6 +71,7 @@ def manifold(argv: list[str]) -> int:
     from experiments.run import sample
 
     sample.manifold(recipe, options, args.grid_size, args.output)
+    _enlarge(args.output, args.zoom)
     return 0
 
 
@@ -98,6 +103,7 @@ def nearest(argv: list[str]) -> int:
     from experiments.run import nearest
 
     nearest.nearest(recipe, options, args.count, args.k, args.seed, args.output)
+    _enlarge(args.output, args.zoom)
     return 0
 
 
@@ -110,6 +116,7 @@ def reconstruct(argv: list[str]) -> int:
     from experiments.run import reconstruct
 
     reconstruct.reconstruct(recipe, options, args.indices, args.output)
+    _enlarge(args.output, args.zoom)
     return 0
 
 
@@ -124,12 +131,15 @@ def retrieve(argv: list[str]) -> int:
     from experiments.run import reconstruct
 
     reconstruct.retrieve(recipe, options, args.indices, args.k, args.output)
+    _enlarge(args.output, args.zoom)
     return 0
 
 
 def _parse(parser: Parser, argv: list[str]) -> tuple[Namespace, Recipe, list[str]]:
     """Return the arguments, the recipe, and the words that select the weights and override keys of the recipe."""
     args, overrides = parser.parse_with_overrides(argv)
+    if not 1 <= getattr(args, "zoom", 1) <= 16:
+        raise UserError(f"--zoom {args.zoom}: must be from 1 to 16")
     words = [*(["--ckpt", args.ckpt] if args.ckpt else []), *overrides]
     return args, *find_network(args.recipe, args.run, words, args.modules)
 
@@ -160,6 +170,17 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+def _enlarge(path: str | Path, factor: int) -> None:
+    """Enlarge a picture that a command has written by a whole factor, for slides; each pixel becomes a square."""
+    if factor == 1:
+        return
+    from PIL import Image
+
+    with Image.open(path) as image:
+        enlarged = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    enlarged.save(path)
+
+
 def _require_non_negative(option: str, indices: list[int]) -> None:
     if negative := [index for index in indices if index < 0]:
         raise UserError(f"{option}: {negative[0]} is not a sample index. Use indices from 0")
@@ -175,3 +196,4 @@ def _seeded_parser(command: str, description: str, output: str) -> Parser:
 def _add_common_arguments(parser: Parser, output: str) -> None:
     add_network_arguments(parser)
     parser.add_argument("--output", default=output, metavar="PATH", help=f"output path (default {output})")
+    parser.add_argument("--zoom", type=int, default=1, metavar="N", help="enlarge the written picture N times (default 1)")

@@ -5,8 +5,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from datamodules.catalog.catalog import catalog, get_dataset
-from datamodules.catalog.held_out import HELD_OUT
+from datamodules.catalog.catalog import HELD_OUT, catalog, get_dataset
 from datamodules.io.paths import data_root
 from experiments.results.tables import cells
 from experiments.run.recipes import Recipe, methods, recipes

@@ -5,80 +5,18 @@ import sys
 import time
 from difflib import get_close_matches
 from importlib.metadata import version
+from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 
 from datamodules.errors import UserError
 from experiments.cli import latent_commands, style_commands
+from experiments.cli.errors import one_line
+from experiments.cli.help_text import COMMAND_OPTIONS, HELP, RUN_HELP
 from experiments.cli.parser import Parser
-from experiments.cli.process_errors import environment_error, exit_with_parent, report_error
+from experiments.cli.process_errors import environment_error, exit_with_parent, is_out_of_memory, report_error
 from experiments.run.network import find_network
 from experiments.run.recipes import find_recipe, known_method, methods
-
-HELP = """\
-usage: darkroom COMMAND ...
-
-train, evaluate and predict
-  demo                       train a super-resolution network on photographs, in two minutes
-  fit RECIPE [--KEY VALUE]   train, then evaluate on the available test sets
-  validate RECIPE            evaluate on the validation set
-  test RECIPE                evaluate on the available test sets
-  predict RECIPE --input PATH                apply a method to an image, a folder or a video (--output FOLDER)
-  sample RECIPE --output FOLDER              generate images from noise (--count N)
-  interpolate RECIPE --indices 3 17 42       interpolate in latent space between samples (--images: between test images)
-  arithmetic RECIPE --plus 1 2 --minus 3 4   add and subtract the latents of samples
-  manifold RECIPE                            plot decoder outputs over a 2-D latent grid (--grid-size N)
-  growth RECIPE                              show samples of the same latents at the end of each stage (--run NAME)
-  nearest RECIPE                             show samples and the training images nearest to them (--count N, --k N)
-  reconstruct RECIPE                         show test images and their reconstructions (--indices 0 1 2)
-  retrieve RECIPE                            find the test images with codes similar to a query image's (--indices 0 1 2, --k N)
-  export RECIPE --output FILE.safetensors    write weights with a description of their network, one file for predict
-  neural-style CONTENT STYLE                 transfer a style by optimization of the image (--size N, --steps N)
-  deepdream IMAGE                            amplify the features of a network in an image (--layer NAME)
-
-  RECIPE is a name, such as espcn/t91_x3, or the path of a YAML file. The name espcn alone means espcn/demo.
-  Any key can be overridden: darkroom fit espcn/t91_x3 --model.activation relu --trainer.devices 2
-  With fit, --run NAME names a run, or resumes it if it exists; --wandb offline also logs to Weights & Biases.
-  To evaluate or apply a network, give the folder of a run instead of RECIPE, or RECIPE and --run NAME (or --run latest):
-  the network then has the settings of the run. --ckpt FILE selects other weights. predict, sample and the like also take
-  a file of weights instead of RECIPE, if it describes its network (darkroom export); --modules FILE allows it your classes.
-  darkroom fit RECIPE --help lists all keys.
-
-inspect, reproduce and scale
-  list [METHOD]              list the methods, or describe the recipes of METHOD
-  reproduce METHOD           print the paper's tables with published values and ours (--run, --check, --write, --json)
-  sweep FILE                 search hyperparameters as defined by FILE, such as sweeps/espcn.yaml (--storage S)
-  submit RECIPE|FILE         train or search on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
-  bench RECIPE               compare the training speed with a plain PyTorch loop and with PIL loading (--json)
-  scaling RECIPE ...         measure the speedup of several processes, and estimate that of 8 and 64 GPUs (--write)
-  style-speed RECIPE         compare the speed of a style network with that of optimization (--write)
-  style-objective RECIPE     compare the objective of a style network with that of optimization (--write)
-  data list                  list the datasets and whether they are installed
-  data get NAME              download a dataset
-  data verify NAME           compare a dataset with its manifest, a list of hashes
-
-environment
-  DARKROOM_DATA              folder of the datasets (now: {data})
-  DARKROOM_RUNS              folder of the runs (now: {runs})
-  DARKROOM_CACHE             folder of cached features of real images (default: the user's cache folder)
-"""
-
-RUN_HELP = """\
-usage: darkroom {command} RECIPE {options} [--KEY VALUE ...]
-
-  RECIPE is METHOD/NAME, such as espcn/t91_x3, or the path of a YAML file{or_run}. METHOD alone means METHOD/demo.
-  METHOD is one of: {methods}
-  darkroom list METHOD describes the recipes of a method.
-
-  darkroom {command} RECIPE --help lists every key that can be overridden.
-"""
-# Options of each command in addition to the recipe's keys.
-COMMAND_OPTIONS = {
-    "fit": "[--run NAME] [--wandb offline|online]",
-    "validate": "[--run NAME|latest] [--ckpt FILE]",
-    "test": "[--run NAME|latest] [--ckpt FILE] [--record FILE]",
-    "predict": "--input PATH [--output FOLDER] [--direction AtoB|BtoA] [--style S] [--alpha A] [--temperature T] [--score T]"
-    " [--run NAME|latest] [--ckpt FILE] [--modules FILE]",
-}
 
 STARTED = time.perf_counter()
 
@@ -91,7 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         little memory), 130 if the command was interrupted.
     """
     argv = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files can have bytes that are not UTF-8
     try:
+        require_values(argv)
         return dispatch(argv)
     except UserError as error:
         report_error(error)
@@ -105,6 +47,22 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, MemoryError, UnicodeError) as error:
         report_error(environment_error(error))
         return 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        report_error(environment_error(MemoryError(one_line(str(error)))))
+        return 2
+
+
+def require_values(argv: list[str]) -> None:
+    """Refuse options with an empty value, such as that of an unset variable of the shell.
+
+    Raises:
+        UserError: a value is empty.
+    """
+    for word, following in pairwise([*argv, "-"]):
+        if word.startswith("--") and ((word.endswith("=") and word.count("=") == 1) or not following):
+            raise UserError(f"{word.rstrip('=')} is empty. Give a value, or remove it")
 
 
 def dispatch(argv: list[str]) -> int:
@@ -249,8 +207,8 @@ def _bench(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps per interval (default 20)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args, overrides = parser.parse_with_overrides(argv)
-    if args.pairs < 6 or args.steps < 1:
-        raise UserError("bench: --pairs must be at least 6, and --steps at least 1")
+    if not 6 <= args.pairs <= 10_000 or not 1 <= args.steps <= 10_000:
+        raise UserError("bench: --pairs must be from 6 to 10,000, and --steps from 1 to 10,000")
     recipe = find_recipe(args.recipe)
     from experiments.bench.bench import bench
 

@@ -20,7 +20,14 @@ def environment_error(error: OSError | MemoryError | UnicodeError) -> UserError:
     if isinstance(error, UnicodeError):
         return UserError(f"a name or a file is not UTF-8: {error}. Rename it, or save it as UTF-8")
     reason = error.strerror or str(error) or type(error).__name__
-    return UserError(f"{error.filename}: {reason}" if error.filename else f"cannot read or write: {reason}")
+    if error.filename:
+        return UserError(f"{error.filename}: {reason}")
+    return UserError(f"cannot read or write: {reason}. Check the disks of the output folder and of the redirected output")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error of torch means that memory could not be allocated, on the host or on the device."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def report_error(error: UserError) -> None:

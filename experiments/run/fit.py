@@ -3,12 +3,14 @@
 import gc
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -20,8 +22,11 @@ from datamodules.errors import UserError
 from experiments.results.fingerprint import user_files
 from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
-from experiments.run.run_dir import Run
-from modules.networks.weights import load_weights, read_checkpoint
+from experiments.run.resume import prepare_resume
+from experiments.run.run_dir import Run, program_name
+from experiments.tasks.registry import task_of
+from modules.networks.weights import load_weights
+from modules.tasks.generation import GenerativeMethod
 from modules.training.stages import StagePlan
 
 
@@ -40,16 +45,45 @@ def fit(cli: DarkroomCLI) -> None:
         configure_batching(cli)
         evaluates = has_test_data(cli)
         resumed_at, checkpoint = prepare_resume(cli, run, evaluates)
+        write_config(cli, run)
         trainer.loggers = make_loggers(cli, run, resumed_at)
+        print_start(cli)
         reduce_step_overhead()
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if evaluates:
             best_model = model if not model.fsdp_modules else cli.fresh_model()
             load_weights(best_model, run.best_checkpoint)
-            trainer.loggers = []
+            trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
             trainer.test(best_model, cli.datamodule, verbose=False)
             print_results(trainer, cli)
+    print_end(cli, run)
+
+
+def print_start(cli: DarkroomCLI) -> None:
+    """Print the network, the devices, and the time that the recipe states."""
+    trainer, model = cli.trainer, cli.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    device = trainer.strategy.root_device.type
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device.upper()}, {torch.get_num_threads()} threads"
+    processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
+    print_rank_zero(f"network   {type(model).__name__}, {count:,} parameters; {processes}{name}, {trainer.precision}")
+    times = [line.removeprefix("Time: ") for line in cli.recipe.header if line.startswith("Time: ")]
+    budget = f"{model.total_images:,} images" + (f"; the recipe took {times[0]}" if times and not cli.overrides else "")
+    print_rank_zero(f"training  {budget}")
+
+
+def print_end(cli: DarkroomCLI, run: Run) -> None:
+    """Print where the results are, and the command that uses the network."""
     print_rank_zero(f"run       {run.folder}")
+    if run.samples.is_dir():
+        print_rank_zero(f"pictures  {run.samples}")
+    if run.image_table.exists():
+        print_rank_zero(f"by image  {run.image_table}")
+    words = ["sample", str(run.folder)] if isinstance(cli.model, GenerativeMethod) else []
+    if task_of(cli.datamodule).predict is not None:
+        words = ["predict", str(run.folder), "--input", "FOLDER"]
+    if words:
+        print_rank_zero(f"next      {program_name()} {shlex.join(words)}")
 
 
 def skip_to_last_stage(cli: DarkroomCLI) -> None:
@@ -138,63 +172,6 @@ def reduce_step_overhead() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
-def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple[int, Path | None]:
-    """Find the checkpoint from which the run resumes, and write the configuration into its folder.
-
-    A run that is trained but not yet evaluated resumes with its evaluation.
-
-    Returns:
-        Images seen at the checkpoint, and the checkpoint; 0 and None for a new run.
-
-    Raises:
-        UserError: the run is finished, was started with another configuration, has lost its last checkpoint, or the disk is
-            full.
-    """
-    last = run.checkpoints / "last.ckpt"
-    resumed_at, checkpoint = 0, None
-    if run.record.exists() and not last.exists():  # a new run would replace the results
-        raise UserError(
-            f"run '{run.folder.name}' has a record, but not {last}, so it cannot be resumed. "
-            "Restore that file, or choose another --run"
-        )
-    if last.exists():
-        content = read_checkpoint(last)
-        resumed_at, checkpoint = content["images_seen"], last
-        if resumed_at >= cli.model.total_images and (run.evaluated or (run.finished and not evaluates)):
-            raise UserError(
-                f"run '{run.folder.name}' is finished after {resumed_at} images. "
-                "Continue it with a larger --model.total_images, or choose another --run"
-            )
-        check_same_config(cli, run)
-        print_rank_zero(f"resuming {run.folder} after {resumed_at:,} images")
-        for key, value in (("world_size", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
-            if content[key] != value:
-                print_rank_zero(f"{key} {value} instead of {content[key]}: not bit-identical to an uninterrupted run")
-        if run.record.exists() and resumed_at < cli.model.total_images and cli.trainer.is_global_zero:
-            run.record.rename(run.folder / f"record-{resumed_at}.json")  # the longer run gets a new record
-    write_config(cli, run)
-    if (free := shutil.disk_usage(run.folder).free) < 2**28:
-        raise UserError(f"{run.folder}: only {free // 2**20} MiB free. Free 256 MiB, or set DARKROOM_RUNS to another disk")
-    return resumed_at, checkpoint
-
-
-def check_same_config(cli: DarkroomCLI, run: Run) -> None:
-    """Check that the run was started with the same model, data and monitor; RESUMABLE_KEYS may differ.
-
-    Raises:
-        UserError: a key differs.
-    """
-    for section in ("model", "data"):
-        for key, old, new in cli.config_diff(run, section):
-            raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}. Choose another --run")
-    started = run.read_config()
-    if started.get("monitor") != cli.config.monitor:
-        raise UserError(
-            f"run '{run.folder.name}' was started with monitor {started.get('monitor')}, not {cli.config.monitor}. "
-            "Choose another --run"
-        )
-
-
 @rank_zero_only
 def write_config(cli: DarkroomCLI, run: Run) -> None:
     """Write the resolved configuration into the run's folder; `darkroom fit` with this file repeats the run."""
@@ -209,13 +186,17 @@ def write_config(cli: DarkroomCLI, run: Run) -> None:
 
 
 def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
-    """Create the CSV logger, and with --wandb the Weights & Biases logger.
+    """Create the CSV logger, and those of --log: TensorBoard, and Weights & Biases with the configuration of the run.
 
     Raises:
-        UserError: --wandb is "online" without an account.
+        UserError: Weights & Biases is "online" without an account.
     """
     loggers: list[Logger] = [CSVLogger(run.log, resumed_at)]
-    if cli.config.wandb:
+    if "tensorboard" in cli.config.log:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(run.folder, "tensorboard", ""))
+    if cli.config.wandb or "wandb" in cli.config.log:
         from lightning.pytorch.loggers import WandbLogger
 
         name = f"{cli.recipe.name}/{run.folder.name}"
@@ -224,5 +205,8 @@ def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
             raise UserError("--wandb online: no account. Run `wandb login` first, or use --wandb offline")
         # A fixed id lets a resumed run continue its W&B run; a W&B agent sets the id.
         run_id = None if "WANDB_SWEEP_ID" in os.environ else re.sub(r"\W", "-", name)
-        loggers.append(WandbLogger(name, run.folder, id=run_id, project="darkroom", offline=offline, resume="allow"))
+        config = {key: value for key, value in cli.config.as_dict().items() if key in ("model", "data", "trainer", "monitor")}
+        loggers.append(
+            WandbLogger(name, run.folder, id=run_id, project="darkroom", offline=offline, resume="allow", config=config)
+        )
     return loggers

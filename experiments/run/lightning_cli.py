@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import PositiveFloat, PositiveInt
 
-from callbacks.run.checkpoints import Checkpoints
+from callbacks.run.checkpoints import Checkpoints, LocalCheckpointIO
 from callbacks.run.data_report import PrintDataReport
 from callbacks.run.image_table import ImageTable
 from callbacks.run.preemption import Preemption
@@ -29,6 +29,14 @@ from datamodules.errors import UserError
 from experiments.cli.errors import format_cli_error, parameters
 from experiments.cli.help import key_help
 from experiments.results import records
+from experiments.run.config_checks import (
+    UNSUPPORTED_SETTINGS,
+    check_data,
+    check_finite,
+    check_trainer,
+    list_of_one,
+    option_value,
+)
 from experiments.run.cpu import configure_cpu
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run, open_run, program_name
@@ -40,7 +48,7 @@ from modules.training.method import Method
 MANAGED_OPTIONS = {
     "--trainer.val_check_interval": "--val_every_images",
     "--trainer.check_val_every_n_epoch": "--val_every_images",
-    "--trainer.logger": "--wandb for a log in addition to metrics.csv",
+    "--trainer.logger": "--log for logs in addition to metrics.csv",
     "--trainer.default_root_dir": "--run, and DARKROOM_RUNS for the folder of all runs",
     "--data.seed": "--seed_everything",
     "--data.init_args.seed": "--seed_everything",
@@ -50,7 +58,7 @@ MANAGED_OPTIONS = {
     "--trainer.gradient_clip_val": "max_grad_norm of a Phase, in the method's file",
 }
 # Options of `fit` in the configuration of a run, which other commands accept without using them.
-FIT_OPTIONS = {"accumulate_grad_batches": int | None, "compile": bool | None, "wandb": str | None}
+FIT_OPTIONS = {"accumulate_grad_batches": int | None, "compile": bool | None, "wandb": str | None, "log": Any}
 # Keys of model and data that may change when a run is resumed.
 RESUMABLE_KEYS = {"total_images", "learning_rate", "warmup", "num_workers", "test", "skip_bad"}
 
@@ -70,7 +78,7 @@ class DarkroomCLI(LightningCLI):
         super().__init__(
             Method,
             L.LightningDataModule,
-            args=["--config", recipe.config, *overrides],
+            args=["--config", recipe.config, *list_of_one(overrides)],
             run=False,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -102,7 +110,13 @@ class DarkroomCLI(LightningCLI):
         given = (arg.partition("=")[0] for arg in self.overrides)
         if option := next((name for name in given if name in MANAGED_OPTIONS), None):
             raise UserError(f"{option}: set by Darkroom. Use {MANAGED_OPTIONS[option]}")
+        if (seed := option_value(self.overrides, "--seed_everything")) and seed.lower() in ("true", "false"):
+            raise UserError(f"seed_everything: {seed} is not a number. Choose a seed, such as 0")
         if {"-h", "--help"} & {*self.overrides}:
+            refused = {*MANAGED_OPTIONS, *(f"--trainer.{name}" for name in UNSUPPORTED_SETTINGS)}
+            for action in parser._actions:
+                if refused & {*action.option_strings}:
+                    action.help = SUPPRESS
             print(key_help(parser.format_help(), self.recipe))
             raise SystemExit
         try:
@@ -123,15 +137,27 @@ class DarkroomCLI(LightningCLI):
         """Add the project's options."""
         parser.add_argument("--monitor", type=str | None, help="logged metric that selects the best weights")
         parser.add_argument(
+            "--monitor_mode", type=Literal["max", "min"], default="max", help="whether higher or lower values of it are better"
+        )
+        parser.add_argument(
             "--val_every_images", type=PositiveInt, default=100_000, help="training images between two validations"
         )
         if self.command == "fit":
             parser.add_argument("--run", type=str | None, help="name of the run; an existing run is resumed")
             parser.add_argument(
-                "--accumulate_grad_batches", type=int, default=1, help="micro-batches per optimizer step on each device"
+                "--accumulate_grad_batches", type=PositiveInt, default=1, help="micro-batches per optimizer step on each device"
             )
             parser.add_argument("--compile", type=bool, default=False, help="compile the networks with torch.compile")
-            parser.add_argument("--wandb", type=Literal["online", "offline"] | None, help="also log to Weights & Biases")
+            parser.add_argument(
+                "--log",
+                nargs="+",
+                choices=["csv", "tensorboard", "wandb"],
+                default=["csv"],
+                help="logs, with preview images: metrics.csv (always), TensorBoard, Weights & Biases",
+            )
+            parser.add_argument(
+                "--wandb", type=Literal["online", "offline"] | None, help="log to Weights & Biases (default online with --log)"
+            )
         else:
             for name, kind in FIT_OPTIONS.items():  # a run's configuration contains them
                 parser.add_argument(f"--{name}", type=kind, help=SUPPRESS)
@@ -168,10 +194,9 @@ class DarkroomCLI(LightningCLI):
         for key in sorted(set(vars(model)) & set(vars(data))):
             if model[key] != data[key]:
                 raise UserError(f"model.{key}: {model[key]} differs from data.{key}: {data[key]}. Set both to the same value")
-        if data.batch_size < 1:
-            raise UserError(f"data.batch_size: {data.batch_size} must be at least 1")
-        if data.num_workers < 0:
-            raise UserError(f"data.num_workers: {data.num_workers} must be at least 0")
+        check_data(data)
+        check_trainer(vars(self.config.trainer))
+        check_finite(self.config.as_dict())
         if data.get("val_every_nth") and data.get("val"):
             raise UserError(
                 "data.val and data.val_every_nth both select validation images. Use --data.val_every_nth 0 or --data.val null"
@@ -192,7 +217,7 @@ class DarkroomCLI(LightningCLI):
             PreviewImages(self.run.samples),
             RunRecord(self.run.record, self.metadata()),
             ImageTable(self.run.image_table),
-            Checkpoints(self.run.checkpoints, self.config.monitor),
+            Checkpoints(self.run.checkpoints, self.config.monitor, self.config.monitor_mode),
             Preemption(self.run.checkpoints / "last.ckpt", f"Resume with: {self.resume_command()}"),
         ]
         profiler = self.config_init.trainer.profiler or NoProfiler()
@@ -212,6 +237,9 @@ class DarkroomCLI(LightningCLI):
             trainer = super().instantiate_trainer(logger=False, **settings)
         except (ValueError, TypeError, MisconfigurationException) as error:  # incompatible settings
             raise UserError(" ".join(str(error).split())) from None
+        trainer.strategy.checkpoint_io = LocalCheckpointIO()
+        if str(trainer.precision) in ("16-true", "16-mixed") and trainer.strategy.root_device.type == "cpu":
+            raise UserError(f"trainer.precision: {trainer.precision} requires a GPU. Use bf16-mixed or 32-true on a CPU")
         if not isinstance(trainer.strategy, SingleDeviceStrategy | ManualDDPStrategy):
             raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported. Use 'ddp' or 'fsdp2'")
         return trainer

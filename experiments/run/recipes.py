@@ -40,6 +40,7 @@ class Recipe:
         content = read_yaml(self.path) if self.embedded is None else deepcopy(self.embedded)
         if not isinstance(content, dict) or not {"model", "data"} <= content.keys():
             raise UserError(f"{self.path}: not a recipe. Add the keys `model` and `data`")
+        _check_sections(self.path, content)
         return content
 
     @property
@@ -53,9 +54,8 @@ class Recipe:
         return self.name if self.bundled else str(self.path)
 
     def class_path(self, section: str) -> str:
-        """Return the class path of the section "model" or "data"; empty if the section is malformed."""
-        entry = self.content[section]
-        return entry.get("class_path", "") if isinstance(entry, dict) else ""
+        """Return the class path of the section "model" or "data"."""
+        return self.content[section]["class_path"]
 
     def load_class(self, section: str) -> Any:
         """Import and return the class of the section "model" or "data"."""
@@ -88,6 +88,26 @@ class Recipe:
     def weights(self) -> Path:
         """Path of its committed weights; the file exists only for small networks."""
         return self.path.parent.parent / "weights" / f"{self.path.stem}.safetensors"
+
+
+def _check_sections(path: Path, content: dict[str, Any]) -> None:
+    """Check the types of the sections of a recipe.
+
+    Raises:
+        UserError: a section, a class or its arguments have another type.
+    """
+    if unnamed := [key for key in content if not isinstance(key, str)]:
+        raise UserError(f"{path}: the key {unnamed[0]} is not a name. Remove it")
+    trainer = content.get("trainer", {})
+    if not isinstance(trainer, dict):
+        raise UserError(f"{path}: trainer: {trainer} is not a map of keys. Remove it, or give keys")
+    callbacks = trainer.get("callbacks") or []
+    entries = {f"trainer.callbacks[{i}]": entry for i, entry in enumerate(callbacks if isinstance(callbacks, list) else [])}
+    for key, entry in {"model": content["model"], "data": content["data"], **entries}.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
+            raise UserError(f"{path}: {key}: {entry} has no class. Give class_path and init_args")
+        if not isinstance(entry.get("init_args", {}), dict):
+            raise UserError(f"{path}: {key}.init_args: {entry['init_args']} is not a map of arguments. Give name: value")
 
 
 def _header_length(lines: list[str]) -> int:

@@ -77,7 +77,17 @@ class Run:
     def finished(self) -> bool:
         """Whether training has reached its image budget."""
         record = read_record(self.record) if self.record.exists() else {}
-        return "images_seen" in record and record["images_seen"] >= record["config"]["model"]["init_args"]["total_images"]
+        if "images_seen" not in record:
+            return False
+        try:
+            return bool(record["images_seen"] >= record["config"]["model"]["init_args"]["total_images"])
+        except (KeyError, TypeError):
+            raise BrokenRecord(f"{self.record}: no model.total_images in its config. Restore or remove the file") from None
+
+    @property
+    def ended(self) -> bool:
+        """Whether training has ended, also before its image budget, for example by early stopping."""
+        return self.record.exists() and "images_seen" in read_record(self.record)
 
     @property
     def evaluated(self) -> bool:
@@ -141,13 +151,13 @@ def _new_folder(parent: Path) -> Path:
 
 
 def finished_runs(recipe: Recipe) -> list[Run]:
-    """List the finished runs of a recipe that still have their best weights, newest first."""
+    """List the runs of a recipe whose training has ended and that still have their best weights, newest first."""
     records = (runs_root() / recipe.name).glob("*/record.json")
     runs = []
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
         run = Run(path.parent)
         try:
-            if run.finished and run.best_checkpoint.exists():
+            if run.ended and run.best_checkpoint.exists():
                 runs.append(run)
         except BrokenRecord as error:
             print(f"skipped: {error}", file=sys.stderr)

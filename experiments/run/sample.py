@@ -19,11 +19,15 @@ from experiments.run.weights import load_resolved_weights
 from modules.tasks.generation import GenerativeMethod
 
 BATCH_SIZE = 100
+MAX_IMAGES_PER_ROW = 200
 NEIGHBOR_RADIUS = 0.25  # half width of the uniform noise around a sum of latents; DCGAN, Figure 7
 
 
-def sample(recipe: Recipe, options: list[str], count: int, seed: int, output: str) -> None:
+def sample(recipe: Recipe, options: list[str], count: int, seed: int, output: str) -> Path:
     """Write samples 0 ... count - 1 as 8-bit PNG files, and a grid of the first 64 next to their folder.
+
+    Returns:
+        Path of the grid.
 
     Raises:
         UserError: there are no weights, the recipe does not generate images from latents, or the folder cannot be written.
@@ -39,6 +43,7 @@ def sample(recipe: Recipe, options: list[str], count: int, seed: int, output: st
         if first == 0:
             save_png(image_grid(images[:64]), grid_path)
     print_rank_zero(f"samples   {folder}  ({count} files)")
+    return grid_path
 
 
 def interpolate(recipe: Recipe, options: list[str], indices: Sequence[int], steps: int, seed: int, output: str) -> None:
@@ -87,8 +92,8 @@ def manifold(recipe: Recipe, options: list[str], grid_size: int, output: str) ->
     Raises:
         UserError: see `sample`; or the latent size is not 2, or the grid is smaller than 2 x 2.
     """
-    if grid_size < 2:
-        raise UserError(f"manifold: --grid-size {grid_size}: must be at least 2")
+    if not 2 <= grid_size <= MAX_IMAGES_PER_ROW:
+        raise UserError(f"manifold: --grid-size {grid_size}: must be from 2 to {MAX_IMAGES_PER_ROW}")
     method, _ = load_generator(recipe, options)
     if method.latent_dim != 2:
         raise UserError(f"manifold: {recipe.name} has {method.latent_dim} latents. Use a recipe with 2")
@@ -105,8 +110,10 @@ def check_interpolation(indices: Sequence[int], steps: int) -> None:
     Raises:
         UserError: there are fewer than two endpoints, or no step.
     """
-    if len(indices) < 2 or steps < 1:
-        raise UserError("interpolate: --indices needs at least two values, and --steps must be at least 1")
+    if len(indices) < 2 or not 1 <= steps < MAX_IMAGES_PER_ROW:
+        raise UserError(
+            f"interpolate: --indices needs at least two values, and --steps must be from 1 to {MAX_IMAGES_PER_ROW - 1}"
+        )
 
 
 def interpolation_path(latents: Tensor, steps: int) -> Tensor:

@@ -6,6 +6,7 @@ The format is W&B's (docs.wandb.ai, "Define a sweep configuration"). Keys that o
 import json
 import math
 from dataclasses import dataclass
+from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -132,15 +133,19 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
         if content["method"] == "grid" and not {"value", "values"} & spec.keys():
             raise UserError(f"{path}: {key}: a grid needs `values`. Add them, or use another method")
         grid_size *= len(spec.get("values", [0]))
-    name = str(content.get("name", path.stem))
-    if Path(name).name != name or name == "..":
-        raise UserError(f"{path}: name: {name}; use a name without directories")
+    name = content.get("name", path.stem)
+    if not isinstance(name, str) or Path(name).name != name or name == ".." or not name.isprintable() or len(name) > 100:
+        raise UserError(f"{path}: name: {name!r}; use a name without directories, of at most 100 characters")
     run_cap = content.get("run_cap")
     if run_cap is not None:
         run_cap = _whole_number(path, "run_cap", run_cap, 1)
     max_trials = max_trials or run_cap or (grid_size if content["method"] == "grid" else DEFAULT_MAX_TRIALS)
     metric = content["metric"]
-    if not isinstance(metric, dict) or "name" not in metric or metric.get("goal", "minimize") not in ("minimize", "maximize"):
+    if (
+        not isinstance(metric, dict)
+        or not isinstance(metric.get("name"), str)
+        or metric.get("goal", "minimize") not in ("minimize", "maximize")
+    ):
         raise UserError(f"{path}: metric: {metric}; it needs a name and a goal, minimize or maximize")
     return Search(
         name=name,
@@ -215,6 +220,9 @@ def _parse_parameter(path: Path, key: str, spec: Any) -> dict[str, Any]:
     if "values" in spec and (not isinstance(spec["values"], list) or not spec["values"]):
         raise UserError(f"{path}: {key}: values: {spec['values']}; it must be a list of at least one value")
     if "value" in spec or "values" in spec:
+        for value in [*spec.get("values", []), spec.get("value")]:
+            if isinstance(value, date):
+                raise UserError(f"{path}: {key}: {value} is a date in YAML. Write it in quotation marks")
         return {name: spec[name] for name in ("value", "values") if name in spec}
     low, high, step = (_number(spec.get(name)) for name in ("min", "max", "q"))
     if low is None or high is None or low >= high:

@@ -6,6 +6,7 @@ further ranks; the worker decides about early stopping for all of them. Workers 
 
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from experiments.run.run_dir import Run, runs_root
 from experiments.search.spec import Search
 
 HEARTBEAT_S, STALE_S = 15, 90  # seconds between a worker's heartbeats; seconds without one until its trial is requeued
+LOCK_TIMEOUT_S = 120  # seconds that a worker waits for a locked SQLite file
 POLL_S = 1.0  # seconds between two checks of a running trial
 OPEN_ATTEMPTS = 5  # attempts to open a database, one second apart
 MAX_INITIAL_FAILURES = 3  # failed trials after which a search without any success is aborted
@@ -60,11 +62,33 @@ def sweep(search: Search, storage: str | None) -> optuna.Study:
     for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signal_number, lambda *_: stop.set())
     while not stop.is_set():
-        if one_trial(search, study, folder, stop) is None:
+        if one_trial(search, study, folder, stop) is None and not wait_for_others(study, stop):
             raise_if_all_failed(study, min_failures=1)
             return study
     print("Stopped. Run the same command to resume.", flush=True)
     raise SystemExit(PREEMPTED)
+
+
+def wait_for_others(study: optuna.Study, stop: threading.Event) -> bool:
+    """Wait for a heartbeat or the end of the trials that still run, and return whether a worker of one has died.
+
+    Its trial can then be requeued. Without this, a single worker that is killed and started again would leave its trial.
+    """
+    silent = heartbeats(study)
+    if silent:
+        print(f"waiting   for a sign of life of trial {', '.join(map(str, sorted(silent)))}", flush=True)
+    deadline = time.monotonic() + STALE_S + 1
+    while silent and time.monotonic() < deadline and not stop.is_set():
+        stop.wait(POLL_S)
+        newest = heartbeats(study)
+        silent = {number: beat for number, beat in silent.items() if number in newest and newest[number] == beat}
+    return bool(silent)
+
+
+def heartbeats(study: optuna.Study) -> dict[int, float | None]:
+    """Return the last heartbeat of each running trial by its number."""
+    running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+    return {trial.number: trial.user_attrs.get("heartbeat") for trial in running}
 
 
 def one_trial(search: Search, study: optuna.Study, folder: Path, stop: threading.Event) -> Trial | None:
@@ -103,7 +127,10 @@ def open_study(search: Search, storage: str | None) -> optuna.Study:
     try:
         study = create_or_load_study(search, storage or str(folder_of(search) / "journal.log"), pruner)
     except (OSError, ImportError, SQLAlchemyError) as error:
-        raise UserError(f"--storage {storage}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--storage {storage or 'of the search'}: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, KeyError, AssertionError) as error:  # raised by Optuna for a damaged journal
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--storage {storage or folder_of(search) / 'journal.log'}: damaged ({reason}). Restore it") from None
     stored_signature = study.user_attrs.get("search")
     if stored_signature is None:
         study.set_user_attr("search", search.signature)
@@ -146,7 +173,8 @@ def make_sampler(search: Search) -> optuna.samplers.BaseSampler:
 def open_storage(storage: str) -> BaseStorage:
     """Open an SQL database by its URL, or a journal file, which may be on a shared file system."""
     if "://" in storage:
-        return RDBStorage(storage)
+        wait = {"connect_args": {"timeout": LOCK_TIMEOUT_S}} if storage.startswith("sqlite") else {}
+        return RDBStorage(storage, engine_kwargs=wait)
     Path(storage).parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(storage))
 
@@ -276,12 +304,16 @@ def run_trial(search: Search, study: optuna.Study, trial: Trial, folder: Path, s
         trial.set_user_attr("reason", last_line(output) or f"ended with status {status}")
         tell_once(study, trial.number, state=TrialState.FAIL)
         print(f"trial {trial.number}  failed: {trial.user_attrs['reason']}  ({output})", flush=True)
+    elif values and not any(map(math.isfinite, values)):
+        trial.set_user_attr("reason", f"{search.metric} is never a finite number")
+        tell_once(study, trial.number, state=TrialState.FAIL)
+        print(f"trial {trial.number}  failed: {trial.user_attrs['reason']}  ({output})", flush=True)
     elif not values:
         logged = sorted({row["name"] for row in read_metrics_csv(run.log) if "/" in row["name"]})
         tell_once(study, trial.number, state=TrialState.FAIL)
         raise UserError(f"metric: '{search.metric}' is not logged by {search.recipe.name}. Use one of: {', '.join(logged)}")
     else:
-        value = (max if search.maximize else min)(values)
+        value = (max if search.maximize else min)(filter(math.isfinite, values))
         tell_once(study, trial.number, None if pruned else value, TrialState.PRUNED if pruned else TrialState.COMPLETE)
         print(f"trial {trial.number}  {search.metric} {value:.6g}{'  (ended early)' if pruned else ''}", flush=True)
 
@@ -319,7 +351,8 @@ def run_fit(search: Search, trial: Trial, run: Run, output: Path, stop: threadin
             child.wait(POLL_S)
         for value in metric_values(search, run)[reported:]:
             reported += 1
-            trial.report(value, reported)
+            if math.isfinite(value):  # the storage accepts no other numbers
+                trial.report(value, reported)
         if child.returncode is not None:
             return child.returncode, pruned
         pruned = pruned or (reported > 0 and trial.should_prune())

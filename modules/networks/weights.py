@@ -99,10 +99,40 @@ def load_weights(module: nn.Module, path: Path) -> None:
     weights = read_weights(path)
     if isinstance(module, HasAuthorsWeights):
         weights = module.rename_weights(weights)
+    check_tensors(path, weights)
     weights = inference_state_dict(module, weights)
     expected = inference_state_dict(module, module.state_dict())
-    check_shapes(path, weights, expected)
+    check_weights(path, weights, expected)
     module.load_state_dict(weights, strict=False)
+
+
+def check_tensors(path: Path, weights: Any) -> None:
+    """Check that the content of a file is a map of names to ordinary tensors.
+
+    Raises:
+        UserError: it is not; the message names the file and the first entry.
+    """
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} contains a {type(weights).__name__}, not weights by name. Use another file")
+    for name, value in weights.items():
+        ordinary = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+        if not isinstance(name, str) or not ordinary:
+            raise UserError(f"{path}: '{name}' is not a weight: an ordinary tensor with a name. Use another file")
+
+
+def check_weights(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check names, shapes, types and values of the weights of a file.
+
+    Raises:
+        UserError: they are not those of a model, or a value is not finite; the message names the file and the weight.
+    """
+    check_tensors(path, weights)
+    check_shapes(path, weights, expected)
+    for name, value in weights.items():
+        if value.is_floating_point() != expected[name].is_floating_point() or value.is_complex():
+            raise UserError(f"{path}: '{name}' has the type {value.dtype}, not {expected[name].dtype}. Use another file")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"{path}: '{name}' has values that are not finite. Use another file")
 
 
 def check_shapes(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,98 @@
+"""Checks of a configuration before any class is created, and of the words of a command line."""
+
+import json
+import math
+import os
+from itertools import pairwise
+from typing import Any
+
+from datamodules.errors import UserError
+
+TEST_OPTIONS = ("--data.test", "--data.init_args.test")
+MAX_BATCH_SIZE = 2**16
+MAX_CPU_PROCESSES = 64
+# Settings of the Trainer that have no meaning here, and what to use instead.
+UNSUPPORTED_SETTINGS = {
+    "overfit_batches": "Use a folder of few images as data.train",
+    "min_epochs": "Use model.total_images",
+    "min_steps": "Use model.total_images",
+    "reload_dataloaders_every_n_epochs": "Remove it: training has one epoch",
+}
+
+
+def check_data(data: Any) -> None:
+    """Check the sizes of a datamodule and the names of its datasets.
+
+    Args:
+        data: the arguments of the datamodule, a Namespace.
+
+    Raises:
+        UserError: a number is out of range, or a name is empty.
+    """
+    if not 1 <= data.batch_size <= MAX_BATCH_SIZE:
+        raise UserError(f"data.batch_size: {data.batch_size} must be from 1 to {MAX_BATCH_SIZE:,}")
+    limit = max(64, 4 * (os.cpu_count() or 1))
+    if not 0 <= data.num_workers <= limit:
+        raise UserError(f"data.num_workers: {data.num_workers} must be from 0 to {limit} on this machine")
+    for key in ("train", "val", "images", "masks"):
+        if data.get(key) == "":
+            raise UserError(f"data.{key} is empty. Name a dataset or a folder")
+    if "" in (data.get("test") or []):
+        raise UserError("data.test: a name is empty. Name datasets or folders, or use []")
+
+
+def check_trainer(settings: dict[str, Any]) -> None:
+    """Refuse settings of the Trainer that contradict a training by images seen, before the first step.
+
+    Raises:
+        UserError: a setting is not supported; the message names what to use instead.
+    """
+    for name, advice in UNSUPPORTED_SETTINGS.items():
+        if settings.get(name):
+            raise UserError(f"trainer.{name}: {settings[name]} is not supported. {advice}")
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches", "limit_predict_batches"):
+        if settings.get(name) == 0:
+            raise UserError(f"trainer.{name}: 0 leaves nothing to do. Remove it")
+    devices = settings.get("devices")
+    limit = max(MAX_CPU_PROCESSES, os.cpu_count() or 1)
+    if str(devices).isdecimal() and int(str(devices)) > limit:
+        raise UserError(f"trainer.devices: {devices} processes are too many for this machine. Use at most {limit}")
+
+
+def check_finite(config: Any, key: str = "") -> None:
+    """Check that all numbers of a configuration are finite.
+
+    Raises:
+        UserError: one is infinite or not a number.
+    """
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list | tuple) else ()
+    for name, value in items:
+        path = f"{key}.{name}".lstrip(".").replace(".init_args.", ".")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {value} is not a finite number. Choose another value")
+        check_finite(value, path)
+
+
+# Command line
+
+
+def option_value(argv: list[str], option: str) -> str | None:
+    """Return the value of an option in a list of arguments; None if it is absent."""
+    for word, following in pairwise([*argv, ""]):
+        if word == option or word.startswith(f"{option}="):
+            return following if word == option else word.partition("=")[2]
+    return None
+
+
+def list_of_one(argv: list[str]) -> list[str]:
+    """Return the arguments with the value of --data.test as a list, if it names one dataset or folder."""
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if words and words[-1] in TEST_OPTIONS and not word.startswith(("[", "--")) and word != "null":
+            words.append(json.dumps([word]))
+        elif equals and name in TEST_OPTIONS and not value.startswith("["):
+            words.append(f"{name}={json.dumps([value])}")
+        else:
+            words.append(word)
+    return words

@@ -1,0 +1,107 @@
+"""Resumption of a run: the checkpoint, and checks that the run continues as it was started."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datamodules.errors import UserError
+from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
+from experiments.run.run_dir import Run
+from modules.networks.weights import check_weights, read_checkpoint
+
+# Parts of a checkpoint with their types, without which a resumed run would differ from an uninterrupted one.
+PARTS: dict[str, type] = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "callbacks": dict,
+    "loops": dict,
+    "global_step": int,
+    "images_seen": int,
+    "world_size": int,
+    "precision": str,
+    "pending_losses": object,
+    "pytorch-lightning_version": str,
+}
+
+
+def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple[int, Path | None]:
+    """Find the checkpoint from which the run resumes.
+
+    A run that is trained but not yet evaluated resumes with its evaluation.
+
+    Returns:
+        Images seen at the checkpoint, and the checkpoint; 0 and None for a new run.
+
+    Raises:
+        UserError: the run is finished, was started with another configuration, has lost its last checkpoint or a part of it,
+            or the disk is full.
+    """
+    last = run.checkpoints / "last.ckpt"
+    resumed_at, checkpoint = 0, None
+    for result in (run.record, run.best_checkpoint):
+        if result.exists() and not last.exists():  # a new run would replace the results
+            raise UserError(
+                f"run '{run.folder.name}' has {result.name}, but not {last}, so it cannot be resumed. "
+                "Restore that file, or choose another --run"
+            )
+    if last.exists():
+        content = read_checkpoint(last)
+        check_same_config(cli, run)
+        check_complete(cli, last, content)
+        resumed_at, checkpoint = content["images_seen"], last
+        if resumed_at >= cli.model.total_images and (run.evaluated or (run.finished and not evaluates)):
+            raise UserError(
+                f"run '{run.folder.name}' is finished after {resumed_at} images. "
+                "Continue it with a larger --model.total_images, or choose another --run"
+            )
+        print_rank_zero(f"resuming {run.folder} after {resumed_at:,} images")
+        for key, value in (("world_size", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
+            if content[key] != value:
+                print_rank_zero(f"{key} {value} instead of {content[key]}: not bit-identical to an uninterrupted run")
+        if run.record.exists() and resumed_at < cli.model.total_images and cli.trainer.is_global_zero:
+            run.record.rename(run.folder / f"record-{resumed_at}.json")  # the longer run gets a new record
+    if (free := shutil.disk_usage(run.folder).free) < 2**28:
+        raise UserError(f"{run.folder}: only {free // 2**20} MiB free. Free 256 MiB, or set DARKROOM_RUNS to another disk")
+    return resumed_at, checkpoint
+
+
+def check_same_config(cli: DarkroomCLI, run: Run) -> None:
+    """Check that the run was started with the same model, data and monitor; RESUMABLE_KEYS may differ.
+
+    Raises:
+        UserError: a key differs.
+    """
+    for section in ("model", "data"):
+        for key, old, new in cli.config_diff(run, section):
+            raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}. Choose another --run")
+    started = run.read_config()
+    if started.get("monitor") != cli.config.monitor:
+        raise UserError(
+            f"run '{run.folder.name}' was started with monitor {started.get('monitor')}, not {cli.config.monitor}. "
+            "Choose another --run"
+        )
+
+
+def check_complete(cli: DarkroomCLI, path: Path, content: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has all parts, and that its weights fit the model.
+
+    Raises:
+        UserError: a part is missing or has another type; the message names it.
+    """
+    remedy = "It is damaged, or from another version. Restore it, or choose another --run"
+    data = type(cli.datamodule).__qualname__
+    for name, kind in {**PARTS, data: dict}.items():
+        if not isinstance(content.get(name), kind) or (name == "images_seen" and content[name] < 0):
+            raise UserError(f"{path}: its part '{name}' is missing or not valid. {remedy}")
+    states = content["optimizer_states"]
+    trained = content["images_seen"] > 0 and not cli.model.fsdp_modules
+    if trained and not (states and all(isinstance(state, dict) and "state" in state for state in states)):
+        raise UserError(f"{path}: its part 'optimizer_states' is empty. {remedy}")
+    if not any("Checkpoints" in str(name) for name in content["callbacks"]):
+        raise UserError(f"{path}: its part 'callbacks' is empty. {remedy}")
+    try:
+        check_weights(path, content["state_dict"], cli.model.state_dict())
+    except UserError as error:
+        raise UserError(f"{error}. {remedy}") from None

@@ -81,7 +81,7 @@ class FeatureMetrics(SampleSetMetric):
         never_evaluated = stage == "fit" and not self.on_validation and not trainer.datamodule.test
         if self.network is not None or never_evaluated:
             return
-        count = getattr(trainer.datamodule, "test_samples", None)
+        count = getattr(getattr(trainer, "datamodule", None), "test_samples", None)
         for metric in self.metrics:
             if count is not None and count < MIN_SAMPLES.get(metric, 1):
                 raise UserError(f"data.test_samples: {count} are too few for {metric}. Use at least {MIN_SAMPLES[metric]:,}")

@@ -30,7 +30,11 @@ class Checkpoints(Callback):
         self.last, self.best, self.monitor, self.mode = folder / "last.ckpt", folder / "best.ckpt", monitor, mode
         self.best_value = float("-inf") if mode == "max" else float("inf")
         self.best_images = 0
-        self.saved_images = -1  # images seen at the newest checkpoint
+        self.saved_images = 0  # images seen at the newest checkpoint
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note that the state of a resumed run is saved."""
+        self.saved_images = pl_module.images_seen
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the state, and the weights if they are the best so far.
@@ -68,7 +72,7 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the state if training has ended after the last validation, and the weights if there was no validation."""
-        if self.saved_images == pl_module.images_seen or not trainer.global_step:
+        if self.saved_images == pl_module.images_seen:
             return
         if not self.best_images:
             self.best_images = pl_module.images_seen

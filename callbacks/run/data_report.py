@@ -6,9 +6,14 @@ from lightning.pytorch.callbacks import Callback
 
 
 class PrintDataReport(Callback):
-    """Callback that prints the number of images of each dataset, and the names of unusable files that were skipped."""
+    """Callback that prints the names of unusable files that were skipped.
+
+    Attributes:
+        counts: print the number of images of each dataset, too.
+    """
 
     def __init__(self) -> None:
+        self.counts = False
         self.printed: set[str] = set()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -17,7 +22,8 @@ class PrintDataReport(Callback):
             return
         report = trainer.datamodule.data_report
         counts = {name: len(images) for name, images in report.content_hashes.items() if set(images) != {"all"}}
-        if found := [f"{name} {count:,}" for name, count in counts.items() if name not in self.printed]:
+        found = [f"{name} {count:,}" for name, count in counts.items() if name not in self.printed]
+        if found and self.counts:
             print(f"images    {', '.join(found)}", flush=True)
         self.printed |= counts.keys()
         if report.skipped:

@@ -6,6 +6,7 @@ usage: darkroom COMMAND ...
 train, evaluate and predict
   demo                       train a super-resolution network on photographs, in two minutes
   fit RECIPE [--KEY VALUE]   train, then evaluate on the available test sets
+  folds RECIPE N             train once for each of N shares of the images: cross-validation
   validate RECIPE            evaluate on the validation set
   test RECIPE                evaluate on the available test sets
   predict RECIPE --input PATH                apply a method to an image, a folder or a video (--output FOLDER)

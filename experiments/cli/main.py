@@ -191,6 +191,24 @@ def _reproduce(argv: list[str]) -> int:
     return 0
 
 
+def _folds(argv: list[str]) -> int:
+    parser = Parser(
+        prog="darkroom folds", description="Cross-validation: train once for each of N shares. --KEY VALUE overrides a key."
+    )
+    parser.add_argument("recipe", help="recipe whose data have the key fold, such as unet/folder")
+    parser.add_argument("count", type=int, metavar="N", help="number of folds, from 2 on")
+    args, overrides = parser.parse_with_overrides(argv)
+    if not 2 <= args.count <= 1000:
+        raise UserError(f"folds: {args.count} folds; use 2 to 1000")
+    recipe = find_recipe(args.recipe)
+    from experiments.run.folds import folds
+    from experiments.run.lightning_cli import validate_overrides
+
+    validate_overrides(recipe, [*overrides, "--data.fold", f"1/{args.count}"])
+    folds(recipe, args.count, overrides)
+    return 0
+
+
 def _bench(argv: list[str]) -> int:
     parser = Parser(
         prog="darkroom bench",
@@ -325,6 +343,7 @@ COMMANDS = {
     "list": _list,
     "data": _data,
     "reproduce": _reproduce,
+    "folds": _folds,
     "bench": _bench,
     "scaling": _scaling,
     "sweep": _sweep,

@@ -117,7 +117,7 @@ def run_command(*words: str) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if status in (PREEMPTED, INTERRUPTED):
-        print("Run the same darkroom reproduce command to resume.", flush=True)
+        print("Run the same command to resume.", flush=True)
         raise SystemExit(status)
     if status:
         raise UserError(f"darkroom {' '.join(words)} failed with status {status}. See the error above")

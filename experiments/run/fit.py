@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.run.csv_logger import CSVLogger
+from callbacks.run.data_report import PrintDataReport
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments.results.fingerprint import user_files
@@ -70,6 +71,9 @@ def print_start(cli: DarkroomCLI) -> None:
     times = [line.removeprefix("Time: ") for line in cli.recipe.header if line.startswith("Time: ")]
     budget = f"{model.total_images:,} images" + (f"; the recipe took {times[0]}" if times and not cli.overrides else "")
     print_rank_zero(f"training  {budget}")
+    for callback in trainer.callbacks:
+        if isinstance(callback, PrintDataReport):
+            callback.counts = True
 
 
 def print_end(cli: DarkroomCLI, run: Run) -> None:

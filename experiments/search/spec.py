@@ -135,7 +135,7 @@ def read_search(path: Path, extra_args: list[str], max_trials: int | None = None
         grid_size *= len(spec.get("values", [0]))
     name = content.get("name", path.stem)
     if not isinstance(name, str) or Path(name).name != name or name == ".." or not name.isprintable() or len(name) > 100:
-        raise UserError(f"{path}: name: {name!r}; use a name without directories, of at most 100 characters")
+        raise UserError(f"{path}: name: {name}; use a name without directories, of at most 100 characters")
     run_cap = content.get("run_cap")
     if run_cap is not None:
         run_cap = _whole_number(path, "run_cap", run_cap, 1)

@@ -190,6 +190,7 @@ def test_fit_writes_run_folder(workdir, recipe):
         "config.yaml",
         "metrics.csv",
         "record.json",
+        "test_images.csv",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         *(f"samples/{images:09d}.png" for images in (20, 40, 60)),
@@ -314,7 +315,7 @@ def test_results_of_a_damaged_run_are_kept(workdir, recipe, capfd, lost):
     assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert "finished" in error if lost == "config.yaml" else f"{lost}, so it cannot be resumed" in error
+    assert ("config.yaml cannot be read" if lost == "config.yaml" else f"{lost}, so it cannot be resumed") in error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
 

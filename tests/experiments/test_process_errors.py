@@ -18,7 +18,10 @@ def test_full_disk_is_reported_in_one_line():
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "darkroom: cannot read or write: No space left on device\n"
+    assert done.stderr == (
+        "darkroom: cannot read or write: No space left on device. "
+        "Check the disks of the output folder and of the redirected output\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,10 @@ def test_full_disk_is_reported_in_one_line():
     [
         (OSError(errno.ENOSPC, "No space left on device", "/mnt/run/a.png"), "/mnt/run/a.png: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "data"), "data: Permission denied"),
-        (TimeoutError(), "cannot read or write: TimeoutError"),
+        (
+            TimeoutError(),
+            "cannot read or write: TimeoutError. Check the disks of the output folder and of the redirected output",
+        ),
         (MemoryError(), "not enough memory: an allocation failed. Use a smaller batch, image or count"),
         (UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed"), "a name or a file is not UTF-8"),
     ],

@@ -35,6 +35,9 @@ def test_readme_command_runs(command, workdir, capfd):
         dry_run = subprocess.run(["make", "-n", *argv[1:]], cwd=ROOT, capture_output=True, text=True)
         assert dry_run.returncode == 0, dry_run.stderr
         return
+    if argv[0] in ("git", "cd", "pip"):  # they change the environment
+        assert command.startswith(("git clone URL darkroom", "cd darkroom", "pip install torch torchvision --index-url"))
+        return
     assert argv[0] == "darkroom"
     extra = {
         "fit": SHORT,

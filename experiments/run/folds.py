@@ -1,0 +1,51 @@
+"""`darkroom folds`: cross-validation, one training for each share of the images, and the mean of the test results."""
+
+import statistics
+
+from rich.console import Console
+from rich.table import Table
+
+from callbacks.run.record_file import read_record
+from datamodules.errors import UserError
+from experiments.results.reproduce import run_command
+from experiments.run.recipes import Recipe
+from experiments.run.run_dir import Run, runs_root
+
+
+def folds(recipe: Recipe, count: int, overrides: list[str]) -> None:
+    """Train a recipe once for each fold, and print the test results of each fold, their mean and standard deviation.
+
+    The runs are named fold-1-of-N and so on. Those that are finished are not repeated; an interrupted one is resumed.
+
+    Raises:
+        UserError: a training failed, or the recipe has no test results.
+        SystemExit: the command was interrupted.
+    """
+    runs = [Run(runs_root() / recipe.name / f"fold-{k}-of-{count}") for k in range(1, count + 1)]
+    for k, run in enumerate(runs, 1):
+        if not (run.record.exists() and run.evaluated):
+            run_command("fit", recipe.argument, *overrides, "--data.fold", f"{k}/{count}", "--run", run.folder.name)
+    records = [read_record(run.record) for run in runs]
+    check_same_settings(runs, [record["config"] for record in records])
+    results = [record.get("metrics", {}) for record in records]
+    table = Table("dataset", "protocol", *(f"fold {k}" for k in range(1, count + 1)), "mean", "std")
+    for dataset in results[0]:
+        for protocol in results[0][dataset]:
+            values = [float(result[dataset][protocol]["mean"]) for result in results]
+            spread = statistics.stdev(values)
+            table.add_row(dataset, protocol, *(f"{value:.4f}" for value in (*values, statistics.fmean(values), spread)))
+    if not table.row_count:
+        raise UserError(f"folds: {recipe.name} has no test results. Add held-out to data.test")
+    Console().print(table)
+
+
+def check_same_settings(runs: list[Run], configs: list[dict[str, dict[str, dict[str, object]]]]) -> None:
+    """Check that finished folds were trained with the same model and data.
+
+    Raises:
+        UserError: a fold differs; the message names its run.
+    """
+    for run, config in zip(runs, configs, strict=True):
+        first, own = ({**c["data"]["init_args"], "fold": None, "model": c["model"]} for c in (configs[0], config))
+        if first != own:
+            raise UserError(f"folds: {run.folder} was trained with other settings than {runs[0].folder}. Remove one of them")

@@ -93,7 +93,7 @@ def check_complete(cli: DarkroomCLI, path: Path, content: Mapping[str, Any]) -> 
     remedy = "It is damaged, or from another version. Restore it, or choose another --run"
     data = type(cli.datamodule).__qualname__
     for name, kind in {**PARTS, data: dict}.items():
-        if not isinstance(content.get(name), kind) or (name == "images_seen" and content[name] < 0):
+        if name not in content or not isinstance(content[name], kind) or (name == "images_seen" and content[name] < 0):
             raise UserError(f"{path}: its part '{name}' is missing or not valid. {remedy}")
     states = content["optimizer_states"]
     trained = content["images_seen"] > 0 and not cli.model.fsdp_modules

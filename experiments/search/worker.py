@@ -127,17 +127,18 @@ def open_study(search: Search, storage: str | None) -> optuna.Study:
     try:
         study = create_or_load_study(search, storage or str(folder_of(search) / "journal.log"), pruner)
         stored_signature = study.user_attrs.get("search")
+        if stored_signature is None:
+            study.set_user_attr("search", search.signature)
         study.get_trials(deepcopy=False)
     except (OSError, ImportError, SQLAlchemyError) as error:
         raise UserError(f"--storage {storage or 'of the search'}: {' '.join(str(error).split())}") from None
     except (ValueError, TypeError, KeyError, AssertionError) as error:  # raised by Optuna for a damaged journal
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--storage {storage or folder_of(search) / 'journal.log'}: damaged ({reason}). Restore it") from None
-    if stored_signature is None:
-        study.set_user_attr("search", search.signature)
-    elif stored_signature != search.signature:
+    if stored_signature not in (None, search.signature):
         raise UserError(
-            f"--storage: '{search.name}' exists with other settings. Change `name` in the file, or use another storage"
+            f"--storage {storage or folder_of(search) / 'journal.log'}: '{search.name}' exists with other settings. "
+            "Change `name` in the file, or use another storage"
         )
     return study
 

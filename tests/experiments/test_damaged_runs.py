@@ -1,0 +1,320 @@
+"""Runs whose files are damaged or incomplete, and trainings that end early: what is saved, and what is refused."""
+
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from callbacks.run.csv_logger import read_metrics_csv
+from callbacks.run.record_file import read_record, write_record
+from datamodules.errors import UserError
+from experiments.cli.main import main
+from experiments.run.run_dir import Run
+from modules.espcn import ESPCN
+from modules.networks.weights import load_weights
+from tests.helpers.subprocess_helpers import forked
+from tests.tasks.superresolution import write_recipe
+
+MODEL = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60, "warmup": 8}}
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """Return a folder with a recipe and the run `one`, which has seen 40 of its 60 images."""
+    folder = tmp_path_factory.mktemp("trained")
+    pictures = folder / "photos"
+    shutil.copytree(photos, pictures)
+    write_recipe(folder / "tiny.yaml", pictures, MODEL, test=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DARKROOM_RUNS", str(folder / "runs"))
+        patch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@40@0")
+        patch.delenv("DARKROOM_RUN_FOLDER", raising=False)
+        assert forked(main, ["fit", "tiny.yaml", "--run", "one"]) == 85
+    return folder
+
+
+@pytest.fixture
+def run(trained, workdir):
+    """Return a copy of the run; its recipe is in the working directory."""
+    shutil.copytree(trained, workdir, dirs_exist_ok=True)
+    recipe = (workdir / "tiny.yaml").read_text().replace(str(trained), str(workdir))
+    (workdir / "tiny.yaml").write_text(recipe)
+    run = Run(workdir / "runs/tiny/one")
+    run.config.write_text(run.config.read_text().replace(str(trained), str(workdir)))
+    return run
+
+
+def refused(capfd, *words):
+    """Run a command that must fail with one line, and return the line."""
+    capfd.readouterr()
+    assert forked(main, [*words]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("darkroom: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# Resuming from a damaged checkpoint
+
+
+def without(*keys):
+    def change(content):
+        for key in keys:
+            del content[key]
+
+    return change
+
+
+def set_weight(value):
+    def change(content):
+        content["state_dict"]["network.0.bias"] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("optimizer_states"), "'optimizer_states' is missing"),
+        (without("lr_schedulers"), "'lr_schedulers' is missing"),
+        (without("callbacks"), "'callbacks' is missing"),
+        (without("loops"), "'loops' is missing"),
+        (without("images_seen"), "'images_seen' is missing"),
+        (without("pending_losses"), "'pending_losses' is missing"),
+        (without("SuperResolution"), "'SuperResolution' is missing"),
+        (lambda content: content.update(images_seen="many"), "'images_seen' is missing or not valid"),
+        (lambda content: content.update(optimizer_states=[]), "'optimizer_states' is empty"),
+        (lambda content: content.update(callbacks={}), "'callbacks' is empty"),
+        (set_weight(torch.full((64,), float("nan"))), "'network.0.bias' has values that are not finite"),
+        (set_weight(torch.zeros(65)), r"'network.0.bias', the file has \(65,\)"),
+        (set_weight(torch.zeros(64, dtype=torch.int64)), "type torch.int64"),
+    ],
+)
+def test_incomplete_checkpoints_are_not_resumed(run, capfd, change, message):
+    last = run.checkpoints / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    change(content)
+    torch.save(content, last)
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    error = refused(capfd, "fit", "tiny.yaml", "--run", "one")
+    assert str(last) in error
+    assert message.replace("\\", "") in error
+    assert before == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+
+
+def test_run_without_its_last_checkpoint_keeps_its_results(run, capfd):
+    (run.checkpoints / "last.ckpt").unlink()
+    assert "has best.ckpt, but not" in refused(capfd, "fit", "tiny.yaml", "--run", "one")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"step,images,name,value\n1,foo,a,1\n2,16,a,1\n", "line 2: not a row"),
+        (b"step,image,name,value\n1,16,a,1\n2,16,a,1\n", "line 2: not a row"),
+        (b"\xff\xfe\x00", "not a log"),
+    ],
+)
+def test_damaged_log_is_named(run, capfd, content, message):
+    run.log.write_bytes(content)
+    error = refused(capfd, "fit", "tiny.yaml", "--run", "one")
+    assert f"{run.log.name}" in error
+    assert message in error
+
+
+def test_record_without_configuration_is_passed_over(run, capfd):
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one"]) == 0
+    record = read_record(run.record)
+    del record["config"]
+    write_record(record, run.record)
+    assert "no model.total_images in its config" in refused(capfd, "fit", "tiny.yaml", "--run", "one")
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.update({"network.0.bias": torch.full((64,), float("inf"))}),
+            "'network.0.bias' has values that are not fin",
+        ),
+        (lambda w: w.update({"network.0.bias": torch.zeros(64, dtype=torch.int32)}), "has the type torch.int32"),
+        (lambda w: w.update({"network.0.bias": torch.zeros(64, dtype=torch.complex64)}), "has the type torch.complex64"),
+        (lambda w: w.update({"network.0.bias": torch.zeros(64).to_sparse()}), "'network.0.bias' is not a weight"),
+        (lambda w: w.update({"network.0.bias": torch.zeros(64, device="meta")}), "'network.0.bias' is not a weight"),
+        (lambda w: w.update({"network.0.bias": 3}), "'network.0.bias' is not a weight"),
+        (lambda w: w.update({7: torch.zeros(3)}), "'7' is not a weight"),
+    ],
+)
+def test_unusual_weights_are_refused(tmp_path, change, message):
+    method = ESPCN()
+    weights = method.state_dict()
+    change(weights)
+    torch.save({"state_dict": dict(weights)}, tmp_path / "w.ckpt")
+    with pytest.raises(UserError, match=rf"w\.ckpt.*{message}"):
+        load_weights(method, tmp_path / "w.ckpt")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match=r"list\.pth contains a list"):
+        load_weights(method, tmp_path / "list.pth")
+    save_file({"network.0.bias": torch.full((64,), float("nan"))}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"w\.safetensors"):
+        load_weights(method, tmp_path / "w.safetensors")
+
+
+# Trainings that end before their budget
+
+
+@pytest.mark.parametrize("words", [["--trainer.max_steps", "3"], ["--trainer.limit_val_batches", "0"]], ids=" ".join)
+def test_weights_are_saved_without_a_validation(workdir, photos, words):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=["photographs/val"])
+    options = ["--run", "one", "--val_every_images", "20", "--monitor", f"{photos.name}-holdout/psnr-y/crop3", *words]
+    assert forked(main, ["fit", "tiny.yaml", *options]) == 0
+    run = Run(workdir / "runs/tiny/one")
+    last, best = (torch.load(run.checkpoints / f"{name}.ckpt", weights_only=True) for name in ("last", "best"))
+    assert last["images_seen"] == best["images_seen"] == (12 if "max_steps" in words[0] else 60)
+    assert read_record(run.record)["metrics"]["photographs-val"]
+    assert forked(main, ["predict", "tiny.yaml", "--input", str(next(photos.iterdir()))]) == 0  # it counts as ended
+
+
+def fit_with_undefined_metric(argv):
+    from callbacks.metrics.psnr_ssim import PSNRSSIM
+
+    PSNRSSIM.update = lambda self, outputs, i: dict.fromkeys(self.protocols, float("nan"))
+    return main(argv)
+
+
+def test_metric_that_is_not_a_number_keeps_the_newest_weights(workdir, photos, capfd):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
+    assert forked(fit_with_undefined_metric, ["fit", "tiny.yaml", "--run", "one"]) == 0
+    run = Run(workdir / "runs/tiny/one")
+    assert torch.load(run.best_checkpoint, weights_only=True)["images_seen"] == 60
+    assert "is not a number after 20 images" in capfd.readouterr().out
+    assert read_record(run.record)["best"]["value"] in ("-inf", "nan")
+
+
+def test_lower_values_can_be_better(workdir, photos):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one", "--monitor_mode", "min"]) == 0
+    run = Run(workdir / "runs/tiny/one")
+    rows = [row for row in read_metrics_csv(run.log) if row["name"].endswith("psnr-y/crop3")]
+    worst = min(rows, key=lambda row: float(row["value"]))
+    record = read_record(run.record)
+    assert record["best_images"] == int(worst["images"])
+    assert record["best"]["value"] == pytest.approx(float(worst["value"]))
+
+
+def test_hangup_saves_as_sigterm_does(workdir, photos, monkeypatch, capfd):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGHUP@24@0")
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one"]) == 85
+    assert "Stopped and saved" in capfd.readouterr().out
+    last = Run(workdir / "runs/tiny/one").checkpoints / "last.ckpt"
+    assert torch.load(last, weights_only=True)["images_seen"] == 24
+
+
+def fit_after_nohup(argv):
+    """Run a command with SIGHUP ignored, as nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return main(argv)
+
+
+def test_hangup_is_ignored_under_nohup(workdir, photos, monkeypatch):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGHUP@24@0")
+    assert forked(fit_after_nohup, ["fit", "tiny.yaml", "--run", "one"]) == 0
+
+
+def fit_with_damage(argv):
+    """Run a command whose training images are damaged after the survey, at the first reading."""
+    from datamodules import superresolution_datasets
+
+    read, count = superresolution_datasets.read_pixels, [0]
+
+    def failing(path, *args):
+        count[0] += 1
+        if count[0] == 30:
+            raise UserError(f"{path}: truncated or damaged")
+        return read(path, *args)
+
+    superresolution_datasets.read_pixels = failing
+    return main(argv)
+
+
+def test_unreadable_training_data_save_the_run(workdir, photos, capfd):
+    """The resumed run then equals the uninterrupted one, bit for bit."""
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[], streaming=True)
+    assert forked(main, ["fit", "tiny.yaml", "--run", "whole"]) == 0
+    capfd.readouterr()
+    assert forked(fit_with_damage, ["fit", "tiny.yaml", "--run", "one"]) == 2
+    output = capfd.readouterr()
+    assert "truncated or damaged" in output.err
+    assert "The training data could not be read. Saved. Resume with" in output.out
+    whole, one = (Run(workdir / "runs/tiny" / name) for name in ("whole", "one"))
+    assert 0 < torch.load(one.checkpoints / "last.ckpt", weights_only=True)["images_seen"] < 60
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one"]) == 0
+    left, right = (torch.load(run.checkpoints / "last.ckpt", weights_only=True) for run in (whole, one))
+    assert all((left["state_dict"][name] == value).all() for name, value in right["state_dict"].items())
+    assert one.log.read_text() == whole.log.read_text()
+
+
+# Photographs in predict
+
+
+def test_predict_keeps_what_a_file_contains(workdir, photos):
+    """The color profile, EXIF data without the orientation, the resolution, and the 16 bits of a gray image."""
+    from PIL import ImageCms
+
+    (workdir / "in").mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Camera"
+    color = Image.open(sorted(photos.glob("astronaut*.png"))[0])
+    color.save(workdir / "in/a.jpg", icc_profile=profile, exif=exif, dpi=(300, 300))
+    levels = (np.asarray(color.convert("L")).astype(np.uint16) << 8) + 77
+    Image.fromarray(levels).save(workdir / "in/b.png")
+    disc = np.zeros((40, 40, 4), np.uint8)
+    disc[10:30, 10:30] = 255
+    Image.fromarray(disc).save(workdir / "in/c.png")
+    assert forked(main, ["predict", "espcn/t91_x3", "--input", "in", "--output", "out"]) == 0
+    a, b, c = (Image.open(workdir / f"out/{name}.png") for name in "abc")
+    assert a.size == (3 * color.height, 3 * color.width)
+    assert a.info["icc_profile"] == profile
+    assert dict(a.getexif()) == {0x010F: "Camera"}
+    assert a.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    assert b.mode == "I;16"
+    assert len(np.unique(np.asarray(b))) > 256
+    assert np.asarray(b).mean() == pytest.approx(levels.mean(), rel=0.01)
+    gray, alpha = np.asarray(c).astype(float).transpose(2, 0, 1)
+    assert (gray * alpha / 255 + 255 - alpha).min() > 250  # no dark edge on white
+
+
+def test_broken_files_are_reported_after_the_others(workdir, photos, capfd):
+    (workdir / "in").mkdir()
+    shutil.copy(sorted(photos.iterdir())[0], workdir / "in/good.png")
+    (workdir / "in/broken.png").write_bytes(b"x")
+    (workdir / "in/phone.HEIC").write_bytes(b"x")
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "in", "--output", "out")
+    assert "2 of 3 files were not processed" in error
+    assert "broken.png" in error
+    assert "phone.HEIC" in error
+    assert (workdir / "out/good.png").exists()
+
+
+def test_a_stack_gives_a_stack(workdir):
+    pages = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (48, 40), dtype=np.uint8)) for i in range(3)]
+    pages[0].save(workdir / "stack.tif", save_all=True, append_images=pages[1:])
+    pages[1].save(workdir / "page.png")
+    for name in ("stack.tif", "page.png"):
+        assert forked(main, ["predict", "unet/em", "--input", name, "--output", "out"]) == 0
+    stack = Image.open(workdir / "out/stack.tif")
+    assert (stack.n_frames, Image.open(workdir / "out/overlays/stack.tif").n_frames) == (3, 3)
+    stack.seek(1)
+    assert (np.asarray(stack) == np.asarray(Image.open(workdir / "out/page.png"))).all()
+    assert (workdir / "out/classes.csv").read_text().splitlines()[1].startswith("0,membrane")

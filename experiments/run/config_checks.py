@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from datamodules.errors import UserError
+from modules.training.stages import StagePlan
 
 TEST_OPTIONS = ("--data.test", "--data.init_args.test")
 MAX_BATCH_SIZE = 2**16
@@ -71,6 +72,25 @@ def check_finite(config: Any, key: str = "") -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: {value} is not a finite number. Choose another value")
         check_finite(value, path)
+
+
+def check_batch_sizes(method: Any, batch_size: int, accumulate: int, processes: int) -> None:
+    """Check that the global batch of each stage can be divided into equal micro-batches.
+
+    Args:
+        method: method, for its stages.
+        batch_size: global batch size of the datamodule.
+        accumulate: micro-batches per process.
+        processes: number of processes.
+
+    Raises:
+        UserError: it cannot.
+    """
+    for size in StagePlan(method.stages(), batch_size).batch_sizes:
+        if size % (accumulate * processes):
+            name = "data.batch_size" if size == batch_size else "model.batch_sizes or data.batch_size"
+            divisor = f"{processes} processes x --accumulate_grad_batches {accumulate}"
+            raise UserError(f"{name}: {size} is not divisible by {divisor}. Use a multiple of the product")
 
 
 # Command line

@@ -21,6 +21,7 @@ from callbacks.run.data_report import PrintDataReport
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments.results.fingerprint import user_files
+from experiments.run.config_checks import check_batch_sizes
 from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.resume import prepare_resume
@@ -28,7 +29,6 @@ from experiments.run.run_dir import Run, program_name
 from experiments.tasks.registry import task_of
 from modules.networks.weights import load_weights
 from modules.tasks.generation import GenerativeMethod
-from modules.training.stages import StagePlan
 
 
 def fit(cli: DarkroomCLI) -> None:
@@ -141,11 +141,7 @@ def configure_batching(cli: DarkroomCLI) -> None:
         UserError: the global batch cannot be divided into equal micro-batches.
     """
     accumulate = cli.config.accumulate_grad_batches
-    for batch_size in StagePlan(cli.model.stages(), cli.datamodule.batch_size).batch_sizes:
-        if accumulate < 1 or batch_size % (accumulate * cli.trainer.world_size):
-            divisor = f"{cli.trainer.world_size} processes x --accumulate_grad_batches {accumulate}"
-            name = "data.batch_size" if batch_size == cli.datamodule.batch_size else "model.batch_sizes or data.batch_size"
-            raise UserError(f"{name}: {batch_size} is not divisible by {divisor}. Use a multiple of the product")
+    check_batch_sizes(cli.model, cli.datamodule.batch_size, accumulate, cli.trainer.world_size)
     cli.model.accumulate_grad_batches = accumulate
     if cli.config.compile:
         cli.model.compile_networks()

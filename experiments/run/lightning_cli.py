@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 import warnings
 from argparse import SUPPRESS
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import jsonargparse
 import lightning as L
+import torch
 import yaml
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -31,6 +33,7 @@ from experiments.cli.help import key_help
 from experiments.results import records
 from experiments.run.config_checks import (
     UNSUPPORTED_SETTINGS,
+    check_batch_sizes,
     check_data,
     check_finite,
     check_trainer,
@@ -38,7 +41,7 @@ from experiments.run.config_checks import (
     option_value,
 )
 from experiments.run.cpu import configure_cpu
-from experiments.run.recipes import Recipe
+from experiments.run.recipes import Recipe, import_class
 from experiments.run.run_dir import Run, open_run, program_name
 from modules.training.ddp import ManualDDPStrategy
 from modules.training.lightning_compat import NoProfiler
@@ -277,14 +280,25 @@ class ParseOnlyCLI(DarkroomCLI):
         """Do nothing."""
 
 
-def validate_overrides(recipe: Recipe, overrides: list[str]) -> None:
+def validate_overrides(recipe: Recipe, overrides: list[str], processes: int = 1) -> None:
     """Check the overrides of a `darkroom fit` that runs later, such as on a cluster.
 
+    Args:
+        recipe: the recipe.
+        overrides: words of the command line after the recipe.
+        processes: number of processes of the training.
+
     Raises:
-        UserError: a key or a value is invalid.
+        UserError: a key or a value is invalid, or a batch cannot be divided between the processes.
     """
     silence_lightning()
-    ParseOnlyCLI("fit", recipe, overrides)
+    config = ParseOnlyCLI("fit", recipe, overrides).config
+    with torch.device("meta"):
+        method = import_class(config.model.class_path)(**config.model.init_args.as_dict())
+    check_batch_sizes(method, config.data.init_args.batch_size, config.accumulate_grad_batches, processes)
+    if processes > 1 and config.data.init_args.batch_size == processes * config.accumulate_grad_batches:
+        note = f"each of {processes} processes has one sample per step. A larger data.batch_size is faster"
+        print(f"note      {note}", file=sys.stderr)
 
 
 def drop_option(argv: list[str], option: str) -> list[str]:

@@ -59,8 +59,7 @@ class Recipe:
 
     def load_class(self, section: str) -> Any:
         """Import and return the class of the section "model" or "data"."""
-        module, _, name = self.class_path(section).rpartition(".")
-        return getattr(import_module(module), name)
+        return import_class(self.class_path(section))
 
     @property
     def is_trainable(self) -> bool:
@@ -88,6 +87,12 @@ class Recipe:
     def weights(self) -> Path:
         """Path of its committed weights; the file exists only for small networks."""
         return self.path.parent.parent / "weights" / f"{self.path.stem}.safetensors"
+
+
+def import_class(class_path: str) -> Any:
+    """Import and return a class by its path, such as "modules.espcn.ESPCN"."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _check_sections(path: Path, content: dict[str, Any]) -> None:

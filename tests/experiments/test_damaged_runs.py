@@ -135,6 +135,18 @@ def test_record_without_configuration_is_passed_over(run, capfd):
     assert "no model.total_images in its config" in refused(capfd, "fit", "tiny.yaml", "--run", "one")
 
 
+def test_changed_images_are_named(run, workdir, capfd):
+    """The record has the hash of the images at the start, and that at the end."""
+    path = sorted((workdir / "photos").iterdir())[1]
+    Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    capfd.readouterr()
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one"]) == 0
+    assert "changed   photos: not the images with which the run began" in capfd.readouterr().out
+    record = read_record(run.record)
+    assert record["first_data"].keys() == {"photos"}
+    assert record["first_data"]["photos"] != record["data"]["photos"]
+
+
 # Weights
 
 

@@ -55,7 +55,7 @@ def directives(text):
 
 def test_batch_file_requests_four_nodes_and_their_resources(workdir, capfd):
     argv = ["espcn/t91_x3", "--nodes", "4", "--gpus", "8", "--cores", "6", "--sbatch=--partition=a100", "--run", "x"]
-    text = dry_run(capfd, *argv, "--trainer.precision", "bf16-mixed")
+    text = dry_run(capfd, *argv, "--trainer.precision", "bf16-mixed", "--data.batch_size", "64")
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     options = directives(text)
     expected = {"nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "6", "partition": "a100"}
@@ -64,10 +64,19 @@ def test_batch_file_requests_four_nodes_and_their_resources(workdir, capfd):
     (line,) = [line for line in text.splitlines() if line.startswith("srun")]
     assert line.endswith(
         "-m experiments fit espcn/t91_x3 --trainer.accelerator gpu --trainer.devices 8 --trainer.num_nodes 4 "
-        "--trainer.strategy ddp --run x --trainer.precision bf16-mixed"
+        "--trainer.strategy ddp --run x --trainer.precision bf16-mixed --data.batch_size 64"
     )
     assert f"export DARKROOM_DATA={workdir / 'data'}" in text
     assert not (workdir / "runs").exists()
+
+
+def test_jobs_that_fit_would_refuse_are_refused(workdir, capfd):
+    """ESPCN's batch has 16 patches."""
+    argv = ["submit", "espcn/t91_x3", "--nodes", "4", "--gpus", "8", "--dry-run"]
+    assert forked(main, argv) == 2
+    assert "data.batch_size: 16 is not divisible by 32 processes" in capfd.readouterr().err
+    assert forked(main, [*argv, "--data.batch_size", "32"]) == 0
+    assert "each of 32 processes has one sample per step" in capfd.readouterr().err
 
 
 def test_search_workers_are_array_jobs(workdir, capfd):

@@ -87,3 +87,24 @@ class HoldsHalf(Callback):
         local_size = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
         fraction = local_size / sum(tensor.numel() for tensor in tensors)
         assert 0.4 < fraction < 0.6, f"{fraction:.2f} of the weights and states are on this rank"
+
+
+class ListensOnLoopback(Callback):
+    """Asserts that the processes of a run on one machine listen only on the loopback interface (Linux)."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size == 1 or any(name.startswith(("TORCHELASTIC", "SLURM")) for name in os.environ):
+            return
+        inodes = set()
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):
+                inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
+        addresses = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and fields[9] in inodes:  # listening, and of this process
+                    addresses.add(fields[1].partition(":")[0])
+        loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+        assert addresses, "no process listens"
+        assert addresses <= loopback, addresses

@@ -13,7 +13,9 @@ Model = dict[str, Any]
 
 
 def write_yaml(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:
-    probes = [{"class_path": f"tests.helpers.probe_callbacks.{name}"} for name in ("SignalAt", "RanksAgree")]
+    probes = [
+        {"class_path": f"tests.helpers.probe_callbacks.{name}"} for name in ("SignalAt", "RanksAgree", "ListensOnLoopback")
+    ]
     recipe = {
         "model": model,
         "data": data,

@@ -20,6 +20,9 @@ from datamodules.transforms.color import is_gray, rgb_to_ycbcr, ycbcr_to_rgb
 from datamodules.transforms.downsample import downsample_image
 from datamodules.transforms.resize import imresize
 
+TILE = 256  # pixels of the input at a side of a tile, when its chroma is enlarged
+TILE_MARGIN = 4  # pixels around a tile; a value of a bicubic interpolation depends on two on each side
+
 
 class SuperResolutionInputs(Dataset[dict[str, Any]]):
     """Inputs of super-resolution, from images of any size and mode (gray, RGB, palette, alpha, CMYK, 16-bit).
@@ -194,22 +197,52 @@ def read_pixels(image: Image.Image, path: Path) -> tuple[Tensor, Tensor]:
 def merge_channels(luma: Tensor, chroma: Tensor, alpha: Tensor, bits: int = 8) -> Image.Image:
     """Combine luma, chroma and alpha into an 8-bit image of mode L, LA, RGB or RGBA, or into 16-bit gray.
 
+    If the luma is larger by a whole factor, the image is computed in tiles, which bounds the memory.
+
     Args:
         luma: (1, H, W) in [0, 1]; or RGB, (3, H, W), with empty chroma.
         chroma: Cb and Cr, (2, h, w), or empty; resized to (H, W) by bicubic interpolation.
         alpha: (1, h, w), or empty; resized in the same way.
         bits: 8, or 16 for luma alone.
     """
-    size = (luma.shape[-2], luma.shape[-1])
-    channels = luma.float()
-    if chroma.numel():
-        channels = ycbcr_to_rgb(torch.cat([channels, imresize(chroma, size)]))
-    if alpha.numel():
-        channels = torch.cat([channels, imresize(alpha, size)])
+    height, width = luma.shape[-2:]
     if bits == 16:
-        return Image.fromarray((channels[0].double() * 65535 + 0.5).floor().clamp(0, 65535).numpy().astype(np.uint16))
-    levels = (channels * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        return Image.fromarray((luma[0].double() * 65535 + 0.5).floor().clamp(0, 65535).numpy().astype(np.uint16))
+    sources = [source for source in (chroma, alpha) if source.numel()]
+    levels = np.empty((height, width, (3 if chroma.numel() else len(luma)) + (1 if alpha.numel() else 0)), dtype=np.uint8)
+    small_height, small_width = sources[0].shape[-2:] if sources else (height, width)
+    factor = height // small_height
+    tiled = (height, width) == (factor * small_height, factor * small_width)
+    side = TILE if tiled else max(small_height, small_width)
+    for top in range(0, small_height, side):
+        for left in range(0, small_width, side):
+            rows = slice(top, min(top + side, small_height))
+            columns = slice(left, min(left + side, small_width))
+            if tiled:
+                place = (slice(factor * rows.start, factor * rows.stop), slice(factor * columns.start, factor * columns.stop))
+                parts = [enlarge_tile(source, rows, columns, factor) for source in sources]
+            else:
+                place = (slice(0, height), slice(0, width))
+                parts = [imresize(source, (height, width)) for source in sources]
+            channels = luma[(..., *place)].float()
+            if chroma.numel():
+                channels = ycbcr_to_rgb(torch.cat([channels, parts.pop(0)]))
+            channels = torch.cat([channels, *parts])
+            levels[place] = (channels * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
+
+
+def enlarge_tile(image: Tensor, rows: slice, columns: slice, factor: int) -> Tensor:
+    """Return the part of an enlarged image (C, H, W) that belongs to a tile of the small one, by bicubic interpolation.
+
+    The tile is enlarged with the pixels around it on which its values depend.
+    """
+    top, left = max(0, rows.start - TILE_MARGIN), max(0, columns.start - TILE_MARGIN)
+    part = image[..., top : rows.stop + TILE_MARGIN, left : columns.stop + TILE_MARGIN]
+    enlarged = imresize(part, (factor * part.shape[-2], factor * part.shape[-1]))
+    first_row, first_column = factor * (rows.start - top), factor * (columns.start - left)
+    height, width = factor * (rows.stop - rows.start), factor * (columns.stop - columns.start)
+    return enlarged[..., first_row : first_row + height, first_column : first_column + width]
 
 
 class ImageFileInfo(NamedTuple):

@@ -77,6 +77,7 @@ def write_weights_file(path: Path, method: Method, description: Description) -> 
         tmp_path,
         {KEY: description.model_dump_json()},
     )
+    tmp_path.chmod(0o644)  # safetensors writes files that only their owner can read
     tmp_path.replace(path)
 
 

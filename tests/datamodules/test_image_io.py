@@ -5,6 +5,9 @@ from PIL import Image
 
 from datamodules.io.folders import list_images
 from datamodules.io.image_io import InvalidImage, check_size, read_image
+from datamodules.io.user_images import merge_channels
+from datamodules.transforms.color import ycbcr_to_rgb
+from datamodules.transforms.resize import imresize
 
 
 @pytest.fixture
@@ -81,3 +84,18 @@ def test_list_images_is_recursive_and_skips_other_files(tmp_path, rgb):
         rgb.save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
     assert [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)] == ["b/a.JPG", "z.png"]
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_tiles_of_enlarged_chroma_equal_the_whole(factor):
+    """The tiles have 256 pixels, so this image has four."""
+    generator = torch.Generator().manual_seed(0)
+    luma = torch.rand(1, factor * 300, factor * 270, generator=generator)
+    chroma, alpha = torch.rand(2, 300, 270, generator=generator), torch.rand(1, 300, 270, generator=generator)
+    size = (factor * 300, factor * 270)
+    rgb = ycbcr_to_rgb(torch.cat([luma, imresize(chroma, size)]))
+    expected = (torch.cat([rgb, imresize(alpha, size)]) * 255 + 0.5).floor().clamp(0, 255)
+    merged = np.asarray(merge_channels(luma, chroma, alpha)).astype(int)
+    difference = np.abs(merged - expected.permute(1, 2, 0).numpy())
+    assert difference.max() <= 1  # rounding
+    assert (difference > 0).mean() < 1e-3

@@ -89,7 +89,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--trainer.accelerator", "gpu"], "No supported gpu backend found"),
         (["fit", DEMO, "--wandb", "online"], "--wandb online: "),
         (["test", "espcn/t91_x3_relu", "--ckpt", "none.ckpt"], "--ckpt: no file none.ckpt"),
-        (["test", DEMO], "no weights for espcn/demo"),
+        (["test", "espcn/imagenet_x3"], "no weights for espcn/imagenet_x3"),
         (["fit", "bicubic/x3"], "Bicubic has nothing to train"),
         (["data", "get", "set55"], "'set55'; did you mean 'set5'?"),
         (["data", "get", "t91"], "darkroom: t91"),

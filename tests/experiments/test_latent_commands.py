@@ -219,7 +219,7 @@ def test_indices_out_of_range_are_refused(workdir, capfd, argv, message):
         (["reconstruct", "dcgan/demo"], "dcgan/demo does not encode images"),
         (["interpolate", "vae/demo", "--images", "--indices", "3"], "interpolate: --indices "),
         (["retrieve", "vae/demo", "--ckpt", "no.ckpt"], "--ckpt: no file no.ckpt"),
-        (["sample", "dcgan/demo"], "no weights for dcgan/demo; "),
+        (["sample", "dcgan/cifar10"], "no weights for dcgan/cifar10; "),
     ],
 )
 def test_invalid_command_names_the_option(workdir, capfd, argv, message):

@@ -93,3 +93,21 @@ def test_predict_does_not_overwrite_its_inputs(workdir, photos, capfd):
     assert forked(main, ["predict", "espcn/t91_x3", "--input", "in", "--output", "in"]) == 2
     assert (workdir / "in/a.png").read_bytes() == source.read_bytes()
     assert "--output: in/a.png" in capfd.readouterr().err
+
+
+def predict_and_write_peak_memory(workdir):
+    import resource
+
+    status = main(["predict", "espcn/t91_x3", "--input", "photo.jpg", "--output", "out"])
+    (workdir / "peak.txt").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
+    return status
+
+
+@pytest.mark.slow
+def test_large_photograph_is_enlarged_in_bounded_memory(workdir):
+    """A photograph of 6 megapixels with transparency; before tiles, it took 3.2 GB without."""
+    pixels = np.random.default_rng(0).integers(0, 255, (2000, 3000, 4), np.uint8)
+    Image.fromarray(pixels).resize((3000, 2000)).save(workdir / "photo.png")
+    (workdir / "photo.png").rename(workdir / "photo.jpg")  # the content decides
+    assert forked(predict_and_write_peak_memory, workdir) == 0
+    assert int((workdir / "peak.txt").read_text()) < 2500  # MiB; 1,800 were seen

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from modules.losses.precision import to_float32
+from modules.networks.build import NetworkSpec, build_network
 from modules.networks.init import dcgan_init_
 from modules.tasks.translation import Direction, TranslationMethod
 from modules.training.image_pool import ImagePool
@@ -53,6 +54,8 @@ class CycleGAN(TranslationMethod):
         pool_size: capacity of each pool of earlier fakes for the discriminators.
         total_images: training budget, in pairs of one image of A and one of B.
         learning_rate: Adam learning rate; constant in the first half, then falling linearly to zero.
+        generator: another generator, for both directions, see `build_network`: (N, 3, H, W) in [-1, 1] to the same.
+        discriminator: another discriminator, for both domains: such images to values of any shape.
         seed: seed of the image pools.
 
     Raises:
@@ -72,6 +75,8 @@ class CycleGAN(TranslationMethod):
         pool_size: int = 50,
         total_images: int = 200_000,
         learning_rate: PositiveFloat = 2e-4,
+        generator: NetworkSpec = None,
+        discriminator: NetworkSpec = None,
         seed: int = 0,
     ) -> None:
         super().__init__(total_images, learning_rate, seed=seed)
@@ -86,10 +91,14 @@ class CycleGAN(TranslationMethod):
                 raise UserError(f"model.{name}: {value} is too small. Use at least {minimum}")
         self.cycles = CYCLE_TERMS[objective]
         self.cycle_weight, self.identity_weight = cycle_weight, identity_weight
-        self.G_AB, self.G_BA = (generator(base_channels, n_residual_blocks) for _ in "AB")
+        self.G_AB, self.G_BA = (
+            build_network("generator", generator, make_generator(base_channels, n_residual_blocks)) for _ in "AB"
+        )
         self.adversarial = objective != "cycle"
         if self.adversarial:
-            self.D_A, self.D_B = (discriminator(base_channels) for _ in "AB")
+            self.D_A, self.D_B = (
+                build_network("discriminator", discriminator, make_discriminator(base_channels)) for _ in "AB"
+            )
             self.pool_a, self.pool_b = (ImagePool(pool_size, (3, crop, crop), f"pool/{name}", seed) for name in "AB")
         dcgan_init_(self)
         for name, values in self.named_parameters():
@@ -180,7 +189,7 @@ def lsgan_loss(values: Tensor, target: float) -> Tensor:
 # Section 7.2
 
 
-def generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
+def make_generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
     """Create the generator c7s1-64, d128, d256, R256, ..., u128, u64, c7s1-3: (N, 3, H, W) in [-1, 1] to the same."""
     layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, base_channels, 7), *norm_relu(base_channels)]
     for in_channels, out_channels in pairwise((base_channels, 2 * base_channels, 4 * base_channels)):
@@ -212,7 +221,7 @@ def norm_relu(channels: int) -> list[nn.Module]:
     return [nn.InstanceNorm2d(channels), nn.ReLU()]
 
 
-def discriminator(base_channels: int) -> nn.Sequential:
+def make_discriminator(base_channels: int) -> nn.Sequential:
     """Create the discriminator C64-C128-C256-C512 with a final convolution: one value per patch of 70 x 70 pixels.
 
     The input is (N, 3, H, W) in [-1, 1]. The last two convolutions have stride 1, as in the authors' code. With stride 2, as in

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from modules.losses.adversarial import bce_fake, bce_real
+from modules.networks.build import NetworkSpec, build_network
 from modules.networks.init import dcgan_init_
 from modules.tasks.generation import GenerativeMethod
 from modules.training.phases import Batch, Phase
@@ -47,6 +48,9 @@ class DCGAN(GenerativeMethod):
         total_images: training budget.
         learning_rate: Adam learning rate of both networks.
         beta1: Adam beta1, in [0, 1).
+        generator: another generator, see `build_network`: latents (N, latent_size) to images (N, channels, size, size) in
+            [-1, 1].
+        discriminator: another discriminator: such images to logits (N, 1).
         seed: seed of the noise in training.
 
     Raises:
@@ -64,6 +68,8 @@ class DCGAN(GenerativeMethod):
         total_images: int = 8_750_000,
         learning_rate: PositiveFloat = 2e-4,
         beta1: Annotated[float, Ge(0), Lt(1)] = 0.5,
+        generator: NetworkSpec = None,
+        discriminator: NetworkSpec = None,
         seed: int = 0,
     ) -> None:
         super().__init__(latent_size, latent_distribution, total_images, learning_rate, seed)
@@ -74,8 +80,12 @@ class DCGAN(GenerativeMethod):
         if not 0 <= beta1 < 1:
             raise UserError(f"model.beta1: {beta1} is not valid. Use a value in [0, 1)")
         self.beta1 = beta1
-        self.generator = generator(latent_size, channels, size, kernel, base_channels)
-        self.discriminator = discriminator(channels, size, kernel, base_channels)
+        self.generator = build_network(
+            "generator", generator, make_generator(latent_size, channels, size, kernel, base_channels)
+        )
+        self.discriminator = build_network(
+            "discriminator", discriminator, make_discriminator(channels, size, kernel, base_channels)
+        )
         for network in (self.generator, self.discriminator):
             dcgan_init_(network)  # Section 4
             network.to(memory_format=torch.channels_last)
@@ -126,7 +136,7 @@ def channels_per_level(size: int, base_channels: int) -> list[int]:
     return [base_channels * 2**level for level in reversed(range(levels))]
 
 
-def generator(latent_size: int, channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
+def make_generator(latent_size: int, channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
     """Create the generator of Figure 1: a projection, then fractionally strided convolutions.
 
     It maps latents (N, latent_size) to images (N, channels, size, size) in [-1, 1].
@@ -145,7 +155,7 @@ def generator(latent_size: int, channels: int, size: int, kernel: int, base_chan
     return nn.Sequential(*layers, nn.Tanh())
 
 
-def discriminator(channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
+def make_discriminator(channels: int, size: int, kernel: int, base_channels: int) -> nn.Sequential:
     """Create the discriminator, a mirrored generator with LeakyReLU, without batch normalization in the first layer.
 
     It maps images (N, channels, size, size) in [-1, 1] to logits (N, 1).

@@ -22,6 +22,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from datamodules.errors import UserError
+from modules.networks.build import NetworkSpec, build_network
 from modules.tasks.segmentation import SegmentationMethod
 from modules.tasks.tiling import Tiling
 
@@ -46,6 +47,8 @@ class SMPSegmenter(SegmentationMethod):
         total_images: training budget.
         learning_rate: initial learning rate.
         weight_decay: AdamW weight decay.
+        network: another network, see `build_network`: images (N, channels, H, W) of zero mean and unit variance to logits
+            (N, num_classes, H, W); `architecture` and `encoder_name` are then not used.
         seed: seed of dropout in training, for networks with dropout.
 
     Raises:
@@ -69,6 +72,7 @@ class SMPSegmenter(SegmentationMethod):
         total_images: int = 300_000,
         learning_rate: PositiveFloat = 1e-3,
         weight_decay: NonNegativeFloat = 1e-4,
+        network: NetworkSpec = None,
         seed: int = 0,
     ) -> None:
         super().__init__(num_classes, Tiling(tile_size, margin, MAX_STRIDE), tta_views, total_images, learning_rate, seed)
@@ -78,11 +82,14 @@ class SMPSegmenter(SegmentationMethod):
         if margin % MAX_STRIDE:
             raise UserError(f"model.margin: {margin} is not valid. Use a multiple of {MAX_STRIDE}")
         stride_option = {} if output_stride is None else {"encoder_output_stride": output_stride}
+        if network is not None and encoder_weights:
+            raise UserError(f"model.encoder_weights: {encoder_weights} are not for model.network. Use null")
         try:
-            self.network = smp.create_model(architecture, encoder_name, None, channels, num_classes, **stride_option)
+            default = smp.create_model(architecture, encoder_name, None, channels, num_classes, **stride_option)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise UserError(f"model.architecture {architecture}, model.encoder_name {encoder_name}: {reason}") from None
+        self.network = build_network("network", network, default)
         for name in STAT_BUFFERS:
             self.register_buffer(name, channel_stats(IMAGENET[name], channels))
 
@@ -104,7 +111,7 @@ class SMPSegmenter(SegmentationMethod):
                 f"({str(error).splitlines()[0]}). "
                 "Use --model.encoder_weights null to start from random weights."
             ) from None
-        self.network.encoder.load_state_dict(pretrained.state_dict())
+        self.network.get_submodule("encoder").load_state_dict(pretrained.state_dict())
         for name in STAT_BUFFERS:
             self.get_buffer(name).copy_(channel_stats(preprocessing[name] or IMAGENET[name], self.channels))
 

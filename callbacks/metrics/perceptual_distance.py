@@ -16,6 +16,8 @@ from datamodules.io.paths import file_hash, find_file
 from modules.networks.pretrained import find_or_download
 from modules.networks.squeezenet import SqueezeNetFeatures
 
+ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+
 
 class PerceptualDistance(ImageMetric):
     """Base class of perceptual distances of each validation and test image; lower is better.
@@ -106,7 +108,7 @@ class LPIPS(PerceptualDistance):
 
     def find_weights(self) -> Path:
         """Return torchvision's weights of AlexNet."""
-        return find_or_download("alexnet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", None)
+        return find_or_download("alexnet", ALEXNET_URL, None)
 
     def load(self, path: Path) -> nn.Module:
         """Return LPIPS with the file of `find_weights`."""

@@ -60,5 +60,28 @@ def download_torchvision(name: str) -> None:
         else:
             for split in ("train", "test"):
                 datasets.SVHN(str(root), split=split, download=True)
+    except ImportError as error:
+        raise DatasetNotFound(f"{name}: its download requires the package {error.name}. Run pip install {error.name}") from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise DatasetNotFound(f"{name} could not be downloaded ({error}). Check the connection, then retry") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        by_hand = "; ".join(f"{address} (md5 {md5})" for address, md5 in torchvision_files(name))
+        folder = data_root() / "MNIST/raw" if name == "mnist" else root
+        advice = f", or save in {folder}: {by_hand}" if by_hand else ""
+        raise DatasetNotFound(f"{name} could not be downloaded ({reason}). Check the connection{advice}. Then retry") from None
+
+
+def torchvision_files(name: str) -> list[tuple[str, str]]:
+    """Return the address and the md5 of each file of a dataset of torchvision; none for one that has no addresses (CelebA)."""
+    if name == "mnist":
+        return [(datasets.MNIST.mirrors[0] + file, md5) for file, md5 in datasets.MNIST.resources]
+    if name == "cifar10":
+        return [(datasets.CIFAR10.url, datasets.CIFAR10.tgz_md5)]
+    if name == "stl10":
+        return [(datasets.STL10.url, datasets.STL10.tgz_md5)]
+    if name == "svhn":
+        return [(url, md5) for split, (url, _, md5) in datasets.SVHN.split_list.items() if split in ("train", "test")]
+    if name == "pets":
+        return list(datasets.OxfordIIITPet._RESOURCES)
+    if name == "voc":
+        return [(datasets.voc.DATASET_YEAR_DICT["2012"]["url"], datasets.voc.DATASET_YEAR_DICT["2012"]["md5"])]
+    return []

@@ -13,6 +13,9 @@ from experiments.run.recipes import Recipe, methods, recipes
 STATES = ("reproduced", "measured", "short", "not comparable", "not run")  # prefixes of the states of most table cells
 
 
+REFERENCE_NETWORKS = ("inception", "vgg16", "vgg19", "alexnet")  # networks of losses and metrics
+
+
 def show_methods() -> None:
     """Print one line per method: number of recipes, of recipes with committed weights, and of table cells by state."""
     caption = "darkroom list METHOD describes the recipes of a method. The README defines the states of table cells."
@@ -63,15 +66,26 @@ def show_data() -> None:
         status = dataset.status()
         table.add_row(name, status, dataset.title, dataset.license, "" if status == "installed" else dataset.install_hint())
     Console().print(table)
+    networks = ", ".join(REFERENCE_NETWORKS)
+    print(f"Weights of networks that compute losses and metrics ({networks}): darkroom data get NAME")
 
 
 def get_data(name: str) -> int:
-    """Download a dataset, and return the exit status 0.
+    """Download a dataset, or the weights of a reference network, and return the exit status 0.
 
     Raises:
         DatasetNotFound: the dataset must be installed manually, or the download failed; the message contains instructions.
-        UserError: unknown dataset.
+        UserError: unknown dataset, or the download of weights failed.
     """
+    if name in REFERENCE_NETWORKS:
+        from callbacks.metrics.perceptual_distance import ALEXNET_URL
+        from modules.networks.feature_extractors import Inception
+        from modules.networks.pretrained import find_or_download
+        from modules.networks.vgg import URLS
+
+        path = find_or_download(name, {**URLS, "inception": Inception.url, "alexnet": ALEXNET_URL}[name], None)
+        print(f"{name}: {path}")
+        return 0
     dataset = get_dataset(name)
     if dataset.source == "embedded":
         print(f"{name} is included in the installed packages; nothing to do")

@@ -1,14 +1,16 @@
 import functools
 import hashlib
 import http.server
+import re
 import threading
 from dataclasses import replace
 
 import pytest
+from torchvision import datasets
 
 from datamodules.catalog import catalog as module
 from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset, resolve_images
-from datamodules.catalog.download import download
+from datamodules.catalog.download import download, download_torchvision, torchvision_files
 from datamodules.catalog.verify import verify
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash
@@ -144,3 +146,22 @@ def test_real_datasets_match_their_manifests(with_real_data, name):
     if not dataset.files():
         pytest.skip(f"{name} is not in DARKROOM_DATA")
     assert list(verify(dataset)) == []
+
+
+def test_files_of_torchvision_have_addresses_and_checksums():
+    """A user without a connection can download them elsewhere. CelebA is on Google Drive, without addresses."""
+    names = [name for name, entry in catalog().items() if entry.source == "torchvision"]
+    assert {"mnist", "cifar10", "celeba"} <= set(names)
+    for name in names:
+        files = torchvision_files(name)
+        assert bool(files) == (name != "celeba"), name
+        assert all(address.startswith("http") and re.fullmatch("[0-9a-f]{32}", md5) for address, md5 in files), name
+
+
+def test_failed_download_names_address_folder_and_checksum(workdir, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("Error downloading a.gz:\nTried http://127.0.0.1, got:\n<urlopen error>\n")
+
+    monkeypatch.setattr(datasets.MNIST, "__init__", fail)
+    with pytest.raises(DatasetNotFound, match=r"Error downloading a\.gz: .*data/MNIST/raw: https?://\S+\.gz \(md5 \w{32}\)"):
+        download_torchvision("mnist")

@@ -18,9 +18,10 @@ from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from experiments import METHODS, ROOT
 from experiments.results.fingerprint import canonical, code_fingerprint, recipe_fingerprint
+from experiments.results.headers import write_time
 from experiments.results.records import Record, changed_code, committed_records, differences, record_path
 from experiments.results.tables import cells, format_ours, format_paper, format_provenance, load_table, render
-from experiments.run.recipes import Recipe, find_recipe, methods
+from experiments.run.recipes import Recipe, find_recipe, methods, recipes
 from experiments.run.run_dir import Run, runs_root
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -217,6 +218,9 @@ def write_pages(method: str) -> None:
     for page, text in ((METHODS / method / "README.md", render(method)), (ROOT / "README.md", summary())):
         page.write_text(between_marks(page.read_text(), text))
     RESULTS.write_text(results_page())
+    for recipe in recipes():
+        if recipe.name.startswith(f"{method}/"):
+            write_time(recipe)
 
 
 def results_page() -> str:

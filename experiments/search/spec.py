@@ -19,7 +19,8 @@ METHODS = ("grid", "random", "bayes")
 KEYS = {"name", "description", "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "project"}
 DISTRIBUTIONS = ("uniform", "int_uniform", "q_uniform", "log_uniform_values")
 DEFAULT_MAX_TRIALS = 50  # for random and bayes without run_cap
-RESERVED = ("config", "h", "help", "log", "print_config", "run", "wandb")  # options of `darkroom fit` that a trial sets, or cannot vary
+# Options of `darkroom fit` that a trial sets, or cannot vary.
+RESERVED = ("config", "h", "help", "log", "print_config", "run", "wandb")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     start_server()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the training tests of the contract as slow for methods that take more than twenty seconds."""
+    for item in items:
+        if item.name.startswith("test_training_improves") and getattr(getattr(item, "cls", None), "learns_slowly", False):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """Return a folder with eight 96 x 90 crops of the embedded photographs."""

@@ -27,7 +27,7 @@ class Checkpoints(Callback):
     """
 
     def __init__(self, folder: Path, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
-        self.last, self.best, self.monitor, self.mode = folder / "last.ckpt", folder / "best.ckpt", monitor, mode
+        self.last, self.best, self.monitor, self.monitor_mode = folder / "last.ckpt", folder / "best.ckpt", monitor, mode
         self.best_value = float("-inf") if mode == "max" else float("inf")
         self.best_images = 0
         self.saved_images = 0  # images seen at the newest checkpoint
@@ -66,7 +66,7 @@ class Checkpoints(Callback):
             if trainer.is_global_zero:
                 print(f"monitor   {self.monitor} is not a number after {pl_module.images_seen:,} images", flush=True)
             return math.isinf(self.best_value)  # there was no number before
-        improved = value > self.best_value if self.mode == "max" else value < self.best_value
+        improved = value > self.best_value if self.monitor_mode == "max" else value < self.best_value
         self.best_value = value if improved else self.best_value
         return improved
 

@@ -35,37 +35,37 @@ class RunRecord(Callback):
         self.seconds = 0.0
         self.started = time.monotonic()
         self.previous_segments: list[dict[str, Any]] = []  # trained by other versions of the code
-        self.data: dict[str, str] = {}  # hashes of the training and validation images at the start of the run
+        self.data_hashes: dict[str, str] = {}  # hashes of the training and validation images at the start of the run
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock; a resumed run adds to its earlier training time. Say if its images are not those of its start."""
         self.started = time.monotonic()
         current = trainer.datamodule.data_report.fingerprints()
-        changed = [name for name, value in current.items() if self.data.get(name, value) != value]
+        changed = [name for name, value in current.items() if self.data_hashes.get(name, value) != value]
         if changed and trainer.is_global_zero:
             print(
                 f"changed   {', '.join(changed)}: not the images with which the run began; the record has both hashes",
                 flush=True,
             )
-        self.data = {**current, **self.data}
+        self.data_hashes = {**current, **self.data_hashes}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the training time in seconds, the code version of each segment of the training, and hashes of the images."""
         segments = [*self.previous_segments, {key: self.metadata[key] for key in SEGMENT_KEYS}]
-        return {"seconds": self.seconds + time.monotonic() - self.started, "segments": segments, "data": self.data}
+        return {"seconds": self.seconds + time.monotonic() - self.started, "segments": segments, "data": self.data_hashes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, see `state_dict`."""
         self.seconds = state_dict["seconds"]
         current = {key: self.metadata[key] for key in SEGMENT_KEYS}
         self.previous_segments = [segment for segment in state_dict["segments"] if segment != current]
-        self.data = state_dict.get("data", {})  # absent in checkpoints of older versions
+        self.data_hashes = state_dict.get("data", {})  # absent in checkpoints of older versions
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the record of the training."""
         checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         data = trainer.datamodule.data_report.fingerprints()
-        first_data = {name: value for name, value in self.data.items() if data.get(name, value) != value}
+        first_data = {name: value for name, value in self.data_hashes.items() if data.get(name, value) != value}
         self._write(
             trainer,
             {

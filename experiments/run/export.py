@@ -40,6 +40,8 @@ def export(recipe: Recipe, options: list[str], output: Path) -> None:
 def describe_cli(cli: DarkroomCLI, images_seen: int | None, date: str) -> Description:
     """Return the description of the network of a command."""
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True, skip_none=False))
-    model, data = (Entry(**config[section]) for section in ("model", "data"))
     names = list(getattr(cli.datamodule, "class_names", ()))
+    if isinstance(config["data"]["init_args"].get("class_names"), str):  # a file, which the reader of the weights does not have
+        config["data"]["init_args"]["class_names"] = names
+    model, data = (Entry(**config[section]) for section in ("model", "data"))
     return Description(recipe=cli.recipe.name, model=model, data=data, class_names=names, images_seen=images_seen, date=date)

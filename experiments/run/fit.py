@@ -26,7 +26,7 @@ from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.resume import prepare_resume
 from experiments.run.run_dir import Run, program_name
-from experiments.tasks.registry import task_of
+from experiments.tasks.registry import TASKS
 from modules.networks.weights import load_weights
 from modules.tasks.generation import GenerativeMethod
 
@@ -84,7 +84,7 @@ def print_end(cli: DarkroomCLI, run: Run) -> None:
     if run.image_table.exists():
         print_rank_zero(f"by image  {run.image_table}")
     words = ["sample", str(run.folder)] if isinstance(cli.model, GenerativeMethod) else []
-    if task_of(cli.datamodule).predict is not None:
+    if any(task.predict and isinstance(cli.datamodule, task.datamodule) for task in TASKS):
         words = ["predict", str(run.folder), "--input", "FOLDER"]
     if words:
         print_rank_zero(f"next      {program_name()} {shlex.join(words)}")

@@ -241,7 +241,7 @@ class DarkroomCLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:  # incompatible settings
             raise UserError(" ".join(str(error).split())) from None
         trainer.strategy.checkpoint_io = LocalCheckpointIO()
-        if str(trainer.precision) in ("16-true", "16-mixed") and trainer.strategy.root_device.type == "cpu":
+        if str(trainer.precision) == "16-true" and trainer.strategy.root_device.type == "cpu":
             raise UserError(f"trainer.precision: {trainer.precision} requires a GPU. Use bf16-mixed or 32-true on a CPU")
         if not isinstance(trainer.strategy, SingleDeviceStrategy | ManualDDPStrategy):
             raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported. Use 'ddp' or 'fsdp2'")

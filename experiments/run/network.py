@@ -14,7 +14,8 @@ def find_network(name: str, run_name: str | None, overrides: list[str], modules:
     """Find the recipe of a network and the words that select its weights.
 
     Args:
-        name: a recipe, the folder of a run, a checkpoint in such a folder, or a file of weights that describes its network.
+        name: a recipe, the folder of a run, its config.yaml, a checkpoint in such a folder, or a file of weights that describes
+            its network.
         run_name: run of the recipe, or "latest"; None to let `resolve_weights` select the weights.
         overrides: words of the command line after the recipe.
         modules: Python file with the classes of a file of weights.
@@ -26,6 +27,8 @@ def find_network(name: str, run_name: str | None, overrides: list[str], modules:
         UserError: there is no such recipe or run, the run has no weights, or the file does not describe its network.
     """
     path = Path(name)
+    if path.name == Run(path.parent).config.name and Run(path.parent).checkpoints.is_dir():
+        path = path.parent
     run_folder = path.parent.parent
     is_checkpoint = path.suffix == ".ckpt" and path.is_file() and Run(run_folder).config.exists()
     is_run = path.is_dir() or is_checkpoint

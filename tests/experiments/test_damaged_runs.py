@@ -81,18 +81,18 @@ def set_weight(value):
     ("change", "message"),
     [
         (without("optimizer_states"), "'optimizer_states' is missing"),
-        (without("lr_schedulers"), "'lr_schedulers' is missing"),
-        (without("callbacks"), "'callbacks' is missing"),
-        (without("loops"), "'loops' is missing"),
+        pytest.param(without("lr_schedulers"), "'lr_schedulers' is missing", marks=pytest.mark.slow),
+        pytest.param(without("callbacks"), "'callbacks' is missing", marks=pytest.mark.slow),
+        pytest.param(without("loops"), "'loops' is missing", marks=pytest.mark.slow),
         (without("images_seen"), "'images_seen' is missing"),
-        (without("pending_losses"), "'pending_losses' is missing"),
-        (without("SuperResolution"), "'SuperResolution' is missing"),
+        pytest.param(without("pending_losses"), "'pending_losses' is missing", marks=pytest.mark.slow),
+        pytest.param(without("SuperResolution"), "'SuperResolution' is missing", marks=pytest.mark.slow),
         (lambda content: content.update(images_seen="many"), "'images_seen' is missing or not valid"),
         (lambda content: content.update(optimizer_states=[]), "'optimizer_states' is empty"),
-        (lambda content: content.update(callbacks={}), "'callbacks' is empty"),
+        pytest.param(lambda content: content.update(callbacks={}), "'callbacks' is empty", marks=pytest.mark.slow),
         (set_weight(torch.full((64,), float("nan"))), "'network.0.bias' has values that are not finite"),
         (set_weight(torch.zeros(65)), r"'network.0.bias', the file has \(65,\)"),
-        (set_weight(torch.zeros(64, dtype=torch.int64)), "type torch.int64"),
+        pytest.param(set_weight(torch.zeros(64, dtype=torch.int64)), "type torch.int64", marks=pytest.mark.slow),
     ],
 )
 def test_incomplete_checkpoints_are_not_resumed(run, capfd, change, message):
@@ -222,10 +222,16 @@ def test_lower_values_can_be_better(workdir, photos):
     assert record["best"]["value"] == pytest.approx(float(worst["value"]))
 
 
+def fit_in_a_terminal(argv):
+    """Run a command with the default response to SIGHUP; the tests may run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    return main(argv)
+
+
 def test_hangup_saves_as_sigterm_does(workdir, photos, monkeypatch, capfd):
     write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
     monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGHUP@24@0")
-    assert forked(main, ["fit", "tiny.yaml", "--run", "one"]) == 85
+    assert forked(fit_in_a_terminal, ["fit", "tiny.yaml", "--run", "one"]) == 85
     assert "Stopped and saved" in capfd.readouterr().out
     last = Run(workdir / "runs/tiny/one").checkpoints / "last.ckpt"
     assert torch.load(last, weights_only=True)["images_seen"] == 24

@@ -22,7 +22,14 @@ def test_network_of_a_run_has_the_settings_of_the_run(workdir, photos, capfd):
     assert "log_every_n_steps" in config["trainer"]
     capfd.readouterr()
     argv = ["--input", str(photos), "--output", "out"]
-    for words in (["runs/tiny/one"], [str(recipe), "--run", "one"], [str(recipe), "--run=latest"]):
+    best = "runs/tiny/one/checkpoints/best.ckpt"
+    for words in (
+        ["runs/tiny/one"],
+        [str(recipe), "--run", "one"],
+        [str(recipe), "--run=latest"],
+        ["runs/tiny/one/config.yaml"],
+        [best],
+    ):
         assert forked(main, ["predict", *words, *argv]) == 0
         assert "runs/tiny/one/checkpoints/best.ckpt" in capfd.readouterr().out.replace("\n", "")
     assert forked(main, ["predict", "runs/tiny/one", "--model.activation", "tanh", *argv]) == 2

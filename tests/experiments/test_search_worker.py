@@ -24,9 +24,8 @@ from tests.helpers.subprocess_helpers import forked, started
 # Workers
 
 
-@pytest.mark.parametrize(
-    "storage", [None, pytest.param("sqlite:///{}/trials.db", marks=pytest.mark.slow)], ids=["journal", "sql"]
-)
+@pytest.mark.parametrize("storage", [None, "sqlite:///{}/trials.db"], ids=["journal", "sql"])
+@pytest.mark.slow
 def test_killed_worker_is_replaced_and_its_run_resumed(workdir, photos, storage):
     """SIGKILL also ends the worker's trial. The other worker waits for a sign of life, and resumes the run."""
     write_search(workdir, photos, parameters={"model.learning_rate": {"values": [1e-2, 1e-3]}})

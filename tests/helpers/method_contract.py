@@ -73,6 +73,7 @@ class Contract(ABC):
     training_overrides: ClassVar[list[str]]  # of the run in `test_training_improves_the_metric`
     bf16_rtol: ClassVar[float] = 0.02  # relative difference of losses between bf16 and fp32
     bf16_images: ClassVar[int] = 12  # of these runs, which are slow on processors without bf16
+    learns_slowly: ClassVar[bool] = False  # whether `test_training_improves_the_metric` is a slow test
     bf16_overrides: ClassVar[tuple[str, ...]] = ()  # of the runs that compare bf16 with fp32
 
     @abstractmethod

@@ -39,6 +39,7 @@ MODEL = {
 
 
 class TestColorization(ColorizationContract):
+    learns_slowly = True
     model = MODEL
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicColorization"
     bf16_rtol = 0.05

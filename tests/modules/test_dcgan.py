@@ -10,6 +10,7 @@ from tests.tasks.generation import GenerativeContract
 
 
 class TestDCGAN(GenerativeContract):
+    learns_slowly = True
     model = {"class_path": "modules.dcgan.DCGAN", "init_args": {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicDCGAN"
     # FID of the last validation; 8 seeds, AVX2: 0.17 ... 0.21

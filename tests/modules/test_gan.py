@@ -7,6 +7,7 @@ from tests.tasks.generation import GenerativeContract
 
 
 class TestGAN(GenerativeContract):
+    learns_slowly = True
     model = {"class_path": "modules.gan.GAN", "init_args": {"hidden_dim": 60}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicGAN"
     # FID of the last validation; 8 seeds, AVX-512: 0.47 ... 0.79; 4 seeds, AVX2: 0.45 ... 0.73

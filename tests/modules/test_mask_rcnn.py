@@ -24,6 +24,7 @@ from tests.tasks.detection import SMALL_NETWORK, DetectionContract
 
 
 class TestMaskRCNN(DetectionContract):
+    learns_slowly = True
     model = {"class_path": "modules.mask_rcnn.MaskRCNN", "init_args": {**SMALL_NETWORK, "learning_rate": 0.01}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicMaskRCNN"
     training_overrides = [
@@ -92,7 +93,7 @@ def old_names(weights):
     return renamed
 
 
-@pytest.mark.parametrize("num_keypoints", [0, 17])
+@pytest.mark.parametrize("num_keypoints", [0, pytest.param(17, marks=pytest.mark.slow)])
 def test_weights_of_torchvision_give_its_detections_and_losses(num_keypoints, workdir, monkeypatch):
     reference = torchvision_model(num_keypoints)
     torch.save(old_names(reference.state_dict()), workdir / "weights.pth")

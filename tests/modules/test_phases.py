@@ -231,6 +231,7 @@ def test_phase_functions_must_return_a_dict(function, content):
         expect_dict(getattr(phase, function)(0), phase, function, content)
 
 
+@pytest.mark.slow
 def test_compiled_networks_match_uncompiled_ones(workdir, monkeypatch):
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     model = {

@@ -115,7 +115,7 @@ class Segmentation(ResumableDataModule):
         self.own_class_names = read_class_names(class_names, num_classes)
         self.class_colors = [(red, green, blue) for red, green, blue in class_colors]
         self.mask_spec = MaskSpec(instances=instances, mask_format=mask_format, colors=tuple(self.class_colors))
-        self._check_folders(mask_format)
+        self._check_folders(mask_format, fold)
         if border_weight is not None and streaming:
             raise UserError("data.border_weight: requires images in memory. Use --data.streaming false, or null for no weights")
         if not 2 <= num_classes <= IGNORE_INDEX or channels not in (1, 3):
@@ -176,7 +176,7 @@ class Segmentation(ResumableDataModule):
         declared = self.own_class_names or next((names for names in map(self._catalog_class_names, specs) if names), ())
         return [declared[i] if i < len(declared) else f"class {i}" for i in range(self.num_classes)]
 
-    def _check_folders(self, mask_format: str) -> None:
+    def _check_folders(self, mask_format: str, fold: str | None) -> None:
         """Check the keys that name folders and the format of their masks.
 
         Raises:
@@ -184,6 +184,10 @@ class Segmentation(ResumableDataModule):
         """
         if (self.images is None) != (self.masks is None) or (self.images is None) == (self.train is None):
             raise UserError("data.train: give either data.train, or both data.images and data.masks (and null for the others)")
+        if fold is not None and self.val is not None:
+            raise UserError(f"data.fold: {fold} holds out training images, but data.val is {self.val}. Use --data.val null")
+        if not isinstance(self.value_range, str) and not self.value_range[0] < self.value_range[1]:
+            raise UserError(f"data.value_range: black {self.value_range[0]} must be below white {self.value_range[1]}")
         if (mask_format == "rle") != (self.masks is not None and self.masks.endswith(".csv")):
             raise UserError("data.masks: must be a .csv file for data.mask_format rle, and a folder for the others")
         if (mask_format == "colors" or self.class_colors) and len(self.class_colors) != self.num_classes:

@@ -43,5 +43,15 @@ def describe_cli(cli: DarkroomCLI, images_seen: int | None, date: str) -> Descri
     names = list(getattr(cli.datamodule, "class_names", ()))
     if isinstance(config["data"]["init_args"].get("class_names"), str):  # a file, which the reader of the weights does not have
         config["data"]["init_args"]["class_names"] = names
+    for key in ("train", "val", "test", "images", "masks"):  # not used by the reader, and no folders of this machine
+        if key in config["data"]["init_args"]:
+            config["data"]["init_args"][key] = without_folders(config["data"]["init_args"][key])
     model, data = (Entry(**config[section]) for section in ("model", "data"))
     return Description(recipe=cli.recipe.name, model=model, data=data, class_names=names, images_seen=images_seen, date=date)
+
+
+def without_folders(spec: str | list[str] | None) -> str | list[str] | None:
+    """Return the names of datasets, with the last part of an absolute path in its place."""
+    if isinstance(spec, list):
+        return [Path(name).name if Path(name).is_absolute() else name for name in spec]
+    return Path(spec).name if spec and Path(spec).is_absolute() else spec

@@ -20,7 +20,7 @@ KEYS = {"name", "description", "program", "command", "method", "metric", "parame
 DISTRIBUTIONS = ("uniform", "int_uniform", "q_uniform", "log_uniform_values")
 DEFAULT_MAX_TRIALS = 50  # for random and bayes without run_cap
 # Options of `darkroom fit` that a trial sets, or cannot vary.
-RESERVED = ("config", "h", "help", "log", "print_config", "run", "wandb")
+RESERVED = ("config", "h", "help", "print_config", "run", "wandb")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ def test_one_root_and_two_folders_are_equal(cells):
         ({"train": "coins/train"}, r"data\.train: give either"),
         ({"fold": "6/5"}, r"data\.fold: 6/5"),
         ({"fold": "1"}, r"data\.fold: 1 is not"),
+        ({"fold": "1/5", "val": "coins/val"}, r"data\.fold: 1/5 holds out training images"),
+        ({"value_range": (100, 100)}, r"data\.value_range: black 100"),
         ({"mask_format": "rle"}, r"data\.masks: must be a \.csv"),
         ({"mask_format": "colors"}, r"data\.class_colors: 0 colors"),
         ({"class_names": ["a"]}, r"data\.class_names: 1 names"),

@@ -37,6 +37,7 @@ def test_each_image_is_evaluated_in_one_fold(workdir, capfd, monkeypatch):
     [
         (["folds", "unet/folder", "1"], "folds: 1 folds; use 2 to 1000"),
         (["folds", "espcn/demo", "3"], "unknown key 'data.fold'"),
+        (["folds", "unet/demo", "3"], "data.fold: 1/3 holds out training images, but data.val is coins/val"),
     ],
 )
 def test_unusable_folds_are_refused(workdir, capfd, argv, message):

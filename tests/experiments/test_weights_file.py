@@ -122,6 +122,7 @@ def test_own_class_next_to_an_own_recipe(exported, workdir, photos, capfd):
     photo = str(sorted(photos.iterdir())[0])
     assert forked(main, ["predict", "runs/mine/one", "--input", photo]) == 0
     assert forked(main, ["export", "runs/mine/one", "--output", "mine.safetensors"]) == 0
+    assert read_description(workdir / "mine.safetensors").data.init_args["train"] == photos.name  # not its folder
     capfd.readouterr()
     assert forked(main, ["predict", "mine.safetensors", "--input", photo]) == 2
     assert "add --modules FILE.py" in capfd.readouterr().err

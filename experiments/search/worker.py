@@ -5,7 +5,6 @@ further ranks; the worker decides about early stopping for all of them. Workers 
 """
 
 import ctypes
-import json
 import math
 import os
 import signal
@@ -16,11 +15,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -31,6 +28,7 @@ from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.exit_codes import PREEMPTED
 from datamodules.errors import UserError
 from experiments.run.run_dir import Run, runs_root
+from experiments.search.samplers import distributions, make_sampler, ordinal
 from experiments.search.spec import Search
 
 HEARTBEAT_S, STALE_S = 15, 90  # seconds between a worker's heartbeats; seconds without one until its trial is requeued
@@ -39,7 +37,6 @@ POLL_S = 1.0  # seconds between two checks of a running trial
 OPEN_ATTEMPTS = 5  # attempts to open a database, one second apart
 MAX_INITIAL_FAILURES = 3  # failed trials after which a search without any success is aborted
 PR_SET_PDEATHSIG = 1  # from sys/prctl.h
-SCALAR = (str, int, float, bool, type(None))
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_", "WANDB_SWEEP")
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -165,13 +162,6 @@ def create_or_load_study(search: Search, storage: str, pruner: optuna.pruners.Ba
     raise AssertionError("unreachable")
 
 
-def make_sampler(search: Search) -> optuna.samplers.BaseSampler:
-    """Return the sampler of the search's method: grid, random, or TPE (Bergstra et al., 2011) for bayes."""
-    if search.method == "grid":
-        return GridSampler(search)
-    return optuna.samplers.RandomSampler() if search.method == "random" else optuna.samplers.TPESampler()
-
-
 def open_storage(storage: str) -> BaseStorage:
     """Open an SQL database by its URL, or a journal file, which may be on a shared file system."""
     if "://" in storage:
@@ -227,57 +217,6 @@ def is_exhausted(search: Search, study: optuna.Study) -> bool:
     """Return whether all trials are finished or running."""
     trials = study.get_trials(deepcopy=False)
     return not any(trial.state == TrialState.WAITING for trial in trials) and ordinal(study, len(trials)) >= search.max_trials
-
-
-def ordinal(study: optuna.Study, number: int) -> int:
-    """Return the number of trials before a trial number, without requeued trials and trials over budget."""
-    earlier = study.get_trials(deepcopy=False)[:number]
-    return sum(1 for trial in earlier if "requeued_from" not in trial.user_attrs and "over_budget" not in trial.user_attrs)
-
-
-class GridSampler(optuna.samplers.BaseSampler):
-    """Sampler of each combination once, in the order of the file; the combination of a trial is a function of its ordinal."""
-
-    def __init__(self, search: Search) -> None:
-        self.values = {key: choices(spec) for key, spec in search.search_space.items()}
-
-    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return no parameters: all are sampled independently."""
-        return {}
-
-    def sample_relative(self, study: Any, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        """See `infer_relative_search_space`."""
-        return {}
-
-    def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        """Return the parameter's digit of the ordinal in mixed radix; the last parameter changes fastest."""
-        remaining = ordinal(study, trial.number)
-        for key in reversed(self.values):
-            remaining, digit = divmod(remaining, len(self.values[key]))
-            if key == param_name:
-                return self.values[key][digit]
-        raise AssertionError(param_name)
-
-
-def distributions(search: Search) -> dict[str, BaseDistribution]:
-    """Convert the search space to Optuna's distributions."""
-    return {key: distribution(spec) for key, spec in search.search_space.items()}
-
-
-def distribution(spec: dict[str, Any]) -> BaseDistribution:
-    """Convert one parameter to Optuna's distribution."""
-    if "values" in spec:
-        return CategoricalDistribution(choices(spec))
-    low, high = spec["min"], spec["max"]
-    if spec["distribution"] == "int_uniform":
-        return IntDistribution(low, high)
-    step = spec.get("q", 1) if spec["distribution"] == "q_uniform" else None
-    return FloatDistribution(low, high, log=spec["distribution"] == "log_uniform_values", step=step)
-
-
-def choices(spec: dict[str, Any]) -> list[Any]:
-    """Return a parameter's values in types that the storage supports: lists as JSON text."""
-    return [value if isinstance(value, SCALAR) else json.dumps(value) for value in spec["values"]]
 
 
 # Trials

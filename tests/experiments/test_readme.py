@@ -36,7 +36,7 @@ def test_readme_command_runs(command, workdir, capfd):
         assert dry_run.returncode == 0, dry_run.stderr
         return
     if argv[0] in ("git", "cd", "pip"):  # they change the environment
-        assert command.startswith(("git clone URL darkroom", "cd darkroom", "pip install torch torchvision --index-url"))
+        assert command.startswith(("git clone URL darkroom", "cd darkroom", "pip install uv && uv pip install"))
         return
     assert argv[0] == "darkroom"
     extra = {

@@ -21,8 +21,9 @@ from experiments.cli.main import main
 from experiments.run.lightning_cli import DarkroomCLI
 from experiments.run.recipes import find_recipe
 from experiments.search import worker as search_worker
+from experiments.search.samplers import distributions, ordinal
 from experiments.search.spec import read_search
-from experiments.search.worker import distributions, next_trial, open_study, ordinal, requeue, requeue_stale
+from experiments.search.worker import next_trial, open_study, requeue, requeue_stale
 from tests.helpers.fake_datasets import lay_out
 from tests.helpers.search_helpers import trials_of, write_search
 from tests.helpers.subprocess_helpers import forked

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.ndimage import label
 from torch import Tensor
 
-from datamodules.io.image_io import ORIENTATION, InvalidImage, open_image, to_channels
+from datamodules.io.image_io import FORMATS, InvalidImage, open_image, read_orientation, to_channels
 from datamodules.io.image_refs import ImageRef
 from datamodules.io.value_range import ValueRange, read_levels
 from datamodules.transforms.downsample import downsample_image, downsample_mask
@@ -155,7 +155,7 @@ def check_orientation(image: Path, mask: Path, shape: tuple[int, ...]) -> None:
     Raises:
         InvalidImage: the image is turned, its mask is not, and the mask fits both the turned and the stored image.
     """
-    turned, other = (Image.open(path).getexif().get(ORIENTATION, 1) if path.suffix != ".csv" else 1 for path in (image, mask))
+    turned, other = (read_orientation(path) if path.suffix != ".csv" else 1 for path in (image, mask))
     if turned != other and (shape[0] == shape[1] or max(turned, other) < 5):
         raise InvalidImage(f"{image}: an EXIF orientation turns it, but not its mask {mask}. Save the image without it")
 
@@ -172,7 +172,7 @@ class RleImage(MaskedImage):
         Raises:
             InvalidImage: the runs are not pairs of numbers, or leave the image.
         """
-        with Image.open(self.image.path) as image:
+        with Image.open(self.image.path, formats=FORMATS) as image:
             width, height = image.size
         values = np.zeros(width * height, dtype=np.int32)
         for number, text in enumerate(self.runs, 1):

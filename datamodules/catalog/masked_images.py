@@ -183,7 +183,11 @@ def rle_images(names: dict[Path, Path], table: Path, dataset: str, mask_spec: Ma
         if len(row) < 2:
             raise InvalidImage(f"{table}, line {number}: {len(row)} columns. Save the name of an image and its runs")
         runs.setdefault(Path(row[0]).stem, []).extend([row[1]] if row[1].strip() else [])
-    by_stem = {path.stem: (name, path) for name, path in names.items()}
+    by_stem: dict[str, tuple[Path, Path]] = {}
+    for name, path in names.items():  # the table names files without their folders
+        if path.stem in by_stem:
+            raise InvalidImage(f"{by_stem[path.stem][1]} and {path} have the same name in {table}. Rename one of them")
+        by_stem[path.stem] = (name, path)
     for kind, missing in (
         ("a row, but no image", runs.keys() - by_stem.keys()),
         ("an image, but no row", by_stem.keys() - runs),

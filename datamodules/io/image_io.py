@@ -72,6 +72,18 @@ def count_pages(path: str | Path) -> int:
         return 1
 
 
+def read_orientation(path: str | Path) -> int:
+    """Return the EXIF orientation of an image file, 1 to 8, without decoding it; 1 if it has none."""
+    with Image.open(path, formats=FORMATS) as image:
+        return _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:  # its getexif would decode the pixels to look for EXIF data
+        return 1
+    return image.getexif().get(ORIENTATION, 1)
+
+
 def _pages(image: Image.Image) -> int:
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photograph with its previews
 
@@ -132,10 +144,8 @@ def probe_image(path: str | Path, min_size: int) -> str:
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             if _pages(image) > 1:
                 raise ValueError
-            is_png = image.format == "PNG"  # its getexif would decode the pixels
-            turned = (not is_png or "exif" in image.info) and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-            width, height = image.size[::-1] if turned else image.size
-            if is_png:
+            width, height = image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+            if image.format == "PNG":
                 image.verify()  # checksums of all chunks
             length = file.seek(0, 2)
             file.seek(max(0, length - 64))

@@ -224,6 +224,14 @@ def test_unusable_run_lengths_are_named(cells, rows, message):
             data.setup(stage)
 
 
+def test_images_with_one_name_in_a_table_are_refused(cells):
+    (cells / "pictures/more").mkdir()
+    Image.new("L", (SIDE, SIDE)).save(cells / "pictures/more/0.png")
+    (cells / "runs.csv").write_text("ImageId,EncodedPixels\n" + "".join(f"{i}.png,1 1\n" for i in range(10)))
+    with pytest.raises(InvalidImage, match=r"0\.png and .*more/0\.png have the same name in runs\.csv"):
+        own(mask_format="rle", masks="runs.csv").setup("fit")
+
+
 def test_image_turned_against_its_mask_is_refused(cells):
     """In a square, the sizes do not show it."""
     for path in (cells / "pictures").iterdir():

@@ -51,6 +51,7 @@ def fit(cli: DarkroomCLI) -> None:
         print_start(cli)
         reduce_step_overhead()
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        print_early_end(cli)
         if evaluates:
             best_model = model if not model.fsdp_modules else cli.fresh_model()
             load_weights(best_model, run.best_checkpoint)
@@ -74,6 +75,17 @@ def print_start(cli: DarkroomCLI) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, PrintDataReport):
             callback.counts = True
+
+
+def print_early_end(cli: DarkroomCLI) -> None:
+    """Print what has ended the training before its image budget, and how it goes on."""
+    model, settings = cli.model, cli.config.trainer
+    if model.images_seen < model.total_images:
+        limits = [name for name in ("max_time", "max_steps", "max_epochs") if settings[name] not in (None, -1)]
+        cause = " or ".join(f"trainer.{name}" for name in limits) or "a callback"
+        print_rank_zero(f"ended     by {cause} after {model.images_seen:,} of {model.total_images:,} images")
+        if limits:
+            print_rank_zero(f"          Increase {cause} to continue: {cli.resume_command()}")
 
 
 def print_end(cli: DarkroomCLI, run: Run) -> None:
@@ -115,7 +127,8 @@ def locked_run(cli: DarkroomCLI, run: Run) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be created, or another process holds the lock.
     """
-    existed = run.folder.exists() and any(run.folder.iterdir())
+    existed = run.folder.is_dir() and any(run.folder.iterdir())
+    run.check_writable()
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:

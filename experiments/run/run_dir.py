@@ -73,6 +73,21 @@ class Run:
         """Folder of copies of the user's Python files that the run uses."""
         return self.folder / "code"
 
+    def check_writable(self) -> None:
+        """Check that every output can be written, so that no training is lost at its first validation.
+
+        Raises:
+            UserError: a file is in the place of a folder, a folder in that of a file, or one of them is read-only.
+        """
+        folders = (self.folder, self.checkpoints, self.samples, self.code, self.folder / "tensorboard", self.folder / "wandb")
+        files = (self.config, self.log, self.record, self.image_table, self.best_checkpoint, self.folder / ".lock")
+        for path in (*folders, *files):
+            if path.exists() and path.is_dir() != (path in folders):
+                kind = "a folder" if path.is_dir() else "a file"
+                raise UserError(f"{path} is {kind}. Move it, or choose another --run")
+            if path.exists() and not os.access(path, os.W_OK):
+                raise UserError(f"cannot write to {path}. Change its permissions, or choose another --run")
+
     @property
     def finished(self) -> bool:
         """Whether training has reached its image budget."""

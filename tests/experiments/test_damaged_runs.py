@@ -195,6 +195,26 @@ def test_weights_are_saved_without_a_validation(workdir, photos, words):
     assert forked(main, ["predict", "tiny.yaml", "--input", str(next(photos.iterdir()))]) == 0  # it counts as ended
 
 
+def test_training_that_ends_early_says_so_and_continues(workdir, photos, capfd):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one", "--trainer.max_steps", "3"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "max_steps" in line]
+    assert lines[0] == "ended     by trainer.max_steps after 12 of 60 images"
+    assert lines[1].endswith("fit tiny.yaml --trainer.max_steps 3 --run one")
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one", "--trainer.max_steps", "100"]) == 0
+    assert "ended" not in capfd.readouterr().out
+    assert Run(workdir / "runs/tiny/one").finished
+
+
+@pytest.mark.parametrize("name", ["samples", "checkpoints", "wandb", "config.yaml", "metrics.csv", ".lock"])
+def test_outputs_that_cannot_be_written_are_named_before_training(workdir, photos, capfd, name):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
+    path = workdir / "runs/tiny/one" / name
+    path.parent.mkdir(parents=True)
+    path.mkdir() if "." in name else path.touch()
+    assert str(path.relative_to(workdir)) in refused(capfd, "fit", "tiny.yaml", "--run", "one")
+
+
 def fit_with_undefined_metric(argv):
     from callbacks.metrics.psnr_ssim import PSNRSSIM
 

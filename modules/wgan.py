@@ -21,6 +21,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from datamodules.errors import UserError
 from datamodules.transforms.draw import contour_plot
 from modules.losses.adversarial import gradient_penalty
 from modules.losses.precision import to_float32
@@ -70,7 +71,13 @@ class WGAN(GenerativeMethod):
         self.generator = nn.Sequential() if self.has_fixed_generator else mlp(base_channels, 2)
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Generate points (N, 2) from latents (N, 2)."""
+        """Generate points (N, 2) from latents (N, 2).
+
+        Raises:
+            UserError: the generator is fixed; its points are real points with noise.
+        """
+        if self.has_fixed_generator:
+            raise UserError("model.generator: fixed has no samples. Use network")
         return self.generator(latents)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -21,6 +22,21 @@ FORMATS = tuple(
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
 )
 
+
+def set_size_limit() -> None:
+    """Set the largest image that is decoded to DARKROOM_MAX_MEGAPIXELS; the default is that of PIL, 89 megapixels.
+
+    Raises:
+        UserError: the environment variable is not a positive number.
+    """
+    if (text := os.environ.get("DARKROOM_MAX_MEGAPIXELS")) is None:
+        return
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"DARKROOM_MAX_MEGAPIXELS: {text} is not a positive whole number. Use a number such as 200")
+    Image.MAX_IMAGE_PIXELS = int(text) * 10**6
+
+
+set_size_limit()
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` raises InvalidImage instead
 
 
@@ -58,7 +74,11 @@ def open_image(path: str | Path, page: int | None = None) -> Image.Image:
     except UnidentifiedImageError:
         raise InvalidImage(f"{path}: not an image in a known format") from None
     except Image.DecompressionBombError:
-        raise InvalidImage(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels, a possible decompression bomb") from None
+        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise InvalidImage(
+            f"{path}: more than {limit:.3g} megapixels, a possible decompression bomb. "
+            "If you trust the file, set the environment variable DARKROOM_MAX_MEGAPIXELS to a larger number"
+        ) from None
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, OverflowError, struct.error) as error:
         raise InvalidImage(f"{path}: truncated or damaged ({error})") from None
 

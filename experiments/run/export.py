@@ -34,7 +34,7 @@ def export(recipe: Recipe, options: list[str], output: Path) -> None:
     elif weights.suffix == ".safetensors" and (description := read_description(weights)):
         images_seen, date = description.images_seen, description.date
     write_weights_file(output, cli.model, describe_cli(cli, images_seen, date))
-    print_rank_zero(f"file      {output}  ({output.stat().st_size / 1e6:.1f} MB)")
+    print_rank_zero(f"file      {output}  ({output.stat().st_size / 1e6:.2f} MB)")
 
 
 def describe_cli(cli: DarkroomCLI, images_seen: int | None, date: str) -> Description:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
@@ -12,7 +13,8 @@ from torchvision.utils import make_grid, save_image
 from datamodules.base import ResumableDataModule
 from datamodules.errors import UserError
 from datamodules.random.noise import uniform
-from datamodules.transforms.draw import PADDING, image_grid
+from datamodules.toys import Points
+from datamodules.transforms.draw import PADDING, image_grid, scatter_plot
 from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import Recipe
 from experiments.run.weights import load_resolved_weights
@@ -26,13 +28,17 @@ NEIGHBOR_RADIUS = 0.25  # half width of the uniform noise around a sum of latent
 def sample(recipe: Recipe, options: list[str], count: int, seed: int, output: str) -> Path:
     """Write samples 0 ... count - 1 as 8-bit PNG files, and a grid of the first 64 next to their folder.
 
+    A network that generates points of the plane instead writes their coordinates as CSV, and a plot.
+
     Returns:
-        Path of the grid.
+        Path of the grid or the plot.
 
     Raises:
         UserError: there are no weights, the recipe does not generate images from latents, or the folder cannot be written.
     """
-    method, _ = load_generator(recipe, options)
+    method, datamodule = load_generator(recipe, options, plane=True)
+    if isinstance(datamodule, Points):
+        return sample_points(method, datamodule, count, seed, Path(output))
     folder = require_writable(Path(output).resolve())
     grid_path = folder.with_name(f"{folder.name}.png")  # not in the folder, which other tools evaluate as a set of samples
     for first in range(0, count, BATCH_SIZE):
@@ -44,6 +50,17 @@ def sample(recipe: Recipe, options: list[str], count: int, seed: int, output: st
             save_png(image_grid(images[:64]), grid_path)
     print_rank_zero(f"samples   {folder}  ({count} files)")
     return grid_path
+
+
+def sample_points(method: GenerativeMethod, datamodule: Points, count: int, seed: int, output: Path) -> Path:
+    """Write samples 0 ... count - 1 as rows x,y, and a plot of them over real points; see `sample`."""
+    table, plot = output.with_name(f"{output.name}.csv"), output.with_name(f"{output.name}.png")
+    check_output([plot, table], inputs=[])
+    points = generate(method, method.sample_latents(range(count), seed))
+    np.savetxt(table, points.numpy(), fmt="%.6g", delimiter=",", header="x,y", comments="")
+    print_rank_zero(f"points    {table}  ({count} rows)")
+    save_png(scatter_plot(points, datamodule.points[:1000])[0], plot)
+    return plot
 
 
 def interpolate(recipe: Recipe, options: list[str], indices: Sequence[int], steps: int, seed: int, output: str) -> None:
@@ -122,8 +139,13 @@ def interpolation_path(latents: Tensor, steps: int) -> Tensor:
     return torch.cat([start + fractions * (end - start) for start, end in pairwise(latents)])
 
 
-def load_generator(recipe: Recipe, options: list[str]) -> tuple[GenerativeMethod, ResumableDataModule]:
+def load_generator(recipe: Recipe, options: list[str], plane: bool = False) -> tuple[GenerativeMethod, ResumableDataModule]:
     """Load a recipe's method with its weights, in evaluation mode, and create its datamodule.
+
+    Args:
+        recipe: recipe or run.
+        options: options of the command line.
+        plane: whether the method may generate points of the plane instead of images.
 
     Raises:
         UserError: there are no weights, or the recipe does not generate images from latents.
@@ -133,8 +155,8 @@ def load_generator(recipe: Recipe, options: list[str]) -> tuple[GenerativeMethod
         raise UserError(f"{recipe.name} does not generate images from latents. Use a recipe of a generative method")
     load_resolved_weights(cli)
     method = cli.model.eval()
-    if generate(method, method.sample_latents([0])).ndim != 4:
-        raise UserError(f"{recipe.name} generates points, not images. See the plots in the folder of its run")
+    if not plane and isinstance(cli.datamodule, Points):
+        raise UserError(f"{recipe.name} generates points, not images. Use darkroom sample, which plots them")
     return method, cli.datamodule
 
 

@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules.errors import UserError
 from datamodules.io.folders import list_images
-from datamodules.io.image_io import InvalidImage, check_size, read_image
+from datamodules.io.image_io import InvalidImage, check_size, read_image, set_size_limit
 from datamodules.io.user_images import merge_channels
 from datamodules.transforms.color import ycbcr_to_rgb
 from datamodules.transforms.resize import imresize
@@ -74,8 +75,14 @@ def test_exif_orientation_is_applied(tmp_path, rgb):
 def test_decompression_bomb_raises(tmp_path, rgb, monkeypatch):
     rgb.save(tmp_path / "big.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(InvalidImage, match=r"big\.png.*1000 pixels"):
+    with pytest.raises(InvalidImage, match=r"big\.png.*0\.001 megapixels"):
         read_image(tmp_path / "big.png")
+    monkeypatch.setenv("DARKROOM_MAX_MEGAPIXELS", "1")
+    set_size_limit()
+    assert read_image(tmp_path / "big.png").shape[1:] == (rgb.height, rgb.width)
+    monkeypatch.setenv("DARKROOM_MAX_MEGAPIXELS", "many")
+    with pytest.raises(UserError, match="DARKROOM_MAX_MEGAPIXELS: many"):
+        set_size_limit()
 
 
 def test_list_images_is_recursive_and_skips_other_files(tmp_path, rgb):

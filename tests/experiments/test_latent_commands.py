@@ -1,5 +1,6 @@
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +48,14 @@ def test_checkpoint_requires_the_model_settings_of_its_training(workdir, capfd):
     assert forked(main, [*argv, *settings]) == 0
     pixels = as_tensor(workdir / "out/000000.png")[0].float()
     assert pixels.unfold(0, 2, 2).unfold(1, 2, 2).flatten(2).std(-1).mean() > 1  # 32 x 32 pixels, not enlarged
+
+
+def test_points_are_written_as_a_table_and_a_plot(workdir):
+    assert forked(main, ["sample", "wgan/demo", "--count", "200", "--output", "points"]) == 0
+    points = np.loadtxt("points.csv", delimiter=",", skiprows=1)
+    assert points.shape == (200, 2)
+    assert ((np.linalg.norm(points, axis=1) - 1.4144) ** 2).mean() ** 0.5 < 0.3  # the Gaussians are on a circle
+    assert (np.asarray(Image.open("points.png")) == [204, 26, 26]).all(2).any()  # red samples
 
 
 def test_interpolation_starts_and_ends_at_its_samples(workdir, ckpt):

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from datamodules.errors import UserError
 from experiments.cli.main import main
 from experiments.run.network import find_network
-from experiments.run.recipes import find_recipe
+from experiments.run.recipes import find_recipe, recipes
 from experiments.run.weights_file import KEY, read_description
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.superresolution import write_recipe
 
+WITHOUT_DESCRIPTION = {"colorization/cifar10_jpeg_full", "style/wave"}  # records contain the hashes of these files
 OWN_NETWORK = """
 from modules.espcn import ESPCN
 
@@ -85,6 +86,21 @@ def test_description_of_somebody_else_chooses_no_code_and_no_size(exported, tmp_
     file = changed(exported, tmp_path / "theirs.safetensors", **entries)
     with pytest.raises(UserError, match=rf"theirs\.safetensors.*{message}"):
         find_network(str(file), None, [])
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in recipes() if recipe.weights.exists()], ids=lambda recipe: recipe.name)
+def test_weights_in_the_repository_describe_their_network(recipe):
+    description = read_description(recipe.weights)
+    if recipe.name in WITHOUT_DESCRIPTION:
+        assert description is None
+        return
+    assert description.recipe == recipe.name
+    for section in ("model", "data"):
+        assert getattr(description, section).class_path == recipe.class_path(section)
+
+
+def test_every_demo_that_trains_has_weights():
+    assert [recipe.name for recipe in recipes() if recipe.path.stem == "demo" and not recipe.weights.exists()] == []
 
 
 def test_file_without_a_description_names_the_remedy(exported, tmp_path):

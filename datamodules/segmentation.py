@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,24 @@ from datamodules.segmentation_datasets import InMemoryTiles, SegmentationEvalIma
 from datamodules.transforms.augment import SpatialAugment
 from datamodules.transforms.downsample import IGNORE_INDEX
 
+DARK = 0.25  # share of the range of the files: a camera of 12 bits in files of 16 bits uses 1/16
 TRAIN, VAL = "training images", "validation images"  # roles, in place of the name of a dataset
+
+
+class Inspection(NamedTuple):
+    """What is known of an image with a mask before training.
+
+    Args:
+        reason: why it is unusable; empty if it is usable.
+        content: hash of its pixels and its mask.
+        class_ids: class ids in its mask.
+        white: largest value, up to 255.
+    """
+
+    reason: str = ""
+    content: str = ""
+    class_ids: Sequence[int] = ()
+    white: float = 0.0
 
 
 class Segmentation(ResumableDataModule):
@@ -183,7 +200,10 @@ class Segmentation(ResumableDataModule):
             UserError: they contradict each other.
         """
         if (self.images is None) != (self.masks is None) or (self.images is None) == (self.train is None):
-            raise UserError("data.train: give either data.train, or both data.images and data.masks (and null for the others)")
+            raise UserError(
+                "data.train: give either data.train, or both data.images and data.masks. "
+                "Add --data.train null --data.val null, or use a recipe for folders, such as unet/folder"
+            )
         if fold is not None and self.val is not None:
             raise UserError(f"data.fold: {fold} holds out training images, but data.val is {self.val}. Use --data.val null")
         if not isinstance(self.value_range, str) and not self.value_range[0] < self.value_range[1]:
@@ -230,35 +250,42 @@ class Segmentation(ResumableDataModule):
         masked_images = self._list(spec)
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(self._inspect, masked_images))
-        if reasons := [reason for reason, *_ in results if reason]:
+        if reasons := [result.reason for result in results if result.reason]:
             raise InvalidImage(
                 f"{len(reasons)} of {len(masked_images)} images of {masked_images[0].image.dataset} cannot be used. "
                 f"Replace or remove them: {'; '.join(reasons)}"
             )
-        present = {class_id for _, _, class_ids in results for class_id in class_ids}
+        present = {class_id for result in results for class_id in result.class_ids}
         if present == {0, IGNORE_INDEX} and not masked_images[0].mask_spec.instances:
             raise UserError(
                 f"{masked_images[0].mask}: the masks contain only 0 and 255, and 255 marks ignored pixels. "
                 "If it marks objects, set data.mask_format binary"
             )
         self.classes_present[masked_images[0].image.dataset] = present
-        for masked_image, (_, content, _) in zip(masked_images, results, strict=True):
-            self.data_report.content_hashes.setdefault(masked_image.image.dataset, {})[masked_image.image.name] = content
+        dataset = masked_images[0].image.dataset
+        for masked_image, result in zip(masked_images, results, strict=True):
+            self.data_report.content_hashes.setdefault(dataset, {})[masked_image.image.name] = result.content
+        if self.value_range == "dtype" and (white := max(result.white for result in results)) < DARK * 255:
+            self.data_report.notes.append(
+                f"{dataset}: the largest value is {white / 255:.0%} of the range of the files, so the images are dark. "
+                "Set data.value_range to percentile, or to [BLACK, WHITE]"
+            )
         return masked_images
 
-    def _inspect(self, masked_image: MaskedImage) -> tuple[str, str, list[int]]:
-        """Return the reason why an image is unusable (empty if it is usable), a content hash, and its class ids."""
+    def _inspect(self, masked_image: MaskedImage) -> Inspection:
+        """Read an image and its mask."""
         try:
             pixels, values = masked_image.read(self.channels)
             if min(values.shape) < self.downscale:
                 raise InvalidImage(f"{masked_image.image.path}: too small to be reduced by the factor {self.downscale}")
         except InvalidImage as error:
-            return str(error), "", []
+            return Inspection(reason=str(error))
         class_ids = np.unique(values > 0 if masked_image.mask_spec.instances else values).astype(int).tolist()
         if unknown := [class_id for class_id in class_ids if class_id != IGNORE_INDEX and class_id >= self.num_classes]:
             known = f"0 ... {self.num_classes - 1}; increase data.num_classes"
-            return f"{masked_image.mask}: class {unknown[0]} is not in {known}", "", []
-        return "", f"{pixel_hash(pixels)} {pixel_hash(torch.from_numpy(values))}", class_ids
+            return Inspection(reason=f"{masked_image.mask}: class {unknown[0]} is not in {known}")
+        content = f"{pixel_hash(pixels)} {pixel_hash(torch.from_numpy(values))}"
+        return Inspection("", content, class_ids, float(pixels.max()))
 
     def _read(self, masked_images: Sequence[MaskedImage]) -> list[MaskedSample]:
         with ThreadPoolExecutor() as pool:

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class PrintDataReport(Callback):
-    """Callback that prints the names of unusable files that were skipped.
+    """Callback that prints the names of unusable files that were skipped, and remarks on other images.
 
     Attributes:
         counts: print the number of images of each dataset, too.
@@ -26,5 +26,9 @@ class PrintDataReport(Callback):
         if found and self.counts:
             print(f"images    {', '.join(found)}", flush=True)
         self.printed |= counts.keys()
+        for note in report.notes:
+            if note not in self.printed:
+                print(f"note      {note}", flush=True)
+        self.printed |= {*report.notes}
         if report.skipped:
             print(f"left out  {len(report.skipped)} unusable files: {'; '.join(report.skipped)}", flush=True)

@@ -12,14 +12,15 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
+from datamodules.io.user_images import read_scale
 from datamodules.transforms.overlays import COLORS, overlay
 
 
 class MaskWriter(BasePredictionWriter):
     """Callback that writes the class ids of each image as a gray PNG, and a color overlay to the folder `overlays`.
 
-    A stack of pages gives a stack of masks and a stack of overlays, as TIFF files. The file `classes.csv` contains the id, the
-    name and the color of each class.
+    The files keep the size of a pixel of the input. A stack of pages gives a stack of masks and a stack of overlays, as TIFF
+    files. The file `classes.csv` contains the id, the name and the color of each class.
 
     Args:
         targets: output file of each mask, by the "path" of its image.
@@ -51,6 +52,13 @@ class MaskWriter(BasePredictionWriter):
                 color = (self.colors[(i - 1) % len(self.colors)] * 255).round().int().tolist() if i else ["", "", ""]
                 table.writerow([i, name, *color])
 
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the folder of the overlays."""
+        if trainer.is_global_zero:
+            print(
+                f"overlays  {self.output / 'overlays'}  (in color; the masks contain class ids, so they look black)", flush=True
+            )
+
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
@@ -66,18 +74,22 @@ class MaskWriter(BasePredictionWriter):
         class_ids = prediction["prediction"].cpu()[:, None]  # (P, 1, h, w), may be smaller than the pages
         masks = F.interpolate(class_ids, pages.shape[-2:], mode="nearest-exact")[:, 0]
         overlays = [overlay(page.float() / 255, mask, colors=self.colors) for page, mask in zip(pages, masks, strict=True)]
-        save_pages(masks, target)
+        is_stack = len(masks) > 1
+        source = Path(prediction["path"])
+        scale = read_scale(source, is_stack)
+        save_pages(masks, target, scale)
         save_pages(
             [(image * 255).round().byte().permute(1, 2, 0) for image in overlays],
             self.output / "overlays" / target.relative_to(self.output),
+            scale,
         )
-        size = f"{masks.shape[2]}x{masks.shape[1]}" + (f", {len(masks)} pages" if len(masks) > 1 else "")
-        print(f"{prediction['path']}  {size}  ->  {target}", flush=True)
+        size = f"{masks.shape[2]}x{masks.shape[1]}" + (f", {len(masks)} pages" if is_stack else "")
+        print(f"{source}  {size}  ->  {target}", flush=True)
 
 
-def save_pages(pages: Sequence[Tensor] | Tensor, path: Path) -> None:
-    """Write an image, or the pages of a stack, uint8 (H, W) or (H, W, 3) each."""
+def save_pages(pages: Sequence[Tensor] | Tensor, path: Path, scale: dict[str, Any]) -> None:
+    """Write an image, or the pages of a stack, uint8 (H, W) or (H, W, 3) each, with the size of its pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = (Image.fromarray(page.numpy()) for page in pages)
     stack: dict[str, Any] = {"save_all": True, "append_images": others, "compression": "tiff_adobe_deflate"} if others else {}
-    first.save(path, **stack)
+    first.save(path, **stack, **scale)

@@ -103,7 +103,7 @@ class MaskedImage:
             return class_ids_of_colors(np.asarray(mask.convert("RGB")), self.mask_spec.colors, self.mask)
         values = np.asarray(mask)
         if values.ndim != 2:
-            advice = "Save one integer per pixel, or set data.mask_format colors"
+            advice = "Save one integer per pixel, and a stack as pages of one channel; or set data.mask_format colors"
             raise InvalidImage(f"{self.mask}: a color image, not class ids. {advice}")
         if values.dtype.kind == "f" or values.min() < 0:
             raise InvalidImage(f"{self.mask}: fractions or negative numbers, not ids. Save integers from 0")

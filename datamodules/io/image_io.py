@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 
+DESCRIPTION = 270  # TIFF tag
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # last bytes of a complete file
 Image.init()
@@ -63,6 +65,8 @@ def open_image(path: str | Path, page: int | None = None) -> Image.Image:
             if page is None and (pages := _pages(image)) > 1:
                 raise InvalidImage(f"{path}: {pages} pages or frames. Only segmentation reads stacks; save each as an image")
             image.seek(page or 0)
+            if page is not None and (channels := _channels(image)) > 1:
+                raise InvalidImage(f"{path}: its pages are {channels} channels of each image. Save one channel")
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
             image.load()
@@ -102,6 +106,17 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:  # its getexif would decode the pixels to look for EXIF data
         return 1
     return image.getexif().get(ORIENTATION, 1)
+
+
+def _channels(image: Image.Image) -> int:
+    """Return the number of channels that are stored as pages, by the description of ImageJ or of OME."""
+    if len(image.getbands()) > 1:
+        return 1
+    description = str(getattr(image, "tag_v2", {}).get(DESCRIPTION, ""))
+    found = re.search(
+        r"^channels=(\d+)$" if description.startswith("ImageJ=") else r'\bSizeC="(\d+)"', description, re.MULTILINE
+    )
+    return int(found[1]) if found else 1
 
 
 def _pages(image: Image.Image) -> int:

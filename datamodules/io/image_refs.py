@@ -62,6 +62,7 @@ class DataReport:
     def __init__(self, skip_bad: bool = False) -> None:
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
+        self.notes: list[str] = []  # remarks on images that are usable, but probably not as intended
         self.content_hashes: dict[str, dict[str, str]] = {}
 
     def validate(self, refs: Sequence[ImageRef], min_size: int, decode: bool = True) -> list[ImageRef]:

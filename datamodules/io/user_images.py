@@ -7,13 +7,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.io.folders import list_images, list_unreadable
-from datamodules.io.image_io import FORMATS, ORIENTATION, InvalidImage, count_pages, open_image, to_channels, to_pixels
+from datamodules.io.image_io import (
+    DESCRIPTION,
+    FORMATS,
+    ORIENTATION,
+    InvalidImage,
+    count_pages,
+    open_image,
+    to_channels,
+    to_pixels,
+)
 from datamodules.io.value_range import ValueRange, read_levels
 from datamodules.transforms import resize
 from datamodules.transforms.color import is_gray, rgb_to_ycbcr, ycbcr_to_rgb
@@ -276,13 +285,40 @@ def read_info(path: Path, mode: str) -> ImageFileInfo:
         return ImageFileInfo(16 if image.mode.startswith("I") else 8, options)
 
 
-def list_user_images(source: str, exclude: Path, stacks: bool) -> tuple[list[Path], list[str]]:
+# TIFF tags of the size of a pixel: XResolution, YResolution, ResolutionUnit; and lines of ImageJ's description for a stack.
+RESOLUTION_TAGS = (282, 283, 296)
+IMAGEJ_LINES = ("ImageJ", "images", "slices", "frames", "hyperstack", "unit", "spacing", "finterval")
+
+
+def read_scale(path: Path, stack: bool) -> dict[str, Any]:
+    """Return the arguments of PIL's `Image.save` with which a PNG file, or a stack as a TIFF file, keeps the size of a pixel.
+
+    ImageJ stores its unit, and the distance between the pages, in the description. The range of the display is left out.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        if not stack:
+            return {"dpi": tuple(float(value) for value in image.info["dpi"])} if "dpi" in image.info else {}
+        tags = getattr(image, "tag_v2", {})
+        kept = TiffImagePlugin.ImageFileDirectory_v2()
+        for tag in RESOLUTION_TAGS:
+            if tag in tags:
+                kept[tag] = tags[tag]
+        if (description := str(tags.get(DESCRIPTION, ""))).startswith("ImageJ="):
+            lines = [line for line in description.splitlines() if line.partition("=")[0] in IMAGEJ_LINES]
+            kept[DESCRIPTION] = "\n".join([*lines, ""])
+        return {"tiffinfo": kept}
+
+
+def list_user_images(
+    source: str, exclude: Path, stacks: bool, value_range: ValueRange = "dtype"
+) -> tuple[list[Path], list[str]]:
     """List the images of a file or a folder, and check that each can be decoded.
 
     Args:
         source: path of the file or folder.
         exclude: folder below `source` to skip, such as the output folder.
         stacks: accept files of several pages.
+        value_range: rule for black and white.
 
     Returns:
         The images, and the reasons why other images of the folder cannot be used.
@@ -301,7 +337,7 @@ def list_user_images(source: str, exclude: Path, stacks: bool) -> tuple[list[Pat
     for file in candidates:
         try:
             page = 0 if stacks and count_pages(file) > 1 else None
-            to_pixels(open_image(file, page), file)
+            read_levels(file, value_range, page)
             files.append(file)
         except InvalidImage as error:
             reasons.append(str(error))

@@ -5,6 +5,7 @@ import shlex
 import sys
 import warnings
 from argparse import SUPPRESS
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,12 +260,12 @@ class DarkroomCLI(LightningCLI):
         overrides = drop_option(drop_option(self.overrides, "--record"), "--ckpt")
         return {**records.metadata(self.recipe, overrides), "seed": self.config.seed_everything, "config": config}
 
-    def config_diff(self, run: Run, section: str) -> list[tuple[str, Any, Any]]:
+    def config_diff(self, run: Run, section: str, ignored: Set[str] = RESUMABLE_KEYS) -> list[tuple[str, Any, Any]]:
         """List the keys of "model" or "data" that differ from the configuration of a run: (key, old value, new value)."""
         run_config = run.read_config()
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))
         old, new = ({"class_path": c[section]["class_path"], **c[section]["init_args"]} for c in (run_config, config))
-        keys = sorted((old.keys() | new.keys()) - RESUMABLE_KEYS)
+        keys = sorted((old.keys() | new.keys()) - ignored)
         return [(f"{section}.{key}", old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
     def resume_command(self) -> str:

@@ -3,6 +3,8 @@
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage, count_pages
@@ -35,7 +37,12 @@ def predict(cli: DarkroomCLI) -> None:
             raise UserError(f"--{name} is empty. Give a path")
     load_resolved_weights(cli)
     source, output = Path(cli.config.input), Path(cli.config.output)
-    files, reasons = ([], []) if is_video(source) else list_user_images(cli.config.input, output, task.reads_stacks)
+    if output.suffix.lower() in Image.registered_extensions():
+        raise UserError(f"--output: {output} looks like a file. Give a folder; images are written to it as PNG files")
+    value_range = getattr(cli.datamodule, "value_range", "dtype")
+    files, reasons = (
+        ([], []) if is_video(source) else list_user_images(cli.config.input, output, task.reads_stacks, value_range)
+    )
     require_writable(output)
     if is_video(source):
         predict_video(cli, source, output)

@@ -290,6 +290,12 @@ def test_value_ranges_of_16_bit_images(cells):
         assert image.dtype == torch.float32
         np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-4)
         assert len(torch.unique(image)) == len(np.unique(expected))  # no level is lost
+    data = own()
+    data.setup("test")
+    assert data.data_report.notes == [
+        "held-out: the largest value is 6% of the range of the files, so the images are dark. "
+        "Set data.value_range to percentile, or to [BLACK, WHITE]"
+    ]
     image, values = image_of(value_range="percentile")
     assert (image == 0).sum() == (values <= np.percentile(values, 0.1)).sum()
     assert (image == 255).sum() == (values >= np.percentile(values, 99.9)).sum()

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from callbacks.run.record_file import write_record
 from experiments import ROOT
@@ -275,18 +276,15 @@ def test_wandb_offline_needs_no_account(workdir, recipe):
 
 
 def test_weights_of_another_shape_are_refused(workdir, capfd):
-    argv = [
-        "predict",
-        "espcn/t91_x4",
-        "--input",
-        "x.png",
-        "--ckpt",
-        str(ROOT / "experiments/methods/espcn/weights/t91_x3.safetensors"),
-    ]
-    assert forked(main, argv) == 2
+    described = ROOT / "experiments/methods/espcn/weights/t91_x3.safetensors"
+    save_file(load_file(described), "plain.safetensors")
+    argv = ["predict", "espcn/t91_x4", "--input", "x.png", "--ckpt"]
+    assert forked(main, [*argv, "plain.safetensors"]) == 2
     error = capfd.readouterr().err
-    for part in ("t91_x3.safetensors", "'network.4.bias'", "(9,)", "(16,)"):
+    for part in ("plain.safetensors", "'network.4.bias'", "(9,)", "(16,)"):
         assert part in error
+    assert forked(main, [*argv, str(described)]) == 2
+    assert "was trained with model.scale 3, but the model has 4" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("content", [pickle.dumps(print), pickle.dumps({}), b"hi\n", b"", b"e5+", b"J&\n", b"PK\x03\x04"])
@@ -338,14 +336,23 @@ def test_trained_run_without_metrics_is_evaluated_on_resume(workdir, recipe, mis
     assert forked(main, ["fit", str(recipe), "--run", "one"]) == 2
 
 
-def test_weights_of_a_run_with_another_model_are_not_used(workdir, recipe, capfd):
-    assert forked(main, ["fit", str(recipe), "--run", "relu", "--model.activation", "relu", "--data.test", "[]"]) == 0
+@pytest.mark.parametrize(
+    ("setting", "difference"),
+    [
+        (["--model.activation", "relu"], "model.activation relu, not tanh"),
+        (["--model.total_images", "48"], "model.total_images 48, not 60"),
+        (["--data.val_every_nth", "3"], "data.val_every_nth 3, not 4"),
+    ],
+    ids=" ".join,
+)
+def test_run_with_other_settings_is_used_only_by_its_name(workdir, recipe, capfd, setting, difference):
+    assert forked(main, ["fit", str(recipe), "--run", "other", *setting, "--data.test", "[]"]) == 0
     assert forked(main, ["validate", str(recipe)]) == 2
     output = capfd.readouterr()
     assert "no weights for tiny" in output.err
-    passed_over = "runs/tiny/relu, which was trained with model.activation relu; the model has tanh"
-    assert passed_over in " ".join(output.out.split())
-    assert forked(main, ["validate", str(recipe), "--model.activation", "relu"]) == 0
+    assert f"runs/tiny/other, which has {difference}. To use it, add --run other" in " ".join(output.out.split())
+    for words in (setting, ["--run", "other"]):
+        assert forked(main, ["validate", str(recipe), *words]) == 0
 
 
 def test_weights_of_the_newest_finished_run_are_used_first(workdir, recipe, capfd):

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from safetensors.torch import save_file
 
 from callbacks.run.csv_logger import read_metrics_csv
@@ -345,13 +345,39 @@ def test_broken_files_are_reported_after_the_others(workdir, photos, capfd):
     assert (workdir / "out/good.png").exists()
 
 
+def save_stack(pages, path, description):
+    """Save a stack as ImageJ does, with 3.1 pixels per micrometer and a description."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[270], tags[282], tags[283], tags[296] = description, 3.1, 3.1, 1
+    pages[0].save(path, save_all=True, append_images=pages[1:], tiffinfo=tags)
+
+
+def test_output_that_looks_like_a_file_is_refused(workdir, photos, capfd):
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", str(photos), "--output", "large.jpg")
+    assert "large.jpg looks like a file. Give a folder" in error
+
+
+def test_channels_of_a_stack_are_not_images(workdir, capfd):
+    pages = [Image.new("L", (40, 48), value) for value in (10, 200)]
+    for name, text in (
+        ("j.tif", "ImageJ=1.54f\nimages=2\nchannels=2\n"),
+        ("o.tif", '<OME><Pixels SizeC="2" SizeZ="1"/></OME>'),
+    ):
+        save_stack(pages, workdir / name, text)
+        error = refused(capfd, "predict", "unet/em", "--input", name, "--output", "out")
+        assert f"{name}: its pages are 2 channels of each image. Save one channel" in error
+
+
 def test_a_stack_gives_a_stack(workdir):
     pages = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (48, 40), dtype=np.uint8)) for i in range(3)]
-    pages[0].save(workdir / "stack.tif", save_all=True, append_images=pages[1:])
+    lines = ["ImageJ=1.54f", "images=3", "slices=3", "unit=micron", "spacing=0.5"]
+    save_stack(pages, workdir / "stack.tif", "\n".join([*lines, "min=3.0", "max=200.0", ""]))
     pages[1].save(workdir / "page.png")
     for name in ("stack.tif", "page.png"):
         assert forked(main, ["predict", "unet/em", "--input", name, "--output", "out"]) == 0
     stack = Image.open(workdir / "out/stack.tif")
+    assert float(stack.tag_v2[282]) == pytest.approx(3.1)
+    assert stack.tag_v2[270].split() == lines  # without the range of the display
     assert (stack.n_frames, Image.open(workdir / "out/overlays/stack.tif").n_frames) == (3, 3)
     stack.seek(1)
     assert (np.asarray(stack) == np.asarray(Image.open(workdir / "out/page.png"))).all()

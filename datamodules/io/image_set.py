@@ -143,7 +143,9 @@ def read_square(path: Path, size: int, channels: int, square: Square) -> Tensor:
     """
     pixels = read_image(path)
     if len(pixels) > channels:
-        raise UserError(f"data.channels: {channels}, but {path} is a color image. Use 3 channels, or convert it to grayscale")
+        raise UserError(
+            f"data.channels: {channels}, but {path} is a color image. Set data.channels to 3, or convert it to grayscale"
+        )
     height, width = pixels.shape[-2:]
     side = square.side or min(height, width)
     left, top = ((width - side) // 2, (height - side) // 2)

@@ -39,7 +39,13 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
     """
     tabled = [name for name in methods() if load_table(name)["tables"]]
     if method not in tabled:
-        raise UserError(f"reproduce: no tables for '{method}'. Use one of: {', '.join(tabled)}")
+        others = [
+            name for name in tabled if any(recipe.name.startswith(f"{method}/") for recipe in recipes_in_tables(name, None))
+        ]
+        advice = (
+            f"Its recipes are rows of the tables of {' and '.join(others)}" if others else f"Use one of: {', '.join(tabled)}"
+        )
+        raise UserError(f"reproduce: no tables for '{method}'. {advice}")
     if not run and (only or seeds != 1):
         raise UserError("reproduce: --seeds and --only require --run; add --run")
     if seeds < 1:

@@ -104,6 +104,12 @@ def option_value(argv: list[str], option: str) -> str | None:
     return None
 
 
+def typed_keys(argv: list[str]) -> set[str]:
+    """Return the keys of the options in a list of arguments, such as "data.size"."""
+    names = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    return {name.removeprefix("--").replace(".init_args.", ".") for name in names}
+
+
 def list_of_one(argv: list[str]) -> list[str]:
     """Return the arguments with the value of --data.test as a list, if it names one dataset or folder."""
     words: list[str] = []

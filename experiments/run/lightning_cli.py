@@ -40,6 +40,7 @@ from experiments.run.config_checks import (
     check_trainer,
     list_of_one,
     option_value,
+    typed_keys,
 )
 from experiments.run.cpu import configure_cpu
 from experiments.run.recipes import Recipe, import_class
@@ -189,15 +190,23 @@ class DarkroomCLI(LightningCLI):
             parser.link_arguments("seed_everything", "model.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Check the keys that model and data have in common, and convert the validation interval from images to batches.
+        """Set the keys that model and data have in common, check values, and convert the validation interval to batches.
 
         Raises:
             UserError: two keys contradict each other, or a value is invalid.
         """
         model, data = (self.config[section].get("init_args", jsonargparse.Namespace()) for section in ("model", "data"))
-        for key in sorted(set(vars(model)) & set(vars(data))):
+        typed = typed_keys(self.overrides)
+        for key in sorted(set(vars(model)) & set(vars(data))):  # numbers of channels or classes, sizes, scales
+            for section, values in (("model", model), ("data", data)):
+                if isinstance(values[key], int) and values[key] < 0:
+                    raise UserError(f"{section}.{key}: {values[key]} must not be negative")
             if model[key] != data[key]:
-                raise UserError(f"model.{key}: {model[key]} differs from data.{key}: {data[key]}. Set both to the same value")
+                if (f"model.{key}" in typed) == (f"data.{key}" in typed):
+                    advice = "Set both to the same value"
+                    raise UserError(f"model.{key}: {model[key]} differs from data.{key}: {data[key]}. {advice}")
+                source, target = (model, data) if f"model.{key}" in typed else (data, model)
+                target[key] = source[key]  # an option for one of them sets both
         check_data(data)
         check_trainer(vars(self.config.trainer))
         check_finite(self.config.as_dict())

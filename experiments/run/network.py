@@ -70,6 +70,10 @@ def find_run(recipe: Recipe, name: str) -> Run:
     with_weights = [run for run in runs.values() if run.best_checkpoint.exists()]
     if name == LATEST and with_weights:
         return max(with_weights, key=lambda run: run.best_checkpoint.stat().st_mtime)
+    if name == LATEST:
+        raise UserError(
+            f"{runs_root() / recipe.name} has no run with weights. Train the network with darkroom fit {recipe.argument}"
+        )
     known = f"has {', '.join(runs)}" if runs else "has no run"
     raise UserError(f"--run {name}: {runs_root() / recipe.name} {known}")
 

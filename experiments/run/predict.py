@@ -10,6 +10,7 @@ from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage, count_pages
 from datamodules.io.loader import make_loader
 from datamodules.io.user_images import list_user_images
+from datamodules.io.value_range import ValueRange
 from datamodules.sampler import RankSampler
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.sample import require_writable
@@ -39,7 +40,7 @@ def predict(cli: DarkroomCLI) -> None:
     source, output = Path(cli.config.input), Path(cli.config.output)
     if output.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--output: {output} looks like a file. Give a folder; images are written to it as PNG files")
-    value_range = getattr(cli.datamodule, "value_range", "dtype")
+    value_range: ValueRange = getattr(cli.datamodule, "value_range", "dtype")
     files, reasons = (
         ([], []) if is_video(source) else list_user_images(cli.config.input, output, task.reads_stacks, value_range)
     )

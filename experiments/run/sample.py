@@ -21,6 +21,7 @@ from experiments.run.weights import load_resolved_weights
 from modules.tasks.generation import GenerativeMethod
 
 BATCH_SIZE = 100
+GRID_IMAGES = 64
 MAX_IMAGES_PER_ROW = 200
 NEIGHBOR_RADIUS = 0.25  # half width of the uniform noise around a sum of latents; DCGAN, Figure 7
 
@@ -47,8 +48,8 @@ def sample(recipe: Recipe, options: list[str], count: int, seed: int, output: st
         for index, image in zip(indices, images, strict=True):
             save_image(image, folder / f"{index:06d}.png")
         if first == 0:
-            save_png(image_grid(images[:64]), grid_path)
-    print_rank_zero(f"samples   {folder}  ({count} files)")
+            save_png(image_grid(images[:GRID_IMAGES]), grid_path)
+    print_rank_zero(f"samples   {folder}  ({count} files; the image has the first {min(count, GRID_IMAGES)})")
     return grid_path
 
 

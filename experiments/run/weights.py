@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.errors import UserError
+from experiments.run.config_checks import typed_keys
 from experiments.run.lightning_cli import RESUMABLE_KEYS, DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run, finished_runs
 from experiments.run.weights_file import date_of, read_description
@@ -64,7 +65,7 @@ def differences(cli: DarkroomCLI, run: Run) -> list[tuple[str, Any, Any]]:
 
     Settings of the data on the command line are not compared: they say what the command itself reads.
     """
-    typed = {word.partition("=")[0].removeprefix("--").replace(".init_args.", ".") for word in cli.overrides}
+    typed = typed_keys(cli.overrides)
     changed = [
         *cli.config_diff(run, "model", INFERENCE_SETTINGS),
         *cli.config_diff(run, "data", {*LOADER_SETTINGS, "test"}),

@@ -82,7 +82,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--data.batch_size", "three"], "data.batch_size: 'three' is not of type int"),
         (["fit", DEMO, "--trainer.precision", "fp17"], "trainer.precision: 'fp17' is not one of"),
         (["fit", DEMO, "--model", "modules.espcn.ESPCM"], "model: no class modules.espcn.ESPCM; did you mean 'modules.espcn.ESPCN'?"),
-        (["fit", DEMO, "--model.scale", "4"], "model.scale: 4 differs from data.scale: 3"),
+        (["fit", DEMO, "--model.scale", "4", "--data.scale=3"], "model.scale: 4 differs from data.scale: 3"),
         (["fit", DEMO, "--model.total_images", "0"], "model.total_images: 0"),
         (["fit", "espcn/t91_x3"], "darkroom: t91"),
         (["fit", DEMO, "--monitor", "nothing"], "monitor: no metric 'nothing' is logged"),

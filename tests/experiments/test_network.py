@@ -61,7 +61,7 @@ def test_latest_run_is_the_one_with_the_newest_weights(workdir):
     ("name", "run", "message"),
     [
         ("espcn/demo", "two", r"--run two: .*espcn/demo has one"),
-        ("espcn/t91_x3", "latest", r"--run latest: .*espcn/t91_x3 has no run"),
+        ("espcn/t91_x3", "latest", r"espcn/t91_x3 has no run with weights\. Train .*fit espcn/t91_x3"),
         ("runs/espcn/demo/one", "one", r"--run one: runs/espcn/demo/one is not a recipe"),
         ("runs/espcn/demo", None, r"runs/espcn/demo/config\.yaml cannot be read: No such file"),
         ("runs/espcn/demo/two", None, r"no recipe 'runs/espcn/demo/two'"),

@@ -174,12 +174,13 @@ def generation_recipes():
 
 
 @pytest.mark.parametrize("recipe", generation_recipes())
-def test_generation_recipe_trains_a_few_steps(recipe, workdir, torch_home, monkeypatch):
+def test_generation_recipe_trains_a_few_steps(recipe, workdir, photos, torch_home, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     data = recipe.content["data"]["init_args"]
-    for name in {data["train"], *data.get("test", [])}:
+    for name in {data["train"], *data.get("test", [])} - {"images"}:
         lay_out(name)
+    shutil.copytree(photos, workdir / "images")  # of dcgan/folder
     overrides = ["--model.total_images", "12", "--data.batch_size", "4", "--val_every_images", "8", "--data.val_samples", "10"]
     if data.get("test", [""])[0].startswith("mnist"):
         overrides += ["--data.test_samples", "60"]

@@ -340,8 +340,8 @@ def test_compiled_blocks_train_as_uncompiled_ones(workdir):
         (["--model.total_images", "40"], "model.total_images: the stage of 32 x 32 pixels starts after 48 images"),
         (["--model.batch_sizes", "{64: 4}"], "model.batch_sizes: 64 is not a side of model.size 32. Use 4, 8, 16, 32"),
         (["--model.base_channels", "8"], "model.base_channels: 8 is too small for model.size 32. Use at least 16"),
-        (["--data.size", "64"], "model.size: 32 differs from data.size: 64"),
-        (["--model.channels", "3"], "model.channels: 3 differs from data.channels: 1"),
+        (["--data.size", "64", "--model.size", "32"], "model.size: 32 differs from data.size: 64"),
+        (["--model.channels", "3", "--data.channels", "1"], "model.channels: 3 differs from data.channels: 1"),
         (["--data.batch_size", "3", "--trainer.devices", "2"], "data.batch_size"),
         (
             ["--model.minibatch_group", "3"],

@@ -91,10 +91,10 @@ def ms_ssim(first: Tensor, second: Tensor) -> Tensor:
     Raises:
         UserError: a shape or a type is not one of these.
     """
-    if first.shape != second.shape:
-        raise UserError(f"second: shape {_shape(second)} differs from that of first, {_shape(first)}")
     _uint8_images("first", first)
     _uint8_images("second", second)
+    if first.shape != second.shape:
+        raise UserError(f"second: shape {_shape(second)} differs from that of first, {_shape(first)}")
     return _ms_ssim.ms_ssim(first, second)
 
 
@@ -147,12 +147,17 @@ def fid(samples: Tensor, real: Tensor, weights: str | None = None) -> float:
     return frechet_distance(*features)
 
 
+TOLERANCE = 1e-4  # of rounding, at the bounds of images
+
+
 def _images(prediction: Tensor, target: Tensor, crop_border: int) -> tuple[Tensor, Tensor]:
     for name, image in (("prediction", prediction), ("target", target)):
+        if not isinstance(image, Tensor):
+            raise UserError(f"{name}: {type(image).__name__} is not a tensor. Use torch.from_numpy or torch.tensor")
         if image.ndim != 4 or image.shape[1] not in (1, 3) or not image.is_floating_point():
             raise UserError(f"{name}: {image.dtype} {_shape(image)} is not floating-point (N, 1, H, W) or (N, 3, H, W)")
-        if not image.numel() or not bool(torch.isfinite(image).all()) or image.min() < -0.5 or image.max() > 1.5:
-            raise UserError(f"{name}: values are not in [0, 1]. Divide 8-bit values by 255")
+        if not image.numel() or not bool(((image >= -TOLERANCE) & (image <= 1 + TOLERANCE)).all()):  # also refuses NaN
+            raise UserError(f"{name}: values are not in [0, 1]. Divide 8-bit values by 255; clamp the output of a network")
     if prediction.shape != target.shape:
         raise UserError(f"target: shape {_shape(target)} differs from that of prediction, {_shape(prediction)}")
     if not 0 <= crop_border < min(target.shape[-2:]) / 2:
@@ -161,6 +166,8 @@ def _images(prediction: Tensor, target: Tensor, crop_border: int) -> tuple[Tenso
 
 
 def _uint8_images(name: str, images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise UserError(f"{name}: {type(images).__name__} is not a tensor. Use torch.from_numpy or torch.tensor")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
         raise UserError(f"{name}: {images.dtype} {_shape(images)} is not uint8 (N, 1, H, W) or (N, 3, H, W)")
 

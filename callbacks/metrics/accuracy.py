@@ -50,3 +50,7 @@ class Accuracy(ImageMetric):
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""
         return {f"top1/{name}": 100 * sum(state[name] for state in states) / len(states) for name in states[0]}
+
+    def compute_image(self, state: dict[str, bool], trainer: Any) -> dict[str, float]:
+        """See `compute`."""
+        return self.compute([state], trainer)

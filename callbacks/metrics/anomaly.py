@@ -55,3 +55,7 @@ class ReconstructionAUROC(ImageMetric):
             raise UserError("ReconstructionAUROC: the reconstruction errors are not finite")
         anomalous = trainer.datamodule.is_unseen(labels)
         return {"auroc/image-l2": binary_auroc(errors / errors.max().clamp(min=1e-12), anomalous.long()).item()}
+
+    def compute_image(self, state: tuple[float, int], trainer: Any) -> dict[str, float]:
+        """Return the mean squared error of the reconstruction, the score of the curve."""
+        return {"error/image-l2": state[0]}

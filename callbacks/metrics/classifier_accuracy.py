@@ -59,7 +59,7 @@ class ClassifierAccuracy(ImageMetric):
             path = find_or_download(self.classifier, network.url, self.weights)
         except UserError as error:
             if self.on_missing_weights == "error":
-                raise UserError(f"{error}, or set `on_missing_weights: skip`") from None
+                raise UserError(f"{error}, or set --trainer.callbacks.on_missing_weights skip") from None
             if trainer.is_global_zero:
                 print(f"skipped   top1/{self.classifier}: {error}", flush=True)
             return
@@ -78,6 +78,10 @@ class ClassifierAccuracy(ImageMetric):
         """Return the metrics in the docstring of the class."""
         names = (f"top1/{self.classifier}", f"top1-real/{self.classifier}")
         return {name: 100 * sum(hits) / len(states) for name, hits in zip(names, zip(*states, strict=True), strict=False)}
+
+    def compute_image(self, state: list[bool], trainer: Any) -> dict[str, float]:
+        """See `compute`."""
+        return self.compute([state], trainer)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the datasets that are skipped, and compute the metric of the others."""

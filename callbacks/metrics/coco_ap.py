@@ -74,6 +74,10 @@ class COCOAveragePrecision(ImageMetric):
         labels = range(1, len(trainer.datamodule.class_names))
         return {name: value for kind in kinds for name, value in self.evaluate(kind, states, labels).items()}
 
+    def compute_image(self, state: dict[str, Any], trainer: Any) -> dict[str, float]:
+        """See `compute`."""
+        return self.compute([state], trainer)
+
     def evaluate(self, kind: str, states: Sequence[dict[str, Any]], labels: Sequence[int]) -> dict[str, float]:
         """Evaluate the boxes, masks or keypoints of a dataset.
 

@@ -63,6 +63,10 @@ class ColorMetrics(ImageMetric):
             **dict(zip(("psnr-rgb", "psnr-lab", "colorfulness", "colorfulness-real"), means, strict=True)),
         }
 
+    def compute_image(self, state: tuple[Tensor, Tensor, list[float]], trainer: Any) -> dict[str, float]:
+        """See `compute`, without the rebalanced area, whose weights are those of all images."""
+        return {name: value for name, value in self.compute([state], trainer).items() if name != "auc/rebalanced"}
+
 
 def psnr(prediction: Tensor, target: Tensor, peak: float) -> float:
     """Return the PSNR in dB of tensors of one shape, at most `MAX_PSNR`."""

@@ -41,3 +41,7 @@ class CycleL1(ImageMetric):
         names = sorted({name for metrics in states for name in metrics})
         values_by_name = {name: [metrics[name] for metrics in states if name in metrics] for name in names}
         return {name: torch.tensor(values, dtype=torch.float64).mean().item() for name, values in values_by_name.items()}
+
+    def compute_image(self, state: dict[str, float], trainer: Any) -> dict[str, float]:
+        """See `compute`."""
+        return self.compute([state], trainer)

@@ -109,6 +109,10 @@ class FCNScore(ImageMetric):
             result |= {f"{name}/{metric}": pooled[key] for metric, key in METRIC_NAMES.items()}
         return result
 
+    def compute_image(self, state: dict[str, Tensor], trainer: Any) -> dict[str, float]:
+        """See `compute`."""
+        return self.compute([state], trainer)
+
     @property
     def classes(self) -> list[str]:
         """Placeholder class names; only their number is used."""

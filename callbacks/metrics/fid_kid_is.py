@@ -97,7 +97,7 @@ class FeatureMetrics(SampleSetMetric):
             path = find_or_download(kind.name, kind.url, self.weights)  # torch-fidelity would unpickle any object
         except UserError as error:
             if self.on_missing_weights == "error":
-                raise UserError(f"{error}, or set `on_missing_weights: skip`") from None
+                raise UserError(f"{error}, or set --trainer.callbacks.on_missing_weights skip") from None
             if trainer.is_global_zero:
                 print(f"skipped   {', '.join(self.metrics)}: {error}", flush=True)
             return

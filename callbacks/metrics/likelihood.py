@@ -78,6 +78,10 @@ class Likelihood(ImageMetric):
         terms = {f"{name}/{kind}": float(values.mean()) for name, values in stacked.items()}
         return {**terms, f"active-units/{kind}": float((codes.var(0) > 0.01).sum())}
 
+    def compute_image(self, state: dict[str, np.ndarray], trainer: Any) -> dict[str, float]:
+        """See `compute`, without the active units, which depend on all images."""
+        return {name: value for name, value in self.compute([state], trainer).items() if not name.startswith("active-units")}
+
 
 def likelihood_terms(method: Any, outputs: dict[str, Any], seed: int, n_samples: int) -> dict[str, Tensor]:
     """Return the terms of each image of a batch, (N,) each, and the posterior means of the first-layer latents as "code"."""

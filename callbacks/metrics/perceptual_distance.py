@@ -68,7 +68,7 @@ class PerceptualDistance(ImageMetric):
             path = self.find_weights()
         except UserError as error:
             if self.on_missing_weights == "error":
-                raise UserError(f"{error}, or set `on_missing_weights: skip`") from None
+                raise UserError(f"{error}, or set --trainer.callbacks.on_missing_weights skip") from None
             if trainer.is_global_zero:
                 print(f"skipped   {self.protocol}: {error}", flush=True)
             return

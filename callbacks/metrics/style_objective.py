@@ -69,3 +69,7 @@ class StyleObjective(ImageMetric):
         """Return the metrics described at the class."""
         terms = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
         return {"objective": sum(terms.values()), **{f"objective/{name}": value for name, value in terms.items()}}
+
+    def compute_image(self, state: dict[str, float], trainer: Any) -> dict[str, float]:
+        """See `compute`."""
+        return self.compute([state], trainer)

@@ -13,15 +13,23 @@ UNREADABLE = {".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", 
 LEFT_OUT = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db"}  # folders of thumbnails and of deleted files
 
 
-def list_images(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path, broken_links: bool = False) -> list[Path]:
     """List the image files of a folder and its subfolders, sorted by path.
 
     Linked folders are followed. Hidden files and folders are left out, and folders of thumbnails.
 
+    Args:
+        folder: the folder.
+        broken_links: list links whose file does not exist, too; it cannot be opened.
+
     Raises:
         UserError: a subfolder cannot be read, or an image is a broken link.
     """
-    return [path for path in _files(folder) if path.suffix.lower() in SUFFIXES and _exists(path)]
+    return [
+        path
+        for path in _files(folder)
+        if path.suffix.lower() in SUFFIXES and ((broken_links and not path.exists()) or _exists(path))
+    ]
 
 
 def list_unreadable(folder: str | Path) -> list[Path]:

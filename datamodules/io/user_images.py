@@ -332,7 +332,7 @@ def list_user_images(
     def is_used(file: Path) -> bool:
         return not path.is_dir() or excluded == path.resolve() or excluded not in file.resolve().parents
 
-    candidates = [file for file in (list_images(path) if path.is_dir() else [path]) if is_used(file)]
+    candidates = [file for file in (list_images(path, broken_links=True) if path.is_dir() else [path]) if is_used(file)]
     files, reasons = [], []
     for file in candidates:
         try:

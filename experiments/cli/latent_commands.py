@@ -8,6 +8,7 @@ from experiments.cli.parser import Parser
 from experiments.run.network import LATEST, find_network
 from experiments.run.recipes import Recipe
 
+MAX_SAMPLES = 2_000_000  # each is a file; the training set of ImageNet has 1.3 million
 OVERRIDES = "--KEY VALUE overrides a key of the recipe, such as --model.stable_images 1000."
 
 
@@ -16,8 +17,8 @@ def sample(argv: list[str]) -> int:
     parser = _seeded_parser("sample", "Generate images from noise, one file each.", "samples")
     parser.add_argument("--count", type=int, default=64, metavar="N", help="number of images (default 64)")
     args, recipe, options = _parse(parser, argv)
-    if args.count < 1:
-        raise UserError(f"sample: --count {args.count}: must be at least 1")
+    if not 1 <= args.count <= MAX_SAMPLES:
+        raise UserError(f"sample: --count {args.count}: must be from 1 to {MAX_SAMPLES:,}")
     from experiments.run import sample
 
     grid = sample.sample(recipe, options, args.count, args.seed, args.output)

@@ -14,7 +14,7 @@ from experiments.cli import latent_commands, style_commands
 from experiments.cli.errors import one_line
 from experiments.cli.help_text import COMMAND_OPTIONS, HELP, RUN_HELP
 from experiments.cli.parser import Parser
-from experiments.cli.process_errors import environment_error, exit_with_parent, is_out_of_memory, report_error
+from experiments.cli.process_errors import environment_error, exit_with_parent, is_dead_worker, is_out_of_memory, report_error
 from experiments.run.network import find_network
 from experiments.run.recipes import find_recipe, known_method, methods
 
@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         report_error(environment_error(error))
         return 2
     except RuntimeError as error:
+        if is_dead_worker(error):
+            advice = "If memory was short, use a lower --data.num_workers"
+            report_error(UserError(f"{one_line(str(error)).rstrip('. ')}. {advice}"))
+            return 2
         if not is_out_of_memory(error):
             raise
         report_error(environment_error(MemoryError(one_line(str(error)))))
@@ -69,7 +73,7 @@ def dispatch(argv: list[str]) -> int:
     """Run the command given by the first argument, and return its exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         from datamodules.io.paths import data_root
-        from experiments.run.run_dir import runs_root
+        from experiments.run.paths import runs_root
 
         print(HELP.format(data=data_root(), runs=runs_root()))
         return 0

@@ -13,8 +13,8 @@ from pathlib import Path
 from callbacks.run.exit_codes import PREEMPTED
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import validate_overrides
+from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe
-from experiments.run.run_dir import runs_root
 from experiments.search.spec import read_search
 
 PREEMPT_NOTICE_S = 120  # seconds before the time limit at which SLURM signals the job

@@ -21,8 +21,9 @@ from experiments.results.fingerprint import canonical, code_fingerprint, recipe_
 from experiments.results.headers import write_time
 from experiments.results.records import Record, changed_code, committed_records, differences, record_path
 from experiments.results.tables import cells, format_ours, format_paper, format_provenance, load_table, render
+from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe, find_recipe, methods, recipes
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.run_dir import Run
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MAX_WEIGHT_BYTES = 8 * 2**20  # larger weights are not committed

@@ -15,6 +15,8 @@ MAX_CPU_PROCESSES = 64
 # Settings of the Trainer that have no meaning here, and what to use instead.
 UNSUPPORTED_SETTINGS = {
     "overfit_batches": "Use a folder of few images as data.train",
+    "fast_dev_run": "Use a small model.total_images",
+    "barebones": "Use darkroom bench to measure the speed",
     "min_epochs": "Use model.total_images",
     "min_steps": "Use model.total_images",
     "reload_dataloaders_every_n_epochs": "Remove it: training has one epoch",
@@ -51,7 +53,9 @@ def check_trainer(settings: dict[str, Any]) -> None:
     for name, advice in UNSUPPORTED_SETTINGS.items():
         if settings.get(name):
             raise UserError(f"trainer.{name}: {settings[name]} is not supported. {advice}")
-    for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches", "limit_predict_batches"):
+    if (epochs := settings.get("max_epochs")) not in (None, -1):
+        raise UserError(f"trainer.max_epochs: {epochs} is not supported. Use model.total_images")
+    for name in ("max_steps", "limit_train_batches", "limit_test_batches", "limit_predict_batches"):
         if settings.get(name) == 0:
             raise UserError(f"trainer.{name}: 0 leaves nothing to do. Remove it")
     devices = settings.get("devices")

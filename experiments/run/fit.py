@@ -81,7 +81,7 @@ def print_early_end(cli: DarkroomCLI) -> None:
     """Print what has ended the training before its image budget, and how it goes on."""
     model, settings = cli.model, cli.config.trainer
     if model.images_seen < model.total_images:
-        limits = [name for name in ("max_time", "max_steps", "max_epochs") if settings[name] not in (None, -1)]
+        limits = [name for name in ("max_time", "max_steps") if settings[name] not in (None, -1)]
         cause = " or ".join(f"trainer.{name}" for name in limits) or "a callback"
         print_rank_zero(f"ended     by {cause} after {model.images_seen:,} of {model.total_images:,} images")
         if limits:

@@ -8,8 +8,9 @@ from rich.table import Table
 from callbacks.run.record_file import read_record
 from datamodules.errors import UserError
 from experiments.results.reproduce import run_command
+from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.run_dir import Run
 
 
 def folds(recipe: Recipe, count: int, overrides: list[str]) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from callbacks.run.record_file import BrokenRecord, read_record
 from datamodules.errors import UserError
+from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe, add_to_path, find_recipe
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.run_dir import Run
 
 LATEST = "latest"
 

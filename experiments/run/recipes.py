@@ -13,6 +13,7 @@ import yaml
 
 from datamodules.errors import UserError
 from experiments import METHODS
+from experiments.run.paths import runs_root
 from experiments.run.yaml_file import read_yaml
 
 
@@ -148,6 +149,13 @@ def add_to_path(folder: Path) -> None:
         sys.path.append(entry)
 
 
+def _name_of_run(config: Path) -> str | None:
+    """Return the name of the recipe of a run from the path of its configuration; None if it is not that of a run."""
+    folder, root = config.resolve().parent, runs_root().resolve()
+    is_run = config.name == "config.yaml" and folder.is_relative_to(root) and folder.parent != root
+    return folder.parent.relative_to(root).as_posix() if is_run else None
+
+
 def find_recipe(name: str) -> Recipe:
     """Find a recipe by name ("espcn/t91_x3", or "espcn" for its demo) or by the path of a YAML file.
 
@@ -166,6 +174,6 @@ def find_recipe(name: str) -> Recipe:
             if recipe.path.resolve() == path.resolve():
                 return recipe
         add_to_path(path.parent)
-        return Recipe(path.stem, path)
+        return Recipe(_name_of_run(path) or path.stem, path)
     matches = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
     raise UserError(f"no recipe '{name}'; did you mean '{matches[0]}'? (darkroom list shows all)")

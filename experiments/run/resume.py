@@ -1,6 +1,7 @@
 """Resumption of a run: the checkpoint, and checks that the run continues as it was started."""
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,22 @@ def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple
                 print_rank_zero(f"{key} {value} instead of {content[key]}: not bit-identical to an uninterrupted run")
         if run.record.exists() and resumed_at < cli.model.total_images and cli.trainer.is_global_zero:
             run.record.rename(run.folder / f"record-{resumed_at}.json")  # the longer run gets a new record
+    elif cli.trainer.is_global_zero and (run.image_table.exists() or (run.log.exists() and has_metrics(run.log))):
+        folder = run.folder / time.strftime("earlier-%Y-%m-%d_%H-%M-%S")
+        folder.mkdir()
+        for path in (run.log, run.image_table, run.samples):
+            if path.exists():
+                path.rename(folder / path.name)
+        print_rank_zero(f"no {last.name} in {run.folder}, so the run begins anew; earlier results are now in {folder}")
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
         raise UserError(f"{run.folder}: only {free // 2**20} MiB free. Free 256 MiB, or set DARKROOM_RUNS to another disk")
     return resumed_at, checkpoint
+
+
+def has_metrics(log: Path) -> bool:
+    """Return whether a log contains the metrics of a validation, and not only losses."""
+    rows = (line.split(",") for line in log.read_text(errors="replace").splitlines()[1:])
+    return any(len(row) == 4 and not row[2].startswith(("train/", "learning_rate")) for row in rows)
 
 
 def check_same_config(cli: DarkroomCLI, run: Run) -> None:

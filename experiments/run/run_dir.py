@@ -11,6 +11,7 @@ from typing import Any
 
 from callbacks.run.record_file import BrokenRecord, read_record
 from datamodules.errors import UserError
+from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe
 from experiments.run.yaml_file import read_yaml
 
@@ -117,11 +118,6 @@ def program_name() -> str:
     if Path(sys.argv[0]).name == "darkroom":
         return sys.argv[0]
     return f"{Path(sys.executable).name} -m experiments"
-
-
-def runs_root() -> Path:
-    """Return the folder of all runs: the environment variable DARKROOM_RUNS, else `runs` in the current folder."""
-    return Path(os.environ.get("DARKROOM_RUNS", "runs"))
 
 
 def open_run(recipe: Recipe, name: str | None) -> Run:

@@ -16,6 +16,7 @@ from modules.networks.weights import HasAuthorsWeights, load_weights, read_check
 
 # Settings of models that the training does not use: each network can be applied with other values.
 INFERENCE_SETTINGS = {"tta_views", "tile_size", "temperature", "score_threshold", "nms_threshold", "max_detections"}
+LIMITS = ("max_steps", "max_time", "limit_train_batches")  # settings of the Trainer that end a training early
 LOADER_SETTINGS = {"num_workers", "skip_bad"}
 
 
@@ -69,6 +70,10 @@ def differences(cli: DarkroomCLI, run: Run) -> list[tuple[str, Any, Any]]:
     changed = [
         *cli.config_diff(run, "model", INFERENCE_SETTINGS),
         *cli.config_diff(run, "data", {*LOADER_SETTINGS, "test"}),
+    ]
+    limits, ours = run.read_config().get("trainer") or {}, cli.config.trainer
+    changed += [
+        (f"trainer.{key}", limits.get(key), ours[key]) for key in LIMITS if limits.get(key) not in (None, -1, ours[key])
     ]
     return [entry for entry in changed if not (entry[0].startswith("data.") and entry[0] in typed)]
 

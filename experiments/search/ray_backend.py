@@ -10,7 +10,7 @@ import optuna
 
 from datamodules.errors import UserError
 from experiments import ROOT
-from experiments.run.run_dir import runs_root
+from experiments.run.paths import runs_root
 from experiments.search.spec import Search
 from experiments.search.worker import folder_of, is_exhausted, one_trial, open_study, raise_if_all_failed
 

@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.paths import runs_root
+from experiments.run.run_dir import Run
 from experiments.search.spec import Search
 
 N_PRINTED = 10  # trials in the printed table

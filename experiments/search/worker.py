@@ -27,7 +27,8 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.exit_codes import PREEMPTED
 from datamodules.errors import UserError
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.paths import runs_root
+from experiments.run.run_dir import Run
 from experiments.search.samplers import distributions, make_sampler, ordinal
 from experiments.search.spec import Search
 

@@ -142,7 +142,7 @@ def test_datasets_with_other_classes_are_reported_and_skipped(workdir, photos, c
 
 def test_missing_weights_are_an_error_unless_the_metric_is_skipped(workdir, capsys):
     lay_out("cifar10-jpeg")
-    with pytest.raises(UserError, match=r"absent.pth.*on_missing_weights: skip"):
+    with pytest.raises(UserError, match=r"absent.pth.*on_missing_weights skip"):
         set_up(workdir, ClassifierAccuracy("cifar10-resnet20", "absent.pth"), "cifar10-jpeg/test")
     metric = ClassifierAccuracy("cifar10-resnet20", "absent.pth", on_missing_weights="skip")
     assert evaluate(metric, set_up(workdir, metric, "cifar10-jpeg/test"), lambda image: image)["cifar10-jpeg-test"] == {

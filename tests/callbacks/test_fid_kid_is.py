@@ -145,7 +145,9 @@ def test_precision_and_recall_match_torch_fidelity_command(folders, tmp_path, mo
 def test_missing_weights_raise_or_are_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(Inception, "url", "http://127.0.0.1:9/inception-6726825d.pth")
-    with pytest.raises(UserError, match=r"inception-tf: download from http://127\.0\.0\.1:9/.*set `on_missing_weights: skip`"):
+    with pytest.raises(
+        UserError, match=r"inception-tf: download from http://127\.0\.0\.1:9/.*set --trainer.callbacks.on_missing_weights skip"
+    ):
         FeatureMetrics(["fid"]).setup(SimpleNamespace(is_global_zero=True), None, "test")
     FeatureMetrics(["fid"], on_missing_weights="skip").setup(SimpleNamespace(is_global_zero=True), None, "test")
     assert "skipped   fid: weights of inception-tf: download from " in capsys.readouterr().out

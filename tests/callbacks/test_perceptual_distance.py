@@ -118,7 +118,7 @@ def test_missing_weights_are_skipped_or_refused(tmp_path, capsys):
     metric.setup(TRAINER, None, "test")
     assert "skipped   distance-y/squeezenet1_0: weights of SqueezeNet: no file" in capsys.readouterr().out
     assert metric.update({}, 0) == {}
-    with pytest.raises(UserError, match="set `on_missing_weights: skip`"):
+    with pytest.raises(UserError, match=r"set --trainer\.callbacks\.on_missing_weights skip"):
         SqueezeNetDistance(missing, 4).setup(TRAINER, None, "test")
 
 

@@ -39,7 +39,8 @@ TRAIN = """\
 from experiments.cli.main import main
 from experiments.results.reproduce import commit_record
 from experiments.run.recipes import find_recipe
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.paths import runs_root
+from experiments.run.run_dir import Run
 assert main(["fit", "espcn/small", "--run", "one"]) == 0
 commit_record(Run(runs_root() / "espcn/small/one"), find_recipe("espcn/small"))
 """

@@ -111,7 +111,7 @@ def test_python_m_experiments_is_the_same_command(capsys):
         (["fit", DEMO, "--data.train="], "--data.train is empty"),
         (["fit", DEMO, "--data.num_workers", "100000"], "data.num_workers: 100000 must be from 0"),
         (["fit", DEMO, "--trainer.overfit_batches", "1"], "trainer.overfit_batches: "),
-        (["fit", DEMO, "--trainer.max_epochs", "0"], "trainer.max_epochs: 0 leaves nothing to do"),
+        (["fit", DEMO, "--trainer.max_epochs", "0"], "trainer.max_epochs: 0 is not supported. Use model.total_images"),
         (["fit", DEMO, "--trainer.min_steps", "9"], "trainer.min_steps: 9 is not supported"),
         (["fit", DEMO, "--trainer.devices", "100000"], "trainer.devices: 100000 processes"),
         (["fit", DEMO, "--trainer.precision", "16-true"], "trainer.precision: 16-true requires a GPU"),

@@ -1,5 +1,6 @@
 """Runs whose files are damaged or incomplete, and trainings that end early: what is saved, and what is refused."""
 
+import os
 import shutil
 import signal
 
@@ -192,7 +193,7 @@ def test_weights_are_saved_without_a_validation(workdir, photos, words):
     last, best = (torch.load(run.checkpoints / f"{name}.ckpt", weights_only=True) for name in ("last", "best"))
     assert last["images_seen"] == best["images_seen"] == (12 if "max_steps" in words[0] else 60)
     assert read_record(run.record)["metrics"]["photographs-val"]
-    assert forked(main, ["predict", "tiny.yaml", "--input", str(next(photos.iterdir()))]) == 0  # it counts as ended
+    assert forked(main, ["predict", "tiny.yaml", "--run", "one", "--input", str(next(photos.iterdir()))]) == 0
 
 
 def test_training_that_ends_early_says_so_and_continues(workdir, photos, capfd):
@@ -204,6 +205,56 @@ def test_training_that_ends_early_says_so_and_continues(workdir, photos, capfd):
     assert forked(main, ["fit", "tiny.yaml", "--run", "one", "--trainer.max_steps", "100"]) == 0
     assert "ended" not in capfd.readouterr().out
     assert Run(workdir / "runs/tiny/one").finished
+
+
+def test_run_without_checkpoints_keeps_its_earlier_results(workdir, photos, capfd):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[])
+    run = Run(workdir / "runs/tiny/one")
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one", "--val_every_images", "20"]) == 0
+    log = run.log.read_text()
+    shutil.rmtree(run.checkpoints)
+    run.record.unlink()
+    capfd.readouterr()
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one", "--val_every_images", "20"]) == 0
+    assert "the run begins anew; earlier results are now in" in capfd.readouterr().out
+    (earlier,) = run.folder.glob("earlier-*")
+    assert (earlier / "metrics.csv").read_text() == log == run.log.read_text()
+    assert len(list((earlier / "samples").iterdir())) == len(list(run.samples.iterdir())) > 0
+
+
+def kill_loader_worker(argv):
+    """Train; the loader process kills itself when it reads its fortieth image."""
+    from datamodules import superresolution_datasets
+
+    read, count, parent = superresolution_datasets.read_pixels, [0], os.getpid()
+
+    def read_or_die(*args):
+        count[0] += os.getpid() != parent
+        if count[0] == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(*args)
+
+    superresolution_datasets.read_pixels = read_or_die
+    return main(argv)
+
+
+def test_killed_loader_worker_is_one_line_and_the_run_can_be_resumed(workdir, photos, capfd):
+    write_recipe(workdir / "tiny.yaml", photos, MODEL, test=[], streaming=True, num_workers=1)
+    assert forked(kill_loader_worker, ["fit", "tiny.yaml", "--run", "one"]) == 2
+    output = capfd.readouterr()
+    assert output.err.count("\n") == 1
+    assert "DataLoader worker" in output.err
+    assert "use a lower --data.num_workers" in output.err
+    assert forked(main, ["fit", "tiny.yaml", "--run", "one"]) == 0
+    assert Run(workdir / "runs/tiny/one").finished
+
+
+def test_broken_link_among_the_inputs_is_reported_after_the_others(workdir, photos, capfd):
+    shutil.copytree(photos, workdir / "in")
+    (workdir / "in/gone.png").symlink_to(workdir / "nowhere.png")
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "in", "--output", "out")
+    assert "gone.png: no such file" in error
+    assert len(list((workdir / "out").iterdir())) == len(list(photos.iterdir()))
 
 
 @pytest.mark.parametrize("name", ["samples", "checkpoints", "wandb", "config.yaml", "metrics.csv", ".lock"])

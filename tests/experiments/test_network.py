@@ -6,7 +6,8 @@ import yaml
 from datamodules.errors import UserError
 from experiments.cli.main import main
 from experiments.run.network import find_network
-from experiments.run.run_dir import Run, runs_root
+from experiments.run.paths import runs_root
+from experiments.run.run_dir import Run
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.superresolution import write_recipe
 

@@ -1,5 +1,6 @@
 """Every recipe of the project is parsed, built and trained for a few steps, on small images in the layout of its dataset."""
 
+import csv
 import importlib
 import json
 import re
@@ -54,6 +55,18 @@ def build(recipes):
         ):  # toy data are computed when they are built
             cli = DarkroomCLI("fit", recipe, [])
         assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
+
+
+def assert_results_are_recorded(folder, by_image=True):
+    """Check that the record has metrics, and, if they are those of images, that the table has each image of each set."""
+    metrics = json.loads((folder / "record.json").read_text())["metrics"]
+    assert metrics
+    if by_image:
+        with (folder / "test_images.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {row["dataset"] for row in rows} == metrics.keys()
+        assert len({(row["dataset"], row["image"]) for row in rows}) == len(rows)
+        assert any(value for name, value in rows[0].items() if name not in ("dataset", "image"))
 
 
 def assert_losses_are_documented(recipe, folder):
@@ -152,7 +165,7 @@ def test_perceptual_super_resolution_recipe_trains_a_few_steps(recipe, workdir, 
     overrides += ["--data.num_workers", "1"] if data.get("num_workers") else []
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"
-    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_results_are_recorded(folder)
     assert_losses_are_documented(recipe, folder)
 
 
@@ -215,7 +228,7 @@ def test_reconstruction_recipe_trains_a_few_steps(recipe, workdir):
         overrides += ["--trainer.callbacks.init_args.n_samples", "2"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *accepted(recipe, overrides)]) == 0
     folder = workdir / "runs" / recipe.name / "short"
-    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_results_are_recorded(folder)
     assert {path.name for path in (folder / "samples").iterdir()} == {"reals.png", "000000004.png", "000000008.png"}
     assert_losses_are_documented(recipe, folder)
 
@@ -255,7 +268,7 @@ def test_segmentation_recipe_trains_a_few_steps(recipe, workdir):
         overrides += ["--model.tile_size", "96", "--data.crop", "64"]
     assert forked(main, ["fit", recipe.name, "--run", "short", *accepted(recipe, overrides)]) == 0
     folder = workdir / "runs" / recipe.name / "short"
-    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_results_are_recorded(folder)
     assert len(list((folder / "samples").iterdir())) == 2
     assert (folder / "test_images.csv").exists()
     assert_losses_are_documented(recipe, folder)
@@ -300,7 +313,7 @@ def test_stylization_recipe_trains_a_few_steps(recipe, workdir, torch_home, monk
     overrides += ["--data.num_workers", "1"] if data.get("num_workers") else []
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"
-    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_results_are_recorded(folder)
     assert list((folder / "samples").iterdir())
     assert_losses_are_documented(recipe, folder)
 
@@ -333,7 +346,7 @@ def test_colorization_recipe_trains_a_few_steps(recipe, workdir, monkeypatch):
     overrides += ["--model.initial_weights", "null"] if "initial_weights" in recipe.content["model"]["init_args"] else []
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"
-    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_results_are_recorded(folder)
     assert list((folder / "samples").iterdir())
     assert_losses_are_documented(recipe, folder)
 
@@ -360,7 +373,7 @@ def test_classification_recipe_trains_a_few_steps(recipe, workdir):
         overrides += ["--data.val", data["train"], "--data.test", f"[{data['train']}]"]
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *overrides]) == 0
     folder = workdir / "runs" / recipe.name / "short"
-    assert json.loads((folder / "record.json").read_text())["metrics"]
+    assert_results_are_recorded(folder)
     assert_losses_are_documented(recipe, folder)
 
 

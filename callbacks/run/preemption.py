@@ -1,6 +1,7 @@
 """Response to Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: save after the current step, print how to resume, and stop."""
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,6 +30,17 @@ class Preemption(Callback):
         self.handlers: dict[int, Any] = {}
         self.pending_reduce: tuple[Any, torch.Tensor] | None = None
 
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        """Handle signals before the first step, too; Lightning has installed its handlers before this hook."""
+        self._install_handlers()
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop a new run before its first step if a signal was received."""
+        if self.signal_status and trainer.world_size == 1:
+            self._restore_handlers()
+            print(f"\nStopped before the first step. {self.resume_hint}", flush=True)
+            raise SystemExit(self.signal_status)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace Lightning's signal handlers, which save in the middle of a step."""
         self._install_handlers()
@@ -40,6 +52,7 @@ class Preemption(Callback):
         if self.pending_reduce is not None:
             self.pending_reduce[0].wait()
             self.pending_reduce = None
+        self.between_steps = False
         self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -79,6 +92,8 @@ class Preemption(Callback):
         self._restore_handlers()
 
     def _install_handlers(self) -> None:
+        if self.handlers or threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
+            return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.handlers[number] = signal.signal(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup

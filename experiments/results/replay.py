@@ -19,8 +19,9 @@ from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.record_file import read_record
 from datamodules.generation import Generation
 from datamodules.io.paths import data_root
+from experiments.cli.errors import parameters
 from experiments.results.renames import Renames
-from experiments.run.recipes import Recipe
+from experiments.run.recipes import Recipe, find_recipe
 from experiments.run.run_dir import Run
 from modules.networks.weights import weights_hash
 
@@ -107,9 +108,11 @@ def replay(
         if resume_from:
             shutil.copytree(code.run(resume_from).folder, code.run(name).folder)
             steps = _seek(code.run(name).checkpoints / "last.ckpt", start)
+    tested = "test" in parameters(find_recipe(str(codes[-1].recipe)).class_path("data"))
+    without_test = ("--data.test", "[]") if tested else ()  # toy data have no test sets to leave out
     commands = [
         code.command(
-            *("fit", str(code.recipe), "--run", name, "--seed_everything", str(seed), "--data.test", "[]"),
+            *("fit", str(code.recipe), "--run", name, "--seed_everything", str(seed), *without_test),
             *(code.option("val_every_images"), str(STEPS // 2 * batch_size)),
             *("--trainer.max_steps", str(steps + STEPS), "--trainer.limit_val_batches", str(EVAL_BATCHES)),
             *("--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from datamodules.catalog.catalog import HELD_OUT, catalog
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import DarkroomCLI, build_cli, print_rank_zero
 from experiments.run.recipes import Recipe
@@ -51,7 +52,7 @@ def describe_cli(cli: DarkroomCLI, images_seen: int | None, date: str) -> Descri
 
 
 def without_folders(spec: str | list[str] | None) -> str | list[str] | None:
-    """Return the names of datasets, with the last part of an absolute path in its place."""
+    """Return the names of datasets, with the last part of a path in its place."""
     if isinstance(spec, list):
-        return [Path(name).name if Path(name).is_absolute() else name for name in spec]
-    return Path(spec).name if spec and Path(spec).is_absolute() else spec
+        return [str(without_folders(name)) for name in spec]
+    return Path(spec).name if spec and spec.partition("/")[0] not in (*catalog(), HELD_OUT) else spec

@@ -24,7 +24,7 @@ from experiments.results.fingerprint import user_files
 from experiments.run.config_checks import check_batch_sizes
 from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
-from experiments.run.resume import prepare_resume
+from experiments.run.resume import prepare_resume, set_aside_record
 from experiments.run.run_dir import Run, program_name
 from experiments.tasks.registry import TASKS
 from modules.networks.weights import load_weights
@@ -46,8 +46,9 @@ def fit(cli: DarkroomCLI) -> None:
         configure_batching(cli)
         evaluates = has_test_data(cli)
         resumed_at, checkpoint = prepare_resume(cli, run, evaluates)
-        write_config(cli, run)
         trainer.loggers = make_loggers(cli, run, resumed_at)
+        set_aside_record(cli, run, resumed_at)
+        write_config(cli, run)
         print_start(cli)
         reduce_step_overhead()
         trainer.fit(model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -204,7 +205,7 @@ def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
     Raises:
         UserError: Weights & Biases is "online" without an account.
     """
-    loggers: list[Logger] = [CSVLogger(run.log, resumed_at)]
+    loggers: list[Logger] = []
     if "tensorboard" in cli.config.log:
         from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -222,4 +223,4 @@ def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
         loggers.append(
             WandbLogger(name, run.folder, id=run_id, project="darkroom", offline=offline, resume="allow", config=config)
         )
-    return loggers
+    return [CSVLogger(run.log, resumed_at), *loggers]

@@ -8,6 +8,8 @@ from rich.table import Table
 from callbacks.run.record_file import read_record
 from datamodules.errors import UserError
 from experiments.results.reproduce import run_command
+from experiments.run.config_checks import typed_keys
+from experiments.run.lightning_cli import ParseOnlyCLI
 from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run
@@ -22,8 +24,12 @@ def folds(recipe: Recipe, count: int, overrides: list[str]) -> None:
         UserError: a training failed, or the recipe has no test results.
         SystemExit: the command was interrupted.
     """
+    if refused := sorted({"run", "data.fold"} & typed_keys(overrides)):
+        raise UserError(f"folds: --{refused[0]} is set by the command. Remove it")
     runs = [Run(runs_root() / recipe.name / f"fold-{k}-of-{count}") for k in range(1, count + 1)]
     for k, run in enumerate(runs, 1):
+        if run.record.exists():
+            check_settings(recipe, run, [*overrides, "--data.fold", f"{k}/{count}"])
         if not (run.record.exists() and run.evaluated):
             run_command("fit", recipe.argument, *overrides, "--data.fold", f"{k}/{count}", "--run", run.folder.name)
     records = [read_record(run.record) for run in runs]
@@ -38,6 +44,21 @@ def folds(recipe: Recipe, count: int, overrides: list[str]) -> None:
     if not table.row_count:
         raise UserError(f"folds: {recipe.name} has no test results. Add held-out to data.test")
     Console().print(table)
+
+
+def check_settings(recipe: Recipe, run: Run, words: list[str]) -> None:
+    """Check that a finished fold was trained with the settings of the command.
+
+    Raises:
+        UserError: a setting differs.
+    """
+    cli = ParseOnlyCLI("fit", recipe, words)
+    changed = [*cli.config_diff(run, "model", set()), *cli.config_diff(run, "data", {"num_workers"})]
+    if (seed := read_record(run.record).get("seed")) != cli.config.seed_everything:
+        changed.append(("seed_everything", seed, cli.config.seed_everything))
+    if changed:
+        key, theirs, ours = changed[0]
+        raise UserError(f"folds: {run.folder} was trained with {key} {theirs}, not {ours}. Remove it, or set DARKROOM_RUNS")
 
 
 def check_same_settings(runs: list[Run], configs: list[dict[str, dict[str, dict[str, object]]]]) -> None:

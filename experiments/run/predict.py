@@ -139,6 +139,8 @@ def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Pat
         path = output / file.relative_to(base).with_suffix(suffix)
         if path in taken:  # photo.jpg and photo.png in one folder
             path = path.with_name(f"{file.name}{suffix}")
+        if path.relative_to(output).parts[0] in ("overlays", "classes.csv"):  # written next to the masks
+            raise UserError(f"--input: the output of {file} would be in {path}, which is used for other files. Rename it")
         if path.resolve() in inputs:
             raise UserError(f"--output: {path} is one of the inputs and would be overwritten. Choose another folder")
         check_target(path, file.parent)

@@ -175,5 +175,7 @@ def find_recipe(name: str) -> Recipe:
                 return recipe
         add_to_path(path.parent)
         return Recipe(_name_of_run(path) or path.stem, path)
+    if name in methods():
+        raise UserError(f"{name} has no demo. Use one of: {', '.join(n for n in known if n.startswith(f'{name}/'))}")
     matches = get_close_matches(name, [*known, *methods()], n=1, cutoff=0)
     raise UserError(f"no recipe '{name}'; did you mean '{matches[0]}'? (darkroom list shows all)")

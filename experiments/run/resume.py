@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
@@ -61,8 +63,6 @@ def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple
         for key, value in (("world_size", cli.trainer.world_size), ("precision", str(cli.trainer.precision))):
             if content[key] != value:
                 print_rank_zero(f"{key} {value} instead of {content[key]}: not bit-identical to an uninterrupted run")
-        if run.record.exists() and resumed_at < cli.model.total_images and cli.trainer.is_global_zero:
-            run.record.rename(run.folder / f"record-{resumed_at}.json")  # the longer run gets a new record
     elif cli.trainer.is_global_zero and (run.image_table.exists() or (run.log.exists() and has_metrics(run.log))):
         folder = run.folder / time.strftime("earlier-%Y-%m-%d_%H-%M-%S")
         folder.mkdir()
@@ -73,6 +73,13 @@ def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
         raise UserError(f"{run.folder}: only {free // 2**20} MiB free. Free 256 MiB, or set DARKROOM_RUNS to another disk")
     return resumed_at, checkpoint
+
+
+@rank_zero_only
+def set_aside_record(cli: DarkroomCLI, run: Run, resumed_at: int) -> None:
+    """Rename the record of a finished run that is continued with a larger budget; the longer run gets a new record."""
+    if run.record.exists() and 0 < resumed_at < cli.model.total_images:
+        run.record.rename(run.folder / f"record-{resumed_at}.json")
 
 
 def has_metrics(log: Path) -> bool:
@@ -90,12 +97,11 @@ def check_same_config(cli: DarkroomCLI, run: Run) -> None:
     for section in ("model", "data"):
         for key, old, new in cli.config_diff(run, section):
             raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}. Choose another --run")
-    started = run.read_config()
-    if started.get("monitor") != cli.config.monitor:
-        raise UserError(
-            f"run '{run.folder.name}' was started with monitor {started.get('monitor')}, not {cli.config.monitor}. "
-            "Choose another --run"
-        )
+    started = {"monitor_mode": "max", **run.read_config()}
+    for key in ("monitor", "monitor_mode", "seed_everything"):
+        if started.get(key) != cli.config[key]:
+            difference = f"{key} {started.get(key)}, not {cli.config[key]}"
+            raise UserError(f"run '{run.folder.name}' was started with {difference}. Choose another --run")
 
 
 def check_complete(cli: DarkroomCLI, path: Path, content: Mapping[str, Any]) -> None:

@@ -112,6 +112,8 @@ def trusted_content(path: Path, description: Description) -> dict[str, Any]:
     """
     sections = {"model": description.model.model_dump(), "data": description.data.model_dump()}
     _check_values(path, sections)
+    if isinstance(names := sections["data"]["init_args"].get("class_names", []), str):
+        raise UserError(f"{path}: data.class_names: {names!r} is a path, but a description names no files. Replace the file")
     method_class = _load_class(path, sections["model"], Method)
     _load_class(path, sections["data"], L.LightningDataModule)
     try:
@@ -137,7 +139,7 @@ def _check_values(path: Path, content: Any) -> None:
             pending += value.items()
         elif isinstance(value, list):
             pending += [(key, item) for item in value]
-        elif isinstance(value, int) and abs(value) > MAX_INTEGER and not re.search("images|warmup|seed", key):
+        elif isinstance(value, int | float) and abs(value) > MAX_INTEGER and not re.search("images|warmup|seed", key):
             raise UserError(f"{path}: {key}: {value} is larger than {MAX_INTEGER:,}. Replace the file")
 
 
@@ -166,8 +168,8 @@ def load_modules(file: str) -> None:
         UserError: there is no such file, its name is that of another module, or it cannot be imported.
     """
     path = Path(file)
-    if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"--modules {file}: not a Python file. Check the path")
+    if path.suffix != ".py" or not path.stem.isidentifier() or not path.is_file():
+        raise UserError(f"--modules {file}: not a Python file whose name can be imported. Check the path")
     if path.stem not in USER_MODULES and (path.stem in sys.modules or importlib.util.find_spec(path.stem)):
         raise UserError(f"--modules {file}: another module has the name '{path.stem}'. Rename the file")
     spec = importlib.util.spec_from_file_location(path.stem, path)

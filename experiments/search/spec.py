@@ -77,8 +77,16 @@ class Search:
     @property
     def signature(self) -> str:
         """The settings that must not change while a storage contains trials of this search."""
-        settings = [self.recipe.name, self.fixed_args, self.method, self.metric, self.maximize, self.parameters]
-        return json.dumps(settings, sort_keys=True)
+        settings = [
+            self.recipe.name,
+            self.recipe.content,
+            self.fixed_args,
+            self.method,
+            self.metric,
+            self.maximize,
+            self.parameters,
+        ]
+        return json.dumps(settings, sort_keys=True, default=str)
 
     def to_argv(self, params: dict[str, Any]) -> list[str]:
         """Return a trial's arguments of `darkroom fit RECIPE`."""
@@ -94,8 +102,9 @@ class Search:
         return self.to_argv({key: spec.get("values", [spec.get("min")])[0] for key, spec in self.search_space.items()})
 
     def run_name(self, params: dict[str, Any]) -> str:
-        """Return the name of a trial's run; equal parameters have the same run, which is then resumed."""
-        return f"{self.name}-{sha256(json.dumps(self.to_argv(params)).encode()).hexdigest()[:10]}"
+        """Return the name of a trial's run; equal settings have the same run, which is then resumed."""
+        settings = json.dumps([self.recipe.content, self.to_argv(params)], sort_keys=True, default=str)
+        return f"{self.name}-{sha256(settings.encode()).hexdigest()[:10]}"
 
 
 def is_search(path: Path) -> bool:

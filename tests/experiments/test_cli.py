@@ -246,7 +246,8 @@ def test_resume_uses_overrides_of_the_command_line(workdir, recipe):
     [
         (["--model.activation", "relu"], "run 'one' was started with model.activation tanh, not relu"),
         (["--data.batch_size", "2"], "run 'one' was started with data.batch_size 4, not 2"),
-        (["--seed_everything", "1"], "data.seed: 1, but the checkpoint's run had 0"),
+        (["--seed_everything", "1"], "was started with seed_everything 0, not 1"),
+        (["--monitor_mode", "min"], "was started with monitor_mode max, not min"),
     ],
 )
 def test_resume_refuses_another_model_or_data(workdir, recipe, capfd, overrides, message):

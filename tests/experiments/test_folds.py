@@ -28,6 +28,9 @@ def test_each_image_is_evaluated_in_one_fold(workdir, capfd, monkeypatch):
     shown = [float(word) for word in row.replace("│", " ").split()[2:]]
     assert shown == pytest.approx([*values, statistics.fmean(values), statistics.stdev(values)], abs=6e-5)
     assert forked(main, ["folds", "unet/folder", "2", *SMALL]) == 0  # finished folds are not repeated
+    capfd.readouterr()
+    assert forked(main, ["folds", "unet/folder", "2", *SMALL, "--model.learning_rate", "0.1"]) == 2
+    assert "fold-1-of-2 was trained with model.learning_rate 0.001, not 0.1" in capfd.readouterr().err
     assert "darkroom fit" not in capfd.readouterr().out
     assert json.loads((runs[0] / "record.json").read_text())["config"]["data"]["init_args"]["fold"] == "1/2"
 
@@ -36,6 +39,7 @@ def test_each_image_is_evaluated_in_one_fold(workdir, capfd, monkeypatch):
     ("argv", "message"),
     [
         (["folds", "unet/folder", "1"], "folds: 1 folds; use 2 to 1000"),
+        (["folds", "unet/folder", "3", "--run", "x"], "folds: --run is set by the command"),
         (["folds", "espcn/demo", "3"], "unknown key 'data.fold'"),
         (["folds", "unet/demo", "3"], "data.fold: 1/3 holds out training images, but data.val is coins/val"),
     ],

@@ -75,6 +75,11 @@ def test_description_is_that_of_the_recipe(exported):
         ({"data__class_path": "modules.espcn.ESPCN"}, "is not a LightningDataModule"),
         ({"model__init_args__activation": {"class_path": "subprocess.Popen", "init_args": {}}}, r"subprocess\.Popen is not"),
         ({"model__init_args__scale": 10**9}, "scale: 1000000000 is larger than"),
+        ({"model__init_args__learning_rate": 1e30}, r"learning_rate: 1e\+30 is larger than"),
+        (
+            {"data__init_args__class_names": "/dev/stdin"},
+            "class_names: '/dev/stdin' is a path, but a description names no files",
+        ),
         ({"model__init_args__scale": 4}, "does not fit this model"),
         ({"model__init_args__unknown": 4}, "unknown"),
         ({"model__init_args__activation": [[]] * 20_000}, "more than 10,000 values"),

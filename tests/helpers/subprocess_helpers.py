@@ -57,6 +57,18 @@ def forked(action: Callable[..., Any], *args: Any, output: Path | None = None) -
     return process.exitcode
 
 
+def refused(capfd: Any, *words: str) -> str:
+    """Run a command that must fail with one line, and return the line."""
+    from experiments.cli.main import main
+
+    capfd.readouterr()
+    assert forked(main, [*words]) == 2
+    error: str = capfd.readouterr().err
+    assert error.startswith("darkroom: ")
+    assert error.count("\n") == 1
+    return error
+
+
 def two_forked(action: Callable[..., Any], *args: Any) -> tuple[list[int | None], str]:
     """Call `forked` for two ranks, with the environment variables that Lightning sets for the processes it launches.
 

@@ -60,8 +60,10 @@ def fit(recipe: str, *words: str, run: str | None = None) -> Run:
     """
     from experiments.run.execute import execute
 
+    if run and any(word.partition("=")[0] == "--run" for word in words):
+        raise UserError(f"run: {run}, but words contain --run. Remove one of them")
     named = ["--run", run] if run else []
-    return execute("fit", _recipes.find_recipe(recipe), [*words, *named]).run
+    return execute("fit", _recipes.find_recipe(recipe), [*map(str, words), *named]).run
 
 
 # Metrics, see the definitions of the protocols in callbacks/metrics
@@ -110,6 +112,10 @@ def segmentation_metrics(prediction: Tensor, mask: Tensor, class_names: list[str
         UserError: a shape, a type or a value is not one of these.
     """
     classes = len(class_names)
+    if len(set(class_names)) < classes:
+        raise UserError(f"class_names: {', '.join(class_names)} are not different names")
+    if not len(mask):
+        raise UserError("mask: no images. Give at least one")
     for name, ids in (("prediction", prediction), ("mask", mask)):
         if ids.ndim != 3 or ids.is_floating_point() or ids.is_complex() or ids.shape != mask.shape:
             raise UserError(f"{name}: {ids.dtype} {_shape(ids)} are not class ids (N, H, W), integers of the same size")
@@ -160,8 +166,10 @@ def _images(prediction: Tensor, target: Tensor, crop_border: int) -> tuple[Tenso
             raise UserError(f"{name}: values are not in [0, 1]. Divide 8-bit values by 255; clamp the output of a network")
     if prediction.shape != target.shape:
         raise UserError(f"target: shape {_shape(target)} differs from that of prediction, {_shape(prediction)}")
-    if not 0 <= crop_border < min(target.shape[-2:]) / 2:
-        raise UserError(f"crop_border: {crop_border} leaves nothing of {target.shape[-1]}x{target.shape[-2]} pixels")
+    if not isinstance(crop_border, int) or not 0 <= crop_border < min(target.shape[-2:]) / 2:
+        raise UserError(
+            f"crop_border: {crop_border} leaves nothing of {target.shape[-1]}x{target.shape[-2]} pixels, or is no integer"
+        )
     return prediction, target
 
 

@@ -29,7 +29,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the training tests of the contract as slow for methods that take more than twenty seconds."""
+    """Mark the training tests of the contract as slow for methods that take more than eight seconds."""
     for item in items:
         if item.name.startswith("test_training_improves") and getattr(getattr(item, "cls", None), "learns_slowly", False):
             item.add_marker(pytest.mark.slow)

@@ -100,6 +100,8 @@ class LocalCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, path)
         except RuntimeError as error:  # torch does not say which error of the system it was
+            if str(error).startswith("DataLoader worker"):  # from the handler of a signal
+                raise
             Path(path).unlink(missing_ok=True)
             raise OSError(errno.ENOSPC, f"not written ({' '.join(str(error).split())[:100]})", str(path)) from None
 

@@ -98,7 +98,11 @@ class MaskedImage:
         Raises:
             InvalidImage: the file is not a mask, or a value has no class.
         """
+        if self.mask.suffix.lower() in (".jpg", ".jpeg", ".jfif"):
+            raise InvalidImage(f"{self.mask}: JPEG changes the values of a mask. Save it as PNG from the original")
         mask = open_image(self.mask, self.page)
+        if mask.mode == "LA":
+            mask = mask.getchannel("L")
         if self.mask_spec.mask_format == "colors":
             return class_ids_of_colors(np.asarray(mask.convert("RGB")), self.mask_spec.colors, self.mask)
         values = np.asarray(mask)

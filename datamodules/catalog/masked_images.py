@@ -178,6 +178,8 @@ def rle_images(names: dict[Path, Path], table: Path, dataset: str, mask_spec: Ma
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidImage(f"{table} cannot be read as a CSV file: {error}") from None
+    if rows and len(rows[0]) > 1 and rows[0][1].strip() and all(word.isdecimal() for word in rows[0][1].split()):
+        raise InvalidImage(f"{table}, line 1: run lengths in place of the names of the columns. Add a line such as name,runs")
     runs: dict[str, list[str]] = {}
     for number, row in enumerate(rows[1:], 2):
         if len(row) < 2:

@@ -60,7 +60,7 @@ def report(search: Search, study: optuna.Study, folder: Path) -> None:
     print_best(search, ranked[:N_PRINTED], summary)
     (folder / "best.yaml").write_text(best_recipe(search, ranked[0]))
     if len(complete) > 1:
-        for plot in PLOTS:
+        for plot in plots_of(ranked):
             save_plot(search, study, plot, folder / f"{plot}.png")
         (folder / "report.html").write_text(render_html(search, study, ranked, summary))
         (folder / "README.md").write_text(render_markdown(search, ranked, summary))
@@ -100,6 +100,12 @@ def write_trials(search: Search, trials: list[FrozenTrial], path: Path) -> None:
             writer.writerow([trial.number, trial.state.name, trial.value, *params, seconds, trial.user_attrs["run"]])
 
 
+def plots_of(trials: list[FrozenTrial]) -> dict[str, str]:
+    """Return the plots with their titles; the importance of parameters is undefined if all values are equal."""
+    differ = len({trial.value for trial in trials}) > 1
+    return {plot: title for plot, title in PLOTS.items() if differ or plot != "param_importances"}
+
+
 def make_plot(library: ModuleType, search: Search, study: optuna.Study, plot: str) -> Any:
     """Make a plot with one of Optuna's two plotting libraries.
 
@@ -134,7 +140,7 @@ def render_markdown(search: Search, trials: list[FrozenTrial], summary: str) -> 
             "",
             *(f"| {' | '.join(html.escape(cell).replace('|', '&#124;') for cell in row)} |" for row in table),
             "",
-            *(f"![{title}]({plot}.png)\n" for plot, title in PLOTS.items()),
+            *(f"![{title}]({plot}.png)\n" for plot, title in plots_of(trials).items()),
         ]
     )
 
@@ -147,7 +153,7 @@ def render_html(search: Search, study: optuna.Study, trials: list[FrozenTrial], 
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(search, trial)) + "</tr>" for trial in trials
     )
     plots = []
-    for i, (plot, title) in enumerate(PLOTS.items()):
+    for i, (plot, title) in enumerate(plots_of(trials).items()):
         figure = make_plot(plotly, search, study, plot)
         plots.append(f"<h2>{title}</h2>\n{figure.to_html(full_html=False, include_plotlyjs=i == 0)}")
     title = html.escape(f"{search.name}: {search.metric}")

@@ -62,6 +62,8 @@ def distribution(spec: dict[str, Any]) -> BaseDistribution:
     if spec["distribution"] == "int_uniform":
         return IntDistribution(low, high)
     step = spec.get("q", 1) if spec["distribution"] == "q_uniform" else None
+    if step and all(isinstance(value, int) for value in (low, high, step)):
+        return IntDistribution(low, high, step=step)
     return FloatDistribution(low, high, log=spec["distribution"] == "log_uniform_values", step=step)
 
 

@@ -227,6 +227,9 @@ def _parse_parameter(path: Path, key: str, spec: Any) -> dict[str, Any]:
         raise UserError(f"{path}: {key}: not a key of a recipe. Remove it")
     if not isinstance(spec, dict):
         raise UserError(f"{path}: {key}: {spec}; it needs `value`, `values`, or `min` and `max`")
+    known = {"value", "values", "distribution"} if {"value", "values"} & spec.keys() else {"min", "max", "q", "distribution"}
+    if unknown := sorted(map(str, spec.keys() - known)):
+        raise UserError(f"{path}: {key}: {unknown[0]} is not supported. Use {', '.join(sorted(known))}")
     if "values" in spec and (not isinstance(spec["values"], list) or not spec["values"]):
         raise UserError(f"{path}: {key}: values: {spec['values']}; it must be a list of at least one value")
     if "value" in spec or "values" in spec:
@@ -243,6 +246,8 @@ def _parse_parameter(path: Path, key: str, spec: Any) -> dict[str, Any]:
     distribution = spec.get("distribution", "int_uniform" if integer else "uniform")
     if distribution not in DISTRIBUTIONS:
         raise UserError(f"{path}: {key}: distribution: {distribution}; use one of {', '.join(DISTRIBUTIONS)}, or `values`")
+    if "q" in spec and distribution != "q_uniform":
+        raise UserError(f"{path}: {key}: q: {spec['q']}; it needs distribution: q_uniform")
     if distribution.startswith("log") and low <= 0:
         raise UserError(f"{path}: {key}: min: {low}; {distribution} needs a value greater than 0")
     return {**spec, "min": low, "max": high, "distribution": distribution, **({"q": step} if step else {})}

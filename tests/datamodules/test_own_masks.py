@@ -224,6 +224,29 @@ def test_unusable_run_lengths_are_named(cells, rows, message):
             data.setup(stage)
 
 
+def test_run_lengths_without_a_header_are_refused(cells):
+    (cells / "runs.csv").write_text("".join(f"{i}.png,1 1\n" for i in range(10)))
+    with pytest.raises(InvalidImage, match=r"runs\.csv, line 1: run lengths in place of the names of the columns"):
+        own(mask_format="rle", masks="runs.csv").setup("fit")
+
+
+def test_masks_with_alpha_are_read_and_jpeg_masks_are_refused(cells):
+    expected = own()
+    expected.setup("test")
+    for i in range(10):
+        mask = Image.open(cells / f"annotations/{i}.png")
+        mask.putalpha(255)
+        mask.save(cells / f"annotations/{i}.png")
+    data = own()
+    data.setup("test")
+    for name, mask in masks_of(expected).items():
+        assert (masks_of(data)[name] == mask).all()
+    (cells / "annotations/3.png").unlink()
+    Image.fromarray((cell(3) * 255).astype(np.uint8)).save(cells / "annotations/3.jpg")
+    with pytest.raises(InvalidImage, match=r"3\.jpg: JPEG changes the values of a mask"):
+        own(mask_format="binary").setup("fit")
+
+
 def test_images_with_one_name_in_a_table_are_refused(cells):
     (cells / "pictures/more").mkdir()
     Image.new("L", (SIDE, SIDE)).save(cells / "pictures/more/0.png")

@@ -212,7 +212,7 @@ def test_fit_with_the_config_of_a_run_repeats_the_run(workdir, recipe):
     assert forked(main, ["fit", str(workdir / "runs/tiny/one/config.yaml"), "--run", "two"]) == 0
     one, two = (
         torch.load(workdir / "runs" / path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for path in ("tiny/one", "config/two")
+        for path in ("tiny/one", "tiny/two")
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
 

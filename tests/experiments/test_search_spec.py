@@ -171,6 +171,9 @@ def test_bundled_search_completes_a_trial_with_its_metric(path, workdir):
         ({"parameters": {"help": {"values": [1]}}}, r"search\.yaml: help: not a key of a recipe"),
         ({"parameters": {"model.scale": {"values": []}}}, r"model\.scale: values: \[\]; it must be a list"),
         ({"parameters": {"x": {"min": 0.0, "max": 1.0, "q": 0}}}, r"x: q: 0; it must be greater than 0"),
+        ({"parameters": {"x": {"min": 0.0, "max": 1.0, "q": 0.5}}}, r"x: q: 0\.5; it needs distribution: q_uniform"),
+        ({"parameters": {"x": {"values": [1, 2], "probabilities": [0, 1]}}}, r"x: probabilities is not supported"),
+        ({"parameters": {"x": {"mu": 0, "sigma": 1}}}, r"x: mu is not supported\. Use distribution, max, min, q"),
         ({"parameters": {"x": {"min": 0.0, "max": float("inf")}}}, r"x: .*`min` below its `max`"),
         (
             {"parameters": {"x": {"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}}},
@@ -236,6 +239,7 @@ def test_distributions_match_wandb(workdir, photos):
         "integer": {"min": 3, "max": 5},
         "real": {"min": 0.0, "max": 1.0},
         "steps": {"min": 0.0, "max": 1.0, "q": 0.25, "distribution": "q_uniform"},
+        "integer_steps": {"min": 8, "max": 32, "q": 8, "distribution": "q_uniform"},
         "lists": {"values": [[1, 2], [3]]},
         "always": {"value": 7},
     }
@@ -244,6 +248,8 @@ def test_distributions_match_wandb(workdir, photos):
     samples = [study.ask(distributions(search)).params for _ in range(400)]
     assert {params["integer"] for params in samples} == {3, 4, 5}
     assert {params["steps"] for params in samples} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert {params["integer_steps"] for params in samples} == {8, 16, 24, 32}
+    assert all(type(params["integer_steps"]) is int for params in samples)
     assert {params["lists"] for params in samples} == {"[1, 2]", "[3]"}
     logs = [params["log"] for params in samples]
     assert min(logs) >= 1e-4 and max(logs) <= 1e-1

@@ -111,6 +111,7 @@ def test_hyperband_prunes_the_worse_trial(workdir, photos):
     assert not (runs / bad["run"] / "record.json").exists()
 
 
+@pytest.mark.slow
 def test_trial_with_two_processes_has_one_run(workdir, photos):
     """The second process trains in the run of the first process."""
     path = write_search(workdir, photos, parameters={"model.learning_rate": {"values": [1e-2]}})
@@ -151,6 +152,14 @@ def test_search_with_only_failed_trials_reports_the_last_error(workdir, photos, 
 
 
 # Report
+
+
+def test_equal_values_have_no_importance_plot(workdir, photos):
+    write_search(workdir, photos, parameters={"data.skip_bad": {"values": [True, False]}})
+    assert forked(main, ["sweep", "search.yaml"]) == 0
+    folder = workdir / "runs/sweeps/search"
+    assert "param_importances" not in (folder / "README.md").read_text()
+    assert "Importance" not in (folder / "report.html").read_text()
 
 
 def test_report_has_table_plots_and_best_recipe(workdir, photos):

@@ -45,11 +45,11 @@ def test_predict_uses_an_external_task(workdir, photos, capfd):
     metric = {"class_path": "tests.modules.test_step_features.MeanError"}
     recipe = write_yaml(workdir / "tiny.yaml", test_step_features.TestMeanRegression.model, data, [metric])
     assert forked(main, ["fit", str(recipe), "--run", "r", "--model.total_images", "3200"]) == 0
-    assert forked(main_with_task, ["predict", str(recipe), "--input", str(photos), "--output", "out"]) == 0
+    assert forked(main_with_task, ["predict", str(recipe), "--run", "r", "--input", str(photos), "--output", "out"]) == 0
     for path in photos.iterdir():
         mean = read_image(path)[:1].float().mean() / 255
         assert abs(float((workdir / "out" / f"{path.stem}.txt").read_text()) - mean) < 0.3
-    assert forked(main, ["predict", str(recipe), "--input", str(photos)]) == 2
+    assert forked(main, ["predict", str(recipe), "--run", "r", "--input", str(photos)]) == 2
     assert "RaggedCrops belongs to no task of experiments/tasks/registry.py" in capfd.readouterr().err
     assert forked(main_with_task, ["bench", str(recipe), "--pairs", "6", "--steps", "1"]) == 2
     assert "there is no baseline for RaggedCrops" in capfd.readouterr().err

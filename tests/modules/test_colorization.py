@@ -145,7 +145,7 @@ def test_predict_keeps_the_lightness_of_images_of_any_size_and_mode(workdir, pho
     color.convert("CMYK").save(folder / "print.tif")
     color.crop((0, 0, 1, 7)).save(folder / "tiny.png")
     Image.fromarray(np.array(color.convert("L")).astype(np.uint16) * 257).save(folder / "uint16.png")
-    argv = ["predict", str(recipe), "--input", str(folder)]
+    argv = ["predict", str(recipe), "--run", "r", "--input", str(folder)]
     assert forked(main, [*argv, "--output", "out"]) == 0
     for path in folder.iterdir():
         result = Image.open(workdir / "out" / f"{path.stem}.png")

@@ -20,6 +20,7 @@ from tests.tasks.generation import GenerativeContract, write_generative_recipe
 
 
 class TestWGANGP(GenerativeContract):
+    learns_slowly = True
     model = {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}}
     deterministic_model = "tests.helpers.wgan_gp.WGANGP"
     # FID of the last validation; 8 seeds, AVX-512: 0.39 ... 0.57; 4 seeds, AVX2: 0.47 ... 0.51

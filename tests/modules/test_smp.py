@@ -10,6 +10,7 @@ SMALL = {"architecture": "deeplabv3plus", "encoder_name": "tu-mobilenetv3_small_
 
 
 class TestDeepLab(SegmentationContract):
+    learns_slowly = True
     model = {
         "class_path": "modules.smp.SMPSegmenter",
         "init_args": {**SMALL, "channels": 1, "num_classes": 2, "tile_size": 64},

@@ -114,6 +114,7 @@ class LazyGAN(GrowingGAN):
 
 
 class TestGrowingGAN(GenerativeContract):
+    learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.GrowingGAN", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.GrowingGAN"
     max_fid = 2.4
@@ -127,6 +128,7 @@ class TestGrowingGAN(GenerativeContract):
 
 
 class TestLazyGAN(GenerativeContract):
+    learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.LazyGAN", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.LazyGAN"
     max_fid = 2.4
@@ -166,6 +168,7 @@ def write_features(path: Path) -> None:
 
 
 class TestFeatureLoss(SuperResolutionContract):
+    learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.FeatureLoss", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.FeatureLoss"
     training_overrides = ["--model.total_images", "6400", "--val_every_images", "160", "--data.batch_size", "16"]
@@ -218,6 +221,7 @@ class PairGAN(SuperResolutionMethod):
 
 
 class TestPairGAN(SuperResolutionContract):
+    learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.PairGAN", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.PairGAN"
     training_overrides = ["--model.total_images", "6400", "--val_every_images", "1600", "--data.batch_size", "16"]

@@ -50,6 +50,7 @@ MODEL = {
 
 
 class TestStyleTransfer(StylizationContract):
+    learns_slowly = True
     model = MODEL
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicStyleTransfer"
     bf16_rtol = 0.2  # the style loss is the square of a small difference
@@ -168,7 +169,7 @@ def test_predict_stylizes_images_of_any_size(workdir, photos, three_photos):
     pixels = np.random.default_rng(0).integers(0, 255, (61, 83, 4), dtype=np.uint8)
     Image.fromarray(pixels).save(workdir / "mine/alpha.png")
     Image.fromarray(pixels[..., 0]).save(workdir / "mine/gray.png")
-    assert forked(main, ["predict", str(recipe), "--input", "mine", "--output", "out"]) == 0
+    assert forked(main, ["predict", str(recipe), "--run", "r", "--input", "mine", "--output", "out"]) == 0
     sizes = {path.name: np.asarray(Image.open(path)).shape for path in (workdir / "out").iterdir()}
     assert sizes == {"alpha.png": (61, 83, 4), "gray.png": (61, 83, 3)}
 
@@ -219,7 +220,7 @@ def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, 
     photo = min(photos.iterdir())
 
     def predicted(*options):
-        assert forked(main, ["predict", str(recipe), "--input", str(photo), "--output", "out", *options]) == 0
+        assert forked(main, ["predict", str(recipe), "--run", "r", "--input", str(photo), "--output", "out", *options]) == 0
         return np.asarray(Image.open(workdir / "out" / photo.name)).astype(int)
 
     wave, scream = predicted("--style", "wave"), predicted("--style", "the_scream")
@@ -238,7 +239,7 @@ def test_predict_mixes_styles_and_the_photograph(workdir, photos, three_photos, 
         (["--alpha", "2"], "alpha"),
         (["--direction", "AtoB"], "--direction: "),
     ):
-        assert forked(main, ["predict", str(recipe), "--input", str(photo), *options]) == 2
+        assert forked(main, ["predict", str(recipe), "--run", "r", "--input", str(photo), *options]) == 2
         assert reason in capfd.readouterr().err
 
 
@@ -274,12 +275,12 @@ def test_video_is_stylized_frame_by_frame(workdir, photos, three_photos, capfd):
     write_video(sorted((workdir / "frames").iterdir()), Fraction(10), workdir / "clip.mp4")
     frames, rate = read_frames(workdir / "clip.mp4", workdir / "frames")  # those of the encoded video, 70 pixels wide
     assert (len(frames), rate) == (4, 10)
-    assert forked(main, ["predict", str(recipe), "--input", "clip.mp4", "--output", "out"]) == 0
+    assert forked(main, ["predict", str(recipe), "--run", "r", "--input", "clip.mp4", "--output", "out"]) == 0
     assert [path.name for path in (workdir / "out").iterdir()] == ["clip.mp4"]
     (workdir / "decoded").mkdir()
     decoded, rate = read_frames(workdir / "out/clip.mp4", workdir / "decoded")
     assert (len(decoded), rate) == (4, 10)
-    assert forked(main, ["predict", str(recipe), "--input", "frames", "--output", "images"]) == 0
+    assert forked(main, ["predict", str(recipe), "--run", "r", "--input", "frames", "--output", "images"]) == 0
     stylized = [read_image(workdir / "images" / path.name).float() for path in frames]
     for i, path in enumerate(decoded):
         errors = [(read_image(path).float() - other).square().mean().sqrt().item() for other in stylized]
@@ -294,10 +295,10 @@ def test_video_is_stylized_frame_by_frame(workdir, photos, three_photos, capfd):
         ("clip.mp4", ["--trainer.devices", "2"], "--trainer.devices 1"),
         ("clip.mp4", ["--style", "monet"], "--style: no style 'monet'"),
     ):
-        assert forked(main, ["predict", str(recipe), "--input", video, "--output", "out", *options]) == 2
+        assert forked(main, ["predict", str(recipe), "--run", "r", "--input", video, "--output", "out", *options]) == 2
         assert reason in capfd.readouterr().err
 
-    assert forked(interrupted_main, ["predict", str(recipe), "--input", "clip.mp4", "--output", "stopped"]) != 0
+    assert forked(interrupted_main, ["predict", str(recipe), "--run", "r", "--input", "clip.mp4", "--output", "stopped"]) != 0
     assert "interrupted after 2 of 4 frames" in capfd.readouterr().out
     partial = read_frames(workdir / "stopped/clip-partial.mp4", workdir / "decoded")[0]
     assert len(partial) == 2

@@ -15,6 +15,7 @@ from tests.tasks.segmentation import SegmentationContract
 
 
 class TestUNet(SegmentationContract):
+    learns_slowly = True
     model = {"class_path": "modules.unet.UNet", "init_args": {"base_channels": 8, "depth": 2, "tile_size": 44}}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicUNet"
     samples = {"crop": 28, "margin": 40}

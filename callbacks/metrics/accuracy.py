@@ -16,6 +16,7 @@ class Accuracy(ImageMetric):
         on_validation: evaluate at validations too, otherwise only at tests.
     """
 
+    set_protocols = ()
     required_outputs = ("logits", "label")
 
     def __init__(self, on_validation: bool = True) -> None:
@@ -50,7 +51,3 @@ class Accuracy(ImageMetric):
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""
         return {f"top1/{name}": 100 * sum(state[name] for state in states) / len(states) for name in states[0]}
-
-    def compute_image(self, state: dict[str, bool], trainer: Any) -> dict[str, float]:
-        """See `compute`."""
-        return self.compute([state], trainer)

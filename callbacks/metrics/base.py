@@ -65,7 +65,13 @@ class ImageMetric(Metric):
 
     Args:
         on_validation: evaluate at validations too, otherwise only at tests.
+
+    Attributes:
+        set_protocols: prefixes of the protocols that have a value for a set of images only, and none for a single image; None
+            for all protocols.
     """
+
+    set_protocols: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, on_validation: bool = True) -> None:
         super().__init__(on_validation)
@@ -84,8 +90,11 @@ class ImageMetric(Metric):
         return {"all": self.compute([states[name] for name in sorted(states)], trainer)}
 
     def compute_image(self, state: Any, trainer: Any) -> dict[str, float]:
-        """Return the values of one image by protocol, for a metric of a full set; by default none."""
-        return {}
+        """Return the values of one image by protocol, for a metric of a full set: `compute`, without `set_protocols`."""
+        if self.set_protocols is None:
+            return {}
+        values = self.compute([state], trainer)
+        return {name: value for name, value in values.items() if not name.startswith(self.set_protocols)}
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Discard earlier states, including those of the sanity check."""

@@ -27,6 +27,7 @@ class ClassifierAccuracy(ImageMetric):
         on_validation: evaluate at validations too.
     """
 
+    set_protocols = ()
     required_outputs = ("image", "prediction", "label")
 
     def __init__(
@@ -78,10 +79,6 @@ class ClassifierAccuracy(ImageMetric):
         """Return the metrics in the docstring of the class."""
         names = (f"top1/{self.classifier}", f"top1-real/{self.classifier}")
         return {name: 100 * sum(hits) / len(states) for name, hits in zip(names, zip(*states, strict=True), strict=False)}
-
-    def compute_image(self, state: list[bool], trainer: Any) -> dict[str, float]:
-        """See `compute`."""
-        return self.compute([state], trainer)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the datasets that are skipped, and compute the metric of the others."""

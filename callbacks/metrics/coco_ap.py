@@ -47,6 +47,7 @@ class COCOAveragePrecision(ImageMetric):
         UserError: the sigmas are missing for other keypoints than those of COCO.
     """
 
+    set_protocols = ()
     required_outputs = ("prediction", "annotations")
 
     def __init__(
@@ -73,10 +74,6 @@ class COCOAveragePrecision(ImageMetric):
         kinds = ["box", *(["mask"] if "masks" in found else []), *(["keypoints"] if "keypoints" in found else [])]
         labels = range(1, len(trainer.datamodule.class_names))
         return {name: value for kind in kinds for name, value in self.evaluate(kind, states, labels).items()}
-
-    def compute_image(self, state: dict[str, Any], trainer: Any) -> dict[str, float]:
-        """See `compute`."""
-        return self.compute([state], trainer)
 
     def evaluate(self, kind: str, states: Sequence[dict[str, Any]], labels: Sequence[int]) -> dict[str, float]:
         """Evaluate the boxes, masks or keypoints of a dataset.

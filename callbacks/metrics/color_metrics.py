@@ -32,6 +32,7 @@ class ColorMetrics(ImageMetric):
         on_validation: evaluate at validations too, otherwise only at tests.
     """
 
+    set_protocols = ("auc/rebalanced",)  # its weights are those of all images
     required_outputs = ("image", "prediction", "ab")
 
     def update(self, outputs: dict[str, Any], i: int) -> tuple[Tensor, Tensor, list[float]]:
@@ -62,10 +63,6 @@ class ColorMetrics(ImageMetric):
             "auc/rebalanced": 100 * float((weights * areas).sum() / (weights * counts).sum()),
             **dict(zip(("psnr-rgb", "psnr-lab", "colorfulness", "colorfulness-real"), means, strict=True)),
         }
-
-    def compute_image(self, state: tuple[Tensor, Tensor, list[float]], trainer: Any) -> dict[str, float]:
-        """See `compute`, without the rebalanced area, whose weights are those of all images."""
-        return {name: value for name, value in self.compute([state], trainer).items() if name != "auc/rebalanced"}
 
 
 def psnr(prediction: Tensor, target: Tensor, peak: float) -> float:

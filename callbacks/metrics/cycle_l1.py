@@ -23,6 +23,7 @@ class CycleL1(ImageMetric):
     Required outputs: {"image", "prediction", "reconstruction", "identity": (N, 3, H, W), "direction": N strings}.
     """
 
+    set_protocols = ()
     required_outputs = ("image", "prediction", "reconstruction", "identity", "direction")
 
     def update(self, outputs: dict[str, Any], i: int) -> dict[str, float]:
@@ -41,7 +42,3 @@ class CycleL1(ImageMetric):
         names = sorted({name for metrics in states for name in metrics})
         values_by_name = {name: [metrics[name] for metrics in states if name in metrics] for name in names}
         return {name: torch.tensor(values, dtype=torch.float64).mean().item() for name, values in values_by_name.items()}
-
-    def compute_image(self, state: dict[str, float], trainer: Any) -> dict[str, float]:
-        """See `compute`."""
-        return self.compute([state], trainer)

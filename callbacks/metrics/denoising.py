@@ -26,6 +26,7 @@ class DenoisingPSNR(ImageMetric):
         on_validation: evaluate at validations too.
     """
 
+    set_protocols = ("psnr/tv-chambolle",)  # the weight of the filter is the best for all images
     required_outputs = ("image", "input", "prediction")
 
     def __init__(
@@ -61,10 +62,6 @@ class DenoisingPSNR(ImageMetric):
         if self.tv_weights:
             metrics["psnr/tv-chambolle"] = max(value for name, value in means.items() if name.startswith("tv/"))
         return metrics
-
-    def compute_image(self, state: dict[str, float], trainer: Any) -> dict[str, float]:
-        """See `compute`, without the filter, whose weight is the best for all images."""
-        return {name: value for name, value in self.compute([state], trainer).items() if name != "psnr/tv-chambolle"}
 
 
 def psnr(clean: np.ndarray, other: np.ndarray) -> float:

@@ -40,6 +40,7 @@ class FCNScore(ImageMetric):
         on_validation: evaluate at validations too.
     """
 
+    set_protocols = ()
     required_outputs = ("image", "prediction", "direction")
 
     def __init__(
@@ -108,10 +109,6 @@ class FCNScore(ImageMetric):
             )
             result |= {f"{name}/{metric}": pooled[key] for metric, key in METRIC_NAMES.items()}
         return result
-
-    def compute_image(self, state: dict[str, Tensor], trainer: Any) -> dict[str, float]:
-        """See `compute`."""
-        return self.compute([state], trainer)
 
     @property
     def classes(self) -> list[str]:

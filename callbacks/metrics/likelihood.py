@@ -36,6 +36,7 @@ class Likelihood(ImageMetric):
         seed: seed of the latent samples.
     """
 
+    set_protocols = ("active-units",)
     required_outputs = ("image", "code", "index")
 
     def __init__(self, n_samples: NonNegativeInt = 0, seed: int = 0) -> None:
@@ -77,10 +78,6 @@ class Likelihood(ImageMetric):
         codes = stacked.pop("code")
         terms = {f"{name}/{kind}": float(values.mean()) for name, values in stacked.items()}
         return {**terms, f"active-units/{kind}": float((codes.var(0) > 0.01).sum())}
-
-    def compute_image(self, state: dict[str, np.ndarray], trainer: Any) -> dict[str, float]:
-        """See `compute`, without the active units, which depend on all images."""
-        return {name: value for name, value in self.compute([state], trainer).items() if not name.startswith("active-units")}
 
 
 def likelihood_terms(method: Any, outputs: dict[str, Any], seed: int, n_samples: int) -> dict[str, Tensor]:

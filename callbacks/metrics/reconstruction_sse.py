@@ -24,6 +24,7 @@ class ReconstructionSSE(ImageMetric):
     Required outputs: {"image", "prediction": (N, C, H, W), "code": (N, D)}.
     """
 
+    set_protocols = ()
     required_outputs = ("image", "prediction", "code")
 
     def __init__(self) -> None:
@@ -68,7 +69,3 @@ class ReconstructionSSE(ImageMetric):
         """Return the metrics in the docstring of the class."""
         network, pca = np.mean(states, axis=0)
         return {"sse/network": float(network), "sse/pca": float(pca)}
-
-    def compute_image(self, state: tuple[float, float], trainer: Any) -> dict[str, float]:
-        """See `compute`."""
-        return self.compute([state], trainer)

@@ -36,6 +36,7 @@ class StyleObjective(ImageMetric):
     Required outputs: {"image", "prediction": (N, 3, H, W), "style": N names}.
     """
 
+    set_protocols = ()
     required_outputs = ("image", "prediction", "style")
 
     def __init__(self, on_validation: bool = True) -> None:
@@ -69,7 +70,3 @@ class StyleObjective(ImageMetric):
         """Return the metrics described at the class."""
         terms = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
         return {"objective": sum(terms.values()), **{f"objective/{name}": value for name, value in terms.items()}}
-
-    def compute_image(self, state: dict[str, float], trainer: Any) -> dict[str, float]:
-        """See `compute`."""
-        return self.compute([state], trainer)

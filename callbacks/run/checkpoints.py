@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, is_dead_worker
 from modules.training.gradients import broadcast_buffers
 
 
@@ -100,7 +100,7 @@ class LocalCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, path)
         except RuntimeError as error:  # torch does not say which error of the system it was
-            if str(error).startswith("DataLoader worker"):  # from the handler of a signal
+            if is_dead_worker(error):
                 raise
             Path(path).unlink(missing_ok=True)
             raise OSError(errno.ENOSPC, f"not written ({' '.join(str(error).split())[:100]})", str(path)) from None

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.errors import UserError
 
 COLUMNS = ["step", "images", "name", "value"]
+TRAINING = ("train/", "learning_rate")  # prefixes of the names of training values; the other names are those of metrics
 
 
 class CSVLogger(Logger):

@@ -9,12 +9,12 @@ from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, is_dead_worker
 from experiments.cli import latent_commands, style_commands
 from experiments.cli.errors import one_line
 from experiments.cli.help_text import COMMAND_OPTIONS, HELP, RUN_HELP
 from experiments.cli.parser import Parser
-from experiments.cli.process_errors import environment_error, exit_with_parent, is_dead_worker, is_out_of_memory, report_error
+from experiments.cli.process_errors import environment_error, exit_with_parent, is_out_of_memory, report_error
 from experiments.run.network import find_network
 from experiments.run.recipes import find_recipe, known_method, methods
 

@@ -25,11 +25,6 @@ def environment_error(error: OSError | MemoryError | UnicodeError) -> UserError:
     return UserError(f"cannot read or write: {reason}. Check the disks of the output folder and of the redirected output")
 
 
-def is_dead_worker(error: RuntimeError) -> bool:
-    """Return whether an error of torch means that a loader process has died."""
-    return str(error).startswith("DataLoader worker")
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error of torch means that memory could not be allocated, on the host or on the device."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

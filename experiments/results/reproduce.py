@@ -29,7 +29,6 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MAX_WEIGHT_BYTES = 8 * 2**20  # larger weights are not committed
 RESULTS = ROOT / "experiments/RESULTS.md"
 REPLAY_STEPS = 100  # steps that are replayed if other code started a run; at least two rows of its log
-TRAINING = ("train/", "learning_rate")  # prefixes of the names of training values in a log
 
 
 def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool, as_json: bool) -> None:
@@ -203,7 +202,7 @@ def replay(run: Run, recipe: Recipe, seed: int) -> int:
     Raises:
         UserError: the logs differ or contain no step, or the replay failed.
     """
-    from callbacks.run.csv_logger import read_metrics_csv
+    from callbacks.run.csv_logger import TRAINING, read_metrics_csv
 
     repeated = Run(runs_root() / recipe.name / f"replay-of-{run.folder.name}")
     shutil.rmtree(repeated.folder, ignore_errors=True)

@@ -36,12 +36,9 @@ def print_results(trainer: Any, cli: DarkroomCLI) -> None:
         if protocol:
             rows.setdefault(protocol, {})[dataset] = float(value)
     datasets = sorted({dataset for row in rows.values() for dataset in row})
-    if not rows:
-        print("no metric was computed: see the messages above and trainer.callbacks")
     table = Table("protocol", *datasets)
     for protocol, row in sorted(rows.items()):
         table.add_row(protocol, *(f"{row[dataset]:.4f}" if dataset in row else "" for dataset in datasets))
-    if rows:
-        Console().print(table)
+    Console().print(table if rows else "no metric was computed: see the messages above and trainer.callbacks")
     for line in cli.datamodule.missing_sets.values():
         print(f"not evaluated: {line}")

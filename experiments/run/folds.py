@@ -33,7 +33,6 @@ def folds(recipe: Recipe, count: int, overrides: list[str]) -> None:
         if not (run.record.exists() and run.evaluated):
             run_command("fit", recipe.argument, *overrides, "--data.fold", f"{k}/{count}", "--run", run.folder.name)
     records = [read_record(run.record) for run in runs]
-    check_same_settings(runs, [record["config"] for record in records])
     results = [record.get("metrics", {}) for record in records]
     table = Table("dataset", "protocol", *(f"fold {k}" for k in range(1, count + 1)), "mean", "std")
     for dataset in results[0]:
@@ -59,15 +58,3 @@ def check_settings(recipe: Recipe, run: Run, words: list[str]) -> None:
     if changed:
         key, theirs, ours = changed[0]
         raise UserError(f"folds: {run.folder} was trained with {key} {theirs}, not {ours}. Remove it, or set DARKROOM_RUNS")
-
-
-def check_same_settings(runs: list[Run], configs: list[dict[str, dict[str, dict[str, object]]]]) -> None:
-    """Check that finished folds were trained with the same model and data.
-
-    Raises:
-        UserError: a fold differs; the message names its run.
-    """
-    for run, config in zip(runs, configs, strict=True):
-        first, own = ({**c["data"]["init_args"], "fold": None, "model": c["model"]} for c in (configs[0], config))
-        if first != own:
-            raise UserError(f"folds: {run.folder} was trained with other settings than {runs[0].folder}. Remove one of them")

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.run.csv_logger import TRAINING
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
@@ -69,7 +70,9 @@ def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple
         for path in (run.log, run.image_table, run.samples):
             if path.exists():
                 path.rename(folder / path.name)
-        print_rank_zero(f"no {last.name} in {run.folder}, so the run begins anew; earlier results are now in {folder}")
+        print_rank_zero(
+            f"no {last.name} in {run.folder}, so training starts from the beginning. The earlier results are in {folder}"
+        )
     if (free := shutil.disk_usage(run.folder).free) < 2**28:
         raise UserError(f"{run.folder}: only {free // 2**20} MiB free. Free 256 MiB, or set DARKROOM_RUNS to another disk")
     return resumed_at, checkpoint
@@ -85,7 +88,7 @@ def set_aside_record(cli: DarkroomCLI, run: Run, resumed_at: int) -> None:
 def has_metrics(log: Path) -> bool:
     """Return whether a log contains the metrics of a validation, and not only losses."""
     rows = (line.split(",") for line in log.read_text(errors="replace").splitlines()[1:])
-    return any(len(row) == 4 and not row[2].startswith(("train/", "learning_rate")) for row in rows)
+    return any(len(row) == 4 and not row[2].startswith(TRAINING) for row in rows)
 
 
 def check_same_config(cli: DarkroomCLI, run: Run) -> None:

@@ -205,7 +205,7 @@ def test_run_without_checkpoints_keeps_its_earlier_results(workdir, photos, capf
     run.record.unlink()
     capfd.readouterr()
     assert forked(main, ["fit", "tiny.yaml", "--run", "one", "--val_every_images", "20"]) == 0
-    assert "the run begins anew; earlier results are now in" in capfd.readouterr().out
+    assert "so training starts from the beginning. The earlier results are in" in capfd.readouterr().out
     (earlier,) = run.folder.glob("earlier-*")
     assert (earlier / "metrics.csv").read_text() == log == run.log.read_text()
     assert len(list((earlier / "samples").iterdir())) == len(list(run.samples.iterdir())) > 0

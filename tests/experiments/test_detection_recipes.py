@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.experiments.test_recipes import ALL, TRAINED, assert_losses_are_documented, datamodule_of, main_with_fake_datasets
+from tests.experiments.test_recipes import ALL, TRAINED, datamodule_of, main_with_fake_datasets
 from tests.helpers.fake_datasets import lay_out
+from tests.helpers.recipe_results import assert_losses_are_documented
 from tests.helpers.subprocess_helpers import forked
 
 

@@ -1,8 +1,6 @@
 """Every recipe of the project is parsed, built and trained for a few steps, on small images in the layout of its dataset."""
 
-import csv
 import importlib
-import json
 import re
 import shutil
 
@@ -10,9 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from callbacks.run.csv_logger import read_metrics_csv
 from datamodules.catalog.masked_images import list_masked_images
-from experiments import METHODS
 from experiments.cli.errors import parameters
 from experiments.cli.main import main
 from experiments.results.tables import load_table
@@ -22,6 +18,7 @@ from modules.networks.feature_extractors import Inception
 from modules.networks.vgg import URLS, FeatureNetwork
 from modules.style_transfer import VGG16_STYLE_LAYERS
 from tests.helpers.fake_datasets import accept_what_is_laid_out, lay_out
+from tests.helpers.recipe_results import assert_losses_are_documented, assert_results_are_recorded
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import inception_weights
 
@@ -55,31 +52,6 @@ def build(recipes):
         ):  # toy data are computed when they are built
             cli = DarkroomCLI("fit", recipe, [])
         assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
-
-
-OF_SETS = ("precision-at", "svm-", "fid/")  # metrics without values of single images
-
-
-def assert_results_are_recorded(folder):
-    """Check that the record has metrics and, unless they are those of sets, that the table has the images of each set."""
-    metrics = json.loads((folder / "record.json").read_text())["metrics"]
-    assert metrics
-    if all(name.startswith(OF_SETS) for protocols in metrics.values() for name in protocols):
-        return
-    with (folder / "test_images.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["dataset"] for row in rows} == metrics.keys()
-    assert len({(row["dataset"], row["image"]) for row in rows}) == len(rows)
-    assert any(value for name, value in rows[0].items() if name not in ("dataset", "image"))
-
-
-def assert_losses_are_documented(recipe, folder):
-    """Assert that the page of the method documents every loss and learning rate in the log of a run."""
-    page = (METHODS / recipe.name.partition("/")[0] / "README.md").read_text()
-    logged = {row["name"] for row in read_metrics_csv(folder / "metrics.csv")}
-    training = {name for name in logged if name.startswith(("train/", "learning_rate"))}
-    assert training
-    assert not [name for name in training if f"`{name}`" not in page]
 
 
 def accepted(recipe, overrides):

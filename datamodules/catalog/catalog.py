@@ -147,7 +147,8 @@ def _package_files(packages: dict[str, list[str]]) -> list[Path]:
 @cache
 def catalog() -> dict[str, CatalogEntry]:
     """Return all known datasets by name."""
-    entries = yaml.safe_load((HERE / "catalog.yaml").read_text())
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast, and part of most installations
+    entries = loader((HERE / "catalog.yaml").read_text()).get_single_data()
     return {
         name: CatalogEntry(name=name, **{**entry, "scales": tuple(entry.get("scales", ()))}) for name, entry in entries.items()
     }

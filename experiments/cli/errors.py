@@ -26,6 +26,8 @@ def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
         if class_path is None:
             return f"unknown key '{name}'{_suggest(name, options)}"
         return f"unknown key '{outer}.{name}' of {class_path}{_suggest(name, parameters(class_path), f'{outer}.')}"
+    if "object has no attribute 'keys'" in message and (nested := re.search(r"NestedArg\(key='(\w+)', val=(.*)\)", message)):
+        return f"{outer}.{nested[1]}: {nested[2]} is not a map of arguments"
     if class_path and re.search(r"has no attribute|No module named", message):
         return f"{outer}: no class {class_path}{_suggest(class_path, _classes(class_path))}"
     values = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)

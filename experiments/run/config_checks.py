@@ -7,11 +7,25 @@ from itertools import pairwise
 from typing import Any
 
 from datamodules.errors import UserError
+from experiments.run.recipes import Recipe
 from modules.training.stages import StagePlan
 
 TEST_OPTIONS = ("--data.test", "--data.init_args.test")
 MAX_BATCH_SIZE = 2**16
 MAX_CPU_PROCESSES = 64
+# Options that Darkroom sets, and the option to use instead.
+MANAGED_OPTIONS = {
+    "--trainer.val_check_interval": "--val_every_images",
+    "--trainer.check_val_every_n_epoch": "--val_every_images",
+    "--trainer.logger": "--log for logs in addition to metrics.csv",
+    "--trainer.default_root_dir": "--run, and DARKROOM_RUNS for the folder of all runs",
+    "--data.seed": "--seed_everything",
+    "--data.init_args.seed": "--seed_everything",
+    "--model.seed": "--seed_everything",
+    "--model.init_args.seed": "--seed_everything",
+    "--trainer.accumulate_grad_batches": "--accumulate_grad_batches",
+    "--trainer.gradient_clip_val": "max_grad_norm of a Phase, in the method's file",
+}
 # Settings of the Trainer that have no meaning here, and what to use instead.
 UNSUPPORTED_SETTINGS = {
     "overfit_batches": "Use a folder of few images as data.train",
@@ -21,6 +35,29 @@ UNSUPPORTED_SETTINGS = {
     "min_steps": "Use model.total_images",
     "reload_dataloaders_every_n_epochs": "Remove it: training has one epoch",
 }
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse keys of a recipe that Darkroom sets. The configuration of a run contains their default values.
+
+    Raises:
+        UserError: a key is set by Darkroom, or `log` is not a list.
+    """
+    content = recipe.content
+    if "log" in content and not isinstance(content["log"], list):
+        raise UserError(f"{recipe.path}: log: {content['log']} is not a list. Write [{content['log']}]")
+    batch_size, val_every_images = content["data"].get("init_args", {}).get("batch_size"), content.get("val_every_images")
+    defaults: dict[str, Any] = {"accumulate_grad_batches": 1}
+    if isinstance(batch_size, int) and isinstance(val_every_images, int):
+        defaults["val_check_interval"] = max(1, val_every_images // batch_size)
+    for option, advice in MANAGED_OPTIONS.items():
+        section, *inner = option.removeprefix("--").split(".")
+        value: Any = content.get(section)
+        for key in inner:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None or value == defaults.get(inner[-1]):
+            continue
+        raise UserError(f"{recipe.path}: {option.removeprefix('--')}: set by Darkroom. Use {advice}")
 
 
 def check_data(data: Any) -> None:

@@ -33,10 +33,12 @@ from experiments.cli.errors import format_cli_error, parameters
 from experiments.cli.help import key_help
 from experiments.results import records
 from experiments.run.config_checks import (
+    MANAGED_OPTIONS,
     UNSUPPORTED_SETTINGS,
     check_batch_sizes,
     check_data,
     check_finite,
+    check_recipe,
     check_trainer,
     list_of_one,
     option_value,
@@ -49,19 +51,6 @@ from modules.training.ddp import ManualDDPStrategy
 from modules.training.lightning_compat import NoProfiler
 from modules.training.method import Method
 
-# Options that Darkroom sets, and the option to use instead.
-MANAGED_OPTIONS = {
-    "--trainer.val_check_interval": "--val_every_images",
-    "--trainer.check_val_every_n_epoch": "--val_every_images",
-    "--trainer.logger": "--log for logs in addition to metrics.csv",
-    "--trainer.default_root_dir": "--run, and DARKROOM_RUNS for the folder of all runs",
-    "--data.seed": "--seed_everything",
-    "--data.init_args.seed": "--seed_everything",
-    "--model.seed": "--seed_everything",
-    "--model.init_args.seed": "--seed_everything",
-    "--trainer.accumulate_grad_batches": "--accumulate_grad_batches",
-    "--trainer.gradient_clip_val": "max_grad_norm of a Phase, in the method's file",
-}
 # Options of `fit` in the configuration of a run, which other commands accept without using them.
 FIT_OPTIONS = {"accumulate_grad_batches": int | None, "compile": bool | None, "wandb": str | None, "log": Any}
 # Keys of model and data that may change when a run is resumed.
@@ -115,6 +104,7 @@ class DarkroomCLI(LightningCLI):
         given = (arg.partition("=")[0] for arg in self.overrides)
         if option := next((name for name in given if name in MANAGED_OPTIONS), None):
             raise UserError(f"{option}: set by Darkroom. Use {MANAGED_OPTIONS[option]}")
+        check_recipe(self.recipe)
         if (seed := option_value(self.overrides, "--seed_everything")) and seed.lower() in ("true", "false"):
             raise UserError(f"seed_everything: {seed} is not a number. Choose a seed, such as 0")
         if {"-h", "--help"} & {*self.overrides}:

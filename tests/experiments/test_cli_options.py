@@ -8,11 +8,15 @@ import pytest
 
 from datamodules.errors import UserError
 from experiments.cli.main import main
+from experiments.run.config_checks import check_recipe
 from experiments.run.lightning_cli import build_cli
 from experiments.run.recipes import find_recipe
 from tests.experiments.test_recipes import TRAINED
 from tests.helpers.subprocess_helpers import forked
 
+MINIMAL = (
+    "model: {class_path: modules.espcn.ESPCN}\ndata: {class_path: datamodules.SuperResolution, init_args: {batch_size: 4}}"
+)
 # One recipe for each pair of a method and a datamodule.
 DISTINCT_RECIPES = {(recipe.class_path("model"), recipe.class_path("data")): recipe.name for recipe in TRAINED}.values()
 # One recipe for each method, and one for each datamodule.
@@ -63,6 +67,10 @@ def test_negative_value_is_refused_with_its_key(workdir, name, section):
         (["unet/demo", "--model.dropout", "1"], "model.dropout: 1 must be less than 1"),
         (["unet/demo", "--data.border_weight", "-2"], "data.border_weight: -2 must be greater than or equal to 0"),
         (["dcgan/demo", "--data.crop", "0"], "data.crop: 0 must be greater than 0"),
+        (
+            ["espcn/demo", "--trainer.callbacks.init_args", "[1, 2]"],
+            "trainer.callbacks.init_args: [1, 2] is not a map of arguments",
+        ),
     ],
 )
 def test_invalid_value_prints_one_line(workdir, capfd, overrides, message):
@@ -83,3 +91,35 @@ def test_help_lists_every_key_with_the_value_of_the_recipe(workdir, monkeypatch,
     positions = [text.index(f"--{key} ") for key in ("model.total_images", "data.batch_size", "run", "trainer.devices")]
     assert positions == sorted(positions)
     assert "Annotated" not in text
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("data.seed: 3", None),  # a key with a dot is none of these keys
+        ("trainer: {accumulate_grad_batches: 1, val_check_interval: null}", None),
+        ("val_every_images: 40\ntrainer: {val_check_interval: 10}", None),  # of a run
+        (
+            "val_every_images: 40\ntrainer: {val_check_interval: 11}",
+            "trainer.val_check_interval: set by Darkroom. Use --val_every",
+        ),
+        ("trainer: {accumulate_grad_batches: 2}", "trainer.accumulate_grad_batches: set by Darkroom. Use --accumulate"),
+        ("trainer: {gradient_clip_val: 1}", "trainer.gradient_clip_val: set by Darkroom. Use max_grad_norm of a Phase"),
+        ("trainer: {logger: true}", "trainer.logger: set by Darkroom. Use --log"),
+        ("log: csv", "log: csv is not a list. Write [csv]"),
+    ],
+)
+def test_keys_that_darkroom_sets_are_refused_in_a_recipe(tmp_path, lines, message):
+    (tmp_path / "own.yaml").write_text(f"{MINIMAL}\n{lines}\n")
+    recipe = find_recipe(str(tmp_path / "own.yaml"))
+    if message is None:
+        check_recipe(recipe)
+        return
+    with pytest.raises(UserError, match=re.escape(f"own.yaml: {message}")):
+        check_recipe(recipe)
+
+
+def test_seed_of_the_data_is_refused_in_a_recipe(tmp_path):
+    (tmp_path / "own.yaml").write_text(MINIMAL.replace("batch_size: 4", "batch_size: 4, seed: 3"))
+    with pytest.raises(UserError, match=r"own.yaml: data.init_args.seed: set by Darkroom. Use --seed_everything"):
+        check_recipe(find_recipe(str(tmp_path / "own.yaml")))

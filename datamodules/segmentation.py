@@ -265,6 +265,7 @@ class Segmentation(ResumableDataModule):
         dataset = masked_images[0].image.dataset
         for masked_image, result in zip(masked_images, results, strict=True):
             self.data_report.content_hashes.setdefault(dataset, {})[masked_image.image.name] = result.content
+        self.data_report.note_losses(dataset, dict.fromkeys(masked_image.image.path for masked_image in masked_images))
         if self.value_range == "dtype" and (white := max(result.white for result in results)) < DARK * 255:
             self.data_report.notes.append(
                 f"{dataset}: the largest value is {white / 255:.0%} of the range of the files, so the images are dark. "

@@ -101,6 +101,9 @@ class Unpaired(ResumableDataModule):
             raise InvalidImage(
                 f"{len(errors)} of {len(domain_images)} images cannot be used. Replace or remove them: {'; '.join(errors)}"
             )
+        if domain_images:
+            paths = [domain_image.image.path for domain_image in domain_images]
+            self.data_report.note_losses(domain_images[0].image.dataset, paths)
         for domain_image, (_, content_hash) in zip(domain_images, results, strict=True):
             entries = self.data_report.content_hashes.setdefault(domain_image.image.dataset, {})
             entries[f"{domain_image.palette_name}/{domain_image.image.path.parent.name}/{domain_image.image.name}"] = (

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -118,6 +118,8 @@ def _pair(
 def pair_folders(images: Path, masks: Path, dataset: str, mask_spec: MaskSpec) -> list[MaskedImage]:
     """List the images of a folder with the masks of the same names in another folder; each page of a stack is an image.
 
+    All masks may have an ending in addition, such as `cell_7_mask` for `cell_7`.
+
     Args:
         images: folder of the images.
         masks: folder of the masks; a CSV file for the format "rle".
@@ -139,6 +141,7 @@ def pair_folders(images: Path, masks: Path, dataset: str, mask_spec: MaskSpec) -
     masks_by_name: dict[Path, Path] = {}
     for path in list_images(masks):
         add_unique(masks_by_name, path.relative_to(masks).with_suffix(""), path)
+    masks_by_name = without_ending(masks_by_name, names)
     if missing := [path for name, path in names.items() if name not in masks_by_name]:
         name = missing[0].relative_to(images).with_suffix("")
         raise DatasetNotFound(
@@ -154,6 +157,19 @@ def pair_folders(images: Path, masks: Path, dataset: str, mask_spec: MaskSpec) -
         for name, path in names.items()
         for masked_image in _pages(ImageRef(dataset, name.as_posix(), path), masks_by_name[name], mask_spec)
     ]
+
+
+def without_ending(masks: dict[Path, Path], names: Iterable[Path]) -> dict[Path, Path]:
+    """Return the masks by the names of their images, if each is the name of one image with the same ending, else unchanged."""
+    names = set(names)
+    first = min(names)
+    endings = {mask.name.removeprefix(first.name) for mask in masks if mask.name.startswith(first.name)} - {""}
+    for ending in sorted(endings):
+        ended = [mask for mask in masks if mask.name.endswith(ending) and mask.name != ending]
+        shortened = {mask.with_name(mask.name.removesuffix(ending)): masks[mask] for mask in ended}
+        if len(ended) == len(masks) and shortened.keys() == names:
+            return shortened
+    return masks
 
 
 def _pages(image: ImageRef, mask: Path, mask_spec: MaskSpec) -> list[MaskedImage]:

@@ -1,11 +1,13 @@
 """Decode image files to 8-bit pixels, with a one-line error for every unusable file."""
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 import struct
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ from datamodules.errors import UserError
 DESCRIPTION = 270  # TIFF tag
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # last bytes of a complete file
+SUFFIXES_OF_16_BITS = (".png", ".tif", ".tiff", ".ppm", ".pnm")
+# What PIL raises for a file that it cannot read.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error, Image.DecompressionBombError)
 Image.init()
 # Formats that are read, whatever the suffix of a file. Others could start programs: PIL reads EPS with Ghostscript.
 FORMATS = tuple(
@@ -92,7 +97,7 @@ def count_pages(path: str | Path) -> int:
     try:
         with Image.open(path, formats=FORMATS) as image:
             return _pages(image)
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error, Image.DecompressionBombError):
+    except UNREADABLE:
         return 1
 
 
@@ -100,6 +105,35 @@ def read_orientation(path: str | Path) -> int:
     """Return the EXIF orientation of an image file, 1 to 8, without decoding it; 1 if it has none."""
     with Image.open(path, formats=FORMATS) as image:
         return _orientation(image)
+
+
+def note_on_losses(paths: Iterable[Path]) -> str:
+    """Return a remark on the files of which Pillow drops information; empty if there are none.
+
+    Pillow reads the upper 8 bits of colors of 16 bits, and 16-bit gray without its transparency.
+    """
+    color, transparent = [], []
+    for path in paths:
+        if path.suffix.lower() not in SUFFIXES_OF_16_BITS:
+            continue
+        with contextlib.suppress(*UNREADABLE), Image.open(path, formats=FORMATS) as image:
+            storage = image.tile[0].args if image.tile else ""
+            if (
+                image.mode not in ("L", "P")
+                and not image.mode.startswith("I")
+                and (";16" in str(storage) or "65535" in str(storage))
+            ):
+                color.append(path)
+            if image.mode.startswith("I") and "transparency" in image.info:
+                transparent.append(path)
+    return "; ".join(
+        f"{what} (files: {len(found)}, such as {found[0]})"
+        for found, what in (
+            (color, "color of 16 bits is read with 8 bits"),
+            (transparent, "16-bit gray is read without its transparency"),
+        )
+        if found
+    )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -185,7 +219,7 @@ def probe_image(path: str | Path, min_size: int) -> str:
             length = file.seek(0, 2)
             file.seek(max(0, length - 64))
             complete = image.format in END_MARKERS and END_MARKERS[image.format] in file.read()
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error, Image.DecompressionBombError):
+    except UNREADABLE:
         complete = False  # `open_image` raises the exact error
     if not complete:
         width, height = open_image(path).size

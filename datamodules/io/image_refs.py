@@ -2,14 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os.path import commonpath
 from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.catalog.catalog import resolve_images
-from datamodules.io.image_io import InvalidImage, check_size, pixel_hash, probe_image, read_image
+from datamodules.io.image_io import InvalidImage, check_size, note_on_losses, pixel_hash, probe_image, read_image
 
 
 class ImageRef(NamedTuple):
@@ -93,7 +93,13 @@ class DataReport:
         if not usable:
             raise InvalidImage(f"no image can be used: {'; '.join(reasons)}")
         self.skipped += reasons
+        self.note_losses(usable[0].dataset, [ref.path for ref in usable])
         return usable
+
+    def note_losses(self, dataset: str, paths: Iterable[Path]) -> None:
+        """Add a remark if the images of a dataset have more bits than are read."""
+        if note := note_on_losses(paths):
+            self.notes.append(f"{dataset}: {note}")
 
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of the names and contents of the usable images, by dataset name."""

@@ -7,7 +7,7 @@ from PIL import Image
 
 from callbacks.writers.image_writer import ImageWriter
 from datamodules.errors import UserError
-from datamodules.io.image_io import InvalidImage, count_pages
+from datamodules.io.image_io import InvalidImage, count_pages, note_on_losses
 from datamodules.io.loader import make_loader
 from datamodules.io.user_images import list_user_images
 from datamodules.io.value_range import ValueRange
@@ -45,6 +45,8 @@ def predict(cli: DarkroomCLI) -> None:
         ([], []) if is_video(source) else list_user_images(cli.config.input, output, task.reads_stacks, value_range)
     )
     require_writable(output)
+    if note := note_on_losses(files):
+        print_rank_zero(f"note      {note}")
     if is_video(source):
         predict_video(cli, source, output)
     else:

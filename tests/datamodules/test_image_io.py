@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
 from datamodules.errors import UserError
 from datamodules.io.folders import list_images
-from datamodules.io.image_io import InvalidImage, check_size, read_image, set_size_limit
+from datamodules.io.image_io import InvalidImage, check_size, note_on_losses, read_image, set_size_limit
+from datamodules.io.image_refs import DataReport, ImageRef
 from datamodules.io.user_images import merge_channels
 from datamodules.transforms.color import ycbcr_to_rgb
 from datamodules.transforms.resize import imresize
@@ -51,6 +53,24 @@ def test_every_pil_mode_reads_as_one_or_three_channels(tmp_path, rgb, mode):
     assert pixels.shape == ((1 if mode in ("L", "LA", "1") else 3), rgb.height, rgb.width)
     if mode in ("RGB", "RGBA"):
         assert np.array_equal(pixels.permute(1, 2, 0), np.array(rgb))
+
+
+def test_files_with_more_bits_than_are_read_are_named(tmp_path):
+    levels = np.arange(48, dtype=np.uint16).reshape(4, 4, 3) * 1000
+    tifffile.imwrite(tmp_path / "color.tif", levels, photometric="rgb")
+    (tmp_path / "color.ppm").write_bytes(b"P6 4 4 65535\n" + levels.astype(">u2").tobytes())
+    Image.fromarray(levels[..., 0]).save(tmp_path / "gray.png")
+    Image.fromarray(levels[..., 0]).save(tmp_path / "transparent.png", transparency=0)
+    Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "8.png")
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    assert note_on_losses([tmp_path / "gray.png", tmp_path / "8.png", tmp_path / "damaged.png"]) == ""
+    assert note_on_losses(sorted(tmp_path.iterdir())) == (
+        f"color of 16 bits is read with 8 bits (files: 2, such as {tmp_path / 'color.ppm'}); "
+        f"16-bit gray is read without its transparency (files: 1, such as {tmp_path / 'transparent.png'})"
+    )
+    report = DataReport()
+    report.validate([ImageRef("own", "color", tmp_path / "color.tif")], 1)
+    assert report.notes == [f"own: color of 16 bits is read with 8 bits (files: 1, such as {tmp_path / 'color.tif'})"]
 
 
 def test_16_bit_range_maps_to_8_bit_range(tmp_path):

@@ -9,6 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 
 from datamodules.catalog.catalog import DatasetNotFound
+from datamodules.catalog.masked_image import MaskSpec
+from datamodules.catalog.masked_images import pair_folders
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage
 from datamodules.segmentation import Segmentation
@@ -202,6 +204,18 @@ def test_unusable_masks_are_named(cells):
     (cells / "annotations/3.png").unlink()
     with pytest.raises(DatasetNotFound, match=r"3\.png has no mask \(1 of 10\)"):
         own().setup("fit")
+
+
+def test_masks_may_have_one_ending(cells):
+    names = ["0", "10", *map(str, range(2, 10))]
+    for i, name in zip([0, 1, *range(2, 10)], names, strict=True):
+        (cells / f"pictures/{i}.png").rename(cells / f"pictures/{name}.png")
+        (cells / f"annotations/{i}.png").rename(cells / f"annotations/{name}_mask.png")
+    pairs = pair_folders(cells / "pictures", cells / "annotations", "own", MaskSpec())
+    assert [(item.image.name, item.mask.stem) for item in pairs] == [(name, f"{name}_mask") for name in names]
+    (cells / "annotations/0_mask.png").rename(cells / "annotations/0_other.png")
+    with pytest.raises(DatasetNotFound, match=r"0\.png has no mask \(10 of 10\)"):
+        pair_folders(cells / "pictures", cells / "annotations", "own", MaskSpec())
 
 
 @pytest.mark.parametrize(

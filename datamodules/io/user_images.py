@@ -310,13 +310,13 @@ def read_scale(path: Path, stack: bool) -> dict[str, Any]:
 
 
 def list_user_images(
-    source: str, exclude: Path, stacks: bool, value_range: ValueRange = "dtype"
+    path: Path, exclude: Path, stacks: bool, value_range: ValueRange = "dtype"
 ) -> tuple[list[Path], list[str]]:
     """List the images of a file or a folder, and check that each can be decoded.
 
     Args:
-        source: path of the file or folder.
-        exclude: folder below `source` to skip, such as the output folder.
+        path: a file or a folder.
+        exclude: folder below `path` to skip, such as the output folder.
         stacks: accept files of several pages.
         value_range: rule for black and white.
 
@@ -326,7 +326,6 @@ def list_user_images(
     Raises:
         InvalidImage: there is no image that can be used; the message names the others.
     """
-    path = Path(source)
     excluded = exclude.resolve()
 
     def is_used(file: Path) -> bool:

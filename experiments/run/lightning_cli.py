@@ -160,7 +160,7 @@ class DarkroomCLI(LightningCLI):
         if self.command == "test":
             parser.add_argument("--record", type=str | None, help="path of the run record to write")
         if self.command == "predict":
-            parser.add_argument("--input", type=str, required=True, help="an image, a folder of images, or a video")
+            parser.add_argument("--input", nargs="+", type=str, required=True, help="images, folders of images, or one video")
             parser.add_argument("--output", type=str, default="out", help="output folder")
             parser.add_argument(
                 "--direction", type=Literal["AtoB", "BtoA"] | None, help="direction of a translation (default AtoB)"

@@ -33,25 +33,38 @@ def predict(cli: DarkroomCLI) -> None:
     for name in ("direction", "style", "alpha", "temperature", "score"):
         if cli.config[name] is not None and name not in task.predict_options:
             raise UserError(f"--{name}: {cli.recipe.name} does not have this option. Remove it")
-    for name in ("input", "output"):
-        if not cli.config[name]:
+    for name, words in (("input", cli.config.input), ("output", [cli.config.output])):
+        if "" in words:
             raise UserError(f"--{name} is empty. Give a path")
     load_resolved_weights(cli)
-    source, output = Path(cli.config.input), Path(cli.config.output)
+    sources, output = [Path(word) for word in cli.config.input], Path(cli.config.output)
     if output.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--output: {output} looks like a file. Give a folder; images are written to it as PNG files")
+    if len(sources) == 1 and is_video(sources[0]):
+        require_writable(output)
+        predict_video(cli, sources[0], output)
+        return
     value_range: ValueRange = getattr(cli.datamodule, "value_range", "dtype")
-    files, reasons = (
-        ([], []) if is_video(source) else list_user_images(cli.config.input, output, task.reads_stacks, value_range)
-    )
+    folders: dict[Path, Path] = {}
+    reasons: list[str] = []
+    for source in dict.fromkeys(sources):
+        if is_video(source):
+            raise UserError(f"--input: {source} is one of {len(sources)} inputs. Give a video alone")
+        try:
+            found, unusable = list_user_images(source, output, task.reads_stacks, value_range)
+        except InvalidImage as error:
+            found, unusable = [], [str(error)]
+        folders |= {file: source if source.is_dir() else source.parent for file in found if file not in folders}
+        reasons += unusable
+    if not folders:
+        raise InvalidImage("; ".join(reasons))
+    files = list(folders)
     require_writable(output)
     if note := note_on_losses(files):
         print_rank_zero(f"note      {note}")
-    if is_video(source):
-        predict_video(cli, source, output)
-    else:
+    for source in sources:
         report_videos(source, output)
-        predict_images(cli, files, output_paths(files, source, output), output)
+    predict_images(cli, files, output_paths(folders, output), output)
     if reasons:
         raise InvalidImage(f"{len(reasons)} of {len(files) + len(reasons)} files were not processed: {'; '.join(reasons)}")
 
@@ -126,27 +139,32 @@ def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
     print_rank_zero(f"{source}  {len(files)} frames  ->  {target}")
 
 
-def output_paths(files: list[Path], source: Path, output: Path) -> dict[str, Path]:
-    """Map each input file to its output path: a PNG, or a TIFF for a stack, in the same sub-folder as below `source`.
+def output_paths(folders: dict[Path, Path], output: Path) -> dict[str, Path]:
+    """Map each input file to its output path: a PNG, or a TIFF for a stack.
+
+    Args:
+        folders: folder of each input file, below which its sub-folders are kept.
+        output: output folder.
 
     Raises:
-        UserError: an output would overwrite an input, or another file in the folder of an input.
+        UserError: an output would overwrite an input, another output, or another file in the folder of an input.
     """
-    base = source if source.is_dir() else source.parent
-    inputs = {file.resolve() for file in files}
-    taken: set[Path] = set()
+    inputs = {file.resolve() for file in folders}
+    taken: dict[Path, Path] = {}
     paths: dict[str, Path] = {}
-    for file in files:
+    for file, base in folders.items():
         suffix = ".tif" if count_pages(file) > 1 else ".png"
         path = output / file.relative_to(base).with_suffix(suffix)
         if path in taken:  # photo.jpg and photo.png in one folder
             path = path.with_name(f"{file.name}{suffix}")
+        if path in taken:
+            raise UserError(f"--input: {taken[path]} and {file} would both be written to {path}. Use two commands and outputs")
         if path.relative_to(output).parts[0] in ("overlays", "classes.csv"):  # written next to the masks
             raise UserError(f"--input: the output of {file} would be in {path}, which is used for other files. Rename it")
         if path.resolve() in inputs:
             raise UserError(f"--output: {path} is one of the inputs and would be overwritten. Choose another folder")
         check_target(path, file.parent)
-        taken.add(path)
+        taken[path] = file
         paths[str(file)] = path
     return paths
 

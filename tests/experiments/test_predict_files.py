@@ -51,8 +51,10 @@ def test_broken_files_are_reported_after_the_others(workdir, photos, capfd):
     shutil.copy(sorted(photos.iterdir())[0], workdir / "in/good.png")
     (workdir / "in/broken.png").write_bytes(b"x")
     (workdir / "in/phone.HEIC").write_bytes(b"x")
-    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "in", "--output", "out")
-    assert "2 of 3 files were not processed" in error
+    (workdir / "empty").mkdir()
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "empty", "in", "--output", "out")
+    assert "3 of 4 files were not processed" in error
+    assert "empty: no images in this folder" in error
     assert "broken.png" in error
     assert "phone.HEIC" in error
     assert (workdir / "out/good.png").exists()
@@ -63,6 +65,23 @@ def save_stack(pages, path, description):
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[270], tags[282], tags[283], tags[296] = description, 3.1, 3.1, 1
     pages[0].save(path, save_all=True, append_images=pages[1:], tiffinfo=tags)
+
+
+def test_several_inputs_keep_their_names(workdir, photos, capfd):
+    files = sorted(photos.iterdir())[:2]
+    for folder in ("one", "two/sub"):
+        (workdir / folder).mkdir(parents=True)
+    shutil.copy(files[0], workdir / "one/a.png")
+    shutil.copy(files[1], workdir / "two/sub/b.png")
+    words = ["--input", "one/a.png", "two", "one", "--output", "out"]
+    assert forked(main, ["predict", "espcn/t91_x3", *words]) == 0
+    assert sorted(str(path.relative_to(workdir / "out")) for path in (workdir / "out").rglob("*.png")) == ["a.png", "sub/b.png"]
+    for name in ("one/a.jpg", "two/a.png"):
+        Image.open(files[1]).save(workdir / name)
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "one", "two", "--output", "out2")
+    assert "one/a.png and two/a.png would both be written to out2/a.png.png" in error
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "one", "clip.mp4", "--output", "out2")
+    assert "clip.mp4 is one of 2 inputs. Give a video alone" in error
 
 
 def test_output_that_looks_like_a_file_is_refused(workdir, photos, capfd):

@@ -179,14 +179,11 @@ def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
         DatasetNotFound: the dataset is absent or incomplete, or the folder contains no images.
         UserError: neither a folder nor a known dataset.
     """
-    if is_folder(spec):
+    if (dataset := find_source(spec)) is None:
         if not (available := list_images(spec)):
             raise DatasetNotFound(f"{spec}: no images in this folder. Check the path")
         return available
     name, _, split = spec.partition("/")
-    if name not in catalog() and (Path(spec).is_absolute() or spec.startswith(".")):
-        raise DatasetNotFound(f"{spec}: no such folder. Check the path")
-    dataset = get_dataset(name)
     if not (available := dataset.files(split or None, scale)):
         raise DatasetNotFound(f"{spec} is not installed. To install: {dataset.install_hint()}")
     expected = dataset.expected_count(split or None, scale)
@@ -196,6 +193,16 @@ def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
             f"To install: {dataset.install_hint()}"
         )
     return available
+
+
+def find_source(spec: str) -> CatalogEntry | None:
+    """Return the dataset of the catalog to which `spec` belongs, or None for a folder; see `resolve_images`."""
+    if is_folder(spec):
+        return None
+    name = spec.partition("/")[0]
+    if name not in catalog() and (Path(spec).is_absolute() or spec.startswith(".")):
+        raise DatasetNotFound(f"{spec}: no such folder. Check the path")
+    return get_dataset(name)
 
 
 def is_folder(spec: str) -> bool:

@@ -1,6 +1,7 @@
 """`darkroom submit`: write a readable SLURM batch file and submit it."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,11 +13,21 @@ from pathlib import Path
 
 from callbacks.run.exit_codes import PREEMPTED
 from datamodules.errors import UserError
+from experiments.run.config_checks import typed_keys
 from experiments.run.lightning_cli import validate_overrides
 from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe
 from experiments.search.spec import read_search
 
+# Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
+TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d){0,2}")
+MAX_WORKERS = 1000  # SLURM's default limit of an array
+# Options of the Trainer that `submit` sets, and the option to use instead.
+MANAGED_KEYS = {
+    "trainer.devices": "--gpus or --processes",
+    "trainer.num_nodes": "--nodes",
+    "trainer.accelerator": "--gpus",
+}
 PREEMPT_NOTICE_S = 120  # seconds before the time limit at which SLURM signals the job
 FORWARDED_ENV = ("DARKROOM_DATA", "DARKROOM_RUNS", "DARKROOM_CACHE", "WANDB_MODE")  # variables written to the batch file
 
@@ -48,8 +59,9 @@ def submit_training(recipe: Recipe, keys: Sequence[str], job: Job, dry_run: bool
     """Submit a training that uses all processes of a job, with one GPU each if the job has GPUs.
 
     Raises:
-        UserError: see `submit`; or a key is invalid.
+        UserError: see `submit` and `check_job`; or a key is invalid.
     """
+    check_job(job, keys)
     trainer_args = ["--trainer.accelerator", "gpu" if job.gpus else "cpu", "--trainer.devices", str(job.processes)]
     trainer_args += ["--trainer.num_nodes", str(job.nodes)] if job.nodes > 1 else []
     trainer_args += ["--trainer.strategy", "ddp"] if job.processes * job.nodes > 1 else []
@@ -62,8 +74,9 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, storage: str | None
     """Submit the workers of a search as an array of jobs that share a storage; each trial uses all GPUs of its node.
 
     Raises:
-        UserError: see `submit`; or the search or a key is invalid.
+        UserError: see `submit` and `check_job`; or the search or a key is invalid.
     """
+    check_job(job, keys)
     search = read_search(path, list(keys))
     if job.nodes > 1:
         raise UserError(f"submit: --nodes {job.nodes}: a trial uses one node. Use --workers for concurrent trials")
@@ -72,6 +85,20 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, storage: str | None
     arguments += ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
     worker_job = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))
     submit(["sweep", str(path.absolute()), *arguments, *keys], f"darkroom-search-{search.name}", worker_job, dry_run)
+
+
+def check_job(job: Job, keys: Sequence[str]) -> None:
+    """Refuse values that sbatch would refuse, and keys that contradict the resources of the job.
+
+    Raises:
+        UserError: a value is invalid.
+    """
+    if not TIME.fullmatch(job.time):
+        raise UserError(f"submit: --time {job.time}: not a time limit. Use a time such as 24:00:00 or 2-12:00:00")
+    if job.workers > MAX_WORKERS:
+        raise UserError(f"submit: --workers {job.workers}: must be at most {MAX_WORKERS}")
+    for key in sorted(typed_keys(list(keys)) & MANAGED_KEYS.keys()):
+        raise UserError(f"submit: --{key}: set by submit. Use {MANAGED_KEYS[key]}")
 
 
 def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:
@@ -121,7 +148,11 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
         "output": folder / f"{name}-{'%A_%a' if job.workers else '%j'}.log",
         **({"array": f"0-{job.workers - 1}"} if job.workers else {}),
     }
-    lines = ["#!/bin/bash", *(f"#SBATCH --{key}={value}" for key, value in directives.items()), "#SBATCH --requeue"]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in directives.items()),
+        "#SBATCH --requeue",
+    ]
     lines += [f"#SBATCH {option}" for option in job.options]
     lines += ["", f"cd {shlex.quote(str(Path.cwd()))}"]
     lines += [f"export {key}={shlex.quote(os.environ[key])}" for key in FORWARDED_ENV if key in os.environ]

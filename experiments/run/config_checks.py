@@ -4,8 +4,10 @@ import json
 import math
 import os
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from datamodules.catalog.catalog import HELD_OUT, find_source
 from datamodules.errors import UserError
 from experiments.run.recipes import Recipe
 from modules.training.stages import StagePlan
@@ -79,6 +81,26 @@ def check_data(data: Any) -> None:
             raise UserError(f"data.{key} is empty. Name a dataset or a folder")
     if "" in (data.get("test") or []):
         raise UserError("data.test: a name is empty. Name datasets or folders, or use []")
+
+
+def check_sources(data: Any) -> list[str]:
+    """Check the names of the datasets and folders of a datamodule without reading them.
+
+    Args:
+        data: the arguments of the datamodule, a Namespace.
+
+    Returns:
+        Names of datasets that are not installed on this machine.
+
+    Raises:
+        UserError: a folder or file does not exist, or there is no dataset with a name.
+    """
+    for key in ("images", "masks"):
+        if (path := data.get(key)) and not Path(path).exists():
+            raise UserError(f"data.{key}: no file or folder {path}. Check the path")
+    names = [data.get("train"), data.get("val"), *(data.get("test") or [])]
+    entries = [find_source(name) for name in names if name and name != HELD_OUT]
+    return list(dict.fromkeys(entry.name for entry in entries if entry and entry.status() != "installed"))
 
 
 def check_trainer(settings: dict[str, Any]) -> None:

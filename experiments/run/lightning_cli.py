@@ -39,6 +39,7 @@ from experiments.run.config_checks import (
     check_data,
     check_finite,
     check_recipe,
+    check_sources,
     check_trainer,
     list_of_one,
     option_value,
@@ -289,13 +290,15 @@ def validate_overrides(recipe: Recipe, overrides: list[str], processes: int = 1)
         processes: number of processes of the training.
 
     Raises:
-        UserError: a key or a value is invalid, or a batch cannot be divided between the processes.
+        UserError: a key or a value is invalid, a folder does not exist, or a batch cannot be divided between the processes.
     """
     silence_lightning()
     config = ParseOnlyCLI("fit", recipe, overrides).config
     with torch.device("meta"):
         method = import_class(config.model.class_path)(**config.model.init_args.as_dict())
     check_batch_sizes(method, config.data.init_args.batch_size, config.accumulate_grad_batches, processes)
+    if absent := check_sources(config.data.init_args):
+        print(f"note      not installed on this machine: {', '.join(absent)}", file=sys.stderr)
     if processes > 1 and config.data.init_args.batch_size == processes * config.accumulate_grad_batches:
         note = f"each of {processes} processes has one sample per step. A larger data.batch_size is faster"
         print(f"note      {note}", file=sys.stderr)

@@ -6,6 +6,7 @@ One test uses a real scheduler if it is available. The other tests use fake SLUR
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -16,6 +17,7 @@ import pytest
 
 from experiments import ROOT
 from experiments.cli.main import main
+from experiments.cluster.slurm import Job, check_job
 from tests.helpers.search_helpers import wait_for, write_search
 from tests.helpers.subprocess_helpers import forked
 
@@ -70,6 +72,26 @@ def test_batch_file_requests_four_nodes_and_their_resources(workdir, capfd):
     assert not (workdir / "runs").exists()
 
 
+def test_values_with_spaces_are_quoted(workdir, monkeypatch, capfd):
+    monkeypatch.setenv("DARKROOM_RUNS", str(workdir / "all runs"))
+    argv = ["espcn/t91_x3", "--run", "my run", "--sbatch=--comment='two words'", "--sbatch=--exclusive"]
+    options = directives(dry_run(capfd, *argv))
+    assert shlex.split(options["output"]) == [f"{workdir}/all runs/slurm/darkroom-espcn-t91_x3-%j.log"]
+    assert shlex.split(options["comment"]) == ["two words"]
+    assert options["exclusive"] == ""
+    assert dry_run(capfd, *argv).count("--run 'my run'") == 1
+
+
+def test_datasets_that_are_not_installed_are_noted(workdir, capfd):
+    assert forked(main, ["submit", "espcn/t91_x3", "--data.test", "[set5,photographs/test]", "--dry-run"]) == 0
+    assert "note      not installed on this machine: t91, set5" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["30", "10:00", "24:00:00", "2-12", "2-12:30", "2-12:30:00"])
+def test_time_limits_of_sbatch_are_accepted(time):
+    check_job(Job(time=time), [])
+
+
 def test_jobs_that_fit_would_refuse_are_refused(workdir, capfd):
     """ESPCN's batch has 16 patches."""
     argv = ["submit", "espcn/t91_x3", "--nodes", "4", "--gpus", "8", "--dry-run"]
@@ -102,6 +124,12 @@ def test_search_workers_are_array_jobs(workdir, capfd):
         (["espcn/demo", "--model.imags", "3"], "unknown key 'model.imags'"),
         (["espcn/dem"], "no recipe 'espcn/dem'; did you mean 'espcn/demo'?"),
         (["sweeps/espcn.yaml", "--nodes", "2"], "submit: --nodes 2:"),
+        (["sweeps/espcn.yaml", "--workers", "100000"], "submit: --workers 100000: must be at most 1000"),
+        (["espcn/demo", "--time", "tomorrow"], "submit: --time tomorrow: not a time limit"),
+        (["espcn/demo", "--trainer.devices", "2"], "submit: --trainer.devices: set by submit. Use --gpus or --processes"),
+        (["espcn/demo", "--data.train", "./nowhere"], "./nowhere: no such folder"),
+        (["espcn/demo", "--data.train", "t19"], "no dataset 't19'; did you mean 't91'?"),
+        (["unet/folder", "--data.images", "cells", "--data.masks", "masks"], "data.images: no file or folder cells"),
     ],
 )
 def test_invalid_arguments_are_rejected_before_submission(workdir, capfd, argv, message):

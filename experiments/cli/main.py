@@ -91,9 +91,7 @@ def dispatch(argv: list[str]) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
-        or_run = "" if command == "fit" else ", or the folder of a run"
-        if command == "predict":
-            or_run += ", or a .safetensors file of its weights"
+        or_run = "" if command == "fit" else ", or the folder of a run, or a .safetensors file of its weights"
         print(RUN_HELP.format(command=command, options=COMMAND_OPTIONS[command], methods=" ".join(methods()), or_run=or_run))
         return 0
     if not argv or argv[0].startswith("-"):
@@ -106,8 +104,8 @@ def _run(command: str, argv: list[str]) -> int:
         parser.add_argument("--modules")
         args, overrides = parser.parse_known_args(argv[1:])
         recipe, overrides = find_network(argv[0], args.run, overrides, args.modules)
-        if recipe.embedded is not None and command != "predict":
-            raise UserError(f"{command}: {argv[0]} names no metrics. Use darkroom {command} {recipe.name} --ckpt {argv[0]}")
+        if recipe.embedded is not None and command != "predict" and "trainer" not in recipe.embedded:
+            raise UserError(f"{command}: {argv[0]} names no metrics. Use darkroom {command} RECIPE --ckpt {argv[0]}")
     if os.environ.get("LOCAL_RANK", "0") != "0" and "DARKROOM_RUN_FOLDER" in os.environ:  # launched by Lightning in rank 0
         exit_with_parent()
     from experiments.run.execute import execute

@@ -5,7 +5,7 @@ from pathlib import Path
 from callbacks.run.record_file import BrokenRecord, read_record
 from datamodules.errors import UserError
 from experiments.run.paths import runs_root
-from experiments.run.recipes import Recipe, add_to_path, find_recipe
+from experiments.run.recipes import Recipe, add_to_path, find_recipe, recipes
 from experiments.run.run_dir import Run
 
 LATEST = "latest"
@@ -98,8 +98,11 @@ def _network_of_file(path: Path, overrides: list[str], modules: str | None) -> t
     description = read_description(path)
     if description is None:
         raise UserError(f"{path} does not describe its network. Give the recipe and --ckpt {path}")
-    recipe = Recipe(description.recipe, path, trusted_content(path, description))
-    return recipe, [*overrides, "--ckpt", str(path)]
+    content = trusted_content(path, description)
+    bundled = next((recipe for recipe in recipes() if recipe.name == description.recipe), None)
+    if bundled and bundled.class_path("data") == description.data.class_path:  # the metrics of the task
+        content["trainer"] = {"callbacks": bundled.content.get("trainer", {}).get("callbacks", [])}
+    return Recipe(description.recipe, path, content), [*overrides, "--ckpt", str(path)]
 
 
 def _recipe_name(run: Run) -> str:

@@ -126,9 +126,16 @@ def test_file_without_a_description_names_the_remedy(exported, tmp_path):
         find_network(str(exported), None, ["--ckpt", "x"])
 
 
-def test_metrics_are_those_of_a_recipe(exported, capfd):
-    assert forked(main, ["test", str(exported)]) == 2
-    assert "darkroom test espcn/t91_x3 --ckpt" in capfd.readouterr().err
+def test_metrics_are_those_of_the_bundled_recipe(exported, photos, workdir, capfd):
+    words = ["--data.test", str(photos), "--record", "one.json"]
+    assert forked(main, ["test", str(exported), *words]) == 0
+    assert forked(main, ["test", "espcn/t91_x3", "--data.test", str(photos), "--record", "two.json"]) == 0
+    one, two = (json.loads((workdir / f"{name}.json").read_text())["metrics"] for name in ("one", "two"))
+    assert any("psnr-y" in key for entry in one.values() for key in entry) or any("psnr-y" in key for key in one)
+    assert one == two
+    own = changed(exported, workdir / "own.safetensors", recipe="mine")
+    assert forked(main, ["test", str(own), *words]) == 2
+    assert "own.safetensors names no metrics. Use darkroom test RECIPE --ckpt" in capfd.readouterr().err
 
 
 def test_own_class_next_to_an_own_recipe(exported, workdir, photos, capfd):

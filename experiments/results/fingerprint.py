@@ -107,8 +107,14 @@ def user_files(recipe: Recipe) -> list[Path]:
 
 def _hash_of_classes(classes: list[str]) -> str:
     files = _files([name.rpartition(".")[0] for name in classes])
-    own = frozenset(attribute for file in files.values() for attribute in file.attributes) - SHARED
-    return _hash(json.dumps(sorted({_file_hash(file, files, own) for file in files.values()})))
+    sources = frozenset((name, file.source) for name, file in files.items())
+    if sources not in _HASHES:  # many recipes have the same classes
+        own = frozenset(attribute for file in files.values() for attribute in file.attributes) - SHARED
+        _HASHES[sources] = _hash(json.dumps(sorted({_file_hash(file, files, own) for file in files.values()})))
+    return _HASHES[sources]
+
+
+_HASHES: dict[frozenset[tuple[str, str]], str] = {}
 
 
 def _classes(entry: Any) -> list[str]:
@@ -180,14 +186,23 @@ def _source(module: str) -> Path | None:
     if top in sys.stdlib_module_names:
         return None
     if top in PACKAGES:
-        folders = [ROOT / top]
-    else:
-        if (spec := _find_package(top, tuple(sys.path))) is None:
-            return None
-        folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-        if not folders:
-            path = Path(spec.origin) if spec.has_location and spec.origin else None
-            return path if path and path.suffix == ".py" and not rest and not _is_installed(path) else None
+        return _own_source(module)
+    if (spec := _find_package(top, tuple(sys.path))) is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not folders:
+        path = Path(spec.origin) if spec.has_location and spec.origin else None
+        return path if path and path.suffix == ".py" and not rest and not _is_installed(path) else None
+    return _module_in(folders, rest)
+
+
+@cache
+def _own_source(module: str) -> Path | None:
+    top, _, rest = module.partition(".")
+    return _module_in([ROOT / top], rest)
+
+
+def _module_in(folders: list[Path], rest: str) -> Path | None:
     for folder in folders:
         path = folder.joinpath(*rest.split(".")) if rest else folder
         for candidate in (path / "__init__.py", path.with_suffix(".py")):

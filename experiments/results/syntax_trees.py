@@ -20,7 +20,7 @@ def dump(tree: ast.AST) -> str:
 
     Python 3.12 added type parameters to functions and classes; Python 3.13 omits empty lists by default.
     """
-    for node in ast.walk(tree):
+    for node in ast.walk(tree) if sys.version_info >= (3, 12) else ():
         if vars(node).get("type_params") == []:
             del vars(node)["type_params"]
     return ast.dump(tree, **({"show_empty": True} if sys.version_info >= (3, 13) else {}))

@@ -1,4 +1,4 @@
-"""Import modules, hash the code and read the digits once for all runs, in the server of `subprocess_helpers.py`."""
+"""Import modules, parse the code and read the digits once for all runs, in the server of `subprocess_helpers.py`."""
 
 import gc
 import hashlib
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from datamodules.catalog.array_readers import READERS
+from datamodules.catalog.catalog import catalog
 from experiments import ROOT
 from experiments.results import fingerprint
 from experiments.run.recipes import recipes
@@ -28,15 +29,14 @@ for name in (
     "tests.experiments.test_search_spec",
 ):
     importlib.import_module(name)
-for recipe in recipes():
-    fingerprint.code_fingerprint(recipe)
-
 hash_of_classes = fingerprint._hash_of_classes
-fingerprint._files([f"tests.modules.{path.stem}" for path in (ROOT / "tests/modules").glob("test_*.py")])  # parses them
+own_classes = [name for recipe in recipes() for name in fingerprint._classes(recipe.content)]
+test_modules = [f"tests.modules.{path.stem}" for path in (ROOT / "tests/modules").glob("test_*.py")]
+fingerprint._files([*(name.rpartition(".")[0] for name in own_classes), *test_modules])  # parses them
 
 
 def shared_hash_of_classes(classes: list[str]) -> str:
-    """Look up the hash in the folder DARKROOM_TEST_HASHES. The hash of a class of the tests takes a second of every run."""
+    """Look up the hash in the folder DARKROOM_TEST_HASHES, which all test processes share. It takes half a second of a run."""
     files = fingerprint._files([name.rpartition(".")[0] for name in classes])
     sources = sorted((name, file.source) for name, file in files.items())
     path = Path(os.environ["DARKROOM_TEST_HASHES"], hashlib.sha256(repr(sources).encode()).hexdigest())
@@ -50,5 +50,6 @@ def shared_hash_of_classes(classes: list[str]) -> str:
 fingerprint._hash_of_classes = shared_hash_of_classes
 READERS["digits"] = cache(READERS["digits"])  # a run reads this file six times, 0.1 s each
 READERS["digits"]("all")
+catalog()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 gc.freeze()  # a run collects only its own garbage

@@ -47,9 +47,7 @@ def test_header_states_cell_value_time_and_command(recipe):
 def build(recipes):
     for recipe in recipes:
         print(recipe.name)
-        with torch.device(
-            "meta" if datamodule_of(recipe) == "Detection" else "cpu"
-        ):  # toy data are computed when they are built
+        with torch.device("cpu" if datamodule_of(recipe) == "Points" else "meta"):  # points are computed when they are built
             cli = DarkroomCLI("fit", recipe, [])
         assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
 
@@ -183,8 +181,8 @@ def test_generation_recipe_trains_a_few_steps(recipe, workdir, torch_home, monke
     if "ProGAN" in recipe.class_path("model"):
         overrides += ["--model.base_channels", "64", "--model.max_channels", "4", "--model.batch_sizes", "{}"]
         overrides += ["--model.learning_rates", "{}", "--model.stable_images", "1", "--model.fade_images", "1"]
-        size = str(min(data["size"], 64))  # the images in place of the datasets have 112 pixels
-        overrides += ["--data.crop", size, "--data.crop_center", "[56, 56]"] if data.get("crop") else []
+        size = str(min(data["size"], 32))  # the images in place of the datasets have 64 pixels
+        overrides += ["--data.crop", size, "--data.crop_center", "[32, 32]"] if data.get("crop") else []
         overrides += ["--model.size", size, "--data.size", size]
     assert forked(main_with_fake_datasets, ["fit", recipe.name, "--run", "short", *accepted(recipe, overrides)]) == 0
     folder = workdir / "runs" / recipe.name / "short"

@@ -46,7 +46,7 @@ def _write(name: str, path: Path) -> None:
     for i, target in enumerate(targets):
         path = dataset.path / target
         path.parent.mkdir(parents=True, exist_ok=True)
-        seven_crops()[i % 7].save(path)
+        seven_crops()[i % 7].crop((0, 0, 64, 64)).save(path)
 
 
 @cache

@@ -34,15 +34,17 @@ FIGSIZE = (11.0, 4.5)  # inches
 def report(search: Search, study: optuna.Study, folder: Path) -> None:
     """Write the results so far to the folder and print the best trials.
 
-    The files are trials.csv with all complete and pruned trials, and best.yaml. If at least two trials are complete, there are
-    also a PNG of each plot, report.html, and README.md with table and plots.
+    The files are trials.csv with all trials that have ended, and best.yaml. If at least two trials are complete, there are also
+    a PNG of each plot, report.html, and README.md with table and plots.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     ranked = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=search.maximize)
     counts = {state: sum(trial.state == state and not superseded(trial) for trial in trials) for state in TrialState}
-    write_trials(search, [*ranked, *(trial for trial in trials if trial.state == TrialState.PRUNED)], folder / "trials.csv")
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL and not superseded(trial)]
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    write_trials(search, [*ranked, *pruned, *failed], folder / "trials.csv")
     summary = ", ".join(
         f"{counts[state]} {name}"
         for state, name in (
@@ -57,13 +59,13 @@ def report(search: Search, study: optuna.Study, folder: Path) -> None:
     if not complete:
         print(f"{search.name}: {summary or 'no trials yet'}")
         return
-    print_best(search, ranked[:N_PRINTED], summary)
+    print_best(search, [*ranked[:N_PRINTED], *failed[:N_PRINTED]], summary)
     (folder / "best.yaml").write_text(best_recipe(search, ranked[0]))
     if len(complete) > 1:
         for plot in plots_of(ranked):
             save_plot(search, study, plot, folder / f"{plot}.png")
-        (folder / "report.html").write_text(render_html(search, study, ranked, summary))
-        (folder / "README.md").write_text(render_markdown(search, ranked, summary))
+        (folder / "report.html").write_text(render_html(search, study, ranked, failed, summary))
+        (folder / "README.md").write_text(render_markdown(search, ranked, failed, summary))
         print(f"report    {folder / 'report.html'}")
     print(f"best      {folder / 'best.yaml'}  (train it with darkroom fit)")
 
@@ -86,18 +88,20 @@ def print_best(search: Search, trials: list[FrozenTrial], summary: str) -> None:
 def cells(search: Search, trial: FrozenTrial) -> list[str]:
     """Return a trial's table row: number, metric value and parameters."""
     params = [trial.params[key] for key in search.search_space]
-    return [str(trial.number), f"{trial.value:.6g}", *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in params)]
+    value = "failed" if trial.value is None else f"{trial.value:.6g}"
+    return [str(trial.number), value, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in params)]
 
 
 def write_trials(search: Search, trials: list[FrozenTrial], path: Path) -> None:
     """Write trials to a CSV file, one row each, in the given order."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["trial", "state", search.metric, *search.search_space, "seconds", "run"])
+        writer.writerow(["trial", "state", search.metric, *search.search_space, "seconds", "run", "reason"])
         for trial in trials:
             seconds = round(trial.duration.total_seconds()) if trial.duration else ""
             params = [trial.params[key] for key in search.search_space]
-            writer.writerow([trial.number, trial.state.name, trial.value, *params, seconds, trial.user_attrs["run"]])
+            words = [trial.user_attrs["run"], trial.user_attrs.get("reason", "")]
+            writer.writerow([trial.number, trial.state.name, trial.value, *params, seconds, *words])
 
 
 def plots_of(trials: list[FrozenTrial]) -> dict[str, str]:
@@ -127,10 +131,10 @@ def save_plot(search: Search, study: optuna.Study, plot: str, path: Path) -> Non
     plt.close(figure)
 
 
-def render_markdown(search: Search, trials: list[FrozenTrial], summary: str) -> str:
-    """Render table and plots as Markdown with links to the files in the same folder."""
+def render_markdown(search: Search, trials: list[FrozenTrial], failed: list[FrozenTrial], summary: str) -> str:
+    """Render the table of all trials and the plots as Markdown with links to the files in the same folder."""
     names = ["trial", search.metric, *search.search_space]
-    table = [names, ["---:"] * len(names), *(cells(search, trial) for trial in trials)]
+    table = [names, ["---:"] * len(names), *(cells(search, trial) for trial in [*trials, *failed])]
     return "\n".join(
         [
             f"# {html.escape(search.name)}",
@@ -145,12 +149,13 @@ def render_markdown(search: Search, trials: list[FrozenTrial], summary: str) -> 
     )
 
 
-def render_html(search: Search, study: optuna.Study, trials: list[FrozenTrial], summary: str) -> str:
-    """Render table and plots as one self-contained HTML page."""
+def render_html(search: Search, study: optuna.Study, trials: list[FrozenTrial], failed: list[FrozenTrial], summary: str) -> str:
+    """Render the table of all trials and the plots as one self-contained HTML page."""
     names = ["trial", search.metric, *search.search_space]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(search, trial)) + "</tr>" for trial in trials
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(search, trial)) + "</tr>"
+        for trial in [*trials, *failed]
     )
     plots = []
     for i, (plot, title) in enumerate(plots_of(trials).items()):

@@ -69,7 +69,7 @@ def torchrun(recipe: Path, name: str, *options: str) -> subprocess.CompletedProc
     "signals",
     [
         pytest.param("SIGTERM@24@0", id="rank 0 in training", marks=pytest.mark.slow),
-        pytest.param("SIGTERM@24@0 SIGTERM@28@1", id="both ranks in training"),
+        pytest.param("SIGTERM@24@0 SIGTERM@28@1", id="both ranks in training", marks=pytest.mark.slow),
         pytest.param("SIGTERM@validation@1", id="rank 1 in validation", marks=pytest.mark.slow),
         pytest.param("SIGTERM@validation@0 SIGTERM@validation@1", id="both ranks in validation", marks=pytest.mark.slow),
         pytest.param("SIGTERM@saving@0", id="rank 0 while saving", marks=pytest.mark.slow),
@@ -87,6 +87,17 @@ def test_torchrun_with_two_ranks_resumes_after_sigterm(workdir, recipe, monkeypa
     monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
     completed = torchrun(recipe, "resumed")
     assert completed.returncode == 0, completed.stderr
+    assert_same(workdir, recipe, "full", "resumed")
+
+
+def test_two_ranks_resume_after_sigterm(workdir, recipe, monkeypatch):
+    assert two_forked(fit, recipe, "--run", "full", *TWO)[0] == [0, 0]
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@24@0 SIGTERM@28@1")
+    statuses, output = two_forked(fit, recipe, "--run", "resumed", *TWO)
+    assert statuses[0] == 85, output
+    assert output.count("Stopped and saved") == 1
+    monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
+    assert two_forked(fit, recipe, "--run", "resumed", *TWO)[0] == [0, 0]
     assert_same(workdir, recipe, "full", "resumed")
 
 

@@ -202,6 +202,7 @@ def test_metrics_without_committed_weights_are_updated_if_they_do_not_depend_on_
     assert updated_metrics(record, [before, after], True, ["swd"])["digits"]["swd/8"]["mean"] == 8.0
 
 
+@pytest.mark.slow
 def test_failed_records_are_named_and_the_check_continues(project):
     records, method = project.record.parent, project.folder / "experiments/methods/espcn"
     record = read_record(project.record)

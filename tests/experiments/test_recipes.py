@@ -1,6 +1,5 @@
 """Every recipe of the project is parsed, built and trained for a few steps, on small images in the layout of its dataset."""
 
-import importlib
 import re
 import shutil
 
@@ -23,8 +22,22 @@ from tests.helpers.subprocess_helpers import forked
 from tests.helpers.tiny_recipes import inception_weights
 
 ALL = recipes()
-OTHER_PAINTINGS = ("style/wave", "style/composition_vii", "style/the_scream")
 TRAINED = [recipe for recipe in ALL if "total_images" in parameters(recipe.class_path("model"))]
+# Recipes that differ from another one by the dataset, the painting, the scale, a size, or a row of a table. Their tests are slow.
+VARIANTS = re.compile(
+    "autoencoder/exclude_[1-9]|"
+    "colorization/((.*_)?(class|l2)|.*_finetuned|photographs.*|stl10|released_code|cifar10|cifar10_jpeg_full|coco|places)|"
+    "colorization/.*probe_random|"
+    "cyclegan/(camvid_gan_backward|faces|maps|monet2photo)|"
+    "dcgan/(celeba|cifar10|imagenet|svhn)|"
+    "espcn/(t91_x2|t91_x4|imagenet_x3_relu|imagenet_x4)|"
+    "perceptual_sr/(x4_pixel|x8_feature|paper_x4_.*|paper_x8_pixel)|"
+    "progan/(lsun_.*|celeba_[bcdefh].*|cifar10|cifar10_jpeg_[bcdef].*|celebahq_tensorflow|faces)|"
+    "srcnn/t91_x4|"
+    "style/(wave|composition_vii|the_scream|starry_night)|"
+    "unet/phc_u373|"
+    "vae/(figure2_(5|10|20|200)|.*_200_epochs|omniglot_vae|two_layers_vae)"
+)
 
 
 def datamodule_of(recipe):
@@ -33,6 +46,15 @@ def datamodule_of(recipe):
 
 def name_of(recipe):
     return recipe.name
+
+
+def trained_on(datamodule, method=""):
+    """Return the recipes of a datamodule that are trained, and the names of their tests."""
+    return [
+        pytest.param(recipe, marks=pytest.mark.slow if VARIANTS.fullmatch(recipe.name) else [], id=recipe.name)
+        for recipe in TRAINED
+        if datamodule_of(recipe) == datamodule and recipe.name.startswith(method)
+    ]
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=name_of)
@@ -47,9 +69,12 @@ def test_header_states_cell_value_time_and_command(recipe):
 def build(recipes):
     for recipe in recipes:
         print(recipe.name)
-        with torch.device("cpu" if datamodule_of(recipe) == "Points" else "meta"):  # points are computed when they are built
+        is_toy = recipe.class_path("data").startswith("datamodules.toys.")
+        device = "cpu" if is_toy else "meta"  # points are computed when they are built
+        with torch.device(device):
             cli = DarkroomCLI("fit", recipe, [])
         assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
+        assert all(parameter.device.type == device for parameter in cli.model.parameters())
 
 
 def accepted(recipe, overrides):
@@ -60,29 +85,15 @@ def accepted(recipe, overrides):
     return [word for pair in kept for word in pair]
 
 
-# The tests below train the networks of these recipes at full size.
-TRAINED_IN_FULL = [recipe for recipe in TRAINED if datamodule_of(recipe) in ("SuperResolution", "Reconstruction")]
-
-
-@pytest.mark.parametrize("method", sorted({recipe.name.partition("/")[0] for recipe in ALL if recipe not in TRAINED_IN_FULL}))
+@pytest.mark.parametrize("method", sorted({recipe.name.partition("/")[0] for recipe in ALL}))
 def test_recipes_are_built_at_full_size(method, workdir):
-    recipes = [recipe for recipe in ALL if recipe.name.startswith(f"{method}/") and recipe not in TRAINED_IN_FULL]
-    assert forked(build, recipes) == 0
+    assert forked(build, [recipe for recipe in ALL if recipe.name.startswith(f"{method}/")]) == 0
 
 
-@pytest.mark.parametrize("recipe", ALL, ids=name_of)
-def test_model_is_built_on_the_meta_device(recipe):
-    module, _, name = recipe.content["model"]["class_path"].rpartition(".")
-    with torch.device("meta"):
-        model = getattr(importlib.import_module(module), name)(**recipe.content["model"].get("init_args", {}))
-    assert all(parameter.is_meta for parameter in model.parameters())
+LUMA_SR = [*trained_on("SuperResolution", "espcn/"), *trained_on("SuperResolution", "srcnn/")]
 
 
-PERCEPTUAL_SR = [recipe for recipe in TRAINED if recipe.name.startswith("perceptual_sr/")]
-LUMA_SR = [recipe for recipe in TRAINED if datamodule_of(recipe) == "SuperResolution" and recipe not in PERCEPTUAL_SR]
-
-
-@pytest.mark.parametrize("recipe", LUMA_SR, ids=name_of)
+@pytest.mark.parametrize("recipe", LUMA_SR)
 def test_super_resolution_recipe_trains_a_few_steps(recipe, workdir):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], *data.get("test", [])}:
@@ -126,7 +137,7 @@ def main_with_fake_datasets(argv):
         return main(argv)
 
 
-@pytest.mark.parametrize("recipe", PERCEPTUAL_SR, ids=name_of)
+@pytest.mark.parametrize("recipe", trained_on("SuperResolution", "perceptual_sr/"))
 def test_perceptual_super_resolution_recipe_trains_a_few_steps(recipe, workdir, torch_home, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     data, model = (recipe.content[section]["init_args"] for section in ("data", "model"))
@@ -150,17 +161,7 @@ def link_feature_weights(model, workdir, torch_home):
         (workdir / "data" / weights).symlink_to(torch_home / "hub/checkpoints" / str(URLS["vgg16"]).rpartition("/")[2])
 
 
-def generation_recipes():
-    """Return the recipes of generation; those of ProGAN that differ from another one by the dataset or a row are slow."""
-    variant = re.compile(r"progan/(lsun_.*|celeba_[bcdefh].*|cifar10_jpeg_[bcdef].*)")
-    return [
-        pytest.param(recipe, marks=pytest.mark.slow if variant.fullmatch(recipe.name) else [], id=recipe.name)
-        for recipe in TRAINED
-        if datamodule_of(recipe) == "Generation"
-    ]
-
-
-@pytest.mark.parametrize("recipe", generation_recipes())
+@pytest.mark.parametrize("recipe", trained_on("Generation"))
 def test_generation_recipe_trains_a_few_steps(recipe, workdir, torch_home, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
@@ -191,7 +192,7 @@ def test_generation_recipe_trains_a_few_steps(recipe, workdir, torch_home, monke
     assert_losses_are_documented(recipe, folder)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Reconstruction"], ids=name_of)
+@pytest.mark.parametrize("recipe", trained_on("Reconstruction"))
 def test_reconstruction_recipe_trains_a_few_steps(recipe, workdir):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data.get("val", data["train"]), *data.get("test", [])}:
@@ -217,7 +218,7 @@ def write_coins(folder):
         Image.fromarray((mask[rows] > 0).astype("uint8")).save(folder / f"masks/{i}.png")
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Segmentation"], ids=name_of)
+@pytest.mark.parametrize("recipe", trained_on("Segmentation"))
 def test_segmentation_recipe_trains_a_few_steps(recipe, workdir):
     data, model = (recipe.content[section]["init_args"] for section in ("data", "model"))
     if data["train"]:
@@ -247,7 +248,7 @@ def test_segmentation_recipe_trains_a_few_steps(recipe, workdir):
     assert_losses_are_documented(recipe, folder)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TRAINED if datamodule_of(recipe) == "Unpaired"], ids=name_of)
+@pytest.mark.parametrize("recipe", trained_on("Unpaired"))
 def test_translation_recipe_trains_a_few_steps(recipe, workdir):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data.get("val", data["train"]), *data.get("test", [])}:
@@ -265,16 +266,7 @@ def test_translation_recipe_trains_a_few_steps(recipe, workdir):
     assert_losses_are_documented(recipe, folder)
 
 
-def stylization_recipes():
-    """Return the recipes of style transfer; those that differ from another one by the painting are slow."""
-    return [
-        pytest.param(recipe, marks=pytest.mark.slow if recipe.name in OTHER_PAINTINGS else [], id=recipe.name)
-        for recipe in TRAINED
-        if datamodule_of(recipe) == "Stylization"
-    ]
-
-
-@pytest.mark.parametrize("recipe", stylization_recipes())
+@pytest.mark.parametrize("recipe", trained_on("Stylization"))
 def test_stylization_recipe_trains_a_few_steps(recipe, workdir, torch_home, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     data, model = (recipe.content[section]["init_args"] for section in ("data", "model"))
@@ -297,18 +289,7 @@ def short_crops(data):
     return [*words, "--data.val", data["test"][0]] if data["train"].startswith("cifar10") else words
 
 
-def colorization_recipes():
-    """Return the recipes of colorization; those that differ from another one by the dataset or a row are slow."""
-    others = "(.*_)?(class|l2)|.*_finetuned|photographs.*|stl10|released_code|cifar10|coco|places"
-    variant = re.compile(f"colorization/({others})")
-    return [
-        pytest.param(recipe, marks=pytest.mark.slow if variant.fullmatch(recipe.name) else [], id=recipe.name)
-        for recipe in TRAINED
-        if datamodule_of(recipe) == "Colorization"
-    ]
-
-
-@pytest.mark.parametrize("recipe", colorization_recipes())
+@pytest.mark.parametrize("recipe", trained_on("Colorization"))
 def test_colorization_recipe_trains_a_few_steps(recipe, workdir, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(workdir / "torch"))
     data = recipe.content["data"]["init_args"]
@@ -324,16 +305,7 @@ def test_colorization_recipe_trains_a_few_steps(recipe, workdir, monkeypatch):
     assert_losses_are_documented(recipe, folder)
 
 
-def classification_recipes():
-    """Return the recipes of classification; those with random features are slow."""
-    return [
-        pytest.param(recipe, marks=pytest.mark.slow if recipe.name.endswith("_random") else [], id=recipe.name)
-        for recipe in TRAINED
-        if datamodule_of(recipe) == "Classification"
-    ]
-
-
-@pytest.mark.parametrize("recipe", classification_recipes())
+@pytest.mark.parametrize("recipe", trained_on("Classification"))
 def test_classification_recipe_trains_a_few_steps(recipe, workdir):
     data = recipe.content["data"]["init_args"]
     for name in {data["train"], data["val"], *data["test"]}:

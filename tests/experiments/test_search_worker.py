@@ -1,14 +1,18 @@
 """Search workers: shared storage, recovery of killed workers, and reports."""
 
+import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 
+import optuna
 import pytest
 from filelock import FileLock
+from optuna.trial import TrialState, create_trial
 
 from callbacks.run.csv_logger import read_metrics_csv
 from datamodules.errors import UserError
@@ -17,6 +21,8 @@ from experiments.cli.main import main
 from experiments.run.run_dir import Run
 from experiments.search import worker as search_worker
 from experiments.search.ray_backend import sweep_on_ray
+from experiments.search.report import report
+from experiments.search.samplers import distributions
 from experiments.search.spec import read_search
 from tests.helpers.search_helpers import fast_worker, trials_of, wait_for, write_search
 from tests.helpers.subprocess_helpers import forked, started
@@ -72,7 +78,8 @@ def test_worker_waits_for_a_locked_run(tmp_path, monkeypatch):
     assert not waiting.is_alive()
 
 
-@pytest.mark.parametrize("stop", ["signal", pytest.param("ctrl-c", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["signal", "ctrl-c"])
 def test_stopped_worker_requeues_its_trial_and_resumes_bit_identically(workdir, photos, stop):
     """The trial ends with the weights of an uninterrupted run."""
     write_search(workdir, photos, parameters={"model.learning_rate": {"values": [1e-2]}})
@@ -154,12 +161,37 @@ def test_search_with_only_failed_trials_reports_the_last_error(workdir, photos, 
 # Report
 
 
+def study_of(search, values):
+    """Return a study whose trials have these values; None for a trial that failed."""
+    study = optuna.create_study(direction="maximize" if search.maximize else "minimize")
+    spaces = distributions(search)
+    for i, value in enumerate(values):
+        params = {key: space.choices[i % len(space.choices)] for key, space in spaces.items()}
+        attributes = {"run": f"r{i}", **({"reason": "too large | <b>"} if value is None else {})}
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        study.add_trial(create_trial(state=state, value=value, params=params, distributions=spaces, user_attrs=attributes))
+    return study
+
+
 def test_equal_values_have_no_importance_plot(workdir, photos):
-    write_search(workdir, photos, parameters={"data.skip_bad": {"values": [True, False]}})
-    assert forked(main, ["sweep", "search.yaml"]) == 0
-    folder = workdir / "runs/sweeps/search"
-    assert "param_importances" not in (folder / "README.md").read_text()
-    assert "Importance" not in (folder / "report.html").read_text()
+    search = read_search(write_search(workdir, photos), [])
+    report(search, study_of(search, [1.0, 1.0]), workdir)
+    assert "param_importances" not in (workdir / "README.md").read_text()
+    assert "Importance" not in (workdir / "report.html").read_text()
+
+
+def test_failed_trials_are_in_all_tables(workdir, photos, capsys):
+    search = read_search(write_search(workdir, photos), [])
+    report(search, study_of(search, [20.5, None, 30.25]), workdir)
+    assert re.search(r"1 │\s+failed │\s+0.001", capsys.readouterr().out)
+    rows = list(csv.DictReader((workdir / "trials.csv").open(newline="")))
+    assert [(row["trial"], row["state"], row["reason"]) for row in rows] == [
+        ("2", "COMPLETE", ""),
+        ("0", "COMPLETE", ""),
+        ("1", "FAIL", "too large | <b>"),
+    ]
+    assert "| 1 | failed | 0.001 |" in (workdir / "README.md").read_text()
+    assert "<td>failed</td>" in (workdir / "report.html").read_text()
 
 
 def test_report_has_table_plots_and_best_recipe(workdir, photos):

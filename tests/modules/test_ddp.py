@@ -85,7 +85,7 @@ def test_run_stopped_during_evaluation_is_evaluated_on_resume(workdir, monkeypat
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.parametrize("options", [[], TWO], ids=["one", "two"])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow, id="one"), pytest.param(TWO, id="two")])
 def test_non_finite_loss_stops_the_run_with_one_error_line(workdir, recipe, options):
     result = launched("fit", recipe, "--run", "broken", "--model.learning_rate", "1e30", *options)
     assert result.returncode == 2, result.stderr

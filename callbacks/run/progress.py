@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 BAR_WIDTH = 18  # columns; the bar, the numbers and the remaining time fit into 80
 
@@ -31,12 +32,13 @@ class ProgressBar(Callback):
     def _open(self, trainer: Any, unit: str, total: int, completed: int = 0) -> None:
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
+        cut = Column(no_wrap=True, overflow="ellipsis")  # on a narrow terminal
         self.progress = Progress(
-            BarColumn(bar_width=BAR_WIDTH),
+            BarColumn(bar_width=BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH)),
             TaskProgressColumn(),
-            TextColumn(f"{{task.completed:,.0f}} of {{task.total:,.0f}} {unit}"),
-            TimeRemainingColumn(),  # the texts that follow are cut first if the terminal is narrow
-            TextColumn("{task.fields[text]}"),
+            TextColumn(f"{{task.completed:,.0f}} of {{task.total:,.0f}} {unit}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.fields[text]}", table_column=cut),
             console=self.console,
             auto_refresh=False,  # a refresh thread would compete with the training loop for the interpreter
         )
@@ -108,6 +110,7 @@ class ProgressBar(Callback):
     def _status_text(self, trainer: Any, pl_module: Any) -> str:
         rate = (pl_module.images_seen - self.images_at_start) / (time.monotonic() - self.started)
         fields = [f"{rate:,.0f}/s"]
-        if self.monitor in trainer.callback_metrics:
-            fields.append(f"{self.monitor} {float(trainer.callback_metrics[self.monitor]):.3f}")
+        if self.monitor is not None and self.monitor in trainer.callback_metrics:
+            name = self.monitor if self.progress is None else self.monitor.partition("/")[2]  # without the dataset
+            fields.insert(0, f"{name} {float(trainer.callback_metrics[self.monitor]):.3f}")
         return "  ".join(fields)

@@ -1,5 +1,7 @@
 """Download datasets and verify the checksum of every file."""
 
+from importlib.util import find_spec
+
 import pooch
 from rich.console import Console
 from rich.progress import track
@@ -29,8 +31,10 @@ def download(dataset: CatalogEntry) -> int:
         try:
             fetcher.fetch(name)
         except (OSError, ValueError) as error:  # requests raises OSErrors, pooch a ValueError for a wrong checksum
+            by_hand = f"save the file as {dataset.path / name} (sha256 {registry[name].removeprefix('sha256:')})"
             raise DatasetNotFound(
-                f"{dataset.name}: {name} could not be downloaded from {dataset.url} ({error}). Check the connection, then retry"
+                f"{dataset.name}: {dataset.url}{name} could not be downloaded ({error}). "
+                f"Check the connection, or {by_hand}. Then retry"
             ) from None
     return len(registry)
 
@@ -43,6 +47,8 @@ def download_torchvision(name: str) -> None:
     """
     dataset = get_dataset(name)
     root = dataset.path
+    if name == "celeba" and find_spec("gdown") is None:  # torchvision calls it for Google Drive
+        raise DatasetNotFound(f"{name}: its download requires the package gdown. Run pip install gdown")
     try:
         if name == "mnist":
             datasets.MNIST(str(data_root()), download=True)
@@ -66,12 +72,12 @@ def download_torchvision(name: str) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         by_hand = "; ".join(f"{address} (md5 {md5})" for address, md5 in torchvision_files(name))
         folder = data_root() / "MNIST/raw" if name == "mnist" else root
-        advice = f", or save in {folder}: {by_hand}" if by_hand else ""
-        raise DatasetNotFound(f"{name} could not be downloaded ({reason}). Check the connection{advice}. Then retry") from None
+        advice = f"Check the connection, or save in {folder}: {by_hand}. Then retry"
+        raise DatasetNotFound(f"{name} could not be downloaded ({reason}). {advice}") from None
 
 
 def torchvision_files(name: str) -> list[tuple[str, str]]:
-    """Return the address and the md5 of each file of a dataset of torchvision; none for one that has no addresses (CelebA)."""
+    """Return the address and the md5 of each file of a dataset of torchvision."""
     if name == "mnist":
         return [(datasets.MNIST.mirrors[0] + file, md5) for file, md5 in datasets.MNIST.resources]
     if name == "cifar10":
@@ -84,4 +90,7 @@ def torchvision_files(name: str) -> list[tuple[str, str]]:
         return list(datasets.OxfordIIITPet._RESOURCES)
     if name == "voc":
         return [(datasets.voc.DATASET_YEAR_DICT["2012"]["url"], datasets.voc.DATASET_YEAR_DICT["2012"]["md5"])]
-    return []
+    if name == "celeba":
+        files = datasets.CelebA.file_list
+        return [(f"{file} of https://drive.google.com/uc?id={file_id}", md5) for file_id, md5, file in files]
+    raise AssertionError(name)

@@ -58,13 +58,13 @@ def _status(spec: str) -> str:
 
 def show_data() -> None:
     """Print the catalog: status, description and license of each dataset, and installation instructions."""
-    columns = ("dataset", "status", "description", "license", "installation")
-    table = Table(title=f"Datasets in {data_root()}", title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")  # keep long addresses complete
+    table = Table("dataset", "status", title=f"Datasets in {data_root()}", title_justify="left")
+    table.add_column("description, license, installation", overflow="fold")  # keep long addresses complete
     for name, dataset in catalog().items():
         status = dataset.status()
-        table.add_row(name, status, dataset.title, dataset.license, "" if status == "installed" else dataset.install_hint())
+        lines = [f"[bold]{escape(dataset.title)}[/bold]", escape(f"License: {dataset.license}")]
+        lines += [] if status == "installed" else [escape(f"To install: {dataset.install_hint()}")]
+        table.add_row(name, status, "\n".join(lines))
     Console().print(table)
     networks = ", ".join(REFERENCE_NETWORKS)
     print(f"Weights of networks that compute losses and metrics ({networks}): darkroom data get NAME")

@@ -160,6 +160,7 @@ def _reproduce(argv: list[str]) -> int:
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with --run: train with seeds 0 ... N-1 (default 1)")
     parser.add_argument("--only", metavar="RECIPE", help="with --run: run only this recipe")
+    parser.add_argument("--table", metavar="TEXT", help="print only tables with TEXT in their names, such as 'Table 2'")
     parser.add_argument(
         "--check",
         nargs="?",
@@ -174,7 +175,7 @@ def _reproduce(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if (args.renames or args.update) and args.check is None:
         raise UserError("reproduce: --renames and --update require --check. Add --check")
-    if args.check is not None and (args.run or args.write or args.json or args.only or args.seeds != 1):
+    if args.check is not None and (args.run or args.write or args.json or args.only or args.table or args.seeds != 1):
         raise UserError("reproduce: --check takes no option but --renames and --update. Remove the others")
     if args.check and args.method:
         raise UserError("reproduce: --check all checks every method. Remove 'all' or the method")
@@ -189,7 +190,7 @@ def _reproduce(argv: list[str]) -> int:
         return 0 if check(checked, read_renames(args.renames), args.update) else 1
     from experiments.results.reproduce import reproduce
 
-    reproduce(args.method, args.run, args.seeds, args.only, args.write, args.json)
+    reproduce(args.method, args.run, args.seeds, args.only, args.write, args.json, args.table)
     return 0
 
 

@@ -31,7 +31,9 @@ RESULTS = ROOT / "experiments/RESULTS.md"
 REPLAY_STEPS = 100  # steps that are replayed if other code started a run; at least two rows of its log
 
 
-def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool, as_json: bool) -> None:
+def reproduce(
+    method: str, run: bool, seeds: int, only: str | None, write: bool, as_json: bool, table: str | None = None
+) -> None:
     """Render a method's tables; with `run`, first run the recipes without a current record whose data are available.
 
     Raises:
@@ -58,7 +60,7 @@ def reproduce(method: str, run: bool, seeds: int, only: str | None, write: bool,
     if as_json:
         print(json.dumps(cells(method), indent=1))
     else:
-        Console().print(Markdown(render(method)))
+        Console().print(Markdown(render(method, table, brief=True)))
 
 
 def recipes_in_tables(method: str, only: str | None) -> list[Recipe]:
@@ -171,9 +173,9 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     Raises:
         UserError: recipe or code of the run are not the current ones, the run was not evaluated, or the replay differs.
     """
-    from safetensors.torch import save_file
     from torch import load
 
+    from experiments.run.export import export
     from modules.networks.weights import inference_state_dict
 
     record = read_record(run.record)
@@ -189,8 +191,7 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     weights = inference_state_dict(recipe.load_class("model"), state)
     if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= MAX_WEIGHT_BYTES:
         recipe.weights.parent.mkdir(exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, recipe.weights)
-        recipe.weights.chmod(0o644)  # safetensors creates files that only their owner can read
+        export(recipe, ["--ckpt", str(run.best_checkpoint)], recipe.weights)
 
 
 def replay(run: Run, recipe: Recipe, seed: int) -> int:

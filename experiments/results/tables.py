@@ -212,14 +212,26 @@ def format_ours(cell: Cell) -> str:
     return f"{cell['ours']:.{places}f}{spread}"
 
 
-def render(method: str) -> str:
+def render(method: str, only: str | None = None, brief: bool = False) -> str:
     """Render a method's tables in Markdown: one line per cell that was run, then the other cells by their reason.
 
     The protocol of a row is next to its name if it differs from that of the table.
+
+    Args:
+        method: the method.
+        only: a part of the names of the tables; None for all tables.
+        brief: leave out what a check is due to, for a terminal.
+
+    Raises:
+        UserError: the method has no table with such a name.
     """
     lines: list[str] = []
-    of_method = cells(method)
-    for table in load_table(method)["tables"]:
+    of_method = [{**cell, "checked": cell["checked"].partition(":")[0]} if brief else cell for cell in cells(method)]
+    known = load_table(method)["tables"]
+    tables = [table for table in known if (only or "").lower() in table["table"].lower()]
+    if not tables:
+        raise UserError(f"--table {only}: no such table. Use one of: {'; '.join(table['table'] for table in known)}")
+    for table in tables:
         of_table = [cell for cell in of_method if cell["table"] == table["table"]]
         lines += [f"**{table['table']}.** {table['caption']} {_protocols(table)}.", ""]
         not_run = [cell for cell in of_table if cell["state"].startswith(NOT_RUN)]

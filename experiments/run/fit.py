@@ -206,10 +206,11 @@ def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
         UserError: Weights & Biases is "online" without an account.
     """
     loggers: list[Logger] = []
+    config = {key: value for key, value in cli.config.as_dict().items() if key in ("model", "data", "trainer", "monitor")}
     if "tensorboard" in cli.config.log:
-        from lightning.pytorch.loggers import TensorBoardLogger
+        from callbacks.run.tensorboard_logger import TensorBoardLogger
 
-        loggers.append(TensorBoardLogger(run.folder, "tensorboard", ""))
+        loggers.append(TensorBoardLogger(run.folder, {key: config[key] for key in ("model", "data")}))
     if cli.config.wandb or "wandb" in cli.config.log:
         from lightning.pytorch.loggers import WandbLogger
 
@@ -219,7 +220,6 @@ def make_loggers(cli: DarkroomCLI, run: Run, resumed_at: int) -> list[Logger]:
             raise UserError("--wandb online: no account. Run `wandb login` first, or use --wandb offline")
         # A fixed id lets a resumed run continue its W&B run; a W&B agent sets the id.
         run_id = None if "WANDB_SWEEP_ID" in os.environ else re.sub(r"\W", "-", name)
-        config = {key: value for key, value in cli.config.as_dict().items() if key in ("model", "data", "trainer", "monitor")}
         loggers.append(
             WandbLogger(name, run.folder, id=run_id, project="darkroom", offline=offline, resume="allow", config=config)
         )

@@ -136,7 +136,9 @@ def test_download_with_wrong_checksum_raises(hosted, tmp_path, immediate_retries
 
 
 def test_unreachable_host_is_named_in_error(hosted, immediate_retries):
-    with pytest.raises(DatasetNotFound, match=r"hosted.*http://127\.0\.0\.1:1/"):
+    with pytest.raises(
+        DatasetNotFound, match=r"hosted.*http://127\.0\.0\.1:1/.*save the file as \S+Hosted/\S+\.png \(sha256 \w{64}\)"
+    ):
         download(replace(hosted, url="http://127.0.0.1:1/"))
 
 
@@ -149,13 +151,14 @@ def test_real_datasets_match_their_manifests(with_real_data, name):
 
 
 def test_files_of_torchvision_have_addresses_and_checksums():
-    """A user without a connection can download them elsewhere. CelebA is on Google Drive, without addresses."""
+    """A user without a connection can download them elsewhere."""
     names = [name for name, entry in catalog().items() if entry.source == "torchvision"]
     assert {"mnist", "cifar10", "celeba"} <= set(names)
     for name in names:
         files = torchvision_files(name)
-        assert bool(files) == (name != "celeba"), name
-        assert all(address.startswith("http") and re.fullmatch("[0-9a-f]{32}", md5) for address, md5 in files), name
+        assert files, name
+        assert all("https://" in address or "http://" in address for address, _ in files), name
+        assert all(re.fullmatch("[0-9a-f]{32}", md5) for _, md5 in files), name
 
 
 def test_failed_download_names_address_folder_and_checksum(workdir, monkeypatch):
@@ -165,3 +168,12 @@ def test_failed_download_names_address_folder_and_checksum(workdir, monkeypatch)
     monkeypatch.setattr(datasets.MNIST, "__init__", fail)
     with pytest.raises(DatasetNotFound, match=r"Error downloading a\.gz: .*data/MNIST/raw: https?://\S+\.gz \(md5 \w{32}\)"):
         download_torchvision("mnist")
+    monkeypatch.setattr(datasets.CelebA, "__init__", fail)
+    monkeypatch.setattr("datamodules.catalog.download.find_spec", lambda name: None)
+    with pytest.raises(DatasetNotFound, match=r"requires the package gdown\. Run pip install gdown"):
+        download_torchvision("celeba")
+    monkeypatch.setattr("datamodules.catalog.download.find_spec", lambda name: name)
+    with pytest.raises(
+        DatasetNotFound, match=r"celeba: img_align_celeba\.zip of https://drive\.google\.com/\S+ \(md5 \w{32}\)"
+    ):
+        download_torchvision("celeba")

@@ -241,6 +241,16 @@ def test_resume_uses_overrides_of_the_command_line(workdir, recipe):
     assert min(rates) == 4  # values logged before the checkpoint are kept
 
 
+def test_tensorboard_has_the_keys_of_model_and_data(workdir, recipe):
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]", "--log", "tensorboard"]) == 0
+    folder = workdir / "runs/tiny/one/tensorboard"
+    keys = yaml.safe_load((folder / "hparams.yaml").read_text())
+    config = yaml.safe_load((workdir / "runs/tiny/one/config.yaml").read_text())
+    for section in ("model", "data"):
+        assert config[section]["init_args"].items() <= keys[section]["init_args"].items()
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

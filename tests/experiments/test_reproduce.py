@@ -15,8 +15,9 @@ from experiments.cli.main import main
 from experiments.results import records, reproduce, tables
 from experiments.results.fingerprint import canonical, code_fingerprint
 from experiments.results.records import committed_records, differences, validate
-from experiments.run.recipes import find_recipe, methods, recipes
+from experiments.run.recipes import Recipe, find_recipe, methods, recipes
 from experiments.run.run_dir import Run
+from experiments.run.weights_file import read_description
 from tests.helpers.record_helpers import a_record
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.superresolution import write_recipe
@@ -241,14 +242,18 @@ def resumed(workdir, photos, three_photos, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(reproduce, "REPLAY_STEPS", 8)
     monkeypatch.setattr(reproduce, "record_path", lambda recipe, seed: workdir / "kept/record.json")
-    monkeypatch.setattr(reproduce, "MAX_WEIGHT_BYTES", 0)
     return run, recipe
 
 
-def test_run_of_other_code_is_committed_if_the_current_code_repeats_its_first_steps(workdir, resumed):
+def test_run_of_other_code_is_committed_if_the_current_code_repeats_its_first_steps(workdir, resumed, monkeypatch):
     run, recipe = resumed
+    weights = workdir / "kept/weights.safetensors"
+    monkeypatch.setattr(Recipe, "weights", weights)
     reproduce.commit_record(run, recipe)
     assert read_record(workdir / "kept/record.json")["replayed_images"] == 32
+    description = read_description(weights)
+    assert (description.recipe, description.model.class_path) == ("tiny", "modules.espcn.ESPCN")
+    assert description.images_seen == read_record(run.record)["best_images"]
 
 
 def test_run_of_other_code_is_not_committed_if_its_first_steps_differ(workdir, resumed):

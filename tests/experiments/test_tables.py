@@ -1,7 +1,10 @@
 """Tables rendered from records: the states of their cells."""
 
+import re
+
 import pytest
 
+from datamodules.errors import UserError
 from experiments.results import tables
 from experiments.results.fingerprint import canonical, code_fingerprint
 from experiments.run.recipes import find_recipe
@@ -110,3 +113,11 @@ def test_average_is_weighted_by_images():
     record = {"metrics": {name: {"m": {"mean": mean, "images": {}}} for name, mean in (("a", 30.0), ("b", 20.0))}}
     assert tables.record_value(record, "average", "m", {"a": 1, "b": 3}) == 22.5
     assert tables.record_value(record, "average", "m", {"a": 1, "c": 3}) is None
+
+
+def test_one_table_is_rendered_alone():
+    text = tables.render("espcn", "x4", brief=True)
+    assert re.findall(r"^\*\*(.*)\.\*\*", text, re.MULTILINE) == ["Table 2, x4"]
+    assert "check due:" not in text
+    with pytest.raises(UserError, match=r"--table x9: no such table\. Use one of: Table 1; "):
+        tables.render("espcn", "x9")

@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from datamodules.catalog.array_readers import read_split
-from datamodules.io.image_io import pixel_hash, to_channels
+from datamodules.io.image_io import to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.io.image_set import random_subset
 from datamodules.photographs import Photographs, RandomCrops, center_crop, is_array_dataset, read_resized, require_multiple
@@ -63,7 +63,7 @@ class Colorization(Photographs):
         if not is_array_dataset(self.train):
             return self.data_report.validate(list_image_refs(self.train), 1, decode=False)
         pixels, _ = read_split(self.train)
-        self.data_report.content_hashes[dataset_label(self.train)] = {"all": pixel_hash(pixels)}
+        self.data_report.add_array(self.train, pixels)
         return pixels
 
     def training_crop(self, position: float) -> Tensor:

@@ -15,7 +15,7 @@ from datamodules.batches import PhotographBatch, PhotographEvalBatch
 from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset
 from datamodules.errors import UserError
-from datamodules.io.image_io import pixel_hash, read_image, to_channels
+from datamodules.io.image_io import read_image, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.io.image_set import class_folders, folder_labels
 from datamodules.random.philox import randint_from_words, random_words
@@ -121,7 +121,7 @@ class Photographs(ResumableDataModule):
         if is_array_dataset(spec):
             pixels, labels = read_split(spec)
             name = dataset_label(spec)
-            self.data_report.content_hashes[name] = {"all": pixel_hash(pixels)}
+            self.data_report.add_array(spec, pixels)
             self.class_counts[name] = int(labels.max()) + 1
             refs = [ImageRef(name, f"{index:06d}", Path()) for index in range(len(pixels))]
             return PhotographSet(refs, [resize_short_side(to_channels(image, 3), self.resize) for image in pixels], labels)

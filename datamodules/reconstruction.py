@@ -14,7 +14,7 @@ from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
 from datamodules.generation import Generation, InMemoryImages, eval_batch_size
-from datamodules.io.image_io import InvalidImage, pixel_hash
+from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import dataset_label, list_image_refs
 from datamodules.io.image_set import ImageSet
 from datamodules.random.philox import random_words
@@ -126,7 +126,7 @@ class Reconstruction(Generation):
                 f"data.size: {list(self.image_hw or ())} and data.channels: {self.channels}, but the images of {spec} are "
                 f"{list(pixels.shape[1:])} (channels, height, width). Set both accordingly"
             )
-        self.data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
+        self.data_report.add_array(spec, pixels)
         return ImageSet(pixels, labels)
 
     def _folder_names(self, spec: str) -> list[str]:

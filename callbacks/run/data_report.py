@@ -21,7 +21,7 @@ class PrintDataReport(Callback):
         if not trainer.datamodule or not trainer.is_global_zero:
             return
         report = trainer.datamodule.data_report
-        counts = {name: len(images) for name, images in report.content_hashes.items() if set(images) != {"all"}}
+        counts = {name: report.array_lengths.get(name, len(images)) for name, images in report.content_hashes.items()}
         found = [f"{name} {count:,}" for name, count in counts.items() if name not in self.printed]
         if found and self.counts:
             print(f"images    {', '.join(found)}", flush=True)

@@ -8,6 +8,8 @@ from os.path import commonpath
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from datamodules.catalog.catalog import resolve_images
 from datamodules.io.image_io import InvalidImage, check_size, note_on_losses, pixel_hash, probe_image, read_image
 
@@ -64,6 +66,7 @@ class DataReport:
         self.skipped: list[str] = []
         self.notes: list[str] = []  # remarks on images that are usable, but probably not as intended
         self.content_hashes: dict[str, dict[str, str]] = {}
+        self.array_lengths: dict[str, int] = {}  # images of datasets that are arrays; they have one hash
 
     def validate(self, refs: Sequence[ImageRef], min_size: int, decode: bool = True) -> list[ImageRef]:
         """Return the usable images.
@@ -95,6 +98,11 @@ class DataReport:
         self.skipped += reasons
         self.note_losses(usable[0].dataset, [ref.path for ref in usable])
         return usable
+
+    def add_array(self, spec: str, pixels: Tensor) -> None:
+        """Add the images of a dataset that is an array, uint8 (N, C, H, W)."""
+        self.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
+        self.array_lengths[dataset_label(spec)] = len(pixels)
 
     def note_losses(self, dataset: str, paths: Iterable[Path]) -> None:
         """Add a remark if the images of a dataset have more bits than are read."""

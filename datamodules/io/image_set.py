@@ -14,8 +14,8 @@ from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
 from datamodules.io.folders import is_hidden
-from datamodules.io.image_io import InvalidImage, pixel_hash, read_image
-from datamodules.io.image_refs import DataReport, ImageRef, dataset_label, list_image_refs
+from datamodules.io.image_io import InvalidImage, read_image
+from datamodules.io.image_refs import DataReport, ImageRef, list_image_refs
 
 
 class ImageSet(NamedTuple):
@@ -71,7 +71,7 @@ def load_image_set(
         if size >= 2 * min(pixels.shape[2:]):
             sides = f"{pixels.shape[3]}x{pixels.shape[2]}"
             raise UserError(f"data.size: {size} is too large for the images of {name}, {sides} pixels. Use a smaller size")
-        data_report.content_hashes[dataset_label(spec)] = {"all": pixel_hash(pixels)}
+        data_report.add_array(spec, pixels)
         used = random_subset(len(pixels), max_images)
         return ImageSet(resize_uint8(pixels[used], size), labels[used])
     refs = list_image_refs(spec)

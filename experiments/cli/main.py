@@ -205,9 +205,7 @@ def _folds(argv: list[str]) -> int:
         raise UserError(f"folds: {args.count} folds; use 2 to 1000")
     recipe = find_recipe(args.recipe)
     from experiments.run.folds import folds
-    from experiments.run.lightning_cli import validate_overrides
 
-    validate_overrides(recipe, [*overrides, "--data.fold", f"1/{args.count}"])
     folds(recipe, args.count, overrides)
     return 0
 
@@ -293,7 +291,7 @@ def _sweep(argv: list[str]) -> int:
     else:
         from experiments.run.lightning_cli import validate_overrides
 
-        validate_overrides(search.recipe, search.example_argv)
+        validate_overrides(search.recipe, *search.examples)
         if args.ray:
             from experiments.search.ray_backend import sweep_on_ray
 

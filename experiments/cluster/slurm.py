@@ -65,7 +65,7 @@ def submit_training(recipe: Recipe, keys: Sequence[str], job: Job, dry_run: bool
     trainer_args = ["--trainer.accelerator", "gpu" if job.gpus else "cpu", "--trainer.devices", str(job.processes)]
     trainer_args += ["--trainer.num_nodes", str(job.nodes)] if job.nodes > 1 else []
     trainer_args += ["--trainer.strategy", "ddp"] if job.processes * job.nodes > 1 else []
-    validate_overrides(recipe, list(keys), job.nodes * job.processes)
+    validate_overrides(recipe, list(keys), processes=job.nodes * job.processes)
     name = recipe.name if recipe.bundled else str(recipe.path.absolute())
     submit(["fit", name, *trainer_args, *keys], f"darkroom-{recipe.name.replace('/', '-')}", job, dry_run)
 
@@ -80,7 +80,7 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, storage: str | None
     search = read_search(path, list(keys))
     if job.nodes > 1:
         raise UserError(f"submit: --nodes {job.nodes}: a trial uses one node. Use --workers for concurrent trials")
-    validate_overrides(search.recipe, search.example_argv, max(1, job.gpus))
+    validate_overrides(search.recipe, *search.examples, processes=max(1, job.gpus))
     arguments = ["--storage", storage] if storage else []
     arguments += ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
     worker_job = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))

@@ -186,7 +186,7 @@ def _source(module: str) -> Path | None:
     if top in sys.stdlib_module_names:
         return None
     if top in PACKAGES:
-        return _own_source(module)
+        return _own_source(module, ROOT)
     if (spec := _find_package(top, tuple(sys.path))) is None:
         return None
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
@@ -197,9 +197,9 @@ def _source(module: str) -> Path | None:
 
 
 @cache
-def _own_source(module: str) -> Path | None:
+def _own_source(module: str, root: Path) -> Path | None:
     top, _, rest = module.partition(".")
-    return _module_in([ROOT / top], rest)
+    return _module_in([root / top], rest)
 
 
 def _module_in(folders: list[Path], rest: str) -> Path | None:

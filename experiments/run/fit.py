@@ -20,6 +20,7 @@ from callbacks.run.csv_logger import CSVLogger
 from callbacks.run.data_report import PrintDataReport
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
+from datamodules.reconstruction import Reconstruction
 from experiments.results.fingerprint import user_files
 from experiments.run.config_checks import check_batch_sizes
 from experiments.run.evaluate import print_results
@@ -96,7 +97,8 @@ def print_end(cli: DarkroomCLI, run: Run) -> None:
         print_rank_zero(f"pictures  {run.samples}")
     if run.image_table.exists():
         print_rank_zero(f"by image  {run.image_table}")
-    words = ["sample", str(run.folder)] if isinstance(cli.model, GenerativeMethod) else []
+    words = ["reconstruct", str(run.folder)] if isinstance(cli.datamodule, Reconstruction) else []
+    words = ["sample", str(run.folder)] if isinstance(cli.model, GenerativeMethod) else words
     if any(task.predict and isinstance(cli.datamodule, task.datamodule) for task in TASKS):
         words = ["predict", str(run.folder), "--input", "FOLDER"]
     if words:

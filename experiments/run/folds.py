@@ -9,7 +9,7 @@ from callbacks.run.record_file import read_record
 from datamodules.errors import UserError
 from experiments.results.reproduce import run_command
 from experiments.run.config_checks import typed_keys
-from experiments.run.lightning_cli import ParseOnlyCLI
+from experiments.run.lightning_cli import ParseOnlyCLI, validate_overrides
 from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run
@@ -21,11 +21,12 @@ def folds(recipe: Recipe, count: int, overrides: list[str]) -> None:
     The runs are named fold-1-of-N and so on. Those that are finished are not repeated; an interrupted one is resumed.
 
     Raises:
-        UserError: a training failed, or the recipe has no test results.
+        UserError: an option is invalid, a training failed, or the recipe has no test results.
         SystemExit: the command was interrupted.
     """
     if refused := sorted({"run", "data.fold"} & typed_keys(overrides)):
         raise UserError(f"folds: --{refused[0]} is set by the command. Remove it")
+    validate_overrides(recipe, [*overrides, "--data.fold", f"1/{count}"])
     runs = [Run(runs_root() / recipe.name / f"fold-{k}-of-{count}") for k in range(1, count + 1)]
     for k, run in enumerate(runs, 1):
         if run.record.exists():

@@ -281,26 +281,30 @@ class ParseOnlyCLI(DarkroomCLI):
         """Do nothing."""
 
 
-def validate_overrides(recipe: Recipe, overrides: list[str], processes: int = 1) -> None:
-    """Check the overrides of a `darkroom fit` that runs later, such as on a cluster.
+def validate_overrides(recipe: Recipe, *trials: list[str], processes: int = 1) -> None:
+    """Check the overrides of trainings that run later, such as on a cluster, and print remarks on them.
 
     Args:
         recipe: the recipe.
-        overrides: words of the command line after the recipe.
-        processes: number of processes of the training.
+        trials: words of the command line of each training after the recipe.
+        processes: number of processes of a training.
 
     Raises:
         UserError: a key or a value is invalid, a folder does not exist, or a batch cannot be divided between the processes.
     """
     silence_lightning()
-    config = ParseOnlyCLI("fit", recipe, overrides).config
-    with torch.device("meta"):
-        method = import_class(config.model.class_path)(**config.model.init_args.as_dict())
-    check_batch_sizes(method, config.data.init_args.batch_size, config.accumulate_grad_batches, processes)
-    if absent := check_sources(config.data.init_args):
-        print(f"note      not installed on this machine: {', '.join(absent)}", file=sys.stderr)
-    if processes > 1 and config.data.init_args.batch_size == processes * config.accumulate_grad_batches:
-        note = f"each of {processes} processes has one sample per step. A larger data.batch_size is faster"
+    notes: list[str] = []
+    for overrides in trials:
+        config = ParseOnlyCLI("fit", recipe, overrides).config
+        with torch.device("meta"):
+            method = import_class(config.model.class_path)(**config.model.init_args.as_dict())
+        batch_size, accumulate = config.data.init_args.batch_size, config.accumulate_grad_batches
+        check_batch_sizes(method, batch_size, accumulate, processes)
+        if absent := check_sources(config.data.init_args):
+            notes.append(f"not installed on this machine: {', '.join(absent)}")
+        if processes > 1 and batch_size == processes * accumulate:
+            notes.append(f"each of {processes} processes has one sample per step. A larger data.batch_size is faster")
+    for note in dict.fromkeys(notes):
         print(f"note      {note}", file=sys.stderr)
 
 

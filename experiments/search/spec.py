@@ -97,9 +97,13 @@ class Search:
         return [*self.fixed_args, *(arg for key, text in texts for arg in (f"--{key}", text))]
 
     @property
-    def example_argv(self) -> list[str]:
-        """The arguments of a trial with the first value of each parameter, for validating the keys."""
-        return self.to_argv({key: spec.get("values", [spec.get("min")])[0] for key, spec in self.search_space.items()})
+    def examples(self) -> list[list[str]]:
+        """The arguments of trials that contain each value of each parameter, or both ends of its range, for validation."""
+        values = {
+            key: spec["values"] if "values" in spec else [spec["min"], spec["max"]] for key, spec in self.search_space.items()
+        }
+        count = max(map(len, values.values()), default=1)
+        return [self.to_argv({key: known[i % len(known)] for key, known in values.items()}) for i in range(count)]
 
     def run_name(self, params: dict[str, Any]) -> str:
         """Return the name of a trial's run; equal settings have the same run, which is then resumed."""

@@ -213,7 +213,7 @@ def test_searches(tmp_path):
 
     def read(path):
         search = read_search(path, [])
-        assert all(isinstance(word, str) for word in search.example_argv)
+        assert all(isinstance(word, str) for example in search.examples for word in example)
         json.loads(search.signature)
 
     def names_file_or_recipe(path):

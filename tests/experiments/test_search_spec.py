@@ -208,11 +208,7 @@ def test_numbers_need_no_quotation_marks_and_no_decimal_point(workdir, photos):
         (["sweep", "search.yaml", "--model.total_images"], "--model.total_images:"),
         (["sweep", "search.yaml", "--storage", "oracle://nowhere"], "--storage oracle://nowhere:"),
         (["sweep", "search.yaml", "--model.imags", "60"], "unknown key 'model.imags' of modules.espcn.ESPCN"),
-        pytest.param(
-            ["sweep", "search.yaml", "--data.train", "./nowhere"],
-            "all 3 trials so far failed; the last: darkroom: ./nowhere",
-            marks=pytest.mark.slow,
-        ),
+        (["sweep", "search.yaml", "--data.train", "./nowhere"], "darkroom: ./nowhere: no such folder"),
     ],
 )
 def test_errors_are_printed_on_one_line(workdir, photos, capfd, argv, message):
@@ -220,6 +216,14 @@ def test_errors_are_printed_on_one_line(workdir, photos, capfd, argv, message):
     assert forked(main, argv) == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_every_value_is_checked_before_the_first_trial(workdir, photos, capfd):
+    for values in (["tanh", "sinh"], ["tanh", 3]):
+        write_search(workdir, photos, parameters={"model.activation": {"values": values}})
+        assert forked(main, ["sweep", "search.yaml"]) == 2
+        assert f"model.activation: '{values[1]}' is not one of" in capfd.readouterr().err
+        assert not (workdir / "runs").exists()
 
 
 def test_unknown_metric_lists_the_logged_metrics(workdir, photos, capfd):

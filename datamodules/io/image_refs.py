@@ -42,8 +42,9 @@ def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
 
 
 def printable(name: str) -> str:
-    """Return a file name with the bytes that are not UTF-8 as escapes, so that it can be written."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """Return a file name with escapes for bytes that are not UTF-8 and for control characters, so that it can be written."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def dataset_label(spec: str) -> str:

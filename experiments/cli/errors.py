@@ -52,10 +52,11 @@ def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return a message on one line, without the traceback that a DataLoader worker adds to it."""
+    """Return a message on one line without control characters, and without the traceback that a loader process adds to it."""
     if message.startswith("Caught ") and "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(message.split()) or "an error without a message"
+    text = " ".join(message.split()) or "an error without a message"
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _suggest(name: str, valid_names: Iterable[str], prefix: str = "") -> str:

@@ -84,6 +84,18 @@ def test_several_inputs_keep_their_names(workdir, photos, capfd):
     assert "clip.mp4 is one of 2 inputs. Give a video alone" in error
 
 
+def test_control_characters_of_a_name_are_not_printed(workdir, photos, capfd):
+    (workdir / "in").mkdir()
+    shutil.copy(sorted(photos.iterdir())[0], workdir / "in/a\n\x1b[31m.png")
+    (workdir / "in/b\x1b[31m.png").write_bytes(b"x")
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "in", "--output", "out")
+    assert "b\\x1b[31m.png" in error
+    assert forked(main, ["predict", "espcn/t91_x3", "--input", "in/a\n\x1b[31m.png", "--output", "out"]) == 0
+    output = capfd.readouterr().out
+    assert "in/a\\n\\x1b[31m.png  " in output
+    assert "\x1b[31m" not in output
+
+
 def test_output_that_looks_like_a_file_is_refused(workdir, photos, capfd):
     error = refused(capfd, "predict", "espcn/t91_x3", "--input", str(photos), "--output", "large.jpg")
     assert "large.jpg looks like a file. Give a folder" in error

@@ -8,7 +8,7 @@ help:  ## list the targets
 demo: .venv/installed  ## train a super-resolution network on photographs, in two minutes
 	$(BIN)/darkroom demo
 
-test: .venv/installed  ## run all tests except the slow ones, in 15 to 20 minutes on two cores (no GPU or datasets needed)
+test: .venv/installed  ## run all tests except the slow ones, in ten minutes on two cores (no GPU or datasets needed)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: .venv/installed  ## run all tests, including the slow ones

@@ -19,7 +19,7 @@ from tests.helpers.subprocess_helpers import forked
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 CLUSTERS = (ROOT / "experiments/cluster/CLUSTERS.md").read_text()
-SHORT = ["--model.total_images", "64", "--val_every_images", "32"]
+SHORT = ["--model.total_images", "16", "--val_every_images", "8"]
 
 
 def test_readme_has_commands():

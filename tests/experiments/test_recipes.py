@@ -11,7 +11,7 @@ from datamodules.catalog.masked_images import list_masked_images
 from experiments.cli.errors import parameters
 from experiments.cli.main import main
 from experiments.results.tables import load_table
-from experiments.run.lightning_cli import DarkroomCLI
+from experiments.run.lightning_cli import ParseOnlyCLI
 from experiments.run.recipes import methods, recipes
 from modules.networks.feature_extractors import Inception
 from modules.networks.vgg import URLS, FeatureNetwork
@@ -71,10 +71,11 @@ def build(recipes):
         print(recipe.name)
         is_toy = recipe.class_path("data").startswith("datamodules.toys.")
         device = "cpu" if is_toy else "meta"  # points are computed when they are built
+        cli = ParseOnlyCLI("fit", recipe, [])
         with torch.device(device):
-            cli = DarkroomCLI("fit", recipe, [])
-        assert type(cli.model).__name__ in recipe.content["model"]["class_path"]
-        assert all(parameter.device.type == device for parameter in cli.model.parameters())
+            model = cli.parser.instantiate_classes(cli.config)["model"]  # and the data and the callbacks
+        assert type(model).__name__ in recipe.content["model"]["class_path"]
+        assert all(parameter.device.type == device for parameter in model.parameters())
 
 
 def accepted(recipe, overrides):

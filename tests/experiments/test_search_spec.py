@@ -126,14 +126,8 @@ SHRUNK = {
 SHRUNK["progan"] = [*SHRUNK["dcgan"], "--model.stable_images", "2", "--model.fade_images", "2"]
 
 
-QUICK = ("espcn",)  # the others are slow tests
-
-
-@pytest.mark.parametrize(
-    "path",
-    [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in SEARCHES],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_bundled_search_completes_a_trial_with_its_metric(path, workdir):
     search = read_search(path, [])
     for name in {search.recipe.content["data"]["init_args"][key] for key in ("train", "val")}:

@@ -39,6 +39,7 @@ class TestCycleGAN(TranslationContract):
     learns_slowly = True
     model = {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL}
     deterministic_model = "tests.helpers.deterministic_variants.DeterministicCycleGAN"
+    bf16_images = 8
     bf16_rtol = 0.15  # large, because the losses on fakes are small
     # For 32 x 32 crops, instance normalization over 3 x 3 values amplifies rounding errors.
     # Images of 72 pixels also bound the time of the evaluation, in which convolutions in bf16 may be emulated.

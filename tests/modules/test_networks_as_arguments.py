@@ -1,17 +1,23 @@
 """Own networks in the methods: classes of a file next to a recipe, without a new method."""
 
+import re
+import shlex
+
 import pytest
 import torch
 import yaml
 
 from datamodules.errors import UserError
+from experiments import METHODS
 from experiments.cli.main import main
 from experiments.run.recipes import find_recipe
 from modules.cyclegan import CycleGAN
 from modules.dcgan import DCGAN
 from modules.smp import SMPSegmenter
+from tests.experiments.test_recipes import write_coins
 from tests.helpers.subprocess_helpers import forked
 
+PAGE = (METHODS / "unet/README.md").read_text().replace("\\\n", " ")
 OWN = """
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -100,3 +106,13 @@ def test_networks_of_other_methods():
 def test_unusable_networks_are_named(spec, message):
     with pytest.raises(UserError, match=rf"model\.discriminator: .*{message}"):
         DCGAN(channels=1, size=28, base_channels=2, discriminator=spec)
+
+
+def test_command_of_the_page_trains_a_unet_with_another_encoder(workdir):
+    """With random weights of the encoder, in place of a download."""
+    (command,) = re.findall(r"^darkroom (fit unet/folder .*SMPSegmenter.*)$", PAGE, re.MULTILINE)
+    write_coins(workdir)
+    short = ["--model.encoder_weights", "null", "--model.total_images", "4", "--val_every_images", "4", "--run", "one"]
+    assert forked(main, [*shlex.split(command), *short]) == 0
+    checkpoint = torch.load(workdir / "runs/unet/folder/one/checkpoints/last.ckpt", weights_only=True)
+    assert "network.encoder.layer1.0.conv1.weight" in checkpoint["state_dict"]

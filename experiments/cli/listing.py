@@ -21,11 +21,10 @@ def show_methods() -> None:
     caption = "darkroom list METHOD describes the recipes of a method. The README defines the states of table cells."
     table = Table("method", "recipes", "weights", "table cells", caption=caption, caption_justify="left")
     for method in methods():
-        of_method, of_cells = _recipes_of(method), cells(method)
+        of_method, of_cells = _recipes_of(method), cells(method, check=False)
         states = [cell["state"] for cell in of_cells]
         counts = {state: sum(text.startswith(state) for text in states) for state in STATES}
         counts["stale or broken"] = len(states) - sum(counts.values())
-        counts["check due"] = sum(cell["checked"].startswith("check due") for cell in of_cells)
         summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         weights = sum(recipe.weights.exists() for recipe in of_method)
         table.add_row(method, str(len(of_method)), str(weights or ""), summary)

@@ -42,7 +42,7 @@ def test_list_has_a_line_for_each_method(capsys, monkeypatch):
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
     assert list(lines) == methods()
     for method, line in lines.items():
-        states = [cell["state"] for cell in cells(method)]
+        states = [cell["state"] for cell in cells(method, check=False)]
         for count, state in re.findall(r"(\d+) (reproduced|measured|short|not comparable|not run)", line):
             assert int(count) == sum(text.startswith(state) for text in states)
 

@@ -54,9 +54,9 @@ class Segmentation(ResumableDataModule):
     Yields `SegmentationBatch` with masks of side `crop`, and with weights if `border_weight` is given; and
     `SegmentationEvalBatch`, see `datamodules/batches.py`.
 
-    A folder contains subfolders `images` and `masks`, with the same names. `images` and `masks` name two other folders
-    instead. A share of the images is held out for validation if no validation images are given: the dataset `held-out`. All
-    pages of a stack (a TIFF file) are in the same share.
+    A folder contains subfolders `images` and `masks`, with the same names, apart from one ending of all masks. `images` and
+    `masks` name two other folders instead. A share of the images is held out for validation if no validation images are given:
+    the dataset `held-out`. All pages of a stack (a TIFF file) are in the same share.
 
     Args:
         train: training images: a dataset of the catalog ("camvid/train"), or a folder; None if `images` and `masks` are given.

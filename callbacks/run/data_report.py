@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from datamodules.errors import escape_controls
+
 
 class PrintDataReport(Callback):
     """Callback that prints the names of unusable files that were skipped, and remarks on other images.
@@ -28,7 +30,7 @@ class PrintDataReport(Callback):
         self.printed |= counts.keys()
         for note in report.notes:
             if note not in self.printed:
-                print(f"note      {note}", flush=True)
+                print(escape_controls(f"note      {note}"), flush=True)
         self.printed |= {*report.notes}
         if report.skipped:
-            print(f"left out  {len(report.skipped)} unusable files: {'; '.join(report.skipped)}", flush=True)
+            print(escape_controls(f"left out  {len(report.skipped)} unusable files: {'; '.join(report.skipped)}"), flush=True)

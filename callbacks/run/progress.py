@@ -111,6 +111,7 @@ class ProgressBar(Callback):
         rate = (pl_module.images_seen - self.images_at_start) / (time.monotonic() - self.started)
         fields = [f"{rate:,.0f}/s"]
         if self.monitor is not None and self.monitor in trainer.callback_metrics:
-            name = self.monitor if self.progress is None else self.monitor.partition("/")[2]  # without the dataset
+            short = self.monitor.partition("/")[2] or self.monitor  # without the dataset
+            name = self.monitor if self.progress is None else short
             fields.insert(0, f"{name} {float(trainer.callback_metrics[self.monitor]):.3f}")
         return "  ".join(fields)

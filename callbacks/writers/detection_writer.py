@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
-from datamodules.io.image_refs import printable
+from datamodules.errors import escape_controls
 from datamodules.transforms.draw_objects import draw_objects
 from datamodules.transforms.objects import encode_masks, label_map
 
@@ -69,7 +69,7 @@ class DetectionWriter(BasePredictionWriter):
         entry = {"id": self.numbers[path], "file_name": path, "height": height, "width": width}
         self.content[self.numbers[path]] = (entry, coco_annotations(found, self.numbers[path]))
         written = target if "masks" in found else overlay_path
-        print(printable(f"{path}  {width}x{height}  {len(found['scores'])} objects  ->  {written}"), flush=True)
+        print(escape_controls(f"{path}  {width}x{height}  {len(found['scores'])} objects  ->  {written}"), flush=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the annotations of all processes to one file."""

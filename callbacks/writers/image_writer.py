@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from datamodules.io.image_refs import printable
+from datamodules.errors import escape_controls
 from datamodules.io.user_images import merge_channels, read_info
 
 
@@ -47,6 +47,5 @@ class ImageWriter(BasePredictionWriter):
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target, **info.options)
         if self.verbose:
-            print(
-                printable(f"{prediction['path']}  {prediction['size']}  ->  {target}  {image.width}x{image.height}"), flush=True
-            )
+            line = f"{prediction['path']}  {prediction['size']}  ->  {target}  {image.width}x{image.height}"
+            print(escape_controls(line), flush=True)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
-from datamodules.io.image_refs import printable
+from datamodules.errors import escape_controls
 from datamodules.io.user_images import read_scale
 from datamodules.transforms.overlays import COLORS, overlay
 
@@ -85,7 +85,7 @@ class MaskWriter(BasePredictionWriter):
             scale,
         )
         size = f"{masks.shape[2]}x{masks.shape[1]}" + (f", {len(masks)} pages" if is_stack else "")
-        print(printable(f"{source}  {size}  ->  {target}"), flush=True)
+        print(escape_controls(f"{source}  {size}  ->  {target}"), flush=True)
 
 
 def save_pages(pages: Sequence[Tensor] | Tensor, path: Path, scale: dict[str, Any]) -> None:

@@ -47,8 +47,6 @@ def download_torchvision(name: str) -> None:
     """
     dataset = get_dataset(name)
     root = dataset.path
-    if name == "celeba" and find_spec("gdown") is None:  # torchvision calls it for Google Drive
-        raise DatasetNotFound(f"{name}: its download requires the package gdown. Run pip install gdown")
     try:
         if name == "mnist":
             datasets.MNIST(str(data_root()), download=True)
@@ -69,9 +67,11 @@ def download_torchvision(name: str) -> None:
     except ImportError as error:
         raise DatasetNotFound(f"{name}: its download requires the package {error.name}. Run pip install {error.name}") from None
     except (OSError, RuntimeError, ValueError) as error:
+        if name == "celeba" and find_spec("gdown") is None:  # torchvision calls it for Google Drive
+            raise DatasetNotFound(f"{name}: its download requires the package gdown. Run pip install gdown") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         by_hand = "; ".join(f"{address} (md5 {md5})" for address, md5 in torchvision_files(name))
-        folder = data_root() / "MNIST/raw" if name == "mnist" else root
+        folder = {"mnist": data_root() / "MNIST/raw", "pets": root / "oxford-iiit-pet"}.get(name, root)
         advice = f"Check the connection, or save in {folder}: {by_hand}. Then retry"
         raise DatasetNotFound(f"{name} could not be downloaded ({reason}). {advice}") from None
 

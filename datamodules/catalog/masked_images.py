@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -141,7 +141,7 @@ def pair_folders(images: Path, masks: Path, dataset: str, mask_spec: MaskSpec) -
     masks_by_name: dict[Path, Path] = {}
     for path in list_images(masks):
         add_unique(masks_by_name, path.relative_to(masks).with_suffix(""), path)
-    masks_by_name = without_ending(masks_by_name, names)
+    masks_by_name = without_ending(masks_by_name, names.keys())
     if missing := [path for name, path in names.items() if name not in masks_by_name]:
         name = missing[0].relative_to(images).with_suffix("")
         raise DatasetNotFound(
@@ -159,17 +159,19 @@ def pair_folders(images: Path, masks: Path, dataset: str, mask_spec: MaskSpec) -
     ]
 
 
-def without_ending(masks: dict[Path, Path], names: Iterable[Path]) -> dict[Path, Path]:
-    """Return the masks by the names of their images, if each is the name of one image with the same ending, else unchanged."""
-    names = set(names)
-    first = min(names)
-    endings = {mask.name.removeprefix(first.name) for mask in masks if mask.name.startswith(first.name)} - {""}
-    for ending in sorted(endings):
-        ended = [mask for mask in masks if mask.name.endswith(ending) and mask.name != ending]
-        shortened = {mask.with_name(mask.name.removesuffix(ending)): masks[mask] for mask in ended}
-        if len(ended) == len(masks) and shortened.keys() == names:
-            return shortened
-    return masks
+def without_ending(masks: dict[Path, Path], names: Set[Path]) -> dict[Path, Path]:
+    """Return the masks by the names of their images, if most masks have the names of images with one ending, else unchanged.
+
+    An ending starts with a character that separates words.
+    """
+    by_ending: dict[str, dict[Path, Path]] = {}
+    for mask in masks:
+        for i, character in enumerate(mask.name):
+            if character in "_-. " and mask not in names and i and (name := mask.with_name(mask.name[:i])) in names:
+                by_ending.setdefault(mask.name[i:], {})[mask] = name
+    renamed: dict[Path, Path] = max(by_ending.values(), key=len, default={})
+    by_name = {renamed.get(mask, mask): path for mask, path in masks.items()}
+    return by_name if 2 * len(renamed) > len(masks) == len(by_name) else masks  # two masks may have the name of one image
 
 
 def _pages(image: ImageRef, mask: Path, mask_spec: MaskSpec) -> list[MaskedImage]:

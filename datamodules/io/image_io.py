@@ -110,30 +110,28 @@ def read_orientation(path: str | Path) -> int:
 def note_on_losses(paths: Iterable[Path]) -> str:
     """Return a remark on the files of which Pillow drops information; empty if there are none.
 
-    Pillow reads the upper 8 bits of colors of 16 bits, and 16-bit gray without its transparency.
+    Pillow reads the upper 8 bits of color and of gray with transparency, and 16-bit gray without its transparency.
     """
-    color, transparent = [], []
+    found: dict[str, list[Path]] = {}
     for path in paths:
-        if path.suffix.lower() not in SUFFIXES_OF_16_BITS:
-            continue
-        with contextlib.suppress(*UNREADABLE), Image.open(path, formats=FORMATS) as image:
-            storage = image.tile[0].args if image.tile else ""
-            if (
-                image.mode not in ("L", "P")
-                and not image.mode.startswith("I")
-                and (";16" in str(storage) or "65535" in str(storage))
-            ):
-                color.append(path)
-            if image.mode.startswith("I") and "transparency" in image.info:
-                transparent.append(path)
-    return "; ".join(
-        f"{what} (files: {len(found)}, such as {found[0]})"
-        for found, what in (
-            (color, "color of 16 bits is read with 8 bits"),
-            (transparent, "16-bit gray is read without its transparency"),
-        )
-        if found
-    )
+        if path.suffix.lower() in SUFFIXES_OF_16_BITS:
+            with contextlib.suppress(*UNREADABLE), Image.open(path, formats=FORMATS) as image:
+                if loss := _loss(image):
+                    found.setdefault(loss, []).append(path)
+    return "; ".join(f"{loss} (files: {len(files)}, such as {files[0]})" for loss, files in found.items())
+
+
+def _loss(image: Image.Image) -> str:
+    """Return what Pillow drops of an image whose pixels are not decoded yet; empty if it drops nothing."""
+    if image.mode.startswith("I"):
+        return "16-bit gray is read without its transparency" if "transparency" in image.info else ""
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0].args if tiles else ""
+    storage = arguments[0] if isinstance(arguments, tuple) and arguments else arguments  # such as "RGB;16B"
+    many = ";16" in str(storage) or (image.format == "PPM" and isinstance(arguments, tuple) and arguments[-1] > 255)
+    if not many or len(image.getbands()) == 1:
+        return ""
+    return f"{'gray with transparency' if str(storage).startswith('LA') else 'color'} of 16 bits is read with 8 bits"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor
 from datamodules.catalog.catalog import resolve_images
 from datamodules.io.image_io import InvalidImage, check_size, note_on_losses, pixel_hash, probe_image, read_image
 
+NOTED = 1000  # files of a dataset whose bits are compared with those that are read: this opens each file
+
 
 class ImageRef(NamedTuple):
     """An image file with its dataset and name in logs and records."""
@@ -42,9 +44,8 @@ def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
 
 
 def printable(name: str) -> str:
-    """Return a file name with escapes for bytes that are not UTF-8 and for control characters, so that it can be written."""
-    text = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    """Return a file name with the bytes that are not UTF-8 as escapes, so that it can be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def dataset_label(spec: str) -> str:
@@ -97,7 +98,7 @@ class DataReport:
         if not usable:
             raise InvalidImage(f"no image can be used: {'; '.join(reasons)}")
         self.skipped += reasons
-        self.note_losses(usable[0].dataset, [ref.path for ref in usable])
+        self.note_losses(usable[0].dataset, [ref.path for ref in usable[:NOTED]])
         return usable
 
     def add_array(self, spec: str, pixels: Tensor) -> None:

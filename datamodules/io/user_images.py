@@ -321,10 +321,10 @@ def list_user_images(
         value_range: rule for black and white.
 
     Returns:
-        The images, and the reasons why other images of the folder cannot be used.
+        The images, and the reasons why other images cannot be used.
 
     Raises:
-        InvalidImage: there is no image that can be used; the message names the others.
+        InvalidImage: the folder has no images.
     """
     excluded = exclude.resolve()
 
@@ -344,8 +344,6 @@ def list_user_images(
         reasons += [
             f"{file}: {file.suffix} files cannot be read. Convert it" for file in list_unreadable(path) if is_used(file)
         ]
-    if not files:
-        raise InvalidImage(
-            "; ".join(reasons) or f"{path}: no images in this folder. Give a folder with image files, or an image"
-        )
+    if not files and not reasons:
+        raise InvalidImage(f"{path}: no images in this folder. Give a folder with image files, or an image")
     return files, reasons

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from datamodules.errors import escape_controls
+
 NUMBER_TYPES = {"integer": "int", "number": "float"}  # pydantic's names and Python's
 
 
@@ -17,7 +19,7 @@ def format_cli_error(message: str, options: Iterable[str] = ()) -> str:
         options: the command's valid option names, without dashes.
     """
     if "arguments are required: input" in message:
-        return "predict: --input is required. Give an image or a folder"
+        return "predict: --input is required. Give images, folders, or a video"
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         return f"unknown argument {match[1]}{_suggest(match[1].lstrip('-').partition('=')[0], options, '--')}"
     outer = _first(r'Parser key "([^"]+)"', message)
@@ -55,8 +57,7 @@ def one_line(message: str) -> str:
     """Return a message on one line without control characters, and without the traceback that a loader process adds to it."""
     if message.startswith("Caught ") and "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    text = " ".join(message.split()) or "an error without a message"
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return escape_controls(" ".join(message.split())) or "an error without a message"
 
 
 def _suggest(name: str, valid_names: Iterable[str], prefix: str = "") -> str:

@@ -20,9 +20,8 @@ from experiments.run.recipes import Recipe
 from experiments.search.spec import read_search
 
 # Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
-TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d){0,2}")
-MAX_WORKERS = 1000  # SLURM's default limit of an array
-# Options of the Trainer that `submit` sets, and the option to use instead.
+TIME = re.compile(r"UNLIMITED|INFINITE|(\d+|\d+-\d\d?)(:\d\d?){0,2}")
+# Options of the Trainer that `submit` sets for a training, and the option to use instead.
 MANAGED_KEYS = {
     "trainer.devices": "--gpus or --processes",
     "trainer.num_nodes": "--nodes",
@@ -59,13 +58,15 @@ def submit_training(recipe: Recipe, keys: Sequence[str], job: Job, dry_run: bool
     """Submit a training that uses all processes of a job, with one GPU each if the job has GPUs.
 
     Raises:
-        UserError: see `submit` and `check_job`; or a key is invalid.
+        UserError: see `submit` and `check_time`; or a key is invalid.
     """
-    check_job(job, keys)
+    check_time(job)
+    for key in sorted(typed_keys(list(keys)) & MANAGED_KEYS.keys()):
+        raise UserError(f"submit: --{key}: set by submit. Use {MANAGED_KEYS[key]}")
     trainer_args = ["--trainer.accelerator", "gpu" if job.gpus else "cpu", "--trainer.devices", str(job.processes)]
     trainer_args += ["--trainer.num_nodes", str(job.nodes)] if job.nodes > 1 else []
     trainer_args += ["--trainer.strategy", "ddp"] if job.processes * job.nodes > 1 else []
-    validate_overrides(recipe, list(keys), processes=job.nodes * job.processes)
+    validate_overrides(recipe, list(keys), processes=job.nodes * job.processes, elsewhere=True)
     name = recipe.name if recipe.bundled else str(recipe.path.absolute())
     submit(["fit", name, *trainer_args, *keys], f"darkroom-{recipe.name.replace('/', '-')}", job, dry_run)
 
@@ -74,31 +75,31 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, storage: str | None
     """Submit the workers of a search as an array of jobs that share a storage; each trial uses all GPUs of its node.
 
     Raises:
-        UserError: see `submit` and `check_job`; or the search or a key is invalid.
+        UserError: see `submit` and `check_time`; or the search or a key is invalid.
     """
-    check_job(job, keys)
+    check_time(job)
     search = read_search(path, list(keys))
     if job.nodes > 1:
         raise UserError(f"submit: --nodes {job.nodes}: a trial uses one node. Use --workers for concurrent trials")
-    validate_overrides(search.recipe, *search.examples, processes=max(1, job.gpus))
+    if job.gpus > 1 and "trainer.devices" in typed_keys(list(keys)):
+        raise UserError("submit: --trainer.devices: each trial uses the GPUs of its node. Use --gpus")
+    if job.processes > max(1, job.gpus):
+        raise UserError(f"submit: --processes {job.processes}: not for searches. Use --trainer.devices {job.processes}")
+    validate_overrides(search.recipe, *search.examples, processes=max(1, job.gpus), elsewhere=True)
     arguments = ["--storage", storage] if storage else []
     arguments += ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
     worker_job = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))
     submit(["sweep", str(path.absolute()), *arguments, *keys], f"darkroom-search-{search.name}", worker_job, dry_run)
 
 
-def check_job(job: Job, keys: Sequence[str]) -> None:
-    """Refuse values that sbatch would refuse, and keys that contradict the resources of the job.
+def check_time(job: Job) -> None:
+    """Refuse a time limit that sbatch would refuse.
 
     Raises:
-        UserError: a value is invalid.
+        UserError: it is not a time limit.
     """
     if not TIME.fullmatch(job.time):
         raise UserError(f"submit: --time {job.time}: not a time limit. Use a time such as 24:00:00 or 2-12:00:00")
-    if job.workers > MAX_WORKERS:
-        raise UserError(f"submit: --workers {job.workers}: must be at most {MAX_WORKERS}")
-    for key in sorted(typed_keys(list(keys)) & MANAGED_KEYS.keys()):
-        raise UserError(f"submit: --{key}: set by submit. Use {MANAGED_KEYS[key]}")
 
 
 def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:

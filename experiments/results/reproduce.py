@@ -50,6 +50,8 @@ def reproduce(
         raise UserError(f"reproduce: no tables for '{method}'. {advice}")
     if not run and (only or seeds != 1):
         raise UserError("reproduce: --seeds and --only require --run; add --run")
+    if table and (run or write or as_json):
+        raise UserError("reproduce: --table prints tables only. Remove --run, --write and --json, or --table")
     if seeds < 1:
         raise UserError(f"reproduce: --seeds {seeds}: must be at least 1")
     if run:

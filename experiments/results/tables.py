@@ -243,7 +243,8 @@ def render(method: str, only: str | None = None, brief: bool = False) -> str:
             lines += [*(_table_line(cell, table) for cell in run), ""]
         lines += _not_run_lines(not_run, table)
         lines += [table["note"].strip(), ""] if "note" in table else []
-    used = {cell["provenance"] for cell in of_method if cell["paper"] is not None}
+    names = {table["table"] for table in tables}
+    used = {cell["provenance"] for cell in of_method if cell["paper"] is not None and cell["table"] in names}
     if used:
         marks = "; ".join(PROVENANCE[mark] for mark in PROVENANCE if mark in used)
         lines.append(f"Provenance of the paper's values: {marks}.")

@@ -47,7 +47,8 @@ def check_recipe(recipe: Recipe) -> None:
     """
     content = recipe.content
     if "log" in content and not isinstance(content["log"], list):
-        raise UserError(f"{recipe.path}: log: {content['log']} is not a list. Write [{content['log']}]")
+        given = "null" if content["log"] is None else content["log"]
+        raise UserError(f"{recipe.path}: log: {given} is not a list. Write [{content['log'] or 'csv'}]")
     batch_size, val_every_images = content["data"].get("init_args", {}).get("batch_size"), content.get("val_every_images")
     defaults: dict[str, Any] = {"accumulate_grad_batches": 1}
     if isinstance(batch_size, int) and isinstance(val_every_images, int):
@@ -83,24 +84,33 @@ def check_data(data: Any) -> None:
         raise UserError("data.test: a name is empty. Name datasets or folders, or use []")
 
 
-def check_sources(data: Any) -> list[str]:
+def check_sources(data: Any, elsewhere: bool) -> list[str]:
     """Check the names of the datasets and folders of a datamodule without reading them.
 
     Args:
         data: the arguments of the datamodule, a Namespace.
+        elsewhere: whether another machine reads them, which can have other folders, such as a local disk.
 
     Returns:
-        Names of datasets that are not installed on this machine.
+        Names of datasets that are not installed on this machine, and absolute paths that it does not have.
 
     Raises:
         UserError: a folder or file does not exist, or there is no dataset with a name.
     """
-    for key in ("images", "masks"):
-        if (path := data.get(key)) and not Path(path).exists():
-            raise UserError(f"data.{key}: no file or folder {path}. Check the path")
+    paths = {f"data.{key}": path for key in ("images", "masks") if isinstance(path := data.get(key), str)}
     names = [data.get("train"), data.get("val"), *(data.get("test") or [])]
-    entries = [find_source(name) for name in names if name and name != HELD_OUT]
-    return list(dict.fromkeys(entry.name for entry in entries if entry and entry.status() != "installed"))
+    absent = []
+    for key, path in paths.items():
+        if not Path(path).exists():
+            if not (elsewhere and Path(path).is_absolute()):
+                raise UserError(f"{key}: no file or folder {path}. Check the path")
+            absent.append(path)
+    for name in names:
+        if elsewhere and name and Path(name).is_absolute() and not Path(name).exists():
+            absent.append(name)
+        elif name and name != HELD_OUT and (entry := find_source(name)) and entry.status() != "installed":
+            absent.append(entry.name)
+    return list(dict.fromkeys(absent))
 
 
 def check_trainer(settings: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from callbacks.run.preemption import Preemption
 from callbacks.run.progress import ProgressBar
 from callbacks.run.run_record import RunRecord
 from callbacks.visualization.previews import PreviewImages
-from datamodules.errors import UserError
+from datamodules.errors import UserError, escape_controls
 from experiments.cli.errors import format_cli_error, parameters
 from experiments.cli.help import key_help
 from experiments.results import records
@@ -281,13 +281,14 @@ class ParseOnlyCLI(DarkroomCLI):
         """Do nothing."""
 
 
-def validate_overrides(recipe: Recipe, *trials: list[str], processes: int = 1) -> None:
+def validate_overrides(recipe: Recipe, *trials: list[str], processes: int = 1, elsewhere: bool = False) -> None:
     """Check the overrides of trainings that run later, such as on a cluster, and print remarks on them.
 
     Args:
         recipe: the recipe.
         trials: words of the command line of each training after the recipe.
         processes: number of processes of a training.
+        elsewhere: whether the trainings run on another machine, see `check_sources`.
 
     Raises:
         UserError: a key or a value is invalid, a folder does not exist, or a batch cannot be divided between the processes.
@@ -295,13 +296,17 @@ def validate_overrides(recipe: Recipe, *trials: list[str], processes: int = 1) -
     silence_lightning()
     notes: list[str] = []
     for overrides in trials:
-        config = ParseOnlyCLI("fit", recipe, overrides).config
-        with torch.device("meta"):
-            method = import_class(config.model.class_path)(**config.model.init_args.as_dict())
-        batch_size, accumulate = config.data.init_args.batch_size, config.accumulate_grad_batches
-        check_batch_sizes(method, batch_size, accumulate, processes)
-        if absent := check_sources(config.data.init_args):
-            notes.append(f"not installed on this machine: {', '.join(absent)}")
+        try:
+            config = ParseOnlyCLI("fit", recipe, overrides).config
+            with torch.device("meta"):
+                method = import_class(config.model.class_path)(**config.model.init_args.as_dict())
+            batch_size, accumulate = config.data.init_args.batch_size, config.accumulate_grad_batches
+            check_batch_sizes(method, batch_size, accumulate, processes)
+            absent = check_sources(config.data.init_args, elsewhere)
+        except UserError as error:
+            raise UserError(f"{error} (in {shlex.join(overrides)})" if len(trials) > 1 else str(error)) from None
+        if absent:
+            notes.append(f"not on this machine: {', '.join(absent)}")
         if processes > 1 and batch_size == processes * accumulate:
             notes.append(f"each of {processes} processes has one sample per step. A larger data.batch_size is faster")
     for note in dict.fromkeys(notes):
@@ -336,7 +341,7 @@ def build_cli(command: str, recipe: Recipe, overrides: list[str]) -> DarkroomCLI
 @rank_zero_only
 def print_rank_zero(line: str) -> None:
     """Print a line on rank 0 only."""
-    print(line, flush=True)
+    print(escape_controls(line), flush=True)
 
 
 def silence_lightning() -> None:

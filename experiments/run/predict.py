@@ -33,6 +33,8 @@ def predict(cli: DarkroomCLI) -> None:
     for name in ("direction", "style", "alpha", "temperature", "score"):
         if cli.config[name] is not None and name not in task.predict_options:
             raise UserError(f"--{name}: {cli.recipe.name} does not have this option. Remove it")
+    if sum(word.partition("=")[0] == "--input" for word in cli.overrides) > 1:
+        raise UserError("--input: given twice. Write all inputs after one --input")
     for name, words in (("input", cli.config.input), ("output", [cli.config.output])):
         if "" in words:
             raise UserError(f"--{name} is empty. Give a path")
@@ -47,14 +49,14 @@ def predict(cli: DarkroomCLI) -> None:
     value_range: ValueRange = getattr(cli.datamodule, "value_range", "dtype")
     folders: dict[Path, Path] = {}
     reasons: list[str] = []
-    for source in dict.fromkeys(sources):
+    known: set[Path] = set()
+    for source in sources:
         if is_video(source):
             raise UserError(f"--input: {source} is one of {len(sources)} inputs. Give a video alone")
-        try:
-            found, unusable = list_user_images(source, output, task.reads_stacks, value_range)
-        except InvalidImage as error:
-            found, unusable = [], [str(error)]
-        folders |= {file: source if source.is_dir() else source.parent for file in found if file not in folders}
+        found, unusable = list_user_images(source, output, task.reads_stacks, value_range)
+        new = [file for file in found if file.resolve() not in known]  # the others are given twice
+        folders |= {file: source if source.is_dir() else source.parent for file in new}
+        known |= {file.resolve() for file in new}
         reasons += unusable
     if not folders:
         raise InvalidImage("; ".join(reasons))
@@ -117,7 +119,7 @@ def predict_video(cli: DarkroomCLI, source: Path, output: Path) -> None:
         raise UserError(f"--output: {target} is the input and would be overwritten. Choose another folder")
     partial = target.with_stem(f"{target.stem}-partial")
     for path in (target, partial):
-        check_target(path, source.parent)
+        check_target(path, {source.parent.resolve()})
     if cli.trainer.world_size > 1:
         raise UserError("--input: a video is processed by one process. Use --trainer.devices 1")
     if isinstance(cli.model, StylizationMethod):
@@ -150,32 +152,33 @@ def output_paths(folders: dict[Path, Path], output: Path) -> dict[str, Path]:
         UserError: an output would overwrite an input, another output, or another file in the folder of an input.
     """
     inputs = {file.resolve() for file in folders}
+    input_folders = {folder.resolve() for file, base in folders.items() for folder in (file.parent, base)}
     taken: dict[Path, Path] = {}
     paths: dict[str, Path] = {}
     for file, base in folders.items():
         suffix = ".tif" if count_pages(file) > 1 else ".png"
         path = output / file.relative_to(base).with_suffix(suffix)
-        if path in taken:  # photo.jpg and photo.png in one folder
+        if path in taken and taken[path].parent == file.parent:  # photo.jpg and photo.png
             path = path.with_name(f"{file.name}{suffix}")
         if path in taken:
-            raise UserError(f"--input: {taken[path]} and {file} would both be written to {path}. Use two commands and outputs")
+            raise UserError(f"--input: {taken[path]} and {file} would both be written to {path}. Process them one by one")
         if path.relative_to(output).parts[0] in ("overlays", "classes.csv"):  # written next to the masks
             raise UserError(f"--input: the output of {file} would be in {path}, which is used for other files. Rename it")
         if path.resolve() in inputs:
             raise UserError(f"--output: {path} is one of the inputs and would be overwritten. Choose another folder")
-        check_target(path, file.parent)
+        check_target(path, input_folders)
         taken[path] = file
         paths[str(file)] = path
     return paths
 
 
-def check_target(path: Path, input_folder: Path) -> None:
-    """Check that an output path is not a folder, and no existing file in the folder of its input.
+def check_target(path: Path, input_folders: set[Path]) -> None:
+    """Check that an output path is not a folder, and no existing file in the folder of an input.
 
     Raises:
         UserError: it is.
     """
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder. Choose another one, or move it")
-    if path.exists() and path.parent.resolve() == input_folder.resolve():
+    if path.exists() and path.parent.resolve() in input_folders:
         raise UserError(f"--output: {path} exists, and may be one of your files. Choose another folder, or move it")

@@ -104,6 +104,9 @@ def _check_sections(path: Path, content: dict[str, Any]) -> None:
     """
     if unnamed := [key for key in content if not isinstance(key, str)]:
         raise UserError(f"{path}: the key {unnamed[0]} is not a name. Remove it")
+    if dotted := [key for key in content if "." in key]:
+        section, _, rest = dotted[0].partition(".")
+        raise UserError(f"{path}: {dotted[0]}: keys with dots are for the command line. Write {rest} below {section}")
     trainer = content.get("trainer", {})
     if not isinstance(trainer, dict):
         raise UserError(f"{path}: trainer: {trainer} is not a map of keys. Remove it, or give keys")

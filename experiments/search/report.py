@@ -59,7 +59,7 @@ def report(search: Search, study: optuna.Study, folder: Path) -> None:
     if not complete:
         print(f"{search.name}: {summary or 'no trials yet'}")
         return
-    print_best(search, [*ranked[:N_PRINTED], *failed[:N_PRINTED]], summary)
+    print_best(search, [*ranked[:N_PRINTED], *failed[-N_PRINTED:]], summary)
     (folder / "best.yaml").write_text(best_recipe(search, ranked[0]))
     if len(complete) > 1:
         for plot in plots_of(ranked):
@@ -76,7 +76,7 @@ def superseded(trial: FrozenTrial) -> bool:
 
 
 def print_best(search: Search, trials: list[FrozenTrial], summary: str) -> None:
-    """Print the best trials as a table."""
+    """Print the best trials, and those that failed, as a table."""
     table = Table(title=f"{search.name}: {search.metric}; {summary}", title_justify="left")
     for name in ("trial", search.metric, *search.search_space):
         table.add_column(name, justify="right")
@@ -132,7 +132,7 @@ def save_plot(search: Search, study: optuna.Study, plot: str, path: Path) -> Non
 
 
 def render_markdown(search: Search, trials: list[FrozenTrial], failed: list[FrozenTrial], summary: str) -> str:
-    """Render the table of all trials and the plots as Markdown with links to the files in the same folder."""
+    """Render the table of complete and failed trials and the plots as Markdown with links to the files in the same folder."""
     names = ["trial", search.metric, *search.search_space]
     table = [names, ["---:"] * len(names), *(cells(search, trial) for trial in [*trials, *failed])]
     return "\n".join(
@@ -150,7 +150,7 @@ def render_markdown(search: Search, trials: list[FrozenTrial], failed: list[Froz
 
 
 def render_html(search: Search, study: optuna.Study, trials: list[FrozenTrial], failed: list[FrozenTrial], summary: str) -> str:
-    """Render the table of all trials and the plots as one self-contained HTML page."""
+    """Render the table of complete and failed trials and the plots as one self-contained HTML page."""
     names = ["trial", search.metric, *search.search_space]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "\n".join(

@@ -213,8 +213,12 @@ def test_masks_may_have_one_ending(cells):
         (cells / f"annotations/{i}.png").rename(cells / f"annotations/{name}_mask.png")
     pairs = pair_folders(cells / "pictures", cells / "annotations", "own", MaskSpec())
     assert [(item.image.name, item.mask.stem) for item in pairs] == [(name, f"{name}_mask") for name in names]
+    Image.new("L", (4, 4)).save(cells / "annotations/3.png")  # next to 3_mask.png
+    with pytest.raises(DatasetNotFound, match=r"0\.png has no mask"):
+        pair_folders(cells / "pictures", cells / "annotations", "own", MaskSpec())
+    (cells / "annotations/3.png").unlink()
     (cells / "annotations/0_mask.png").rename(cells / "annotations/0_other.png")
-    with pytest.raises(DatasetNotFound, match=r"0\.png has no mask \(10 of 10\)"):
+    with pytest.raises(DatasetNotFound, match=r"0\.png has no mask \(1 of 10\)"):
         pair_folders(cells / "pictures", cells / "annotations", "own", MaskSpec())
 
 

@@ -96,7 +96,7 @@ def test_help_lists_every_key_with_the_value_of_the_recipe(workdir, monkeypatch,
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("data.seed: 3", None),  # a key with a dot is none of these keys
+        ("data.seed: 3", "data.seed: keys with dots are for the command line. Write seed below data"),
         ("trainer: {accumulate_grad_batches: 1, val_check_interval: null}", None),
         ("val_every_images: 40\ntrainer: {val_check_interval: 10}", None),  # of a run
         (
@@ -107,6 +107,7 @@ def test_help_lists_every_key_with_the_value_of_the_recipe(workdir, monkeypatch,
         ("trainer: {gradient_clip_val: 1}", "trainer.gradient_clip_val: set by Darkroom. Use max_grad_norm of a Phase"),
         ("trainer: {logger: true}", "trainer.logger: set by Darkroom. Use --log"),
         ("log: csv", "log: csv is not a list. Write [csv]"),
+        ("log: null", "log: null is not a list. Write [csv]"),
     ],
 )
 def test_keys_that_darkroom_sets_are_refused_in_a_recipe(tmp_path, lines, message):

@@ -51,10 +51,11 @@ def test_broken_files_are_reported_after_the_others(workdir, photos, capfd):
     shutil.copy(sorted(photos.iterdir())[0], workdir / "in/good.png")
     (workdir / "in/broken.png").write_bytes(b"x")
     (workdir / "in/phone.HEIC").write_bytes(b"x")
-    (workdir / "empty").mkdir()
-    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "empty", "in", "--output", "out")
+    (workdir / "more").mkdir()
+    (workdir / "more/x.png").write_bytes(b"x")
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "more", "in", "--output", "out")
     assert "3 of 4 files were not processed" in error
-    assert "empty: no images in this folder" in error
+    assert "more/x.png" in error
     assert "broken.png" in error
     assert "phone.HEIC" in error
     assert (workdir / "out/good.png").exists()
@@ -76,10 +77,18 @@ def test_several_inputs_keep_their_names(workdir, photos, capfd):
     words = ["--input", "one/a.png", "two", "one", "--output", "out"]
     assert forked(main, ["predict", "espcn/t91_x3", *words]) == 0
     assert sorted(str(path.relative_to(workdir / "out")) for path in (workdir / "out").rglob("*.png")) == ["a.png", "sub/b.png"]
-    for name in ("one/a.jpg", "two/a.png"):
-        Image.open(files[1]).save(workdir / name)
-    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "one", "two", "--output", "out2")
-    assert "one/a.png and two/a.png would both be written to out2/a.png.png" in error
+    shutil.copy(files[1], workdir / "two/a.png")
+    (workdir / "empty").mkdir()
+    for words, message in (
+        (["one", "two"], "one/a.png and two/a.png would both be written to out2/a.png. Process them one by one"),
+        (["one", "empty"], "empty: no images in this folder"),
+        (["one", "--input", "two"], "--input: given twice. Write all inputs after one --input"),
+    ):
+        assert message in refused(capfd, "predict", "espcn/t91_x3", "--output", "out2", "--input", *words)
+    (workdir / "one/c.png").write_bytes(b"damaged")  # not one of the inputs, but a file of the user
+    shutil.copy(files[1], workdir / "two/c.png")
+    error = refused(capfd, "predict", "espcn/t91_x3", "--input", "two/c.png", "one", "--output", "one")
+    assert "one/c.png exists, and may be one of your files" in error
     error = refused(capfd, "predict", "espcn/t91_x3", "--input", "one", "clip.mp4", "--output", "out2")
     assert "clip.mp4 is one of 2 inputs. Give a video alone" in error
 

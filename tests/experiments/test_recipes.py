@@ -11,6 +11,7 @@ from datamodules.catalog.masked_images import list_masked_images
 from experiments.cli.errors import parameters
 from experiments.cli.main import main
 from experiments.results.tables import load_table
+from experiments.run.config_checks import check_sources
 from experiments.run.lightning_cli import ParseOnlyCLI
 from experiments.run.recipes import methods, recipes
 from modules.networks.feature_extractors import Inception
@@ -74,6 +75,8 @@ def build(recipes):
         cli = ParseOnlyCLI("fit", recipe, [])
         with torch.device(device):
             model = cli.parser.instantiate_classes(cli.config)["model"]  # and the data and the callbacks
+        if recipe.name != "unet/folder":  # its folders are the user's
+            check_sources(cli.config.data.init_args, elsewhere=True)
         assert type(model).__name__ in recipe.content["model"]["class_path"]
         assert all(parameter.device.type == device for parameter in model.parameters())
 

@@ -17,7 +17,7 @@ import pytest
 
 from experiments import ROOT
 from experiments.cli.main import main
-from experiments.cluster.slurm import Job, check_job
+from experiments.cluster.slurm import Job, check_time
 from tests.helpers.search_helpers import wait_for, write_search
 from tests.helpers.subprocess_helpers import forked
 
@@ -83,13 +83,20 @@ def test_values_with_spaces_are_quoted(workdir, monkeypatch, capfd):
 
 
 def test_datasets_that_are_not_installed_are_noted(workdir, capfd):
-    assert forked(main, ["submit", "espcn/t91_x3", "--data.test", "[set5,photographs/test]", "--dry-run"]) == 0
-    assert "note      not installed on this machine: t91, set5" in capfd.readouterr().err
+    """A folder may be on the disk of the node that trains."""
+    words = ["--data.val", "/scratch/val", "--data.val_every_nth", "0", "--data.test", "[set5,photographs/test]"]
+    assert forked(main, ["submit", "espcn/t91_x3", *words, "--dry-run"]) == 0
+    assert "note      not on this machine: t91, /scratch/val, set5" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("time", ["30", "10:00", "24:00:00", "2-12", "2-12:30", "2-12:30:00"])
+def test_processes_of_a_trial_are_a_key(workdir, capfd):
+    words = ["--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    assert "--trainer.devices 2 --trainer.accelerator cpu" in dry_run(capfd, str(ROOT / "sweeps/espcn.yaml"), *words)
+
+
+@pytest.mark.parametrize("time", ["30", "10:00", "24:00:00", "2-12", "2-12:30", "2-12:30:00", "1-2:5", "UNLIMITED"])
 def test_time_limits_of_sbatch_are_accepted(time):
-    check_job(Job(time=time), [])
+    check_time(Job(time=time))
 
 
 def test_jobs_that_fit_would_refuse_are_refused(workdir, capfd):
@@ -124,7 +131,8 @@ def test_search_workers_are_array_jobs(workdir, capfd):
         (["espcn/demo", "--model.imags", "3"], "unknown key 'model.imags'"),
         (["espcn/dem"], "no recipe 'espcn/dem'; did you mean 'espcn/demo'?"),
         (["sweeps/espcn.yaml", "--nodes", "2"], "submit: --nodes 2:"),
-        (["sweeps/espcn.yaml", "--workers", "100000"], "submit: --workers 100000: must be at most 1000"),
+        (["sweeps/espcn.yaml", "--processes", "2"], "submit: --processes 2: not for searches. Use --trainer.devices 2"),
+        (["sweeps/espcn.yaml", "--gpus", "2", "--trainer.devices", "4"], "submit: --trainer.devices: each trial uses the GPUs"),
         (["espcn/demo", "--time", "tomorrow"], "submit: --time tomorrow: not a time limit"),
         (["espcn/demo", "--trainer.devices", "2"], "submit: --trainer.devices: set by submit. Use --gpus or --processes"),
         (["espcn/demo", "--data.train", "./nowhere"], "./nowhere: no such folder"),

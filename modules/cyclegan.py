@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from datamodules.errors import UserError
 from modules.losses.precision import to_float32
 from modules.networks.build import NetworkSpec, build_network
+from modules.networks.deterministic import ReflectionPad2d
 from modules.networks.init import dcgan_init_
 from modules.tasks.translation import Direction, TranslationMethod
 from modules.training.image_pool import ImagePool
@@ -191,7 +192,7 @@ def lsgan_loss(values: Tensor, target: float) -> Tensor:
 
 def make_generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
     """Create the generator c7s1-64, d128, d256, R256, ..., u128, u64, c7s1-3: (N, 3, H, W) in [-1, 1] to the same."""
-    layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, base_channels, 7), *norm_relu(base_channels)]
+    layers: list[nn.Module] = [ReflectionPad2d(3), nn.Conv2d(3, base_channels, 7), *norm_relu(base_channels)]
     for in_channels, out_channels in pairwise((base_channels, 2 * base_channels, 4 * base_channels)):
         layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), *norm_relu(out_channels)]
     layers += [ResidualBlock(4 * base_channels) for _ in range(n_residual_blocks)]
@@ -200,7 +201,7 @@ def make_generator(base_channels: int, n_residual_blocks: int) -> nn.Sequential:
             nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1),
             *norm_relu(out_channels),
         ]
-    return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(base_channels, 3, 7), nn.Tanh())
+    return nn.Sequential(*layers, ReflectionPad2d(3), nn.Conv2d(base_channels, 3, 7), nn.Tanh())
 
 
 class ResidualBlock(nn.Module):
@@ -208,7 +209,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        convs = [[nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3)] for _ in range(2)]
+        convs = [[ReflectionPad2d(1), nn.Conv2d(channels, channels, 3)] for _ in range(2)]
         self.block = nn.Sequential(*convs[0], *norm_relu(channels), *convs[1], nn.InstanceNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from modules.networks.detection_backbones import (
     load_stages,
     make_body,
 )
+from modules.networks.deterministic import cross_entropy
 from modules.networks.mask_heads import MASK_SIZE, KeypointHead, KeypointPredictor, MaskHead, MaskMLP, MaskPredictor
 from modules.networks.pretrained import find_or_download
 from modules.networks.rcnn import (
@@ -247,7 +248,7 @@ class MaskRCNN(DetectionMethod):
         found = zip(targets, boxes, matches, strict=True)
         masks = torch.cat([self.mask_targets(target["masks"], box, match, size) for target, box, match in found]).to(logits)
         if self.mask_activation == "softmax":
-            loss = F.cross_entropy(logits, labels[:, None, None] * (masks >= 0.5), reduction="none")
+            loss = cross_entropy(logits, labels[:, None, None] * (masks >= 0.5))
         else:
             loss = F.binary_cross_entropy_with_logits(self.own_masks(logits, labels), masks, reduction="none")
         return (loss.mean((1, 2)) * image_mean_weights([len(box) for box in boxes], loss)).sum()

@@ -35,6 +35,7 @@ from modules.losses.precision import to_float32
 from modules.networks.init import xavier_init_
 from modules.networks.mlp_conv import Activation, NetworkType, decoder, encoder, mlp, to_hw
 from modules.tasks.generation import GenerativeMethod
+from modules.training.fsdp import gather_full_tensors, local_shard
 from modules.training.method import Batch
 from modules.training.stages import Stage
 
@@ -146,7 +147,9 @@ class VAE(GenerativeMethod):
             mean = mean.mean((1, 2))
         with torch.no_grad():
             assert last_layer.bias is not None
-            last_layer.bias[: mean.numel()] = mean.logit().flatten()
+            bias = gather_full_tensors(last_layer.bias).clone()  # with fsdp2, each process has a part
+            bias[: mean.numel()] = mean.logit().flatten()
+            last_layer.bias.copy_(local_shard(bias, last_layer.bias))
 
     # AEVB, Sections 2.2 and 2.3; for two layers IWAE, eq. 5 to 8
 
@@ -230,7 +233,7 @@ class VAE(GenerativeMethod):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Create Adagrad (AEVB, Section 5) or Adam (IWAE, Section 5)."""
         if self.optimizer == "adagrad":
-            return torch.optim.Adagrad(self.parameters(), fused=True)
+            return torch.optim.Adagrad(self.parameters(), fused=self.device.type == "cpu")  # torch 2.9 has no kernel for CUDA
         return torch.optim.Adam(self.parameters(), eps=self.eps, fused=True)
 
     def stages(self) -> list[Stage]:

@@ -51,10 +51,11 @@ def imresize(image: Tensor, size: tuple[int, int]) -> Tensor:
     dtype = torch.float64 if image.dtype == torch.uint8 else image.dtype
     rows = _placed_matrix(image.shape[-2], height, dtype, image.device)
     columns = _placed_matrix(image.shape[-1], width, dtype, image.device)
-    if image.dtype == torch.uint8:
-        tall = _round(rows @ image.double())
-        return _round(tall @ columns.T).to(torch.uint8)
-    return rows @ image @ columns.T
+    with torch.autocast(image.device.type, enabled=False):  # which would multiply the matrices in 16 bits
+        if image.dtype == torch.uint8:
+            tall = _round(rows @ image.double())
+            return _round(tall @ columns.T).to(torch.uint8)
+        return rows @ image @ columns.T
 
 
 @lru_cache(maxsize=256)

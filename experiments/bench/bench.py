@@ -186,7 +186,8 @@ def bench_training(timer: InterleavedTimer, cli: DarkroomCLI) -> dict[str, Any]:
     to_bare = [bare / ours for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     to_pil = [pil / ours for ours, pil in zip(timer.before_pil, spent["pil"], strict=True)]
     extra = [ours - bare for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
-    device, precision = cli.model.device, cli.trainer.precision_plugin.forward_context
+    # The bare loop's method is still on the device of the training; the Trainer has moved its own to the CPU.
+    device, precision = timer.methods["bare"].device, cli.trainer.precision_plugin.forward_context
     breakdown = step_breakdown(timer.methods["bare"], cli.datamodule, 10 * timer.steps, precision)
     pil_ms = statistics.median(spent["pil"])
     gflops = rate["ours"] * count_flops(timer.loops["bare"]) / batch_size / 1e9

@@ -9,6 +9,7 @@ from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 
+from callbacks.run.exit_codes import request_requeue
 from datamodules.errors import UserError, is_dead_worker
 from experiments.cli import latent_commands, style_commands
 from experiments.cli.errors import one_line
@@ -34,7 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # names of files can have bytes that are not UTF-8
     try:
         require_values(argv)
-        return dispatch(argv)
+        status = dispatch(argv)
+        request_requeue(status)
+        return status
+    except SystemExit as ended:
+        request_requeue(ended.code)
+        raise
     except UserError as error:
         report_error(error)
         return 2
@@ -312,6 +318,16 @@ def _submit(argv: list[str]) -> int:
     parser.add_argument(
         "--time", default="24:00:00", help="time limit of the job; unfinished work resumes in the next job (default 24:00:00)"
     )
+    parser.add_argument(
+        "--notice",
+        type=int,
+        default=120,
+        metavar="S",
+        help="seconds before the time limit at which the run saves (default 120)",
+    )
+    parser.add_argument(
+        "--prologue", action="append", default=[], metavar="LINE", help="shell line before the command: 'module load cuda'"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="for a search: number of jobs in the array (default 1)")
     parser.add_argument("--storage", metavar="S", help="for a search: storage shared by the workers, as in darkroom sweep")
     parser.add_argument(
@@ -328,7 +344,11 @@ def _submit(argv: list[str]) -> int:
     from experiments.cluster.slurm import Job, submit_search, submit_training
     from experiments.search.spec import is_search
 
-    job = Job(args.nodes, processes, args.gpus, args.cores, args.time, args.workers or 0, args.sbatch)
+    if args.notice < 1:
+        raise UserError(f"submit: --notice {args.notice}: must be at least 1")
+    job = Job(
+        args.nodes, processes, args.gpus, args.cores, args.time, args.notice, args.prologue, args.workers or 0, args.sbatch
+    )
     if is_search(Path(args.target)):
         submit_search(Path(args.target), keys, job, args.storage, args.dry_run)
         return 0

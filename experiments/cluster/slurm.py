@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from callbacks.run.exit_codes import PREEMPTED
+from callbacks.run.exit_codes import REQUEUE_FILE
 from datamodules.errors import UserError
 from experiments.run.config_checks import typed_keys
 from experiments.run.lightning_cli import validate_overrides
@@ -27,7 +27,6 @@ MANAGED_KEYS = {
     "trainer.num_nodes": "--nodes",
     "trainer.accelerator": "--gpus",
 }
-PREEMPT_NOTICE_S = 120  # seconds before the time limit at which SLURM signals the job
 FORWARDED_ENV = ("DARKROOM_DATA", "DARKROOM_RUNS", "DARKROOM_CACHE", "WANDB_MODE")  # variables written to the batch file
 
 
@@ -41,6 +40,8 @@ class Job:
         gpus: GPUs per node; 0 to train on CPUs.
         cores: CPU cores per process.
         time: time limit in SLURM's format; an unfinished job is requeued.
+        notice: seconds before the time limit at which SLURM signals the job, which then saves a checkpoint.
+        prologue: lines of shell before the command, such as "module load cuda".
         workers: number of jobs in the array, for searches; 0 for a single job.
         options: further options for sbatch, such as "--partition=gpu".
     """
@@ -50,6 +51,8 @@ class Job:
     gpus: int = 0
     cores: int = 4
     time: str = "24:00:00"
+    notice: int = 120
+    prologue: Sequence[str] = field(default_factory=tuple)
     workers: int = 0
     options: Sequence[str] = field(default_factory=tuple)
 
@@ -135,7 +138,9 @@ def submit(command: Sequence[str], name: str, job: Job, dry_run: bool) -> None:
 def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str:
     """Return the batch file.
 
-    A job that receives the signal saves a checkpoint, exits with status 85 and is requeued; the same command resumes the run.
+    A job that receives the signal saves a checkpoint and is requeued; the same command resumes the run. The first process
+    writes a file that asks for the requeue, because the status of the job can be that of another process: if one process ends
+    with an error, SLURM ends the others, which would otherwise wait for it.
     """
     directives = {
         "job-name": name,
@@ -144,7 +149,7 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
         **({"gpus-per-node": job.gpus} if job.gpus else {}),
         "cpus-per-task": job.cores,
         "time": job.time,
-        "signal": f"USR1@{PREEMPT_NOTICE_S}",
+        "signal": f"USR1@{job.notice}",
         "open-mode": "append",
         "output": folder / f"{name}-{'%A_%a' if job.workers else '%j'}.log",
         **({"array": f"0-{job.workers - 1}"} if job.workers else {}),
@@ -159,10 +164,14 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
     lines += [f"export {key}={shlex.quote(os.environ[key])}" for key in FORWARDED_ENV if key in os.environ]
     lines += [
         f"export OMP_NUM_THREADS={job.cores}",
+        f"export SRUN_CPUS_PER_TASK={job.cores}  # srun does not read --cpus-per-task since SLURM 22.05",
+        f"export {REQUEUE_FILE}={shlex.quote(str(folder))}/requeue-$SLURM_JOB_ID",
+        *job.prologue,
         "",
-        f"srun {shlex.join([sys.executable, '-m', 'experiments', *command])}",
+        f'rm -f "${REQUEUE_FILE}"',
+        f"srun --kill-on-bad-exit=1 {shlex.join([sys.executable, '-m', 'experiments', *command])}",
         "status=$?",
-        f"if [ $status = {PREEMPTED} ]; then scontrol requeue $SLURM_JOB_ID; fi  # preempted after saving a checkpoint",
+        f'if [ -e "${REQUEUE_FILE}" ]; then scontrol requeue $SLURM_JOB_ID; fi  # stopped after saving a checkpoint',
         "exit $status",
     ]
     return "\n".join(lines) + "\n"

@@ -46,6 +46,7 @@ from experiments.run.config_checks import (
     typed_keys,
 )
 from experiments.run.cpu import configure_cpu
+from experiments.run.gpu import check_gpu, configure_tf32
 from experiments.run.recipes import Recipe, import_class
 from experiments.run.run_dir import Run, open_run, program_name
 from modules.training.ddp import ManualDDPStrategy
@@ -53,7 +54,13 @@ from modules.training.lightning_compat import NoProfiler
 from modules.training.method import Method
 
 # Options of `fit` in the configuration of a run, which other commands accept without using them.
-FIT_OPTIONS = {"accumulate_grad_batches": int | None, "compile": bool | None, "wandb": str | None, "log": Any}
+FIT_OPTIONS = {
+    "accumulate_grad_batches": int | None,
+    "compile": bool | None,
+    "tf32": bool | None,
+    "wandb": str | None,
+    "log": Any,
+}
 # Keys of model and data that may change when a run is resumed.
 RESUMABLE_KEYS = {"total_images", "learning_rate", "warmup", "num_workers", "test", "skip_bad"}
 
@@ -145,6 +152,9 @@ class DarkroomCLI(LightningCLI):
             )
             parser.add_argument("--compile", type=bool, default=False, help="compile the networks with torch.compile")
             parser.add_argument(
+                "--tf32", type=bool, default=False, help="compute float32 on GPUs since Ampere in TF32, which has ten bits"
+            )
+            parser.add_argument(
                 "--log",
                 nargs="+",
                 choices=["csv", "tensorboard", "wandb"],
@@ -231,7 +241,8 @@ class DarkroomCLI(LightningCLI):
         """Create the Trainer.
 
         Raises:
-            UserError: a setting is invalid, or the strategy does not let `modules/training/gradients.py` average gradients.
+            UserError: a setting is invalid, the strategy does not let `modules/training/gradients.py` average gradients, or the
+                GPU of the machine cannot be used.
         """
         if str(self.config.trainer.strategy) in ("fsdp", "fsdp_cpu_offload"):
             raise UserError("trainer.strategy: fsdp cannot train alternating networks. Use 'ddp', or 'fsdp2' to shard them")
@@ -242,6 +253,9 @@ class DarkroomCLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:  # incompatible settings
             raise UserError(" ".join(str(error).split())) from None
         trainer.strategy.checkpoint_io = LocalCheckpointIO()
+        configure_tf32(self.command == "fit" and self.config.tf32)
+        if str(self.config.trainer.accelerator) == "auto" and trainer.strategy.root_device.type == "cpu":
+            check_gpu()
         if str(trainer.precision) == "16-true" and trainer.strategy.root_device.type == "cpu":
             raise UserError(f"trainer.precision: {trainer.precision} requires a GPU. Use bf16-mixed or 32-true on a CPU")
         if not isinstance(trainer.strategy, SingleDeviceStrategy | ManualDDPStrategy):

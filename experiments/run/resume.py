@@ -100,11 +100,13 @@ def check_same_config(cli: DarkroomCLI, run: Run) -> None:
     for section in ("model", "data"):
         for key, old, new in cli.config_diff(run, section):
             raise UserError(f"run '{run.folder.name}' was started with {key} {old}, not {new}. Choose another --run")
-    started = {"monitor_mode": "max", **run.read_config()}
+    started = {"monitor_mode": "max", "tf32": False, **run.read_config()}
     for key in ("monitor", "monitor_mode", "seed_everything"):
         if started.get(key) != cli.config[key]:
             difference = f"{key} {started.get(key)}, not {cli.config[key]}"
             raise UserError(f"run '{run.folder.name}' was started with {difference}. Choose another --run")
+    if started["tf32"] != cli.config.tf32:
+        print_rank_zero(f"tf32 {cli.config.tf32} instead of {started['tf32']}: not bit-identical to an uninterrupted run")
 
 
 def check_complete(cli: DarkroomCLI, path: Path, content: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from callbacks.run.csv_logger import read_metrics_csv
-from callbacks.run.exit_codes import PREEMPTED
+from callbacks.run.exit_codes import PREEMPTED, REQUEUE_FILE
 from datamodules.errors import UserError
 from experiments.run.paths import runs_root
 from experiments.run.run_dir import Run
@@ -276,8 +276,9 @@ def wait_until_free(run: Run, stop: threading.Event) -> None:
 def run_fit(search: Search, trial: Trial, run: Run, output: Path, stop: threading.Event) -> tuple[int, bool]:
     """Run `darkroom fit` in a child process; return its exit status and whether the trial was pruned."""
     argv = ["fit", search.recipe_name, "--run", run.folder.name, *search.to_argv(trial.params)]
+    left_out = {*RANK_VARIABLES, REQUEUE_FILE}  # a trial that is ended early requests no requeue of the worker's job
     environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_PREFIXES) and key not in RANK_VARIABLES
+        key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_PREFIXES) and key not in left_out
     }
     with output.open("a") as file:
         child = subprocess.Popen(

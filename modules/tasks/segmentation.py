@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.batches import SegmentationEvalBatch, SegmentationOutputs
@@ -11,6 +10,7 @@ from datamodules.errors import UserError
 from datamodules.transforms.downsample import IGNORE_INDEX
 from datamodules.transforms.overlays import comparison_row
 from modules.losses.precision import to_float32
+from modules.networks.deterministic import cross_entropy
 from modules.tasks.tiling import Tiling, predict_tiled
 from modules.training.method import Batch, Method
 
@@ -53,8 +53,8 @@ class SegmentationMethod(Method, ABC):
         if margin != self.tiling.margin:
             raise UserError(f"data.margin: {margin} does not fit this network. Use {self.tiling.margin}")
         logits, mask = self(batch["image"]), batch["mask"]
-        cross_entropy = F.cross_entropy(to_float32(logits), mask, ignore_index=IGNORE_INDEX, reduction="none")
-        return {"cross_entropy": (cross_entropy * batch["weight"] if "weight" in batch else cross_entropy).mean()}
+        entropy = cross_entropy(to_float32(logits), mask, IGNORE_INDEX)
+        return {"cross_entropy": (entropy * batch["weight"] if "weight" in batch else entropy).mean()}
 
     def probabilities(self, image: Tensor) -> Tensor:
         """Compute class probabilities (N, num_classes, H, W) of images (N, C, H, W) of any size, averaged over symmetries."""

@@ -69,10 +69,7 @@ class Method(FastSetattrModule):
         if total_images < 1:
             raise UserError(f"model.total_images: {total_images} is too small. Use at least 1")
         self.automatic_optimization = False
-        self.total_images = total_images
-        self.learning_rate = learning_rate
-        self.warmup = warmup
-        self.seed = seed
+        self.total_images, self.learning_rate, self.warmup, self.seed = total_images, learning_rate, warmup, seed
         self.constant_after_warmup = False  # the learning rate, see `schedule`
         self.accumulate_grad_batches = 1  # micro-batches per local batch
         self.images_seen = 0
@@ -397,4 +394,6 @@ class Method(FastSetattrModule):
         """
         for name, network in self.named_children():
             if not isinstance(network, EMA) and name not in self.double_backward_networks:
-                network.compile()
+                is_list = isinstance(network, nn.ModuleList | nn.ModuleDict)  # which is never called, but its parts are
+                for part in network.children() if is_list else [network]:
+                    part.compile()

@@ -221,6 +221,7 @@ def test_parzen_log_likelihood_matches_scipy():
     assert log_likelihood(samples, images, 0.2, batch_size=3).numpy() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_parzen_log_likelihood_of_mnist_training_images(with_real_data):
     """Reference value for 10,000 training digits and 10,000 test digits: 243.6 +/- 2.1 nats."""
     digits = read_split("mnist/train")[0][:10_000].double().flatten(1) / 255

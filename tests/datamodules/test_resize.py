@@ -44,6 +44,13 @@ def test_constant_is_preserved_and_border_is_replicated():
     assert torch.allclose(imresize(image, (4, 4)), imresize(padded, (12, 12))[:, 4:8, 4:8], atol=1e-12)
 
 
+def test_autocast_does_not_change_the_result():
+    image = torch.rand(1, 20, 24, generator=torch.Generator().manual_seed(0))
+    expected = imresize(image, (30, 36))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(imresize(image, (30, 36)), expected)
+
+
 def test_floating_point_images_are_neither_clipped_nor_rounded():
     edge = torch.zeros(1, 12, 12)
     edge[..., 6:] = 1

@@ -20,6 +20,7 @@ from experiments.cli.main import main
 from experiments.cluster.slurm import Job, check_time
 from tests.helpers.search_helpers import wait_for, write_search
 from tests.helpers.subprocess_helpers import forked
+from tests.tasks.superresolution import write_recipe
 
 FAKE_COMMANDS = {
     # The processes of a job get SLURM's environment variables. A second `sbatch` of the same file runs the requeued job.
@@ -70,6 +71,29 @@ def test_batch_file_requests_four_nodes_and_their_resources(workdir, capfd):
     )
     assert f"export DARKROOM_DATA={workdir / 'data'}" in text
     assert not (workdir / "runs").exists()
+
+
+def test_batch_file_states_cores_notice_and_prologue(workdir, capfd):
+    argv = ["espcn/t91_x3", "--cores", "6", "--notice", "600", "--prologue", "module load cuda", "--prologue", "ulimit -n 4096"]
+    text = dry_run(capfd, *argv, "--run", "x")
+    assert directives(text)["signal"] == "USR1@600"
+    lines = text.splitlines()
+    assert {"export OMP_NUM_THREADS=6", "module load cuda", "ulimit -n 4096"} < set(lines)
+    assert any(line.startswith("export SRUN_CPUS_PER_TASK=6") for line in lines)
+    (command,) = (i for i, line in enumerate(lines) if line.startswith("srun --kill-on-bad-exit=1 "))
+    assert lines.index("module load cuda") < lines.index("ulimit -n 4096") < command
+
+
+@pytest.mark.parametrize(("signals", "requested"), [("SIGTERM@24@0", True), ("SIGINT@24@0", False), (None, False)])
+def test_stopped_run_requests_its_requeue(workdir, photos, monkeypatch, signals, requested):
+    """The batch file does not depend on the status of srun, which can be that of a process that was ended with the others."""
+    model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
+    recipe = write_recipe(workdir / "tiny.yaml", photos, model)
+    monkeypatch.setenv("DARKROOM_REQUEUE_FILE", str(workdir / "requeue"))
+    if signals:
+        monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signals)
+    assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]"]) in (0, 85, 130)
+    assert (workdir / "requeue").exists() == requested
 
 
 def test_values_with_spaces_are_quoted(workdir, monkeypatch, capfd):

@@ -171,6 +171,7 @@ def test_reference_step_gives_the_same_weights(identity):
         assert not torch.equal(states[0][name], initial[name]), name
 
 
+@pytest.mark.slow
 def test_bench_of_unpaired_images_reports_metrics(workdir, capfd):
     recipe = workdir / "tiny.yaml"
     write_translation_recipe(recipe, {"class_path": "modules.cyclegan.CycleGAN", "init_args": SMALL})

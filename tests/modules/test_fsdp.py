@@ -107,6 +107,18 @@ def test_fsdp2_matches_ddp_and_resumes_exactly(workdir, write_tiny_recipe, monke
             assert value["mean"] == pytest.approx(fsdp2_metrics[protocol]["mean"], rel=1e-3), protocol
 
 
+def test_initial_bias_is_set_in_the_shards(workdir, write_tiny_recipe):
+    recipe = write_tiny_recipe("modules.vae.VAE", {"hidden_dims": [20], "latent_size": 3, "total_images": 20})
+    bias = "--trainer.callbacks+=callbacks.run.init_output_bias.InitOutputBias"
+    for strategy in ("ddp", "fsdp2"):
+        status, output = fit_on_two_ranks(strategy, recipe, "--run", strategy, "--data.test", "[]", bias)
+        assert status == 0, output
+    ddp, fsdp2 = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("ddp", "fsdp2"))
+    for key in ddp:
+        assert_close(ddp[key], fsdp2[key], key)
+    assert min(value.min() for key, value in fsdp2.items() if key.endswith("bias")) < -6  # the logit of black is -6.9
+
+
 @pytest.mark.slow
 def test_run_resumes_with_another_strategy(workdir, write_tiny_recipe):
     recipe = write_tiny_recipe("tests.helpers.deterministic_variants.DeterministicDCGAN", DCGAN)

@@ -39,6 +39,7 @@ def test_mode_coverage_counts_modes():
     assert metrics == {"modes/3-sigma": 2, "modes/populated": 3, "high-quality/3-sigma": 0.75}
 
 
+@pytest.mark.slow
 def test_ring_gan_collapses_to_few_modes(workdir):
     """The generator covers few modes, although the data have eight."""
     overrides = ["--model.total_images", "250000", "--val_every_images", "50000", "--run", "r"]

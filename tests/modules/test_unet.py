@@ -63,6 +63,18 @@ def test_tiling_matches_output_size_at_each_depth():
         assert logits.shape[-1] == tiling.tile_size
 
 
+def test_every_layer_is_compiled(monkeypatch):
+    """A `ModuleList` is never called: compiled itself, it would leave its layers uncompiled."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    method = UNet(base_channels=4, depth=2, tile_size=12)
+    method.compile_networks()
+    layers = {layer for part in compiled for layer in part.modules()}
+    convolutions = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+    assert {layer for layer in method.modules() if isinstance(layer, convolutions)} <= layers
+    assert not [part for part in compiled if isinstance(part, torch.nn.ModuleList)]
+
+
 def test_invalid_sizes_raise_user_error():
     with pytest.raises(UserError, match=r"U-Net: 570x572 pixels .* 572"):
         UNet(base_channels=1)(torch.rand(1, 1, 572, 570))

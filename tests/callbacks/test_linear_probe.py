@@ -45,6 +45,7 @@ def test_balanced_subsets_have_equal_class_counts_and_differ():
         balanced_subset(labels, 11, 0)
 
 
+@pytest.mark.slow
 def test_probe_of_pixels_has_the_error_of_a_linear_svm():
     """Direct use of scikit-learn's LinearSVC gives a test error of 12% to 20% with 1,000 digits, and 14% to 20% with 500.
 

@@ -95,11 +95,11 @@ def _evaluate_rank(rank, pair, store, queue):
 
 
 def test_two_ranks_with_unequal_numbers_of_images_give_the_same_metrics(pair, tmp_path):
-    queue = SERVER.SimpleQueue()
+    queue = SERVER.Queue()
     processes = [SERVER.Process(target=_evaluate_rank, args=(r, pair, tmp_path / "store", queue)) for r in (0, 1)]
     for process in processes:
         process.start()
-    results = [queue.get(), queue.get()]
+    results = [queue.get(timeout=120), queue.get(timeout=120)]
     for process in processes:
         process.join()
     assert results[0] == results[1] == evaluate(pair, [[0], [1], [2]])

@@ -53,6 +53,7 @@ def run(project: Path, *words: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_following_the_guide_adds_a_method(project):
     assert "yours/demo" in run(project, "experiments", "list", "yours")
     short = ["--model.total_images", "1600", "--val_every_images", "800"]

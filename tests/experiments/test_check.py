@@ -226,6 +226,7 @@ def test_failed_records_are_named_and_the_check_continues(project):
     assert "other.safetensors are not the weights of the record" in said
 
 
+@pytest.mark.slow
 def test_skipped_checks_state_the_reason(project):
     shutil.copy(project.record, project.record.with_name("gone-seed0.json"))
     record = read_record(project.record)

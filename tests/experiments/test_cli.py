@@ -373,6 +373,7 @@ def test_weights_of_the_newest_finished_run_are_used_first(workdir, recipe, capf
     assert "runs/tiny/one/checkpoints/best.ckpt" in capfd.readouterr().out.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_bench_prints_all_results(workdir, recipe, capfd):
     assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "2", "--json"]) == 0
     results = json.loads(capfd.readouterr().out)

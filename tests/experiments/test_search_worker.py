@@ -196,6 +196,7 @@ def test_failed_trials_are_in_all_tables(workdir, photos, capsys):
     assert "<td>failed</td>" in (workdir / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_report_has_table_plots_and_best_recipe(workdir, photos):
     rates = {"model.learning_rate": {"values": [1e-2, 1e-4]}, "model.activation": {"value": "relu"}}
     write_search(workdir, photos, name="<b>rates", parameters=rates)

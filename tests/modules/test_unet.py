@@ -31,6 +31,7 @@ class TestUNet(SegmentationContract):
     ]
     min_score = 0.7  # 8 seeds, AVX-512: 0.89 ... 0.96
 
+    @pytest.mark.slow
     def test_bench_reports_metrics(self, workdir, recipe, capfd):
         assert forked(main, ["bench", str(recipe), "--pairs", "6", "--steps", "2", "--json"]) == 0
         metrics = json.loads(capfd.readouterr().out)

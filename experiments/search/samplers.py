@@ -67,6 +67,12 @@ def distribution(spec: dict[str, Any]) -> BaseDistribution:
     return FloatDistribution(low, high, log=spec["distribution"] == "log_uniform_values", step=step)
 
 
+def ends(space: BaseDistribution) -> list[int] | list[float]:
+    """Return both ends of a range, in the type of its values."""
+    assert isinstance(space, IntDistribution | FloatDistribution)
+    return [space.low, space.high]
+
+
 def choices(spec: dict[str, Any]) -> list[Any]:
     """Return a parameter's values in types that the storage supports: lists as JSON text."""
     return [value if isinstance(value, SCALAR) else json.dumps(value) for value in spec["values"]]

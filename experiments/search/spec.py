@@ -99,7 +99,9 @@ class Search:
     @property
     def examples(self) -> list[list[str]]:
         """The arguments of trials that contain each value of each parameter, or both ends of its range, for validation."""
-        values = {key: spec.get("values") or _ends(spec) for key, spec in self.search_space.items()}
+        from experiments.search.samplers import distribution, ends  # imports this module
+
+        values = {key: spec.get("values") or ends(distribution(spec)) for key, spec in self.search_space.items()}
         count = max(map(len, values.values()), default=1)
         return [self.to_argv({key: known[i % len(known)] for key, known in values.items()}) for i in range(count)]
 
@@ -107,15 +109,6 @@ class Search:
         """Return the name of a trial's run; equal settings have the same run, which is then resumed."""
         settings = json.dumps([self.recipe.content, self.to_argv(params)], sort_keys=True, default=str)
         return f"{self.name}-{sha256(settings.encode()).hexdigest()[:10]}"
-
-
-def _ends(spec: dict[str, Any]) -> list[Any]:
-    """Return both ends of a range, in the type of the values that `samplers.distribution` samples."""
-    limits = [spec["min"], spec["max"], spec.get("q", 1)]
-    whole = spec["distribution"] == "int_uniform" or (
-        spec["distribution"] == "q_uniform" and all(isinstance(limit, int) for limit in limits)
-    )
-    return [int(limit) if whole else float(limit) for limit in limits[:2]]
 
 
 def is_search(path: Path) -> bool:

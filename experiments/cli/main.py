@@ -296,8 +296,9 @@ def _sweep(argv: list[str]) -> int:
         study = worker.open_study(search, args.storage)
     else:
         from experiments.run.lightning_cli import validate_overrides
+        from experiments.search.samplers import examples
 
-        validate_overrides(search.recipe, *search.examples)
+        validate_overrides(search.recipe, *examples(search))
         if args.ray:
             from experiments.search.ray_backend import sweep_on_ray
 

@@ -17,6 +17,7 @@ from experiments.run.config_checks import typed_keys
 from experiments.run.lightning_cli import validate_overrides
 from experiments.run.paths import runs_root
 from experiments.run.recipes import Recipe
+from experiments.search.samplers import examples
 from experiments.search.spec import read_search
 
 # Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
@@ -88,7 +89,7 @@ def submit_search(path: Path, keys: Sequence[str], job: Job, storage: str | None
         raise UserError("submit: --trainer.devices: each trial uses the GPUs of its node. Use --gpus")
     if job.processes > max(1, job.gpus):
         raise UserError(f"submit: --processes {job.processes}: not for searches. Use --trainer.devices {job.processes}")
-    validate_overrides(search.recipe, *search.examples, processes=max(1, job.gpus), elsewhere=True)
+    validate_overrides(search.recipe, *examples(search), processes=max(1, job.gpus), elsewhere=True)
     arguments = ["--storage", storage] if storage else []
     arguments += ["--trainer.devices", str(job.gpus)] if job.gpus > 1 else []
     worker_job = replace(job, processes=1, cores=job.cores * max(1, job.gpus), workers=max(1, job.workers))

@@ -67,6 +67,13 @@ def distribution(spec: dict[str, Any]) -> BaseDistribution:
     return FloatDistribution(low, high, log=spec["distribution"] == "log_uniform_values", step=step)
 
 
+def examples(search: Search) -> list[list[str]]:
+    """Return arguments of trials that contain each value of each parameter, or both ends of its range, for validation."""
+    values = {key: spec.get("values") or ends(distribution(spec)) for key, spec in search.search_space.items()}
+    count = max(map(len, values.values()), default=1)
+    return [search.to_argv({key: known[i % len(known)] for key, known in values.items()}) for i in range(count)]
+
+
 def ends(space: BaseDistribution) -> list[int] | list[float]:
     """Return both ends of a range, in the type of its values."""
     assert isinstance(space, IntDistribution | FloatDistribution)

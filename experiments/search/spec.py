@@ -96,15 +96,6 @@ class Search:
         ]
         return [*self.fixed_args, *(arg for key, text in texts for arg in (f"--{key}", text))]
 
-    @property
-    def examples(self) -> list[list[str]]:
-        """The arguments of trials that contain each value of each parameter, or both ends of its range, for validation."""
-        from experiments.search.samplers import distribution, ends  # imports this module
-
-        values = {key: spec.get("values") or ends(distribution(spec)) for key, spec in self.search_space.items()}
-        count = max(map(len, values.values()), default=1)
-        return [self.to_argv({key: known[i % len(known)] for key, known in values.items()}) for i in range(count)]
-
     def run_name(self, params: dict[str, Any]) -> str:
         """Return the name of a trial's run; equal settings have the same run, which is then resumed."""
         settings = json.dumps([self.recipe.content, self.to_argv(params)], sort_keys=True, default=str)

@@ -27,6 +27,7 @@ from experiments.results.records import validate
 from experiments.run.recipes import Recipe
 from experiments.run.run_dir import Run
 from experiments.run.weights_file import Description, Entry, read_description, write_weights_file
+from experiments.search.samplers import examples
 from experiments.search.spec import read_search
 from experiments.search.worker import open_study
 from modules.espcn import ESPCN
@@ -213,7 +214,7 @@ def test_searches(tmp_path):
 
     def read(path):
         search = read_search(path, [])
-        assert all(isinstance(word, str) for example in search.examples for word in example)
+        assert all(isinstance(word, str) for example in examples(search) for word in example)
         json.loads(search.signature)
 
     def names_file_or_recipe(path):

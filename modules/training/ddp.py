@@ -4,7 +4,9 @@ import os
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -16,8 +18,17 @@ class ManualDDPStrategy(DDPStrategy):
     """DDP without gradient hooks: ranks start from the same weights, and `Method` averages the gradients of each update.
 
     Lightning's DDP wraps the module and expects every backward pass to reach every parameter. With alternating networks it
-    would reduce each gradient twice. This strategy is registered as "ddp", Lightning's default for more than one device.
+    would reduce each gradient twice. This strategy is registered as "ddp", Lightning's default for more than one device, and as
+    "ddp_bf16" with an exchange in bfloat16: half of the bytes, with 8 significant bits of each rank's gradients.
+
+    Args:
+        exchange_dtype: data type in which ranks exchange gradients; None for that of the gradients.
+        kwargs: arguments of Lightning's `DDPStrategy`.
     """
+
+    def __init__(self, *, exchange_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.exchange_dtype = exchange_dtype
 
     def setup_distributed(self) -> None:
         """Connect the processes. On one machine, they listen only on its loopback interface."""
@@ -57,3 +68,4 @@ def loopback_store(port: int, rank: int, world_size: int, timeout: timedelta | N
 
 
 StrategyRegistry.register("ddp", ManualDDPStrategy, override=True)
+StrategyRegistry.register("ddp_bf16", ManualDDPStrategy, exchange_dtype=torch.bfloat16)

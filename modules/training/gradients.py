@@ -1,55 +1,56 @@
 """Backward pass and optimizer step: loss scaling, averaging over ranks, clipping, and the check of gradients."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
+from modules.training.averaging import GradientAverager
 from modules.training.fsdp import gather_full_tensors
+from modules.training.image_pool import ImagePool
 from modules.training.lightning_compat import grad_scaler
 from modules.training.phases import BoundPhase
 
 MIN_LOSS_SCALE = 2.0**-14  # smallest fp16 loss scale; torch starts at 2**16 and halves it at each overflow
-BUCKET_BYTES = 25 * 2**20  # bytes per all-reduce, the default of torch's DDP
 
 
-def backward(trainer: Any, loss: Tensor) -> None:
+def backward(trainer: Any, loss: Tensor, averager: GradientAverager | None = None) -> None:
     """Backpropagate a loss, scaled under fp16.
 
     The backward pass is outside autocast, which would round the second derivatives of a gradient penalty.
+
+    Args:
+        trainer: Lightning trainer, for the precision.
+        loss: scalar.
+        averager: average over all ranks of the gradients that this backward pass completes; None if another one follows before
+            the optimizer step, or for a single rank.
     """
+    if averager is not None:
+        averager.prepare()
     scaler = grad_scaler(trainer)
     with torch.autocast(loss.device.type, enabled=False):
         (loss if scaler is None else scaler.scale(loss)).backward()
 
 
-def optimizer_step(
-    trainer: Any, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float | None = None
-) -> None:
-    """Average each gradient over all ranks, and update the parameters.
+def optimizer_step(trainer: Any, bound: BoundPhase) -> None:
+    """Average each gradient over all ranks, clip them, and update the parameters.
 
     The step is outside autocast, which would round the matrix products of an optimizer. Under fp16, all ranks skip a step whose
     gradients overflow.
 
     Args:
-        trainer: Lightning trainer, for the precision and the number of ranks.
-        optimizer: torch optimizer.
-        parameters: parameters of the optimizer.
-        max_grad_norm: maximum norm of all gradients together, without the loss scale; None for no clipping.
+        trainer: Lightning trainer, for the precision.
+        bound: phase; its maximum norm is that of all gradients together, without the loss scale.
     """
-    scaler = grad_scaler(trainer)
-    with torch.autocast(parameters[0].device.type, enabled=False):
-        if trainer.world_size > 1:
-            average_gradients(parameters, trainer.world_size)
-        if max_grad_norm is not None:
+    scaler, optimizer = grad_scaler(trainer), bound.optimizer
+    with torch.autocast(bound.parameters[0].device.type, enabled=False):
+        if bound.averager is not None:
+            bound.averager.finish()
+        if bound.phase.max_grad_norm is not None:
             if scaler is not None:
                 scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            nn.utils.clip_grad_norm_(bound.parameters, bound.phase.max_grad_norm)
         if scaler is None:
             optimizer.step()
         else:
@@ -75,31 +76,9 @@ def gradient_problem(trainer: Any, bound: BoundPhase) -> str:
     return "" if norm.isfinite() else f"the gradient's norm{suffix} is {norm.item()}"
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
-    """Replace each gradient by its mean over all ranks; FSDP has already averaged those of sharded weights."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    for bucket in make_buckets(gradients):
-        flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat)
-        flat /= world_size
-        for gradient, mean in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-            gradient.copy_(mean)
-
-
 def broadcast_buffers(module: nn.Module) -> None:
-    """Broadcast the buffers of rank 0: the statistics of batch normalization differ between ranks."""
-    for buffer in module.buffers():
-        dist.broadcast(buffer, src=0)
-
-
-def make_buckets(tensors: Iterable[Tensor], size: int = BUCKET_BYTES) -> list[list[Tensor]]:
-    """Split tensors, in order, into lists of one dtype and at most `size` bytes (or a single larger tensor)."""
-    buckets: list[list[Tensor]] = []
-    filled = 0
-    for tensor in tensors:
-        if not buckets or buckets[-1][0].dtype != tensor.dtype or filled + tensor.nbytes > size:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(tensor)
-        filled += tensor.nbytes
-    return buckets
+    """Broadcast the buffers of rank 0: the statistics of batch normalization differ between ranks; image pools do not."""
+    for submodule in module.modules():
+        if not isinstance(submodule, ImagePool):
+            for buffer in submodule.buffers(recurse=False):
+                dist.broadcast(buffer, src=0)

@@ -75,18 +75,39 @@ class ImagePool(nn.Module):
         first_id = min(sample_ids.start for sample_ids, _ in self.pending)
         images = torch.cat([fakes for _, fakes in self.pending]).to(self.fakes.dtype)
         self.pending = []
-        if len(images) < batch_size:  # only the samples of this rank
-            rank, gathered = dist.get_rank(), images.new_empty(batch_size, *images.shape[1:])
-            dist.all_gather_into_tensor(gathered, images.contiguous())
-            first_id, images = first_id - rank * len(images), gathered
+        device, local_size = self.fakes.device, len(images)
+        first_id -= dist.get_rank() * local_size if local_size < batch_size else 0
         newest_by_slot = {
             slot: i for i, slot in enumerate(self.slot_indices(range(first_id, first_id + batch_size))) if slot >= 0
         }
-        if newest_by_slot:
-            device = self.fakes.device
-            self.fakes[to_device_async(list(newest_by_slot), device)] = images[
-                to_device_async(list(newest_by_slot.values()), device)
-            ]
+        if not newest_by_slot:
+            return
+        if local_size == batch_size:
+            stored = images[to_device_async(list(newest_by_slot.values()), device)]
+        else:
+            stored = exchange(images, list(newest_by_slot.values()))
+        self.fakes[to_device_async(list(newest_by_slot), device)] = stored
+
+
+def exchange(images: Tensor, indices: list[int]) -> Tensor:
+    """Send images between ranks, each of which has an equal part of a batch; images that are not requested are not sent.
+
+    Args:
+        images: images (N, ...) of this rank.
+        indices: positions in the batch of all ranks, equal on all ranks.
+
+    Returns:
+        The images at `indices`, in that order, on every rank.
+    """
+    local_size, world_size = len(images), dist.get_world_size()
+    requested = [[i % local_size for i in indices if i // local_size == rank] for rank in range(world_size)]
+    count = max(map(len, requested))  # ranks with fewer images send some that are not used
+    own = requested[dist.get_rank()]
+    padded = to_device_async(own + [0] * (count - len(own)), images.device)
+    gathered = images.new_empty(world_size * count, *images.shape[1:])
+    dist.all_gather_into_tensor(gathered, images[padded].contiguous())
+    positions = [i // local_size * count + requested[i // local_size].index(i % local_size) for i in indices]
+    return gathered[to_device_async(positions, images.device)]
 
 
 def to_device_async(values: list[Any], device: torch.device) -> Tensor:

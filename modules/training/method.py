@@ -1,8 +1,7 @@
 """Base class of all methods: the training step, with progress counted in images seen."""
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,6 @@ from modules.training.fsdp import fsdp_modules
 from modules.training.gradients import backward, broadcast_buffers, gradient_problem, optimizer_step, update_grad_scaler
 from modules.training.image_pool import ImagePool
 from modules.training.lightning_compat import (
-    FastSetattrModule,
     datamodule,
     increment_global_step,
     log_every_n_steps,
@@ -30,6 +28,7 @@ from modules.training.phases import (
     Batch,
     BoundPhase,
     Phase,
+    add_averagers,
     batch_size_of,
     bind_phases,
     detach_tensors,
@@ -39,11 +38,11 @@ from modules.training.phases import (
     split_micro_batches,
     train_only,
 )
-from modules.training.references import ReferenceNetwork
+from modules.training.references import ModuleWithReferences
 from modules.training.stages import Stage, StagePlan
 
 
-class Method(FastSetattrModule):
+class Method(ModuleWithReferences):
     """Networks with their losses, trained by manual optimization.
 
     A method with one loss defines `losses` and `configure_optimizers`. A method with networks that are trained in turn defines
@@ -76,7 +75,6 @@ class Method(FastSetattrModule):
         self.optimizer_names = [""]
         self.bound_phases: list[BoundPhase] = []
         self.stage_plan = StagePlan([Stage()], 1)
-        self.references: dict[str, ReferenceNetwork] = {}
         self.fsdp_modules: list[FSDPModule] = []  # sharded networks, see modules/training/fsdp.py
         self.loss_log = LossLog()
 
@@ -110,23 +108,6 @@ class Method(FastSetattrModule):
         update.
         """
         return {}
-
-    def add_reference(self, name: str, network: nn.Module, find_weights: Callable[[], Path]) -> None:
-        """Register a frozen network that losses use as `self.references[name].network`, such as VGG.
-
-        The network is moved to the method's device. It is not trained and not part of checkpoints; the run record contains the
-        hash of its weights. The weights are loaded before the first step.
-
-        Args:
-            name: name in the record.
-            network: network; its weights are replaced by those of the file.
-            find_weights: function that returns the weights file, or raises a UserError.
-        """
-        self.references[name] = ReferenceNetwork(network, find_weights)
-
-    def file_hashes(self) -> dict[str, str]:
-        """Return the sha256 of the files that training depends on, by name; empty if a file is not loaded yet."""
-        return {name: reference.weights_hash for name, reference in self.references.items()}
 
     def schedule(self, images_seen: int) -> float:
         """Return the learning rate after `images_seen` images: a linear warmup, then a half cosine to zero.
@@ -228,8 +209,8 @@ class Method(FastSetattrModule):
         Returns:
             The micro-batches with detached shared tensors if they were computed here with gradients, otherwise an empty list.
         """
-        phase, optimizer = bound.phase, bound.optimizer
-        for group in optimizer.param_groups:
+        phase = bound.phase
+        for group in bound.optimizer.param_groups:
             group.update(self.optimizer_settings(phase, self.images_seen))
         for parameter in bound.parameters:  # faster than zero_grad, which calls a profiler (0.1 ms)
             parameter.grad = None
@@ -240,11 +221,12 @@ class Method(FastSetattrModule):
                 batch = batches_with_shared[i] if batches_with_shared else self._with_shared(micro_batch, repeat_index)
                 terms = expect_dict(phase.losses(batch), phase, "losses", "loss terms")
                 values = torch.stack(list(terms.values()))
-                backward(self.trainer, values.sum() if len(micro_batches) == 1 else values.sum() / len(micro_batches))
+                loss = values.sum() if len(micro_batches) == 1 else values.sum() / len(micro_batches)
+                backward(self.trainer, loss, bound.averager if i == len(micro_batches) - 1 else None)
                 detached_losses.append(values.detach())
                 if not batches_with_shared and has_gradients(batch):
                     detached_batches.append(detach_tensors(batch))
-            optimizer_step(self.trainer, optimizer, bound.parameters, phase.max_grad_norm)
+            optimizer_step(self.trainer, bound)
             update_grad_scaler(self.trainer)
         for unit in self.fsdp_modules:
             unit.reshard()
@@ -282,22 +264,6 @@ class Method(FastSetattrModule):
 
     # Lightning hooks
 
-    def setup(self, stage: str) -> None:
-        """Load the weights of the reference networks before training; an override must call this method.
-
-        Raises:
-            UserError: the weights are missing, damaged, or belong to another network.
-        """
-        if stage == "fit":
-            for reference in self.references.values():
-                reference.load()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Apply a device or dtype conversion to the method and to its reference networks."""
-        for reference in self.__dict__.get("references", {}).values():
-            reference.network._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
     def on_fit_start(self) -> None:
         """Plan the stages of training, and inspect the data."""
         self.plan_stages(datamodule(self.trainer))
@@ -320,6 +286,7 @@ class Method(FastSetattrModule):
         """Bind the phases to the optimizers, freeze untrained parameters, and stop if the training budget is used up."""
         patch_training_loop(self.trainer)
         self.bound_phases = bind_phases(self.phases(), dict(zip(self.optimizer_names, self.trainer.optimizers, strict=True)))
+        add_averagers(self.bound_phases, self.trainer)
         self.fsdp_modules = fsdp_modules(self)
         trained_parameters = {parameter for bound in self.bound_phases for parameter in bound.parameters}
         for parameter in self.parameters():  # others belong to fixed networks, such as feature extractors

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.errors import UserError
+from modules.training.averaging import GradientAverager
 
 Batch = dict[str, Any]
 
@@ -66,10 +67,11 @@ def expect_dict(value: Any, phase: Phase, function: str, content: str) -> dict[s
 
 @dataclass
 class BoundPhase:
-    """A phase with its optimizer, and that optimizer's trainable parameters."""
+    """A phase with its optimizer, that optimizer's trainable parameters, and the average of their gradients over all ranks."""
 
     phase: Phase
     optimizer: Optimizer
+    averager: GradientAverager | None = None  # shared by the phases of an optimizer; None for a single rank
 
     def __post_init__(self) -> None:
         self.parameters: list[nn.Parameter] = [
@@ -94,6 +96,17 @@ def bind_phases(phases: Sequence[Phase], optimizers: Mapping[str, Optimizer]) ->
     if set(used) != set(optimizers):
         raise TypeError(f"the phases use the optimizers {sorted(set(used))}, but the method has {sorted(optimizers)}")
     return [BoundPhase(phase, optimizers[name]) for phase, name in zip(phases, used, strict=True)]
+
+
+def add_averagers(phases: Sequence[BoundPhase], trainer: Any) -> None:
+    """Average the gradients of each optimizer over the ranks of a Lightning trainer, if there are several."""
+    if trainer.world_size == 1:
+        return
+    averagers: dict[Optimizer, GradientAverager] = {}
+    for bound in phases:
+        if bound.optimizer not in averagers:
+            averagers[bound.optimizer] = GradientAverager(bound.parameters, trainer.world_size, trainer.strategy.exchange_dtype)
+        bound.averager = averagers[bound.optimizer]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from callbacks.run.csv_logger import read_metrics_csv
 from experiments.cli.main import main
 from experiments.run.lightning_cli import build_cli
 from experiments.run.recipes import find_recipe
-from modules.training.gradients import make_buckets
 from tests.helpers.method_contract import assert_equal, checkpoint, fit
 from tests.helpers.subprocess_helpers import forked, launched, two_forked
 from tests.tasks.reconstruction import write_reconstruction_recipe
@@ -127,11 +126,3 @@ def has_denormals():
 
 def test_denormals_are_flushed_to_zero_on_all_threads(workdir):
     assert forked(has_denormals) == 0
-
-
-def test_buckets_have_one_dtype_and_a_maximum_size():
-    tensors = [
-        torch.zeros(n, dtype=dtype)
-        for n, dtype in ((3, torch.float32), (2, torch.float32), (9, torch.float32), (1, torch.float64))
-    ]
-    assert [[t.numel() for t in bucket] for bucket in make_buckets(tensors, size=24)] == [[3, 2], [9], [1]]

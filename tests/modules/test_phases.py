@@ -12,7 +12,7 @@ from experiments.cli.main import main
 from modules.losses.adversarial import bce_fake, bce_real, gradient_penalty
 from modules.training import gradients
 from modules.training.ema import EMA
-from modules.training.phases import Phase, bind_phases, expect_dict, split_micro_batches, train_only
+from modules.training.phases import BoundPhase, Phase, bind_phases, expect_dict, split_micro_batches, train_only
 from tests.helpers.method_contract import checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.wgan_gp import WGANGP
@@ -74,8 +74,12 @@ def test_split_micro_batches_adds_sample_ids():
     assert second["label"].tolist() == [3, 4, 5]
 
 
-def trainer(scaler=None, world_size=1):
-    return SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), world_size=world_size)
+def trainer(scaler=None):
+    return SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+
+
+def no_losses(batch):
+    return {}
 
 
 def test_max_grad_norm_applies_to_unscaled_gradients():
@@ -84,7 +88,7 @@ def test_max_grad_norm_applies_to_unscaled_gradients():
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
     gradients.backward(fp16, layer(torch.tensor([[30.0, 40.0, 0.0]])).sum())
-    gradients.optimizer_step(fp16, optimizer, list(layer.parameters()), max_grad_norm=0.01)
+    gradients.optimizer_step(fp16, BoundPhase(Phase("", no_losses, max_grad_norm=0.01), optimizer))
     update = before - layer.weight.detach()
     assert update.norm().item() == pytest.approx(0.01, rel=1e-4)
     assert update[0, 0] / update[0, 1] == pytest.approx(0.75, rel=1e-4)
@@ -95,7 +99,7 @@ def test_scaled_loss_gives_the_unscaled_update():
     optimizer = torch.optim.SGD([weight], lr=0.5)
     fp16 = trainer(torch.amp.GradScaler("cpu", init_scale=1024.0))
     gradients.backward(fp16, (weight**2).sum())
-    gradients.optimizer_step(fp16, optimizer, [weight])
+    gradients.optimizer_step(fp16, BoundPhase(Phase("", no_losses), optimizer))
     assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
 
 
@@ -107,24 +111,11 @@ def test_overflow_skips_only_the_update_of_its_phase():
     for layer, size in zip(layers, (float("inf"), 1.0), strict=True):
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         gradients.backward(fp16, layer(torch.ones(1, 1)).sum() * size)
-        gradients.optimizer_step(fp16, optimizer, list(layer.parameters()))
+        gradients.optimizer_step(fp16, BoundPhase(Phase("", no_losses), optimizer))
         gradients.update_grad_scaler(fp16)
     assert scaler.get_scale() == 512
     assert layers[0].weight.item() == before[0]
     assert layers[1].weight.item() == pytest.approx(before[1] - 1)
-
-
-def test_all_reduce_sends_only_the_gradients_of_the_phase_once(monkeypatch):
-    critic, generator = bound_phases(WGANGP())
-    sent = []
-    monkeypatch.setattr(gradients.dist, "all_reduce", lambda flat: sent.append(flat.nbytes))
-    for bound in (critic, generator):
-        with train_only([bound], [critic, generator]):
-            loss = sum(p.square().sum() for p in bound.parameters)
-            gradients.backward(trainer(world_size=2), loss)
-            gradients.optimizer_step(trainer(world_size=2), bound.optimizer, bound.parameters)
-        assert sum(sent) == sum(p.nbytes for p in bound.parameters)
-        sent.clear()
 
 
 def test_adversarial_losses_match_binary_cross_entropy():

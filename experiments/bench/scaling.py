@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.markdown import Markdown
 
 from datamodules.errors import UserError
 from experiments import ROOT
+from experiments.bench.link import ADDRESSES, limited_link
 from experiments.bench.scaling_report import render
 from experiments.cli.errors import parameters
 from experiments.results.records import commit
@@ -30,7 +32,7 @@ TRIAL_STEPS = 5  # steps of a short run, which determines the number of steps pe
 MIN_STEPS, MAX_STEPS = 5, 1000  # steps per interval
 
 
-def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: float, write: bool) -> None:
+def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: float, write: bool, bandwidth: str = "") -> None:
     """Time recipes in one process and in several, and print the results.
 
     Args:
@@ -38,6 +40,7 @@ def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: flo
         processes: processes that train together.
         rounds: number of interleaved intervals of each kind.
         seconds: duration of an interval in one process.
+        bandwidth: rate of a link between two processes, such as "1gbit", for measurements in addition; empty for none.
         write: save the record to `experiments/bench/scaling.json` and the page to `experiments/bench/SCALING.md`.
 
     Raises:
@@ -47,23 +50,32 @@ def scaling(recipes: Sequence[Recipe], processes: int, rounds: int, seconds: flo
         if "total_images" not in parameters(recipe.class_path("model")):
             raise UserError(f"{recipe.name} has nothing to train. Choose a recipe with training")
     argv = ["scaling", *(recipe.name for recipe in recipes), "--processes", processes, "--rounds", rounds]
+    with ExitStack() as stack:
+        prefixes = stack.enter_context(limited_link(bandwidth)) if bandwidth else []
+        runs = [time_recipe(recipe, processes, rounds, seconds, prefixes) for recipe in recipes]
+    argv += ["--seconds", f"{seconds:g}", *(["--bandwidth", bandwidth] if bandwidth else [])]
     record = {
-        "command": "darkroom " + shlex.join(map(str, [*argv, "--seconds", f"{seconds:g}"])),
+        "command": "darkroom " + shlex.join(map(str, argv)),
         "commit": commit(),
         "processes": processes,
-        "runs": [time_recipe(recipe, processes, rounds, seconds) for recipe in recipes],
+        "runs": runs,
     }
+    if bandwidth:
+        record["link"] = {"bandwidth": bandwidth, **{key: runs[0]["exchange"][key] for key in ("latency", "bytes_per_second")}}
     if write:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(render(record))
     Console().print(Markdown(render(record)))
 
 
-def time_recipe(recipe: Recipe, processes: int, rounds: int, seconds: float) -> dict[str, Any]:
+def time_recipe(
+    recipe: Recipe, processes: int, rounds: int, seconds: float, prefixes: Sequence[list[str]] = ()
+) -> dict[str, Any]:
     """Return the cost of a recipe's step, and its duration in seconds, one value per interval.
 
     There are three kinds of intervals: "single", one process; "ddp", several processes that average gradients; "independent",
-    as many processes without communication. Each process has the same number of threads in all three kinds.
+    as many processes without communication. Each process has the same number of threads in all kinds. With `prefixes` of the
+    commands of two processes, there is a fourth kind: "link", two processes in the network namespaces of `limited_link`.
     """
     trial = run_independent(recipe, TRIAL_STEPS, 1, processes)[0]
     steps = min(MAX_STEPS, max(MIN_STEPS, round(seconds / trial["seconds"])))
@@ -72,6 +84,9 @@ def time_recipe(recipe: Recipe, processes: int, rounds: int, seconds: float) -> 
         print(f"{recipe.name}: round {i + 1} of {rounds}, intervals of {steps} steps", file=sys.stderr, flush=True)
         spent["single"].append(run_independent(recipe, steps, 1, processes)[0]["seconds"])
         spent["ddp"].append(run_ddp(recipe, steps, processes, trial["batch"])["seconds"])
+        if prefixes:
+            trial["exchange"] = run_linked(recipe, steps, trial["batch"], prefixes)
+            spent.setdefault("link", []).append(trial["exchange"]["seconds"])
         spent["independent"].append(
             statistics.mean(result["seconds"] for result in run_independent(recipe, steps, processes, processes))
         )
@@ -104,6 +119,20 @@ def run_ddp(recipe: Recipe, steps: int, processes: int, batch: int) -> dict[str,
         return read_result(start([*launcher, *argv, *batch_size], Path(folder), processes), recipe)
 
 
+def run_linked(recipe: Recipe, steps: int, batch: int, prefixes: Sequence[list[str]]) -> dict[str, Any]:
+    """Train in two processes that are connected as two machines, with a total batch of twice `batch`."""
+    worker = ["-m", "experiments.bench.scaling_worker", str(recipe.path), str(steps), "--trainer.num_nodes", "2"]
+    settings = ["--trainer.devices", "1", "--data.batch_size", str(batch * 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for index, prefix in enumerate(prefixes):
+            nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(index)]
+            launcher = ["-m", "torch.distributed.run", *nodes, "--master-addr", ADDRESSES[0], "--master-port", "29500"]
+            processes.append(start([*launcher, *worker, *settings], Path(folder) / str(index), 2, prefix))
+        processes[1].communicate()
+        return read_result(processes[0], recipe)
+
+
 def device_argument(index: int) -> str:
     """Return the value of Lightning's `devices` for one device: the GPU of this index, or one CPU process."""
     import torch
@@ -111,11 +140,12 @@ def device_argument(index: int) -> str:
     return f"[{index}]" if torch.cuda.is_available() else "1"
 
 
-def start(argv: Sequence[str], runs: Path, core_groups: int) -> subprocess.Popen[str]:
+def start(argv: Sequence[str], runs: Path, core_groups: int, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Start a Python process whose ranks have 1 / `core_groups` of the CPU cores as threads."""
     threads = str(max(1, (os.cpu_count() or 1) // core_groups))
     environment = {**os.environ, "DARKROOM_RUNS": str(runs), "OMP_NUM_THREADS": threads}
-    return subprocess.Popen([sys.executable, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*prefix, sys.executable, *argv]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def read_result(process: subprocess.Popen[str], recipe: Recipe) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import statistics
 from typing import Any
 
 from experiments.bench.timing import quartiles
+from modules.training.averaging import BUCKETS, MAX_BUCKET, MIN_BUCKET, bucket_bytes
 
 # Assumed hardware: machines of eight A100s (NVIDIA's data sheets of A100, NVLink 3 and HDR InfiniBand).
 PEAK = 156e12  # FLOP/s in TF32
@@ -14,7 +15,7 @@ NODE = 8  # GPUs per machine
 NVLINK, INFINIBAND = 300e9, 25e9  # bytes per second sent by a GPU, within a machine and between machines
 BANDWIDTH_FRACTION = 0.8  # fraction of the bandwidth that NCCL reaches with large messages
 HOP = {NVLINK: 5e-6, INFINIBAND: 10e-6}  # latency of a message in seconds
-BUCKET = 25 * 2**20  # bytes per message, as in modules/training/gradients.py
+BACKWARD = 2 / 3  # share of the backward pass in the computing of a step
 
 
 def render(record: dict[str, Any]) -> str:
@@ -31,6 +32,7 @@ def render(record: dict[str, Any]) -> str:
             "communication is added.",
             "",
             *render_measurements(record),
+            *render_link(record),
             "",
             *render_communication(runs),
             "",
@@ -74,13 +76,38 @@ def render_measurements(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def render_link(record: dict[str, Any]) -> list[str]:
+    """Render the measurements over the link of limited bandwidth; empty without one."""
+    if "link" not in record:
+        return []
+    link = record["link"]
+    lines = [
+        "",
+        f"### Two processes over a link of {link['bandwidth']}",
+        "",
+        "The processes run in two network namespaces of this machine, joined by virtual interfaces with a token bucket filter. "
+        f"Measured over it: an all-reduce of 4 bytes takes {format_number(1e6 * link['latency'])} µs, and one of 8 MiB has "
+        f"{format_number(link['bytes_per_second'] / 1e6)} MB/s.",
+        "",
+        "| recipe | gradients per step, MB | ms per step, 1 | 2, shared memory | 2, link | gradients at the link's rate, ms |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for run in record["runs"]:
+        times = [format_number(1000 * statistics.median(run["seconds"][kind])) for kind in ("single", "ddp", "link")]
+        total = sum(gradient_bytes(run))
+        sent = format_number(1000 * total / link["bytes_per_second"])
+        lines.append(f"| {run['recipe']} | {format_number(total / 1e6)} | {' | '.join(times)} | {sent} |")
+    return lines
+
+
 def render_communication(runs: list[dict[str, Any]]) -> list[str]:
     """Render the bytes sent per step."""
     lines = [
         "## Communication per step",
         "",
-        "Ranks average the gradients of a network once per update of that network, in float32, in buckets of "
-        f"{BUCKET // 2**20} MiB. They also exchange one byte for signals, and the losses when these are logged. "
+        "Ranks average the gradients of a network once per update of that network, in float32, in up to "
+        f"{BUCKETS} buckets of {MIN_BUCKET // 2**20} to {MAX_BUCKET // 2**20} MiB, or more of the largest size, while the "
+        "backward pass continues. They also exchange one byte for signals, and the losses when these are logged. "
         "In a ring of n processes each one sends 2(n - 1)/n times the gradients.",
         "",
         "| recipe | updates per step | gradients per step, MB | sent by each of 2, MB | of 8, MB | of 64, MB |",
@@ -102,16 +129,19 @@ def render_estimates(runs: list[dict[str, Any]]) -> list[str]:
         f"Calculated, not measured. Assumptions: A100s, {NODE} per machine, {SUSTAINED:.0%} of {PEAK / 1e12:.0f} TFLOP/s in "
         f"TF32; {OPERATOR * 1e6:.0f} µs to launch an operator, which bounds the step time of small networks; NVLink with "
         f"{NVLINK / 1e9:.0f} GB/s and InfiniBand with {INFINIBAND / 1e9:.0f} GB/s per GPU, {BANDWIDTH_FRACTION:.0%} of either "
-        f"reached; {HOP[NVLINK] * 1e6:.0f} and {HOP[INFINIBAND] * 1e6:.0f} µs per hop; ring all-reduce after the backward "
-        "pass, without overlap.",
+        f"reached; {HOP[NVLINK] * 1e6:.0f} and {HOP[INFINIBAND] * 1e6:.0f} µs per hop; all-reduces by "
+        "double binary trees (NCCL 2.4 and later), in 2 log2(n) hops, which overlap the backward pass, "
+        f"{BACKWARD:.0%} of the computing of a step, except for the last bucket of each update.",
         "",
-        "| recipe | images per GPU | GFLOP | operators | step, ms | averaging on 8, ms | efficiency | on 64, ms | efficiency |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| recipe | images per GPU | GFLOP | operators | step, ms | averaging on 8, ms | exposed, ms | efficiency | on 64, ms "
+        "| exposed, ms | efficiency |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
         step = step_seconds(run)
         cells = " | ".join(
-            f"{format_number(1000 * allreduce_seconds(run, n))} | {step / (step + allreduce_seconds(run, n)):.0%}"
+            f"{format_number(1000 * allreduce_seconds(run, n))} | {format_number(1000 * exposed_seconds(run, n))} "
+            f"| {step / (step + exposed_seconds(run, n)):.0%}"
             for n in (NODE, 64)
         )
         cost = f"{format_number(run['flops'] / 1e9)} | {run['operators']:,.0f} | {format_number(1000 * step)}"
@@ -131,18 +161,20 @@ def render_calculation(run: dict[str, Any]) -> list[str]:
         f"step        the larger of these, {format_number(1000 * step)} ms",
     ]
     for n in (NODE, 64):
-        rate, hops, total = link_bandwidth(n), 2 * (n - 1), allreduce_seconds(run, n)
+        rate, exposed = link_bandwidth(n), exposed_seconds(run, n)
         megabytes = sum(gradient_bytes(run)) / 1e6
-        transfer = hops / n * megabytes * 1e6 / BANDWIDTH_FRACTION / rate
-        latency = messages(run) * hops * HOP[rate]
-        sum_ms = f"{format_number(1000 * step)} + {format_number(1000 * total)}"
+        transfer = 2 * (n - 1) / n * megabytes * 1e6 / BANDWIDTH_FRACTION / rate
+        latency = messages(run) * hops(n) * HOP[rate]
+        sum_ms = f"{format_number(1000 * step)} + {format_number(1000 * exposed)}"
         lines += [
             "",
             f"{n} GPUs",
-            f"bytes       {hops}/{n} x {megabytes:.4g} MB / ({BANDWIDTH_FRACTION} x {rate / 1e9:.0f} GB/s) "
+            f"bytes       {2 * (n - 1)}/{n} x {megabytes:.4g} MB / ({BANDWIDTH_FRACTION} x {rate / 1e9:.0f} GB/s) "
             f"= {format_number(1000 * transfer)} ms",
-            f"hops        {messages(run):.3g} buckets x {hops} x {HOP[rate] * 1e6:.0f} µs = {format_number(1000 * latency)} ms",
-            f"efficiency  {format_number(1000 * step)} / ({sum_ms}) = {step / (step + total):.0%}",
+            f"hops        {messages(run):.3g} buckets x {hops(n)} x {HOP[rate] * 1e6:.0f} µs "
+            f"= {format_number(1000 * latency)} ms",
+            f"exposed     the last buckets, and what exceeds {BACKWARD:.0%} of the step = {format_number(1000 * exposed)} ms",
+            f"efficiency  {format_number(1000 * step)} / ({sum_ms}) = {step / (step + exposed):.0%}",
         ]
     return [*lines, "```"]
 
@@ -154,7 +186,7 @@ def gradient_bytes(run: dict[str, Any]) -> list[float]:
 
 def messages(run: dict[str, Any]) -> float:
     """Return the number of buckets per training step; all but the last bucket of a phase are full."""
-    return float(sum(math.ceil(phase["bytes"] / BUCKET) * phase["moves"] for phase in run["phases"]))
+    return float(sum(math.ceil(phase["bytes"] / bucket_bytes(phase["bytes"])) * phase["moves"] for phase in run["phases"]))
 
 
 def step_seconds(run: dict[str, Any]) -> float:
@@ -168,9 +200,34 @@ def link_bandwidth(n: int) -> float:
 
 
 def allreduce_seconds(run: dict[str, Any], n: int) -> float:
-    """Return the seconds per step of a ring all-reduce of the gradients over n GPUs: 2(n - 1) messages of 1/n each."""
+    """Return the seconds per step of the all-reduces of the gradients over n GPUs."""
+    return tree_seconds(sum(gradient_bytes(run)), messages(run), n)
+
+
+def tree_seconds(total_bytes: float, count: float, n: int) -> float:
+    """Return the seconds of `count` all-reduces of `total_bytes` together over n GPUs.
+
+    NCCL's double binary trees send as many bytes as a ring, 2(n - 1)/n times the tensor, in 2 log2(n) hops.
+    """
     rate = link_bandwidth(n)
-    return 2 * (n - 1) * (sum(gradient_bytes(run)) / n / (BANDWIDTH_FRACTION * rate) + messages(run) * HOP[rate])
+    return 2 * (n - 1) / n * total_bytes / (BANDWIDTH_FRACTION * rate) + count * hops(n) * HOP[rate]
+
+
+def hops(n: int) -> int:
+    """Return the number of consecutive messages of an all-reduce over n GPUs."""
+    return 2 * math.ceil(math.log2(n))
+
+
+def exposed_seconds(run: dict[str, Any], n: int) -> float:
+    """Return the seconds per step that the all-reduces take in addition to the computing.
+
+    The last bucket of an update is complete when the backward pass ends. The others overlap it, as far as its time suffices.
+    """
+    last = sum(
+        tree_seconds(min(phase["bytes"], bucket_bytes(phase["bytes"])) * phase["moves"], phase["moves"], n)
+        for phase in run["phases"]
+    )
+    return last + max(0.0, allreduce_seconds(run, n) - last - BACKWARD * step_seconds(run))
 
 
 def format_number(value: float) -> str:

@@ -5,12 +5,15 @@
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,6 +86,22 @@ def step_cost(method: Method, data: Any, precision: Precision) -> dict[str, Any]
     return {"flops": flops, "operators": operators.count / period, "phases": gradient_bytes(phases)}
 
 
+def exchange_cost(device: torch.device) -> dict[str, float]:
+    """Return the "latency" in seconds of an all-reduce of 4 bytes, and the "bytes_per_second" of one of 8 MiB (medians)."""
+    small, large = (torch.zeros(count, device=device) for count in (1, 2**21))
+    seconds = {}
+    for tensor in (small, large):
+        times = []
+        for _ in range(20):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        seconds[tensor.nbytes] = statistics.median(times)
+    return {"latency": seconds[small.nbytes], "bytes_per_second": large.nbytes / seconds[large.nbytes]}
+
+
 def main(recipe: str, steps: str, *overrides: str) -> None:
     """Train and print the seconds per step; with a single rank, also the cost of a step."""
     cli = build_cli("fit", find_recipe(recipe), [*overrides, "--run", "timed"])
@@ -91,6 +110,8 @@ def main(recipe: str, steps: str, *overrides: str) -> None:
     timer = StepTimer()
     train_without_eval(cli, WARMUP_STEPS + int(steps), timer)
     result = {"batch": cli.model.stage_plan.batch_sizes[-1], "seconds": timer.seconds, "hardware": hardware(cli.trainer)}
+    if cli.trainer.world_size > 1:
+        result |= exchange_cost(cli.model.device)
     if untrained is not None:
         result |= step_cost(untrained.to(cli.model.device), cli.datamodule, cli.trainer.precision_plugin.forward_context)
     print_rank_zero(json.dumps(result))

@@ -250,15 +250,23 @@ def _scaling(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved intervals of each kind (default 5)")
     parser.add_argument("--seconds", type=float, default=3, metavar="S", help="length of an interval (default 3)")
     parser.add_argument(
+        "--bandwidth",
+        default="",
+        metavar="RATE",
+        help="also connect two processes by a link of this rate, such as 1gbit (Linux, as root)",
+    )
+    parser.add_argument(
         "--write", action="store_true", help="write experiments/bench/scaling.json and experiments/bench/SCALING.md"
     )
     args = parser.parse_args(argv)
     if args.processes < 2 or args.rounds < 1 or not args.seconds > 0:
         raise UserError("scaling: --processes must be at least 2, --rounds at least 1, and --seconds above 0")
+    if args.bandwidth and args.processes != 2:
+        raise UserError("scaling: --bandwidth connects two processes. Use --processes 2")
     recipes = [find_recipe(name) for name in args.recipes]
     from experiments.bench.scaling import scaling
 
-    scaling(recipes, args.processes, args.rounds, args.seconds, args.write)
+    scaling(recipes, args.processes, args.rounds, args.seconds, args.write, args.bandwidth)
     return 0
 
 

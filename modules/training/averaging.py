@@ -9,7 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-BUCKET_BYTES = 25 * 2**20  # bytes per all-reduce, the default of torch's DDP
+MIN_BUCKET, MAX_BUCKET, BUCKETS = 2**20, 25 * 2**20, 8  # bytes; the maximum is the default of torch's DDP
+
+
+def bucket_bytes(total: int) -> int:
+    """Return the size of an all-reduce for gradients of `total` bytes: an eighth of them, within bounds.
+
+    A single bucket could not overlap the backward pass, and small ones cost more latency than they hide.
+    """
+    return min(MAX_BUCKET, max(MIN_BUCKET, -(-total // BUCKETS)))
 
 
 class Bucket:
@@ -70,7 +78,7 @@ class GradientAverager:
         parameters: parameters of the optimizer. Sharded ones are left out; FSDP averages their gradients.
         world_size: number of ranks.
         dtype: data type of the exchange; None for that of the gradients.
-        bucket_bytes: maximum size of a bucket in bytes, except for a single larger parameter.
+        size: maximum size of a bucket in bytes, except for a single larger parameter; None for `bucket_bytes`.
     """
 
     def __init__(
@@ -78,11 +86,11 @@ class GradientAverager:
         parameters: Sequence[nn.Parameter],
         world_size: int,
         dtype: torch.dtype | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        size: int | None = None,
     ) -> None:
         self.world_size, self.dtype = world_size, dtype
         own = [parameter for parameter in reversed(parameters) if not isinstance(parameter, DTensor)]
-        self.buckets = [Bucket(group) for group in make_buckets(own, bucket_bytes)]
+        self.buckets = [Bucket(group) for group in make_buckets(own, size or bucket_bytes(sum(p.nbytes for p in own)))]
         self.n_started = 0
         self.is_recording = False  # whether the present backward pass completes the gradients
         for bucket in self.buckets:
@@ -117,7 +125,7 @@ class GradientAverager:
             self.n_started += 1
 
 
-def make_buckets(parameters: Iterable[Any], size: int = BUCKET_BYTES) -> list[list[Any]]:
+def make_buckets(parameters: Iterable[Any], size: int) -> list[list[Any]]:
     """Split tensors, in order, into lists of one dtype and at most `size` bytes (or a single larger tensor)."""
     buckets: list[list[Any]] = []
     filled = 0

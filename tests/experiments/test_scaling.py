@@ -1,16 +1,21 @@
 """`darkroom scaling`: computed gradient bytes compared with the bytes sent, time estimates, and the rendered page."""
 
 import json
-import math
+import os
+import shutil
+import subprocess
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.bench import scaling, scaling_report
+from experiments.bench.link import limited_link
 from experiments.bench.scaling_worker import OpCounter, gradient_bytes
 from experiments.cli.main import main
+from experiments.run.recipes import find_recipe
 from modules.gan import GAN
 from modules.training.phases import bind_phases
 from tests.helpers.method_contract import fit
@@ -72,9 +77,13 @@ RUN = {
 def test_estimates_equal_manual_calculation():
     assert scaling_report.step_seconds(RUN) == pytest.approx(0.010)
     sent = 14 / 8 * 73e6 / 240e9  # 8 GPUs over NVLink
-    hops = 14 * 5e-6 * (2 * 1 + 0.5 * math.ceil(50e6 / (25 * 2**20)))
+    hops = 6 * 5e-6 * (2 * 8 + 0.5 * 8)  # eight buckets of each phase; log2(8) hops up and down a tree
     assert scaling_report.allreduce_seconds(RUN, 8) == pytest.approx(sent + hops)
-    assert scaling_report.allreduce_seconds(RUN, 64) == pytest.approx(126 / 64 * 73e6 / 20e9 + 126 * 10e-6 * 3)
+    total = 126 / 64 * 73e6 / 20e9 + 12 * 10e-6 * 20
+    assert scaling_report.allreduce_seconds(RUN, 64) == pytest.approx(total)
+    last = 126 / 64 * (2 * 3e6 + 0.5 * 6.25e6) / 20e9 + 12 * 10e-6 * 2.5  # one bucket of each update
+    assert scaling_report.exposed_seconds(RUN, 64) == pytest.approx(last + max(0, total - last - 0.010 * 2 / 3))
+    assert scaling_report.exposed_seconds({**RUN, "flops": 62.4e9}, 64) == pytest.approx(total - 0.001 * 2 / 3)
     assert scaling_report.step_seconds({**RUN, "operators": 4000}) == pytest.approx(0.020)
 
 
@@ -94,6 +103,7 @@ def test_committed_page_is_rendered_from_the_record():
         (["bicubic/x2"], "bicubic/x2 has nothing to train"),
         (["espcn/demo", "--processes", "1"], "scaling: --processes"),
         (["espcn/demo", "--seconds", "nan"], "--seconds above 0"),
+        (["espcn/demo", "--processes", "3", "--bandwidth", "1gbit"], "--bandwidth connects two processes"),
     ],
 )
 def test_invalid_arguments_raise_an_error(capsys, argv, message):
@@ -106,6 +116,44 @@ def test_missing_dataset_is_named(workdir, monkeypatch, capsys):
     assert main(["scaling", "srcnn/t91_x3"]) == 2
     error = capsys.readouterr().err
     assert "srcnn/t91_x3" in error and "t91" in error.partition("srcnn/t91_x3")[2]
+
+
+LINK = {"bandwidth": "1gbit", "latency": 2e-4, "bytes_per_second": 100e6}
+
+
+def test_page_has_the_time_over_a_link():
+    run = {**RUN, "seconds": {**RUN["seconds"], "link": [0.2, 0.2]}}
+    record = {"command": "darkroom scaling fake/recipe", "processes": 2, "runs": [run], "link": LINK}
+    assert "| fake/recipe | 73 | 100 | 125 | 200 | 730 |" in scaling_report.render(record)
+
+
+@pytest.mark.parametrize(
+    ("programs", "user", "bandwidth", "message"),
+    [
+        ([], 0, "1gbit", "no program ip"),
+        (["ip", "tc"], 1000, "1gbit", "need root"),
+        (["ip", "tc"], 0, "1 gbit; reboot", "not a rate"),
+    ],
+)
+def test_link_names_what_it_needs(workdir, monkeypatch, programs, user, bandwidth, message):
+    for program in programs:
+        (workdir / program).write_text("#!/bin/sh\n")
+        (workdir / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(workdir))
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    with pytest.raises(UserError, match=message), limited_link(bandwidth):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("tc") is None or os.geteuid() != 0, reason="needs tc (iproute2) and root")
+def test_link_has_its_bandwidth():
+    """An all-reduce of 8 MiB between two processes sends 8 MiB in each direction."""
+    with limited_link("200mbit") as prefixes:
+        result = scaling.run_linked(find_recipe("gan/demo"), 5, 10, prefixes)
+    assert 0.5 * 25e6 < result["bytes_per_second"] <= 1.1 * 25e6
+    names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert f"darkroom{os.getpid()}" not in names
 
 
 @pytest.mark.slow

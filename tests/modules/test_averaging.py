@@ -123,7 +123,7 @@ def test_scaled_gradients_of_two_ranks():
 def starts_during_backward(rank: int) -> None:
     layers = nn.ModuleList(nn.Linear(50, 50) for _ in range(4))
     unused = nn.Linear(3, 3)
-    averager = GradientAverager([*unused.parameters(), *layers.parameters()], 2, bucket_bytes=50 * 51 * 4)
+    averager = GradientAverager([*unused.parameters(), *layers.parameters()], 2, size=50 * 51 * 4)
     assert [len(bucket.parameters) for bucket in averager.buckets] == [2, 2, 2, 2, 2]
     started = []
     value = torch.full((1, 50), float(rank + 1))

@@ -178,7 +178,7 @@ class ColorfulColorization(ColorizationMethod):
     def predict_ab(self, lightness: Tensor, batch: Batch) -> Tensor:
         """Predict the annealed mean of the color distributions, enlarged by bilinear interpolation."""
         output = to_float32(self(lightness.to(self.dtype)))
-        with full_precision(output.device):
+        with full_precision():
             ab = annealed_mean(output, self.temperature) if self.is_classification else output * AB_SCALE
             return F.interpolate(ab, scale_factor=TARGET_STRIDE, mode="bilinear")
 

@@ -6,11 +6,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from callbacks.metrics.ranks import gather, on_rank_zero
 from datamodules.errors import UserError
+from modules.losses.precision import full_precision
+
+Results = dict[str, dict[str, dict[str, float]]]  # values by dataset, image and protocol
 
 
 class Metric(Callback, ABC):
@@ -18,6 +21,9 @@ class Metric(Callback, ABC):
 
     `required_outputs` lists the outputs of the method's steps that a metric needs. They are checked in the sanity check before
     training and at the first batch of each evaluation.
+
+    Metrics are computed in full precision: without autocast and TF32. What all images of a set determine is computed once, on
+    rank 0.
 
     `results` is {dataset: {image: {protocol: value}}} after each evaluation. A metric of a full set has the image name "all".
     The mean over images is logged as `<dataset>/<protocol>`. `image_results` has the values of single images, in the same form,
@@ -29,8 +35,8 @@ class Metric(Callback, ABC):
 
     def __init__(self, on_validation: bool) -> None:
         self.on_validation = on_validation
-        self.results: dict[str, dict[str, dict[str, float]]] = {}
-        self.image_results: dict[str, dict[str, dict[str, float]]] = {}
+        self.results: Results = {}
+        self.image_results: Results = {}
 
     def _require_outputs(self, outputs: dict[str, Any], pl_module: Any, batch_idx: int) -> None:
         """Check the outputs of the first batch.
@@ -59,7 +65,7 @@ class ImageMetric(Metric):
     """A metric over validation and test images.
 
     Required outputs: "name" and "dataset", N strings each. The state of an image depends on that image alone. It is stored
-    under the name of the image and gathered from all ranks. The results are therefore the same for any batch size and any
+    under the name of the image and sent to rank 0. The results are therefore the same for any batch size and any
     number of ranks. (torchmetrics gathers one state at a time, and each rank must have it; with a small dataset, some ranks
     have none.)
 
@@ -115,8 +121,9 @@ class ImageMetric(Metric):
         self._require_outputs(outputs, pl_module, batch_idx)
         if self._is_inactive(trainer):
             return
-        for i, (dataset, image) in enumerate(zip(outputs["dataset"], outputs["name"], strict=True)):
-            self.state.setdefault(dataset, {})[image] = self.update(outputs, i)
+        with full_precision():
+            for i, (dataset, image) in enumerate(zip(outputs["dataset"], outputs["name"], strict=True)):
+                self.state.setdefault(dataset, {})[image] = self.update(outputs, i)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -124,26 +131,28 @@ class ImageMetric(Metric):
         """Gather the states of all ranks, compute the metrics, and log them."""
         if self._is_inactive(trainer):
             return
-        states = [self.state]
-        if trainer.world_size > 1:
-            states = [{} for _ in range(trainer.world_size)]
-            dist.all_gather_object(states, self.state)
         merged: dict[str, dict[str, Any]] = {}
-        for state in states:
+        for state in gather(self.state, trainer.world_size):
             for dataset, images in state.items():
                 merged.setdefault(dataset, {}).update(images)
         self.state = {}
-        self.results = {dataset: self.compute_images(images, trainer) for dataset, images in sorted(merged.items())}
-        if trainer.state.fn == "test":
-            self.image_results = {
-                dataset: self.results[dataset]
-                if "all" not in self.results[dataset]
-                else {name: self.compute_image(images[name], trainer) for name in sorted(images)}
-                for dataset, images in sorted(merged.items())
-            }
+        with full_precision():
+            self.results, self.image_results = on_rank_zero(lambda: self._compute_all(merged, trainer), trainer.world_size)
         self._log_results(trainer, pl_module)
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def _compute_all(self, merged: dict[str, dict[str, Any]], trainer: Any) -> tuple[Results, Results]:
+        """Return `results` and `image_results` from the states by dataset and image."""
+        results = {dataset: self.compute_images(images, trainer) for dataset, images in sorted(merged.items())}
+        if trainer.state.fn != "test":
+            return results, {}
+        return results, {
+            dataset: results[dataset]
+            if "all" not in results[dataset]
+            else {name: self.compute_image(images[name], trainer) for name in sorted(images)}
+            for dataset, images in sorted(merged.items())
+        }
 
     def _is_inactive(self, trainer: Any) -> bool:
         return trainer.state.fn == "fit" and not self.on_validation
@@ -172,15 +181,23 @@ class SampleSetMetric(Metric):
     def update(self, images: Tensor) -> Tensor:
         """Return the state of images (N, C, H, W) in [0, 1], on the CPU: (N, ...)."""
 
+    def prepare(self, real: Tensor, trainer: Any) -> Any:
+        """Return what `compute` needs of the real images, uint8 (N, C, H, W); all ranks call it. By default the images."""
+        return real
+
     @abstractmethod
-    def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
-        """Return the metrics by protocol.
+    def compute(self, samples: Tensor, real: Any, trainer: Any) -> dict[str, float]:
+        """Return the metrics by protocol, on rank 0.
 
         Args:
             samples: states of all samples, (N, ...).
-            real: uint8 images (N, C, H, W).
-            trainer: Lightning trainer, for the datamodule and the number of ranks.
+            real: result of `prepare`.
+            trainer: Lightning trainer, for the datamodule and the device.
         """
+
+    def _compute_all(self, parts: list[list[tuple[Tensor, Tensor]]], references: dict[str, Any], trainer: Any) -> Results:
+        samples = merge_sorted(parts)
+        return {name: {"all": self.compute(samples, real, trainer)} for name, real in references.items()}
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Discard earlier samples, including those of the sanity check."""
@@ -206,7 +223,8 @@ class SampleSetMetric(Metric):
             used = index < self.max_samples
             index, prediction = index[used], prediction[used.to(prediction.device)]
         if len(index):
-            self.state.append((index, self.update(prediction.float())))
+            with full_precision():
+                self.state.append((index, self.update(prediction.float())))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -214,12 +232,11 @@ class SampleSetMetric(Metric):
         """Gather the samples of all ranks, compute the metrics, and log them."""
         if self._is_inactive(trainer):
             return
-        samples = gather_sorted(self.state, trainer.world_size)
+        samples, reference_sets = gather(self.state, trainer.world_size), trainer.datamodule.reference_sets
         self.state = []
-        self.results = {
-            name: {"all": self.compute(samples, real.pixels, trainer)}
-            for name, real in trainer.datamodule.reference_sets.items()
-        }
+        with full_precision():
+            references = {name: self.prepare(real.pixels, trainer) for name, real in reference_sets.items()}
+            self.results = on_rank_zero(lambda: self._compute_all(samples, references, trainer), trainer.world_size)
         self._log_results(trainer, pl_module)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -228,15 +245,11 @@ class SampleSetMetric(Metric):
         return trainer.sanity_checking or (trainer.state.fn != "test" and not self.on_validation)
 
 
-def gather_sorted(parts: Sequence[tuple[Tensor, Tensor]], world_size: int) -> Tensor:
-    """Gather (indices, values) from all ranks and return the values in the order of the indices, each index once."""
-    merged = list(parts)
-    if world_size > 1:
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, merged)
-        merged = [part for rank in gathered for part in rank]
-    _, first = np.unique(torch.cat([part[0] for part in merged]).numpy(), return_index=True)
-    return torch.cat([part[1] for part in merged])[torch.from_numpy(first)]
+def merge_sorted(parts_by_rank: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+    """Return the values of the parts (indices, values) of all ranks in the order of the indices, each index once."""
+    parts = [part for rank in parts_by_rank for part in rank]
+    _, first = np.unique(torch.cat([part[0] for part in parts]).numpy(), return_index=True)
+    return torch.cat([part[1] for part in parts])[torch.from_numpy(first)]
 
 
 def to_uint8(images: Tensor) -> Tensor:

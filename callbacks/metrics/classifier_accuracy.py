@@ -6,7 +6,6 @@ from callbacks.metrics.base import ImageMetric, to_uint8
 from datamodules.errors import UserError
 from datamodules.io.paths import file_hash
 from datamodules.photographs import Photographs
-from modules.losses.precision import full_precision
 from modules.networks.classifiers import Classifier, find_classifier
 from modules.networks.pretrained import find_or_download
 
@@ -72,8 +71,7 @@ class ClassifierAccuracy(ImageMetric):
         if self.network is None or self.class_counts[outputs["dataset"][i]] != self.network.n_classes:
             return []
         images = [to_uint8(outputs[name][i : i + 1].float()) for name in ("prediction", "image")]
-        with full_precision(images[0].device):
-            return [int(self.network(image).argmax()) == int(outputs["label"][i]) for image in images]
+        return [int(self.network(image).argmax()) == int(outputs["label"][i]) for image in images]
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""

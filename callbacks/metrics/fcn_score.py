@@ -92,12 +92,11 @@ class FCNScore(ImageMetric):
         return {"fcn-score": self.segment_confusion(generated, mask)}
 
     def segment_confusion(self, photograph: Tensor, mask: Tensor) -> Tensor:
-        """Return the confusion matrix of a photograph (3, H, W), segmented in full precision, and a mask (H', W')."""
+        """Return the confusion matrix of a photograph (3, H, W), segmented, and a mask (H', W')."""
         size = [side // self.downscale for side in mask.shape]
-        with torch.autocast(photograph.device.type, enabled=False):
-            resized = F.interpolate(photograph[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
-            outputs: Any = self.segmenter.test_step({"image": resized}, 0)
-            result = F.interpolate(outputs["prediction"], mask.shape, mode="bilinear", align_corners=False)
+        resized = F.interpolate(photograph[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
+        outputs: Any = self.segmenter.test_step({"image": resized}, 0)
+        result = F.interpolate(outputs["prediction"], mask.shape, mode="bilinear", align_corners=False)
         return confusion(result[0].argmax(0).cpu(), mask, len(self.palette))
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -18,7 +17,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from callbacks.metrics.base import SampleSetMetric, gather_sorted, to_uint8
+from callbacks.metrics.base import SampleSetMetric, merge_sorted, to_uint8
+from callbacks.metrics.ranks import gather, on_rank_zero
 from datamodules.errors import UserError
 from datamodules.io.image_set import random_order
 from datamodules.io.paths import file_hash
@@ -118,61 +118,48 @@ class FeatureMetrics(SampleSetMetric):
         parts = extract(self.network, to_uint8(images))
         return torch.cat([parts[name] for name in sorted(parts)], dim=1)
 
-    def compute(self, samples: Tensor, real: Tensor, trainer: Any) -> dict[str, float]:
+    def compute(self, samples: Tensor, real: Features, trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""
         if self.network is None:
             return {}
-        real_parts = self.real_features(real, trainer)
-        widths = [part.shape[1] for part in real_parts.values()]
-        parts = dict(zip(real_parts, samples.split(widths, dim=1), strict=True))
+        widths = [part.shape[1] for part in real.values()]
+        parts = dict(zip(real, samples.split(widths, dim=1), strict=True))
         protocol = f"{self.network.name}-{len(samples)}"
         results: dict[str, float] = {}
         for metric in self.metrics:
-            for name, value in compute_metric(metric, parts, real_parts).items():
+            for name, value in compute_metric(metric, parts, real).items():
                 results[f"{name}/{protocol}"] = value
         return results
 
-    def real_features(self, real: Tensor, trainer: Any) -> Features:
-        """Return the features of the real images, from the cache if they were computed before."""
-        assert self.network is not None
+    def prepare(self, real: Tensor, trainer: Any) -> Features:
+        """Return the features of the real images, on rank 0.
+
+        All ranks extract a part of them, and rank 0 writes them to the cache, if they are not there.
+        """
+        if self.network is None:
+            return {}
         digest = hashlib.sha256(f"{self.extractor_id} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
         path = cache_dir() / f"{self.network.name}-{digest[:32]}.safetensors"
-        if not all_ranks(path.exists(), trainer.world_size):
+        if not on_rank_zero(path.exists, trainer.world_size):
             batches = torch.arange(trainer.global_rank, -(-len(real) // BATCH_SIZE), trainer.world_size)
             parts_by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}
             for batch_index in batches.tolist():
                 indices = torch.arange(batch_index * BATCH_SIZE, min(len(real), (batch_index + 1) * BATCH_SIZE))
                 for name, part in extract(self.network, real[indices].to(trainer.strategy.root_device)).items():
                     parts_by_name.setdefault(name, []).append((indices, part))
-            result = gather_named(parts_by_name, trainer.world_size)
-            if trainer.is_global_zero:
-                save_features(result, path)
-        else:
-            result = load_file(path)
-        return {name: result[name] for name in sorted(result)}
-
-
-def gather_named(parts_by_name: dict[str, list[tuple[Tensor, Tensor]]], world_size: int) -> Features:
-    """Gather named features from all ranks, see `gather_sorted`; the names are those of rank 0, which always has items."""
-    if world_size > 1:
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, parts_by_name)
-        parts_by_name = {name: [part for parts in gathered for part in parts.get(name, [])] for name in gathered[0]}
-    return {name: gather_sorted(parts, world_size=1).contiguous() for name, parts in parts_by_name.items()}
-
-
-def all_ranks(condition: bool, world_size: int) -> bool:
-    """Return whether a condition holds on all ranks, so that all take the same branch."""
-    if world_size == 1:
-        return condition
-    conditions: list[Any] = [None] * world_size
-    dist.all_gather_object(conditions, condition)
-    return all(conditions)
+            if gathered := gather(parts_by_name, trainer.world_size):
+                names = gathered[0]  # rank 0 always has images
+                merged = {name: merge_sorted([parts.get(name, []) for parts in gathered]).contiguous() for name in names}
+                save_features(merged, path)
+        if not trainer.is_global_zero:
+            return {}
+        features = load_file(path)
+        return {name: features[name] for name in sorted(features)}
 
 
 def extract(network: Extractor, images: Tensor) -> Features:
-    """Extract features of uint8 images, in full precision; the result is on the CPU."""
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    """Extract features of uint8 images; the result is on the CPU."""
+    with torch.no_grad():
         return {name: part.float().cpu() for name, part in network(images).items()}
 
 

@@ -12,9 +12,11 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from callbacks.metrics.base import Metric
+from callbacks.metrics.ranks import gather, on_rank_zero
 from datamodules.errors import UserError
 from datamodules.io.image_set import ImageSet, folder_class_names, load_image_set
 from datamodules.random.noise import derive_seed
+from modules.losses.precision import full_precision
 from modules.networks.batch_norm import reset_bn_stats
 
 SVM_COSTS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # C of the SVM, the authors' grid
@@ -22,6 +24,7 @@ BATCH_SIZE = 100  # images per forward pass
 N_BN_IMAGES = 10_000  # images for the statistics of batch normalization
 FeatureFn = Callable[[Tensor], Tensor]
 ImagesAndLabels = tuple[np.ndarray, np.ndarray]
+Scores = dict[tuple[int, float], tuple[float, float]]  # accuracies on held-out and test items by subset and cost
 
 
 class LinearProbe(Metric):
@@ -70,7 +73,15 @@ class LinearProbe(Metric):
             raise UserError(f"LinearProbe: {type(pl_module).__name__} has no convolutional discriminator. Remove this metric")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Evaluate on every rank, with the same result."""
+        """Evaluate, with the same result on every rank; each fits a part of the SVMs."""
+        with full_precision():
+            metrics = self.compute(trainer, pl_module)
+        name = self.datasets[2].replace("/", "-")
+        self.results = {name: {"all": metrics}}
+        pl_module.log_dict({f"{name}/{protocol}": value for protocol, value in metrics.items()}, sync_dist=False)
+
+    def compute(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """Return the metrics by protocol."""
         data = trainer.datamodule
         names = folder_class_names(self.datasets[0])
         train, val, test = (
@@ -87,33 +98,43 @@ class LinearProbe(Metric):
             f"svm-{self.metric}": partial(features, discriminator),
             f"svm-{self.metric}-pixels": pixel_features,
         }
+        fits = [(i, cost) for i in range(len(subsets)) for cost in SVM_COSTS]
+        own = fits[trainer.global_rank :: trainer.world_size]
         metrics: dict[str, float] = {}
         for name, feature_fn in feature_fns.items():
             sets = [extract_features(feature_fn, images, pl_module.device) for images in (val, test)]
-            values = []
-            for indices in subsets:
-                subset = ImageSet(train.pixels[indices], train.labels[indices])
-                accuracy = accuracy_of_best_svm([extract_features(feature_fn, subset, pl_module.device), *sets])
-                values.append(100 * (accuracy if self.metric == "accuracy" else 1 - accuracy))
+            scores: Scores = {}
+            for i in sorted({i for i, _ in own}):
+                subset = extract_features(
+                    feature_fn, ImageSet(train.pixels[subsets[i]], train.labels[subsets[i]]), pl_module.device
+                )
+                scores |= {(i, cost): svm_accuracies([subset, *sets], cost) for j, cost in own if i == j}
+            gathered = gather(scores, trainer.world_size)
+            best = on_rank_zero(partial(best_accuracies, gathered, len(subsets)), trainer.world_size)
+            values = [100 * (accuracy if self.metric == "accuracy" else 1 - accuracy) for accuracy in best]
             protocol = f"{name}/{len(subsets[0])}-labels"
             metrics |= {protocol: float(np.mean(values)), f"{protocol}/std": float(np.std(values))}
-        name = self.datasets[2].replace("/", "-")
-        self.results = {name: {"all": metrics}}
-        pl_module.log_dict({f"{name}/{protocol}": value for protocol, value in metrics.items()}, sync_dist=False)
+        return metrics
 
 
-def accuracy_of_best_svm(sets: Sequence[ImagesAndLabels]) -> float:
-    """Return the test accuracy, in [0, 1], of the SVM with the best C on the held-out items.
+def svm_accuracies(sets: Sequence[ImagesAndLabels], cost: float) -> tuple[float, float]:
+    """Return the accuracies of an SVM on the held-out items and on the test items, in [0, 1].
 
     Args:
         sets: training, validation and test set, each inputs (N, F) and labels (N,).
+        cost: C of the SVM.
     """
     from sklearn.svm import LinearSVC
 
     train, val, test = sets
-    svms = [LinearSVC(C=cost, dual="auto", random_state=0).fit(*train) for cost in SVM_COSTS]
-    best = max(svms, key=lambda svm: svm.score(*val))
-    return float(best.score(*test))
+    svm = LinearSVC(C=cost, dual="auto", random_state=0).fit(*train)
+    return float(svm.score(*val)), float(svm.score(*test))
+
+
+def best_accuracies(scores_by_rank: Sequence[Scores], count: int) -> list[float]:
+    """Return for each of `count` subsets the test accuracy with the cost of the highest accuracy on the held-out items."""
+    scores = {key: values for part in scores_by_rank for key, values in part.items()}
+    return [max((scores[i, cost] for cost in SVM_COSTS), key=lambda accuracies: accuracies[0])[1] for i in range(count)]
 
 
 def balanced_subset(labels: np.ndarray, per_class: int, repeat: int) -> np.ndarray:

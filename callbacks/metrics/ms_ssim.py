@@ -37,7 +37,8 @@ class MultiScaleSSIM(SampleSetMetric):
         values = {}
         for name, images in (("ms-ssim", samples), ("ms-ssim-real", real[random_order(len(real))[: len(samples)]])):
             pairs = len(images) // 2
-            similarities = torch.cat([ms_ssim(chunk[0::2], chunk[1::2]) for chunk in images[: 2 * pairs].split(128)])
+            chunks = (chunk.to(trainer.strategy.root_device) for chunk in images[: 2 * pairs].split(128))
+            similarities = torch.cat([ms_ssim(chunk[0::2], chunk[1::2]) for chunk in chunks])
             values[f"{name}/{pairs}-pairs"] = similarities.mean().item()
         return values
 
@@ -62,7 +63,7 @@ def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean SSIM and its mean contrast-and-structure term of pairs of 8-bit images (N, C, H, W): (N,) each."""
     size = min(WINDOW, *x.shape[-2:])
     sigma = SIGMA * size / WINDOW
-    offsets = torch.arange(size, dtype=x.dtype) - (size - 1) / 2
+    offsets = torch.arange(size, dtype=x.dtype, device=x.device) - (size - 1) / 2
     window = torch.exp(-(offsets**2) / (2 * sigma**2))
     window = window / window.sum()
 

@@ -92,7 +92,7 @@ class PerceptualDistance(ImageMetric):
             (luma_levels(outputs[name][i : i + 1], self.crop_border) / 255).float().expand(-1, 3, -1, -1).to(device)
             for name in ("prediction", "target")
         ]
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad():
             return {self.protocol: float(self.distance.to(device)(*images))}
 
     def compute_images(self, states: dict[str, Any], trainer: Any) -> dict[str, dict[str, float]]:

@@ -62,8 +62,7 @@ class StyleObjective(ImageMetric):
         assert self.method is not None
         image, prediction = outputs["image"][i : i + 1], outputs["prediction"][i : i + 1]
         mixture = self.method.mixture_of(torch.tensor([self.method.style_names.index(outputs["style"][i])]))
-        with torch.autocast(image.device.type, enabled=False):
-            terms = self.method.objective(image.float(), prediction.float(), mixture)
+        terms = self.method.objective(image.float(), prediction.float(), mixture)
         return {name: value.item() for name, value in terms.items()}
 
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:

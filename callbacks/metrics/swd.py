@@ -10,7 +10,6 @@ from torch import Tensor
 from callbacks.metrics.base import SampleSetMetric, to_uint8
 from datamodules.errors import UserError
 from datamodules.io.image_set import random_order
-from modules.losses.precision import full_precision
 
 PATCH = 7  # pixels
 PATCHES_PER_IMAGE = 128  # per level
@@ -74,8 +73,7 @@ class SlicedWasserstein(SampleSetMetric):
             sets["swd-split-half"] = self._select(real, order[:half]), self._select(real, order[half : 2 * half])
         results: dict[str, float] = {}
         for name, (left, right) in sets.items():
-            with full_precision(trainer.strategy.root_device):
-                distances = sliced_wasserstein(left, right, device=trainer.strategy.root_device)
+            distances = sliced_wasserstein(left, right, device=trainer.strategy.root_device)
             values = {f"{name}/{side}-{len(left)}": 1000 * distance for side, distance in distances.items()}
             results |= {**values, f"{name}/mean-{len(left)}": sum(values.values()) / len(values)}
         return results

@@ -7,11 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
+from callbacks.metrics.ranks import gather
 from datamodules.errors import escape_controls
 from datamodules.transforms.draw_objects import draw_objects
 from datamodules.transforms.objects import encode_masks, label_map
@@ -73,11 +73,7 @@ class DetectionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the annotations of all processes to one file."""
-        parts: list[Any] = [self.content]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            dist.all_gather_object(parts, self.content)
-        if trainer.is_global_zero:
+        if parts := gather(self.content, trainer.world_size):
             self.write_annotations({number: entry for part in parts for number, entry in part.items()})
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -107,6 +107,9 @@ def check_same_config(cli: DarkroomCLI, run: Run) -> None:
             raise UserError(f"run '{run.folder.name}' was started with {difference}. Choose another --run")
     if started["tf32"] != cli.config.tf32:
         print_rank_zero(f"tf32 {cli.config.tf32} instead of {started['tf32']}: not bit-identical to an uninterrupted run")
+    old, new = (str(settings["trainer"].get("strategy")) for settings in (started, cli.config))
+    if old != new and "ddp_bf16" in (old, new):  # the others differ by the order of sums at most
+        print_rank_zero(f"strategy {new} instead of {old}: not bit-identical to an uninterrupted run")
 
 
 def check_complete(cli: DarkroomCLI, path: Path, content: Mapping[str, Any]) -> None:

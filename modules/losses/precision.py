@@ -14,11 +14,18 @@ def to_float32(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute without autocast, and without TF32, which has ten bits of precision and is torch's default in convolutions."""
+def full_precision() -> Iterator[None]:
+    """Compute without autocast on any device, and without TF32.
+
+    TF32 has ten bits of precision and is torch's default in convolutions.
+    """
     settings = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
     matmul, allowed = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    with torch.autocast(device.type, enabled=False), cudnn.flags(**settings, allow_tf32=False):
+    with (
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        cudnn.flags(**settings, allow_tf32=False),
+    ):
         matmul.allow_tf32 = False
         try:
             yield

@@ -57,7 +57,8 @@ def test_probe_of_pixels_has_the_error_of_a_linear_svm():
         device=torch.device("cpu"),
         log_dict=lambda metrics, sync_dist: logged.update(metrics),
     )
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(size=28, channels=1, crop_region=Square(), data_report=DataReport()))
+    data = SimpleNamespace(size=28, channels=1, crop_region=Square(), data_report=DataReport())
+    trainer = SimpleNamespace(datamodule=data, world_size=1, global_rank=0)
     LinearProbe("digits/train", "digits/val", "digits/test", per_class=100, repeats=2).on_test_epoch_end(trainer, module)
     sets = ("digits/val", "digits/val", "digits/test")
     LinearProbe(*sets, per_class=None, metric="accuracy").on_test_epoch_end(trainer, module)

@@ -93,14 +93,30 @@ def test_metric_names_its_count_and_compares_halves_of_the_real_images(images):
     }
 
 
+def evaluate(metric, images):
+    """Evaluate a metric on samples that arrive in any order."""
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        state=SimpleNamespace(fn="test"),
+        sanity_checking=False,
+        world_size=1,
+        datamodule=SimpleNamespace(reference_sets={"set": SimpleNamespace(pixels=images)}),
+    )
+    module = SimpleNamespace(images_seen=0, log_dict=lambda *args, **kwargs: None)
+    for index in ([5, 2], [0, 7], [1, 3], [6, 4]):
+        outputs = {"index": torch.tensor(index), "prediction": images[index].float() / 255}
+        metric.on_test_batch_end(trainer, module, outputs, None, 1)
+    metric.on_test_epoch_end(trainer, module)
+    return metric.results["set"]["all"]
+
+
 def test_metric_is_computed_in_full_precision(images, monkeypatch):
     """Neither autocast nor TF32, the default of torch in convolutions on a GPU, changes the metric."""
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
     allowed = []
     monkeypatch.setattr(swd, "pyr_down", lambda batch, fn=swd.pyr_down: allowed.append(cudnn.allow_tf32) or fn(batch))
-    expected = swd.SlicedWasserstein().compute(images[:4], images[4:], trainer)
+    expected = evaluate(swd.SlicedWasserstein(), images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert swd.SlicedWasserstein().compute(images[:4], images[4:], trainer) == expected
+        assert evaluate(swd.SlicedWasserstein(), images) == expected
     assert set(allowed) == {False}
     assert cudnn.allow_tf32  # afterwards
 
@@ -115,21 +131,11 @@ def test_metric_flips_every_second_real_image(images):
 
 @pytest.mark.parametrize("metric", [swd.SlicedWasserstein(images=4), MultiScaleSSIM(pairs=2)])
 def test_metric_uses_at_most_its_number_of_samples(images, metric):
-    """Samples arrive in any order; those with the smallest indices are used."""
-    trainer = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        state=SimpleNamespace(fn="test"),
-        sanity_checking=False,
-        world_size=1,
-        datamodule=SimpleNamespace(reference_sets={"set": SimpleNamespace(pixels=images)}),
-    )
-    module = SimpleNamespace(images_seen=0, log_dict=lambda *args, **kwargs: None)
-    for index in ([5, 2], [0, 7], [1, 3], [6, 4]):
-        outputs = {"index": torch.tensor(index), "prediction": images[index].float() / 255}
-        metric.on_test_batch_end(trainer, module, outputs, None, 1)
-    metric.on_test_epoch_end(trainer, module)
-    assert metric.results["set"]["all"] == metric.compute(images[:4], images, trainer)
-    assert all(name.endswith(("-4", "/2-pairs")) for name in metric.results["set"]["all"])
+    """Those with the smallest indices are used."""
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    values = evaluate(metric, images)
+    assert values == metric.compute(images[:4], images, trainer)
+    assert all(name.endswith(("-4", "/2-pairs")) for name in values)
 
 
 def test_ssim_at_one_scale_matches_skimage(images):

@@ -19,7 +19,7 @@ def flags():
 def fit_and_compare_flags(argv, expected):
     assert main(argv) == 0
     assert flags() == expected
-    with full_precision(torch.device("cpu")):
+    with full_precision():
         assert flags() == (False, False)
     assert flags() == expected
 

@@ -89,6 +89,21 @@ def two_forked(action: Callable[..., Any], *args: Any) -> tuple[list[int | None]
         return [process.exitcode for process in processes], output.read_text()
 
 
+def assert_on_two_ranks(action: Callable[[int], None]) -> None:
+    """Call a function of a module, with the rank, in two processes of one process group; its assertions must hold in both."""
+    statuses, output = two_forked(_in_group, action)
+    assert statuses == [0, 0], output
+
+
+def _in_group(action: Callable[[int], None]) -> None:
+    import torch.distributed as dist
+
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    action(rank)
+    dist.destroy_process_group()
+
+
 def started(streams: Sequence[Path], action: Callable[..., Any], *args: Any, **variables: str) -> BaseProcess:
     """Start a child process without waiting for it. It prints to two files. `variables` extend its environment."""
     names = [str(stream) for stream in streams]

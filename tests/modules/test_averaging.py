@@ -1,7 +1,5 @@
 """Averages of gradients over two ranks, against closed forms and against one process on the whole batch."""
 
-import os
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,20 +12,7 @@ from modules.training.averaging import GradientAverager, make_buckets
 from modules.training.gradients import backward, optimizer_step, update_grad_scaler
 from modules.training.image_pool import exchange
 from modules.training.phases import BoundPhase, Phase, add_averagers
-from tests.helpers.subprocess_helpers import two_forked
-
-
-def in_group(action: Callable[[int], None]) -> None:
-    """Call a function with the rank of this process, within a process group."""
-    rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    action(rank)
-    dist.destroy_process_group()
-
-
-def assert_passes_on_two_ranks(action: Callable[[int], None]) -> None:
-    statuses, output = two_forked(in_group, action)
-    assert statuses == [0, 0], output
+from tests.helpers.subprocess_helpers import assert_on_two_ranks
 
 
 def trainer(scaler: Any = None, exchange_dtype: torch.dtype | None = None) -> SimpleNamespace:
@@ -82,7 +67,7 @@ def accumulates_and_clips(rank: int) -> None:
 
 
 def test_two_ranks_with_accumulation_and_clipping_equal_one_process():
-    assert_passes_on_two_ranks(accumulates_and_clips)
+    assert_on_two_ranks(accumulates_and_clips)
 
 
 def exchanges_in_bf16(rank: int) -> None:
@@ -99,7 +84,7 @@ def exchanges_in_bf16(rank: int) -> None:
 
 def test_exchange_in_bf16_rounds_to_eight_bits():
     """Each of the two halves, and their sum, is rounded by at most 2^-8 of itself."""
-    assert_passes_on_two_ranks(exchanges_in_bf16)
+    assert_on_two_ranks(exchanges_in_bf16)
 
 
 def scales_in_fp16(rank: int) -> None:
@@ -117,7 +102,7 @@ def scales_in_fp16(rank: int) -> None:
 
 
 def test_scaled_gradients_of_two_ranks():
-    assert_passes_on_two_ranks(scales_in_fp16)
+    assert_on_two_ranks(scales_in_fp16)
 
 
 def starts_during_backward(rank: int) -> None:
@@ -150,7 +135,7 @@ def value_of(layers: nn.ModuleList, rank: int) -> torch.Tensor:
 
 def test_exchange_starts_during_the_backward_pass():
     torch.manual_seed(0)
-    assert_passes_on_two_ranks(starts_during_backward)
+    assert_on_two_ranks(starts_during_backward)
 
 
 def sends_only_requested_images(rank: int) -> None:
@@ -169,7 +154,7 @@ def sends_only_requested_images(rank: int) -> None:
 
 
 def test_pool_receives_only_the_images_that_it_keeps():
-    assert_passes_on_two_ranks(sends_only_requested_images)
+    assert_on_two_ranks(sends_only_requested_images)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(24, [[3, 2], [9], [1]]), (1, [[3], [2], [9], [1]])])

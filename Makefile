@@ -9,10 +9,13 @@ demo: .venv/installed  ## train a super-resolution network on photographs, in tw
 	$(BIN)/darkroom demo
 
 test: .venv/installed  ## run all tests except the slow ones, in ten minutes on two cores (no GPU or datasets needed)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not gpus2"
 
 test-all: .venv/installed  ## run all tests, including the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu: .venv/installed  ## run the tests that need a GPU, in ten minutes on one GPU and 16 cores; others are skipped
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "gpu or gpus2" -rs
 
 check: .venv/installed  ## check format, lint rules and types
 	$(BIN)/ruff format --check .
@@ -31,4 +34,4 @@ install: .venv/installed  ## create the environment in .venv with the versions i
 	$(BIN)/python -m pip install --quiet --no-deps sweeps==0.3.0  # W&B's schema, for tests; it declares an older numpy
 	@touch $@
 
-.PHONY: help demo test test-all check format install
+.PHONY: help demo test test-all test-gpu check format install

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from datamodules.catalog.catalog import resolve_images
+from tests.helpers.gpu_contract import DEVICE
 from tests.helpers.subprocess_helpers import start_server
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -29,8 +30,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the training tests of the contract as slow for methods that take more than eight seconds."""
+    """Mark the training tests of the contract as slow for methods that take more than eight seconds; skip tests without GPUs."""
+    needed = {"gpu": 1, "gpus2": 2}
+    found = torch.cuda.device_count() if DEVICE == "cuda" else 2
     for item in items:
+        if count := max((needed[mark.name] for mark in item.iter_markers() if mark.name in needed), default=0):
+            reason = f"needs {count} GPU(s) that torch can use, found {found}"
+            item.add_marker(pytest.mark.skipif(found < count, reason=reason))
         if item.name.startswith("test_training_improves") and getattr(getattr(item, "cls", None), "learns_slowly", False):
             item.add_marker(pytest.mark.slow)
 

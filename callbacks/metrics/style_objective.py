@@ -1,8 +1,8 @@
 """Losses of stylized photographs."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from callbacks.metrics.base import ImageMetric
@@ -18,7 +18,7 @@ class Stylizer(Protocol):
     def compute_target_grams(self) -> None:
         """Load the feature network and the styles."""
 
-    def mixture_of(self, style_ids: Tensor) -> Tensor:
+    def mixture_of(self, style_ids: Sequence[int]) -> Tensor:
         """Return the mixtures of single styles."""
 
     def objective(self, image: Tensor, prediction: Tensor, mixture: Tensor) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class StyleObjective(ImageMetric):
         """Return the terms of the image."""
         assert self.method is not None
         image, prediction = outputs["image"][i : i + 1], outputs["prediction"][i : i + 1]
-        mixture = self.method.mixture_of(torch.tensor([self.method.style_names.index(outputs["style"][i])]))
+        mixture = self.method.mixture_of([self.method.style_names.index(outputs["style"][i])])
         terms = self.method.objective(image.float(), prediction.float(), mixture)
         return {name: value.item() for name, value in terms.items()}
 

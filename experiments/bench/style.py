@@ -111,7 +111,7 @@ def _curve(method: StyleTransfer, ref: ImageRef) -> dict[str, Any]:
     if not values:
         raise UserError(f"L-BFGS cannot lower the objective of {ref.name}. Use a larger model.style_weight")
     with torch.no_grad():
-        prediction = method.stylize(image, method.mixture_of(torch.tensor([0]))).clamp(0, 1)
+        prediction = method.stylize(image, method.mixture_of([0])).clamp(0, 1)
     content, network = (optimization.value_and_gradient(picture)[0] for picture in (image, prediction))
     print(f"{ref.name}: network {network:.5g}, {len(values)} iterations {values[-1]:.5g}", flush=True)
     return {"content": content, "network": network, "iterations": values}
@@ -153,7 +153,7 @@ def _optimization(method: StyleTransfer, image: Tensor) -> StyleOptimization:
 def _time_network(method: StyleTransfer, image: Tensor) -> float:
     """Return the median duration of a forward pass in seconds."""
     method.eval()
-    mixture, times = method.mixture_of(torch.tensor([0])), []
+    mixture, times = method.mixture_of([0]), []
     with torch.no_grad():
         for i in range(WARM_UP + PASSES):
             started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 from datamodules.batches import PhotographEvalBatch, StylizationOutputs
 from datamodules.errors import UserError
 from datamodules.transforms.draw import image_row
+from modules.training.image_pool import to_device_async
 from modules.training.method import Batch, Method
 
 
@@ -46,9 +48,10 @@ class StylizationMethod(Method, ABC):
     def objective(self, image: Tensor, prediction: Tensor, mixture: Tensor) -> dict[str, Tensor]:
         """Compute the weighted loss terms of stylized photographs (N, 3, H, W), by name; a scalar each."""
 
-    def mixture_of(self, style_ids: Tensor) -> Tensor:
-        """Return the mixtures of single styles: int64 (N,) to (N, number of styles)."""
-        return F.one_hot(style_ids, len(self.style_names)).to(self.device).to(self.dtype)
+    def mixture_of(self, style_ids: Sequence[int]) -> Tensor:
+        """Return the mixtures of single styles, (N, number of styles)."""
+        rows = [[float(style == i) for i in range(len(self.style_names))] for style in style_ids]
+        return to_device_async(rows, self.device).to(self.dtype)
 
     def stylize(self, image: Tensor, mixture: Tensor) -> Tensor:
         """Transform images (N, 3, H, W) in [0, 1] of any size: pad them at the right and the bottom, then crop the result."""
@@ -58,9 +61,9 @@ class StylizationMethod(Method, ABC):
 
     def validation_step(self, batch: PhotographEvalBatch, batch_idx: int) -> StylizationOutputs:
         """Add the photograph in one of the styles, in turn, as "prediction", and the name of the style as "style"."""
-        style_ids = batch["index"] % len(self.style_names)
+        style_ids = [i % len(self.style_names) for i in batch["index"].tolist()]
         prediction = self.stylize(batch["image"], self.mixture_of(style_ids)).clamp(0, 1)
-        return {**batch, "style": [self.style_names[i] for i in style_ids.tolist()], "prediction": prediction}
+        return {**batch, "style": [self.style_names[i] for i in style_ids], "prediction": prediction}
 
     test_step = validation_step
 
@@ -96,7 +99,7 @@ class StylizationMethod(Method, ABC):
 
     def train_mixture(self, batch: Batch) -> Tensor:
         """Return the mixtures of a training batch: the styles in turn, by the positions of the samples."""
-        return self.mixture_of(torch.tensor(list(batch["sample_ids"])) % len(self.style_names))
+        return self.mixture_of([sample_id % len(self.style_names) for sample_id in batch["sample_ids"]])
 
 
 def parse_mixture(text: str, style_names: list[str]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from experiments.run.execute import execute
 from experiments.run.recipes import find_recipe
 from modules.training.phases import Batch, batch_size_of
 from modules.training.stages import StagePlan
+from tests.helpers.gpu_contract import GPUContract
 from tests.helpers.subprocess_helpers import forked, two_forked
 
 
@@ -65,7 +66,7 @@ def staged(batches: Iterator[Batch], plan: StagePlan, optimizers: dict[str, Any]
         position += batch_size_of(batch)
 
 
-class Contract(ABC):
+class Contract(GPUContract, ABC):
     """Tests of a method. Subclasses define `model` and a fixture `recipe`: 15 steps of 4 samples, validation every 5 steps."""
 
     model: ClassVar[dict[str, Any]]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.training.fsdp import gather_full_tensors
 
@@ -108,3 +109,65 @@ class ListensOnLoopback(Callback):
         loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
         assert addresses, "no process listens"
         assert addresses <= loopback, addresses
+
+
+class WaitsForDevice(TorchDispatchMode):
+    """Dispatch mode in which operations raise an error that would wait for a GPU, because the host reads their result.
+
+    `allowed` contains scalars that are on the CPU in any case: the step counts of optimizers that are not fused.
+    """
+
+    def __init__(self, allowed: set[int]) -> None:
+        super().__init__()
+        self.allowed = allowed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [index for index in args[1] if index is not None] if name in ("index", "index_put", "index_put_") else []
+        by_mask = any(index.dtype in (torch.bool, torch.uint8) for index in masks)
+        if name in ("nonzero", "masked_select", "_unique2", "unique_dim") or by_mask:
+            raise AssertionError(f"{func} waits for the device")
+        if name == "_local_scalar_dense" and args[0].data_ptr() not in self.allowed:
+            raise AssertionError("a value is read from the device (.item(), a comparison, or float())")
+        return func(*args, **(kwargs or {}))
+
+
+class NoSynchronization(Callback):
+    """Asserts that the steps of a process after the second one do not wait for the device, apart from those that log.
+
+    On the CPU, operations raise that would wait for a GPU. On a GPU, the copies of the data between steps are included, if no
+    step logs.
+    """
+
+    mode: WaitsForDevice | None = None
+    n_steps = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        logs = (batch_idx + 1) % trainer.log_every_n_steps == 0 if trainer.log_every_n_steps else False
+        is_last = pl_module.images_seen + pl_module.stage_plan.batch_size(pl_module.images_seen) >= pl_module.total_images
+        self.n_steps += 1
+        if pl_module.device.type != "cpu" or self.n_steps < 3 or logs or is_last:
+            return
+        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+        steps = (state.get("step") for state in states)
+        self.mode = WaitsForDevice({step.data_ptr() for step in steps if isinstance(step, torch.Tensor)})
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.mode = None
+        if pl_module.device.type == "cuda" and trainer.log_every_n_steps > 10:
+            torch.cuda.set_sync_debug_mode("error" if 4 <= self.n_steps < 10 else "default")
+
+
+class ConstantMemory(Callback):
+    """Asserts that the allocated memory of the GPU is the same after 40 and after 100 steps."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.device.type == "cuda" and batch_idx in (39, 99):  # both log their losses
+            torch.cuda.synchronize()
+            allocated = torch.cuda.memory_allocated()
+            if batch_idx == 39:
+                self.before = allocated
+            assert allocated <= self.before, f"{allocated - self.before} bytes more than 60 steps before"

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 Model = dict[str, Any]
 
 
-def write_yaml(path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None) -> Path:
-    probes = [
-        {"class_path": f"tests.helpers.probe_callbacks.{name}"} for name in ("SignalAt", "RanksAgree", "ListensOnLoopback")
-    ]
+def write_yaml(
+    path: Path, model: Model, data: Model, callbacks: list[Model], monitor: str | None = None, waits_for_device: bool = False
+) -> Path:
+    names = ["SignalAt", "RanksAgree", "ListensOnLoopback", *([] if waits_for_device else ["NoSynchronization"])]
+    probes = [{"class_path": f"tests.helpers.probe_callbacks.{name}"} for name in names]
     recipe = {
         "model": model,
         "data": data,

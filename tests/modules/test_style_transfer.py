@@ -110,7 +110,7 @@ def test_styles_take_turns_and_their_grams_are_computed_once():
     assert method.gram_matrices()["relu2_1"] is grams["relu2_1"]
     assert all(gram.dtype == torch.float64 for gram in method.double().gram_matrices().values())  # they move with the method
     method.float()
-    terms = method.objective(style[..., :64, :64], style[..., :64, :64], method.mixture_of(torch.tensor([0])))
+    terms = method.objective(style[..., :64, :64], style[..., :64, :64], method.mixture_of([0]))
     assert terms["content"].item() == 0
 
 

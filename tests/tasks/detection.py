@@ -41,12 +41,13 @@ def write_detection_recipe(path: Path, model: Model, **data: Any) -> Path:
     }
     data = {"class_path": "datamodules.detection.Detection", "init_args": init_args}
     metrics = [{"class_path": "callbacks.metrics.coco_ap.COCOAveragePrecision"}]
-    return write_yaml(path, model, data, metrics, "coins-val/box/ap")
+    return write_yaml(path, model, data, metrics, "coins-val/box/ap", waits_for_device=True)
 
 
 class DetectionContract(Contract):
     """The training of the networks starts from random weights."""
 
+    synchronizes = "torchvision's samplers of RoIs and its suppression of boxes have results whose sizes depend on the data"
     min_score: ClassVar[float]  # box AP on the coins, in percent
 
     @pytest.fixture

@@ -13,6 +13,7 @@ from modules.losses.adversarial import bce_fake, bce_real, gradient_penalty
 from modules.training import gradients
 from modules.training.ema import EMA
 from modules.training.phases import BoundPhase, Phase, bind_phases, expect_dict, split_micro_batches, train_only
+from tests.helpers.gpu_contract import DEVICE
 from tests.helpers.method_contract import checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
 from tests.helpers.wgan_gp import WGANGP
@@ -103,14 +104,15 @@ def test_scaled_loss_gives_the_unscaled_update():
     assert weight.tolist() == [0.0, 0.0]  # w - 0.5 * 2 w
 
 
-def test_overflow_skips_only_the_update_of_its_phase():
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=pytest.mark.gpu, id="gpu")])
+def test_overflow_skips_only_the_update_of_its_phase(device):
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     fp16 = trainer(scaler)
-    layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    layers = [nn.Linear(1, 1, bias=False, device=device) for _ in range(2)]
     before = [layer.weight.item() for layer in layers]
     for layer, size in zip(layers, (float("inf"), 1.0), strict=True):
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-        gradients.backward(fp16, layer(torch.ones(1, 1)).sum() * size)
+        gradients.backward(fp16, layer(torch.ones(1, 1, device=device)).sum() * size)
         gradients.optimizer_step(fp16, BoundPhase(Phase("", no_losses), optimizer))
         gradients.update_grad_scaler(fp16)
     assert scaler.get_scale() == 512

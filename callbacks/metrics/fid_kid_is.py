@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import os
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from callbacks.metrics.base import SampleSetMetric, merge_sorted, to_uint8
 from callbacks.metrics.ranks import gather, on_rank_zero
 from datamodules.errors import UserError
 from datamodules.io.image_set import random_order
-from datamodules.io.paths import file_hash
+from datamodules.io.paths import cache_dir, file_hash
 from modules.networks.feature_extractors import Extractor
 from modules.networks.pretrained import find_or_download
 
@@ -198,13 +197,6 @@ def frechet_distance(samples: Tensor, real: Tensor) -> float:
     """Return the Frechet distance of Gaussians fitted to two sets of features (N, F)."""
     statistics = (fid_features_to_statistics(samples), fid_features_to_statistics(real))
     return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-
-
-def cache_dir() -> Path:
-    """Return the cache folder for features of real images: DARKROOM_CACHE if set, otherwise the user's cache folder."""
-    import pooch
-
-    return Path(os.environ.get("DARKROOM_CACHE") or pooch.os_cache("darkroom"))
 
 
 def require_writable_cache() -> None:

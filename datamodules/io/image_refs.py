@@ -83,7 +83,18 @@ class DataReport:
             InvalidImage: an image is unusable and `skip_bad` is off, or no image is usable.
         """
         with ThreadPoolExecutor() as pool:
-            results = list(pool.map(lambda ref: _inspect(ref.path, min_size, decode), refs))
+            return self.add_results(refs, list(pool.map(lambda ref: _inspect(ref.path, min_size, decode), refs)))
+
+    def add_results(self, refs: Sequence[ImageRef], results: Sequence[tuple[str, str]]) -> list[ImageRef]:
+        """Return the usable images.
+
+        Args:
+            refs: images that were checked.
+            results: for each, the reason why it is unusable (empty if it is usable), and its content hash.
+
+        Raises:
+            InvalidImage: see `validate`.
+        """
         usable, reasons = [], []
         for ref, (reason, content_hash) in zip(refs, results, strict=True):
             if reason:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,9 @@ from torch import Tensor
 from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import catalog, get_dataset
 from datamodules.errors import UserError
+from datamodules.io.decoded_cache import decode_images
 from datamodules.io.folders import is_hidden
-from datamodules.io.image_io import InvalidImage, read_image
+from datamodules.io.image_io import InvalidImage, check_size, pixel_hash, read_image
 from datamodules.io.image_refs import DataReport, ImageRef, list_image_refs
 
 
@@ -75,16 +75,16 @@ def load_image_set(
         used = random_subset(len(pixels), max_images)
         return ImageSet(resize_uint8(pixels[used], size), labels[used])
     refs = list_image_refs(spec)
-    refs = data_report.validate([refs[i] for i in random_subset(len(refs), max_images)], square.side or size)
-    with torch.inference_mode(False):  # the threads below are not in this mode, and may not write to its tensors
-        images = torch.empty(len(refs), channels, size, size, dtype=torch.uint8)
+    refs = [refs[i] for i in random_subset(len(refs), max_images)]
 
-    def read(i: int) -> None:
-        images[i] = read_square(refs[i].path, size, channels, square)
+    def read(path: Path) -> tuple[Tensor, str]:
+        pixels = read_image(path)
+        check_size(pixels.shape[-1], pixels.shape[-2], path, square.side or size)
+        return take_square(path, pixels, size, channels, square), pixel_hash(pixels)
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(read, range(len(refs))))
-    return ImageSet(images, folder_labels(refs, class_names=class_names))
+    decoded = decode_images([ref.path for ref in refs], (channels, size, size), f"square {square}", read)
+    refs = data_report.add_results(refs, decoded.results)
+    return ImageSet(decoded.pixels, folder_labels(refs, class_names=class_names))
 
 
 def folder_class_names(spec: str) -> list[str]:
@@ -141,7 +141,11 @@ def read_square(path: Path, size: int, channels: int, square: Square) -> Tensor:
         InvalidImage: see `open_image`; or the square is not inside the image.
         UserError: the image has more than `channels` channels.
     """
-    pixels = read_image(path)
+    return take_square(path, read_image(path), size, channels, square)
+
+
+def take_square(path: Path, pixels: Tensor, size: int, channels: int, square: Square) -> Tensor:
+    """Return a square part of the pixels (C, H, W) of an image file, see `read_square`."""
     if len(pixels) > channels:
         raise UserError(
             f"data.channels: {channels}, but {path} is a color image. Set data.channels to 3, or convert it to grayscale"

@@ -14,6 +14,13 @@ def data_root() -> Path:
     return Path(os.environ.get("DARKROOM_DATA", "data"))
 
 
+def cache_dir() -> Path:
+    """Return the folder of what can be computed again: DARKROOM_CACHE if set, otherwise the user's cache folder."""
+    import pooch
+
+    return Path(os.environ.get("DARKROOM_CACHE") or pooch.os_cache("darkroom"))
+
+
 def find_file(path: str, option: str) -> Path:
     """Find a file below the current folder, the data root, or the project, in this order.
 

@@ -68,13 +68,14 @@ def decode_images(paths: Sequence[Path], shape: tuple[int, int, int], settings: 
 
 
 def _key(paths: Sequence[Path], shape: tuple[int, int, int], settings: str) -> str:
-    digest = hashlib.sha256(repr((torch.__version__, PIL.__version__, shape, settings)).encode())
+    folder = Path.cwd()  # of relative paths
+    digest = hashlib.sha256(repr((torch.__version__, PIL.__version__, shape, settings, folder)).encode())
     for path in paths:
-        identity = (0, 0)  # of a file that cannot be read
+        name, size, time = os.fspath(path), 0, 0  # of a file that cannot be read
         with suppress(OSError):
             status = path.stat()
-            identity = (status.st_size, status.st_mtime_ns)
-        digest.update(f"{path.absolute()} {identity}\n".encode("utf-8", "backslashreplace"))
+            size, time = status.st_size, status.st_mtime_ns
+        digest.update(f"{name} {size} {time}\n".encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:32]
 
 

@@ -33,19 +33,18 @@ def list_image_refs(spec: str, scale: int | None = None) -> list[ImageRef]:
         spec, scale: see `resolve_images`, which also documents the errors.
     """
     paths = resolve_images(spec, scale)
-    stems = Counter(path.stem for path in paths)
-    root = commonpath([path.parent for path in paths])
+    stems = [path.stem for path in paths]
+    counts, label = Counter(stems), dataset_label(spec)
+    root = commonpath({path.parent for path in paths})
     return [
-        ImageRef(
-            dataset_label(spec), printable(path.stem if stems[path.stem] == 1 else path.relative_to(root).as_posix()), path
-        )
-        for path in paths
+        ImageRef(label, printable(stem if counts[stem] == 1 else path.relative_to(root).as_posix()), path)
+        for stem, path in zip(stems, paths, strict=True)
     ]
 
 
 def printable(name: str) -> str:
     """Return a file name with the bytes that are not UTF-8 as escapes, so that it can be written."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def dataset_label(spec: str) -> str:

@@ -75,7 +75,7 @@ def load_image_set(
         used = random_subset(len(pixels), max_images)
         return ImageSet(resize_uint8(pixels[used], size), labels[used])
     refs = list_image_refs(spec)
-    refs = [refs[i] for i in random_subset(len(refs), max_images)]
+    refs = [refs[i] for i in random_subset(len(refs), max_images).tolist()]
 
     def read(path: Path) -> tuple[Tensor, str]:
         pixels = read_image(path)
@@ -109,7 +109,7 @@ def random_order(count: int) -> Tensor:
 
 def class_folders(refs: Sequence[ImageRef]) -> list[Path]:
     """Return the folders of images and the folders next to them, sorted: a folder of each class, as in `ImageFolder`."""
-    own = {ref.path.parent.absolute() for ref in refs}
+    own = {parent.absolute() for parent in {ref.path.parent for ref in refs}}
     readable = {folder.parent for folder in own if os.access(folder.parent, os.R_OK | os.X_OK)}
     siblings = {folder for parent in readable for folder in parent.iterdir() if folder.is_dir() and not is_hidden(folder.name)}
     return sorted(own | siblings)
@@ -124,7 +124,8 @@ def folder_labels(refs: Sequence[ImageRef], folders: Sequence[Path] | None = Non
         class_names: names of the classes of another set. If a folder has such a name, classes are numbered by name, as in that
             set, and other names follow. A set that lacks a class then has the labels of the other set.
     """
-    own = [ref.path.parent.absolute() for ref in refs]
+    absolute = {parent: parent.absolute() for parent in {ref.path.parent for ref in refs}}
+    own = [absolute[ref.path.parent] for ref in refs]
     everything = list(folders or sorted(set(own)))
     names = [folder.name for folder in everything]
     if set(names) & set(class_names):

@@ -56,6 +56,7 @@ def fit(cli: DarkroomCLI) -> None:
         print_early_end(cli)
         if evaluates:
             best_model = model if not model.fsdp_modules else cli.fresh_model()
+            best_model.images_seen = model.images_seen  # on which the stage of a network can depend
             load_weights(best_model, run.best_checkpoint)
             trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
             trainer.test(best_model, cli.datamodule, verbose=False)

@@ -1,12 +1,14 @@
-"""FSDP2: weights, gradients and optimizer states sharded over the ranks."""
+"""FSDP2: weights, gradients and optimizer states sharded over the ranks, block by block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -15,27 +17,59 @@ from datamodules.errors import UserError
 from modules.training.ddp import ManualDDPStrategy
 from modules.training.ema import EMA
 
+SMALL_PART = 64  # a part that is smaller than the largest layer by this factor is gathered with the rest of its network
+
 
 class FSDP2Strategy(ManualDDPStrategy):
-    """FSDP2 with each network as one unit: its weights are full during computation and sharded otherwise.
+    """FSDP2 by block: the weights of a block are full while it computes, and sharded otherwise.
 
-    This strategy is registered as "fsdp2". Checkpoints contain full weights and states, as with "ddp", so a run can resume with
-    either strategy. Lightning's own FSDP2 strategy does not shard unless the mesh sizes are given. Lightning's "fsdp" strategy
-    cannot train alternating networks.
+    This strategy is registered as "fsdp2". Each network is split into blocks that are at most as large as the largest layer,
+    see `blocks`. During a forward or backward pass, a process holds the full weights of the current block, of the next one,
+    which is gathered during the computation, and of the small rest of the network. With `accumulate_grad_batches`, gradients
+    are reduced after the last micro-batch only; until then, a process holds the full gradients.
+
+    Networks under a gradient penalty have full weights from their first forward pass to the end of the phase, because the two
+    backward passes need them in another order. Their gradients and optimizer states are sharded. Validations hold the full
+    weights of all networks, because the ranks evaluate different numbers of items.
+
+    Checkpoints contain full weights and states, as with "ddp", so a run can resume with either strategy. They are assembled
+    tensor by tensor in the main memory of rank 0. Lightning's own FSDP2 strategy does not shard unless the mesh sizes are given.
+    Lightning's "fsdp" strategy cannot train alternating networks.
     """
 
-    def configure_ddp(self) -> None:
-        """Broadcast the weights of rank 0, then shard them.
+    def model_to_device(self) -> None:
+        """Leave the networks on the CPU before training: `configure_ddp` moves and shards one block at a time."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            super().model_to_device()
 
-        Networks under a gradient penalty stay unsharded, as with "ddp": torch frees a sharded weight after the first of the
-        two backward passes.
-        """
-        super().configure_ddp()
+    def configure_ddp(self) -> None:
+        """Shard the weights of rank 0, and broadcast its other weights and buffers."""
         method: Any = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
-        for network in shardable_modules(method, method.double_backward_networks):
-            network.to(memory_format=torch.contiguous_format)  # fully_shard requires contiguous weights
-            fully_shard(network, mesh=mesh, reshard_after_forward=False)
+        largest_layer = max(count_weights(module.parameters(recurse=False)) for module in method.modules())
+        networks: list[FSDPModule] = []
+        self.kept_units: set[nn.Module] = set()  # those that are full from the first forward pass to the end of the phase
+        for name, child in method.named_children():
+            is_kept = name in method.double_backward_networks
+            for network in called_modules(child):
+                network.to(memory_format=torch.contiguous_format)  # fully_shard requires contiguous weights
+                units = [*blocks(network, largest_layer), network]
+                for unit in units:
+                    for weight in unit.parameters():
+                        if not isinstance(weight, DTensor):
+                            weight.data = weight.data.to(self.root_device)
+                            dist.broadcast(weight.data, src=0)
+                    sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=not is_kept)
+                    sharded.set_reshard_after_backward(not is_kept, recurse=False)
+                networks.append(sharded)
+                self.kept_units.update(units if is_kept else [])
+        method.to(self.root_device)
+        for tensor in method.state_dict().values():
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor, src=0)
+        if len(method.phases()) == 1:
+            share_order(networks)
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Set up the optimizers, and accept only those of torch; others may need full matrices, but each rank has a shard.
@@ -52,21 +86,23 @@ class FSDP2Strategy(ManualDDPStrategy):
         """Gather the full weights: ranks evaluate different numbers of items, so validation must not use collectives."""
         assert self.lightning_module is not None
         for unit in fsdp_modules(self.lightning_module):
+            unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
 
     def on_validation_end(self) -> None:
         """Shard the weights again."""
         assert self.lightning_module is not None
         for unit in fsdp_modules(self.lightning_module):
+            unit.set_reshard_after_forward(unit not in self.kept_units, recurse=False)
             unit.reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the state dict with full tensors, on every rank."""
-        return gather_full_tensors(super().lightning_module_state_dict())
+        """Return the state dict, with full tensors on the CPU of rank 0, see `assemble`."""
+        return assemble(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the optimizer state with full tensors, on every rank."""
-        return gather_full_tensors(super().optimizer_state(optimizer))
+        """Return the optimizer state, with full tensors on the CPU of rank 0, see `assemble`."""
+        return assemble(super().optimizer_state(optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's shards of the optimizer states."""
@@ -82,19 +118,59 @@ class FSDP2Strategy(ManualDDPStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy)
 
 
-def shardable_modules(parent: nn.Module, exclude: Sequence[str] = ()) -> Iterator[nn.Module]:
-    """Yield the networks to shard: the children that have parameters, and those inside containers and EMA modules."""
-    for name, child in parent.named_children():
-        if name in exclude:
-            continue
-        if isinstance(child, nn.ModuleList | nn.ModuleDict | EMA):
-            yield from shardable_modules(child)
-        elif any(True for _ in child.parameters()):
+def called_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a network if it has weights; for a container that is never called, such as a ModuleList or an EMA, its networks."""
+    if isinstance(module, EMA) or not is_called(module):
+        for child in module.children():
+            yield from called_modules(child)
+    elif count_weights(module.parameters()):
+        yield module
+
+
+def blocks(network: nn.Module, size: int) -> Iterator[nn.Module]:
+    """Yield the blocks of a network: its largest parts that have at most `size` weights and are called as a whole.
+
+    A larger part is split into its children. What remains, and parts with less than `size` / 64 weights, are not in a block.
+    A network of at most `size` weights, or with weights that several layers share, has no blocks.
+
+    Args:
+        network: a network, or a part of one.
+        size: number of weights of the largest layer. More memory would be saved by no other division, because a layer is
+            gathered as a whole.
+    """
+    weights = [weight for _, weight in network.named_parameters(remove_duplicate=False)]
+    if len(weights) > len(set(weights)) or (is_called(network) and count_weights(weights) <= size):
+        return
+    for child in network.children():
+        if is_called(child) and size < SMALL_PART * count_weights(child.parameters()) <= SMALL_PART * size:
             yield child
+        else:
+            yield from blocks(child, size)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Return whether a module has a forward function, which a ModuleList does not have."""
+    return type(module).forward is not nn.Module.forward
+
+
+def count_weights(weights: Iterable[Tensor]) -> int:
+    """Count the elements of weights."""
+    return sum(weight.numel() for weight in weights)
+
+
+def share_order(networks: list[FSDPModule]) -> None:
+    """Let networks that one backward pass goes through gather their blocks ahead of each other.
+
+    FSDP2 gathers blocks in the reverse order of the forward pass, but by itself only within a network. Torch 2.9 cannot.
+    """
+    if hasattr(fsdp, "share_comm_ctx"):
+        for network in networks:
+            network._get_fsdp_state()._lazy_init()  # otherwise, each first forward pass would clear the shared order
+        fsdp.share_comm_ctx([unit for network in networks for unit in fsdp_modules(network)])
 
 
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
-    """List the sharded networks of a method."""
+    """List the sharded networks of a method, and their blocks."""
     return [item for item in module.modules() if isinstance(item, FSDPModule)]
 
 
@@ -107,8 +183,22 @@ def gather_full_tensors(value: Any) -> Any:
     return [gather_full_tensors(item) for item in value] if isinstance(value, list) else value
 
 
+def assemble(value: Any) -> Any:
+    """Replace sharded tensors in nested containers with full ones on the CPU of rank 0, and with None on the other ranks.
+
+    Every rank must call this function. A process holds one full tensor at a time on its device.
+    """
+    if isinstance(value, DTensor):
+        full = value.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else None
+    if isinstance(value, dict):
+        return {key: assemble(item) for key, item in value.items()}
+    return [assemble(item) for item in value] if isinstance(value, list) else value
+
+
 def local_shard(value: Any, like: Tensor) -> Any:
     """Shard an optimizer state in the same way as its parameter; step counts do not change."""
     if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        shard = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return shard.clone()  # otherwise, it would be a view of the full tensor
     return value

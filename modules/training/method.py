@@ -218,6 +218,8 @@ class Method(ModuleWithReferences):
         with train_only([bound], self.bound_phases):
             detached_losses = []
             for i, micro_batch in enumerate(micro_batches):
+                for unit in self.fsdp_modules:
+                    unit.set_requires_gradient_sync(i == len(micro_batches) - 1, recurse=False)
                 batch = batches_with_shared[i] if batches_with_shared else self._with_shared(micro_batch, repeat_index)
                 terms = expect_dict(phase.losses(batch), phase, "losses", "loss terms")
                 values = torch.stack(list(terms.values()))

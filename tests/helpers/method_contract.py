@@ -139,12 +139,20 @@ class Contract(GPUContract, ABC):
             step()
         assert_equal(checkpoint(workdir, recipe, "trainer")["state_dict"], method.state_dict())
 
-    @pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
-    def test_two_ranks_match_one_rank(self, workdir, recipe, micro_batches):
+    @pytest.mark.parametrize(
+        ("strategy", "micro_batches"),
+        [
+            pytest.param("ddp", 1, marks=pytest.mark.slow),
+            ("ddp", 2),
+            pytest.param("fsdp2", 1, marks=pytest.mark.slow),
+            pytest.param("fsdp2", 2, marks=pytest.mark.slow),
+        ],
+    )
+    def test_two_ranks_match_one_rank(self, workdir, recipe, strategy, micro_batches):
         """One rank takes batches of 4. Two ranks take one micro-batch of 2, or accumulate the gradients of two of 1."""
         overrides = ["--model", self.deterministic_model, "--trainer.precision", "64-true"]
         assert forked(fit, recipe, "--run", "one", *overrides) == 0
-        parts = ["--trainer.devices", "2", "--accumulate_grad_batches", str(micro_batches)]
+        parts = ["--trainer.devices", "2", "--trainer.strategy", strategy, "--accumulate_grad_batches", str(micro_batches)]
         status, output = two_forked(fit, recipe, "--run", "two", *parts, *overrides)
         assert status == [0, 0], output
         assert "recommended" not in output

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from datamodules.errors import UserError, is_dead_worker
+from modules.networks.weights import join_shards
 from modules.training.gradients import broadcast_buffers
 
 
@@ -17,8 +19,9 @@ class Checkpoints(Callback):
     """Callback that writes `last.ckpt` after every validation, and `best.ckpt` when the monitored metric has improved.
 
     Both are first written to a temporary file, which then replaces the older checkpoint. A run that is killed during writing
-    keeps the older checkpoint. If training ends without a validation, for example because of `max_steps`, both are written at
-    its end. While the metric is not a number, such as the IoU of an absent class, `best.ckpt` has the latest weights.
+    keeps the older checkpoint. With "fsdp2", a folder next to each has the shards, see `join_shards`. If training ends without
+    a validation, for example because of `max_steps`, both are written at its end. While the metric is not a number, such as
+    the IoU of an absent class, `best.ckpt` has the latest weights.
 
     Args:
         folder: folder of both checkpoints.
@@ -105,6 +108,14 @@ class LocalCheckpointIO(TorchCheckpointIO):
             Path(path).unlink(missing_ok=True)
             raise OSError(errno.ENOSPC, f"not written ({' '.join(str(error).split())[:100]})", str(path)) from None
 
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint, and assemble its shards if it has any.
+
+        Raises:
+            UserError: a file of shards is missing or damaged.
+        """
+        return join_shards(Path(path), super().load_checkpoint(path, *args, **kwargs))
+
 
 def save_checkpoint(trainer: Any, path: Path) -> None:
     """Write a checkpoint to a temporary file and move it to `path`, so that `path` is always complete.
@@ -125,4 +136,7 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
     trainer.save_checkpoint(tmp_path)
     if trainer.is_global_zero:
         tmp_path.replace(path)
+        for folder in path.parent.glob(f"{path.stem}-*.shards"):  # of older checkpoints
+            if folder != getattr(trainer.strategy, "newest_shards", None):
+                shutil.rmtree(folder)
     trainer.strategy.barrier("the checkpoint is in its place")

@@ -175,10 +175,8 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     Raises:
         UserError: recipe or code of the run are not the current ones, the run was not evaluated, or the replay differs.
     """
-    from torch import load
-
     from experiments.run.export import export
-    from modules.networks.weights import inference_state_dict
+    from modules.networks.weights import inference_state_dict, read_checkpoint
 
     record = read_record(run.record)
     changed = [*differences(record, canonical(recipe)), *changed_code(record, code_fingerprint(recipe))]
@@ -189,8 +187,7 @@ def commit_record(run: Run, recipe: Recipe) -> None:
     if any(segment["code"] != record["code"] for segment in record["previous_segments"]):
         record["replayed_images"] = replay(run, recipe, record["seed"])
     write_record(record, record_path(recipe, record["seed"]))
-    state = load(run.best_checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    weights = inference_state_dict(recipe.load_class("model"), state)
+    weights = inference_state_dict(recipe.load_class("model"), read_checkpoint(run.best_checkpoint)["state_dict"])
     if record["seed"] == 0 and sum(tensor.nbytes for tensor in weights.values()) <= MAX_WEIGHT_BYTES:
         recipe.weights.parent.mkdir(exist_ok=True)
         export(recipe, ["--ckpt", str(run.best_checkpoint)], recipe.weights)

@@ -2,7 +2,7 @@
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +27,8 @@ LOAD_ERRORS = (
     SafetensorError,
 )
 
+SHARDED_PARTS = ("state_dict", "optimizer_states")  # parts of a checkpoint that contain sharded tensors
+
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors file, or of another file by torch; no other objects are unpickled.
@@ -43,8 +45,10 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint's tensors and plain data; tensors are memory-mapped.
 
+    The weights of a checkpoint in shards are assembled, but not its optimizer states.
+
     Raises:
-        UserError: the file cannot be read, is damaged, or is not a checkpoint.
+        UserError: the file cannot be read, is damaged, or is not a checkpoint, or its shards are missing.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -54,7 +58,43 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint (.ckpt, .safetensors)")
-    return content
+    return join_shards(path, content, ["state_dict"])
+
+
+def join_shards(path: Path, content: dict[str, Any], parts: Sequence[str] = SHARDED_PARTS) -> dict[str, Any]:
+    """Return a checkpoint with full tensors in place of "meta" tensors, if it was saved in shards (`FSDP2Strategy`).
+
+    The folder `content["shards"]`, next to the checkpoint, has a file of each process that saved it, with a list of shards for
+    each part. Shards are in the order of the "meta" tensors, and a tensor is the concatenation of its shards. Files are read
+    without unpickling of objects, which the format of torch.distributed.checkpoint requires.
+
+    Args:
+        path: path of the checkpoint.
+        content: content of its file.
+        parts: parts of the checkpoint to assemble.
+
+    Raises:
+        UserError: a file of shards is missing or damaged.
+    """
+    if "shards" not in content:
+        return content
+    try:
+        files = [path.parent / str(content["shards"]) / f"{rank}.pt" for rank in range(content["world_size"])]
+        shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+        full = {part: _fill(content[part], [iter(shard[part]) for shard in shards]) for part in parts}
+    except (OSError, StopIteration, *LOAD_ERRORS):
+        folder = f"{content['shards']}, the folder of its shards,"
+        raise UserError(f"{path}: {folder} is missing or damaged. Copy the folder with the checkpoint, or restore it") from None
+    return {**content, **full}
+
+
+def _fill(value: Any, shards: Sequence[Iterator[Tensor]]) -> Any:
+    """Replace the "meta" tensors in nested containers with concatenated shards."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return torch.cat([next(values) for values in shards])
+    if isinstance(value, dict):
+        return {key: _fill(item, shards) for key, item in value.items()}
+    return [_fill(item, shards) for item in value] if isinstance(value, list) else value
 
 
 @runtime_checkable

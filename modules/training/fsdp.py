@@ -1,6 +1,8 @@
 """FSDP2: weights, gradients and optimizer states sharded over the ranks, block by block."""
 
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from datamodules.errors import UserError
+from modules.networks.weights import SHARDED_PARTS
 from modules.training.ddp import ManualDDPStrategy
 from modules.training.ema import EMA
 
@@ -32,9 +35,9 @@ class FSDP2Strategy(ManualDDPStrategy):
     backward passes need them in another order. Their gradients and optimizer states are sharded. Validations hold the full
     weights of all networks, because the ranks evaluate different numbers of items.
 
-    Checkpoints contain full weights and states, as with "ddp", so a run can resume with either strategy. They are assembled
-    tensor by tensor in the main memory of rank 0. Lightning's own FSDP2 strategy does not shard unless the mesh sizes are given.
-    Lightning's "fsdp" strategy cannot train alternating networks.
+    Each process saves its shards, see `join_shards`. Reading a checkpoint assembles full tensors in main memory, so that a run
+    can resume with another number of processes, or with "ddp". Lightning's own FSDP2 strategy does not shard unless the mesh
+    sizes are given. Lightning's "fsdp" strategy cannot train alternating networks.
     """
 
     def model_to_device(self) -> None:
@@ -48,7 +51,7 @@ class FSDP2Strategy(ManualDDPStrategy):
         method: Any = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
         largest_layer = max(count_weights(module.parameters(recurse=False)) for module in method.modules())
-        networks: list[FSDPModule] = []
+        networks: list[nn.Module] = []
         self.kept_units: set[nn.Module] = set()  # those that are full from the first forward pass to the end of the phase
         for name, child in method.named_children():
             is_kept = name in method.double_backward_networks
@@ -62,7 +65,7 @@ class FSDP2Strategy(ManualDDPStrategy):
                             dist.broadcast(weight.data, src=0)
                     sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=not is_kept)
                     sharded.set_reshard_after_backward(not is_kept, recurse=False)
-                networks.append(sharded)
+                networks.append(network)
                 self.kept_units.update(units if is_kept else [])
         method.to(self.root_device)
         for tensor in method.state_dict().values():
@@ -96,13 +99,21 @@ class FSDP2Strategy(ManualDDPStrategy):
             unit.set_reshard_after_forward(unit not in self.kept_units, recurse=False)
             unit.reshard()
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the state dict, with full tensors on the CPU of rank 0, see `assemble`."""
-        return assemble(super().lightning_module_state_dict())
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the shards of each rank to a new folder next to the file, and all else to the file, see `join_shards`.
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the optimizer state, with full tensors on the CPU of rank 0, see `assemble`."""
-        return assemble(super().optimizer_state(optimizer))
+        Raises:
+            OSError: a file cannot be written completely; it names the file.
+        """
+        path = Path(filepath)
+        folder: Path = self.broadcast(path.with_name(f"{path.stem}-{secrets.token_hex(4)}.shards"))
+        folder.mkdir(exist_ok=True)
+        shards: dict[str, list[Tensor]] = {part: [] for part in SHARDED_PARTS}
+        replaced = {part: take_shards(checkpoint[part], shards[part]) for part in SHARDED_PARTS}
+        self.checkpoint_io.save_checkpoint(shards, folder / f"{self.global_rank}.pt")
+        self.barrier("all shards are written")
+        super().save_checkpoint({**checkpoint, **replaced, "shards": folder.name}, filepath, storage_options)
+        self.newest_shards = folder
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's shards of the optimizer states."""
@@ -158,20 +169,51 @@ def count_weights(weights: Iterable[Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def share_order(networks: list[FSDPModule]) -> None:
+def share_order(networks: list[nn.Module]) -> None:
     """Let networks that one backward pass goes through gather their blocks ahead of each other.
 
     FSDP2 gathers blocks in the reverse order of the forward pass, but by itself only within a network. Torch 2.9 cannot.
     """
     if hasattr(fsdp, "share_comm_ctx"):
         for network in networks:
-            network._get_fsdp_state()._lazy_init()  # otherwise, each first forward pass would clear the shared order
+            if isinstance(network, FSDPModule):
+                network._get_fsdp_state()._lazy_init()  # otherwise, each first forward pass would clear the shared order
         fsdp.share_comm_ctx([unit for network in networks for unit in fsdp_modules(network)])
 
 
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
     """List the sharded networks of a method, and their blocks."""
     return [item for item in module.modules() if isinstance(item, FSDPModule)]
+
+
+def reduce_gradients(units: list[FSDPModule], enabled: bool) -> None:
+    """Set whether the next backward pass averages the gradients over the ranks, or only adds them up."""
+    for unit in units:
+        unit.set_requires_gradient_sync(enabled, recurse=False)
+
+
+def reshard(units: list[FSDPModule]) -> None:
+    """Shard the weights that are still full."""
+    for unit in units:
+        unit.reshard()
+
+
+def check_reduced(units: list[FSDPModule]) -> None:
+    """Check that no gradient of full weights is left after a backward pass.
+
+    FSDP2 averages the gradients of a block when the backward pass reaches its outputs. The gradient penalty of a linear
+    network depends on its weights, but not on its outputs.
+
+    Raises:
+        UserError: a gradient is left.
+    """
+    for unit in units:
+        for name, weight in unit.named_parameters() if isinstance(unit, nn.Module) else ():
+            if weight.grad is not None and not isinstance(weight, DTensor):
+                raise UserError(
+                    f"trainer.strategy: fsdp2 cannot average the gradient of '{name}' in {type(unit).__name__}: it does not "
+                    "depend on the outputs. Use 'ddp'"
+                )
 
 
 def gather_full_tensors(value: Any) -> Any:
@@ -183,17 +225,16 @@ def gather_full_tensors(value: Any) -> Any:
     return [gather_full_tensors(item) for item in value] if isinstance(value, list) else value
 
 
-def assemble(value: Any) -> Any:
-    """Replace sharded tensors in nested containers with full ones on the CPU of rank 0, and with None on the other ranks.
-
-    Every rank must call this function. A process holds one full tensor at a time on its device.
-    """
+def take_shards(value: Any, shards: list[Tensor]) -> Any:
+    """Replace sharded tensors in nested containers with "meta" tensors of their full shape, and append this rank's shards."""
     if isinstance(value, DTensor):
-        full = value.full_tensor()
-        return full.cpu() if dist.get_rank() == 0 else None
+        if not value.placements[0].is_shard(0):
+            return value.full_tensor()
+        shards.append(value.to_local())
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, dict):
-        return {key: assemble(item) for key, item in value.items()}
-    return [assemble(item) for item in value] if isinstance(value, list) else value
+        return {key: take_shards(item, shards) for key, item in value.items()}
+    return [take_shards(item, shards) for item in value] if isinstance(value, list) else value
 
 
 def local_shard(value: Any, like: Tensor) -> Any:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from datamodules.errors import UserError
 from datamodules.random.noise import NOISE_SAMPLERS, derive_seed
 from modules.training.ema import EMA
-from modules.training.fsdp import fsdp_modules
+from modules.training.fsdp import check_reduced, fsdp_modules, reduce_gradients, reshard
 from modules.training.gradients import backward, broadcast_buffers, gradient_problem, optimizer_step, update_grad_scaler
 from modules.training.image_pool import ImagePool
 from modules.training.lightning_compat import (
@@ -218,8 +218,7 @@ class Method(ModuleWithReferences):
         with train_only([bound], self.bound_phases):
             detached_losses = []
             for i, micro_batch in enumerate(micro_batches):
-                for unit in self.fsdp_modules:
-                    unit.set_requires_gradient_sync(i == len(micro_batches) - 1, recurse=False)
+                reduce_gradients(self.fsdp_modules, i == len(micro_batches) - 1)
                 batch = batches_with_shared[i] if batches_with_shared else self._with_shared(micro_batch, repeat_index)
                 terms = expect_dict(phase.losses(batch), phase, "losses", "loss terms")
                 values = torch.stack(list(terms.values()))
@@ -228,10 +227,10 @@ class Method(ModuleWithReferences):
                 detached_losses.append(values.detach())
                 if not batches_with_shared and has_gradients(batch):
                     detached_batches.append(detach_tensors(batch))
+            check_reduced(self.fsdp_modules)
             optimizer_step(self.trainer, bound)
             update_grad_scaler(self.trainer)
-        for unit in self.fsdp_modules:
-            unit.reshard()
+        reshard(self.fsdp_modules)
         images_seen = self.images_seen + len(micro_batches) * batch_size_of(micro_batches[0]) * self.trainer.world_size
         mean = detached_losses[0] if len(detached_losses) == 1 else torch.stack(detached_losses).mean(0)
         self.loss_log.append(images_seen, phase.prefix, list(terms), mean)

@@ -17,6 +17,7 @@ from datamodules.random.noise import derive_seed
 from experiments.bench.reference_loop import bare_batches, make_optimizers, make_reference_step
 from experiments.run.execute import execute
 from experiments.run.recipes import find_recipe
+from modules.networks.weights import join_shards
 from modules.training.phases import Batch, batch_size_of
 from modules.training.stages import StagePlan
 from tests.helpers.gpu_contract import GPUContract
@@ -28,7 +29,8 @@ def fit(recipe: Path, *overrides: str) -> None:
 
 
 def checkpoint(workdir: Path, recipe: Path, run: str, name: str = "last") -> dict[str, Any]:
-    return torch.load(workdir / "runs" / recipe.stem / run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    path = workdir / "runs" / recipe.stem / run / "checkpoints" / f"{name}.ckpt"
+    return join_shards(path, torch.load(path, weights_only=True))
 
 
 def assert_equal(left: Any, right: Any, where: str = "") -> None:

@@ -1,7 +1,9 @@
 """Callbacks that send signals to runs or check them."""
 
+import json
 import os
 import signal
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,42 @@ class HoldsHalf(Callback):
         local_size = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
         fraction = local_size / sum(tensor.numel() for tensor in tensors)
         assert 0.4 < fraction < 0.6, f"{fraction:.2f} of the weights and states are on this rank"
+
+
+class GatheredBytes(TorchDispatchMode):
+    """Records the largest number of bytes of full weights, including outputs of all-gathers, after any operator."""
+
+    def __init__(self, method: Any) -> None:
+        super().__init__()
+        self.method, self.gathered, self.peak = method, [], 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "_allgather_base_" in str(func):
+            self.gathered.append(weakref.ref(args[0]))
+        tensors = [weight for weight in self.method.parameters() if not isinstance(weight, DTensor)]
+        tensors += [tensor for reference in self.gathered if (tensor := reference()) is not None]
+        self.peak = max(self.peak, sum({id(t): t.untyped_storage().nbytes() for t in tensors}.values()))
+        return result
+
+
+class ReportsMemory(Callback):
+    """Prints the bytes of weights, gradients and states that rank 0 holds after a step, and of full weights in a step."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.mode = GatheredBytes(pl_module)
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.mode.__exit__(None, None, None)
+        weights = list(pl_module.parameters())
+        states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()]
+        tensors = [*weights, *(weight.grad for weight in weights if weight.grad is not None), *states]
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
+        full = sum(tensor.nbytes for tensor in tensors)
+        if trainer.is_global_zero:
+            print("memory", json.dumps({"held": held, "full": full, "peak": self.mode.peak}), flush=True)
 
 
 class ListensOnLoopback(Callback):

@@ -53,3 +53,21 @@ class WGANGP(GenerativeMethod):
 
     def generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         return {"adversarial": -self.critic(batch["fake"]).mean()}
+
+
+class LazyPenaltyGAN(WGANGP):
+    """Penalizes the gradient of a piecewise linear critic in its own phase."""
+
+    def __init__(self, total_images: int = 60, learning_rate: float = 1e-3, seed: int = 0) -> None:
+        super().__init__(total_images, learning_rate, seed)
+        self.critic = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+
+    def phases(self) -> list[Phase]:
+        return [*super().phases(), Phase("penalty", self.penalty, optimizer="critic")]
+
+    def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
+        return {"fake": self.critic(batch["fake"].detach()).mean() - self.critic(batch["image"]).mean()}
+
+    def penalty(self, batch: Batch) -> dict[str, Tensor]:
+        alpha = self.batch_noise(batch, "mixing", 1, "uniform")
+        return {"penalty": 10 * gradient_penalty(self.critic, batch["image"], batch["fake"], alpha)}

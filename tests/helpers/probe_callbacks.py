@@ -93,16 +93,17 @@ class HoldsHalf(Callback):
 
 
 class GatheredBytes(TorchDispatchMode):
-    """Records the largest number of bytes of full weights, including outputs of all-gathers, after any operator."""
+    """Records the most bytes of full weights, with the outputs of all-gathers, after any operator; counts reduce-scatters."""
 
     def __init__(self, method: Any) -> None:
         super().__init__()
-        self.method, self.gathered, self.peak = method, [], 0
+        self.method, self.gathered, self.peak, self.reductions = method, [], 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if "_allgather_base_" in str(func):
             self.gathered.append(weakref.ref(args[0]))
+        self.reductions += "_reduce_scatter_base_" in str(func)
         tensors = [weight for weight in self.method.parameters() if not isinstance(weight, DTensor)]
         tensors += [tensor for reference in self.gathered if (tensor := reference()) is not None]
         self.peak = max(self.peak, sum({id(t): t.untyped_storage().nbytes() for t in tensors}.values()))
@@ -125,7 +126,8 @@ class ReportsMemory(Callback):
         held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
         full = sum(tensor.nbytes for tensor in tensors)
         if trainer.is_global_zero:
-            print("memory", json.dumps({"held": held, "full": full, "peak": self.mode.peak}), flush=True)
+            counts = {"held": held, "full": full, "peak": self.mode.peak, "reductions": self.mode.reductions}
+            print("memory", json.dumps(counts), flush=True)
 
 
 class ListensOnLoopback(Callback):

@@ -56,11 +56,13 @@ class WGANGP(GenerativeMethod):
 
 
 class LazyPenaltyGAN(WGANGP):
-    """Penalizes the gradient of a piecewise linear critic in its own phase."""
+    """Penalizes the gradient of a piecewise linear critic in its own phase; without hidden units, the critic is linear."""
 
-    def __init__(self, total_images: int = 60, learning_rate: float = 1e-3, seed: int = 0) -> None:
+    def __init__(self, total_images: int = 60, learning_rate: float = 1e-3, seed: int = 0, hidden_size: int = 64) -> None:
         super().__init__(total_images, learning_rate, seed)
-        self.critic = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+        self.save_hyperparameters()
+        hidden = [nn.Linear(784, hidden_size), nn.LeakyReLU(0.2)] if hidden_size else []
+        self.critic = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(hidden_size or 784, 1))
 
     def phases(self) -> list[Phase]:
         return [*super().phases(), Phase("penalty", self.penalty, optimizer="critic")]

@@ -7,17 +7,25 @@ import torch
 
 from callbacks.run.csv_logger import read_metrics_csv
 from experiments.cli.main import main
+from modules.mask_rcnn import MaskRCNN
+from modules.networks.weights import inference_state_dict, read_weights
+from modules.progan import ProGAN
+from modules.smp import SMPSegmenter
+from modules.training.fsdp import blocks, called_modules, count_weights
 from modules.training.optimizers import soap
+from modules.unet import UNet
 from modules.vae import VAE
 from tests.helpers.method_contract import assert_equal, checkpoint
-from tests.helpers.subprocess_helpers import forked, two_forked
+from tests.helpers.subprocess_helpers import forked, refused, two_forked
 from tests.tasks.generation import write_generative_recipe
 from tests.tasks.reconstruction import write_reconstruction_recipe
+from tests.tasks.segmentation import write_segmentation_recipe
 
 DCGAN = {"channels": 1, "size": 28, "kernel": 4, "base_channels": 8, "total_images": 60}
 MODELS = {
     "alternating": ("tests.helpers.deterministic_variants.DeterministicDCGAN", DCGAN, []),
     "EMA, clipping, gradient penalty, repeated updates": ("tests.helpers.wgan_gp.WGANGP", {"total_images": 60}, []),
+    "gradient penalty in its own phase": ("tests.helpers.wgan_gp.LazyPenaltyGAN", {"total_images": 60}, []),
     "one loss, micro-batches": (
         "modules.vae.VAE",
         {"hidden_dims": [20], "latent_size": 3, "total_images": 60},
@@ -76,6 +84,7 @@ def flatten(value, path):
     [
         "EMA, clipping, gradient penalty, repeated updates",
         pytest.param("alternating", marks=pytest.mark.slow),
+        pytest.param("gradient penalty in its own phase", marks=pytest.mark.slow),
         pytest.param("one loss, micro-batches", marks=pytest.mark.slow),
     ],
 )
@@ -105,6 +114,105 @@ def test_fsdp2_matches_ddp_and_resumes_exactly(workdir, write_tiny_recipe, monke
     for ddp_metrics, fsdp2_metrics in zip(records[0]["metrics"].values(), records[1]["metrics"].values(), strict=True):
         for protocol, value in ddp_metrics.items():
             assert value["mean"] == pytest.approx(fsdp2_metrics[protocol]["mean"], rel=1e-3), protocol
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (UNet, ["enc.3", "enc.4.0", "enc.4.2", "upsample.0", "dec.0", "head"]),
+        (ProGAN, ["generator.blocks.0.0", "generator.blocks.1.3", "generator.blocks.4", "discriminator.blocks.5", "generator"]),
+        (MaskRCNN, ["backbone.body.layer3", "backbone.body.layer4.1", "backbone.fpn", "rpn", "roi_heads.mask_head"]),
+        (lambda: SMPSegmenter("unet", "resnet34", None), ["network.encoder.layer1", "network.decoder.blocks.1", "network"]),
+    ],
+    ids=["U-Net", "ProGAN", "Mask R-CNN", "smp"],
+)
+def test_networks_are_split_into_blocks_of_at_most_the_largest_layer(build, names):
+    with torch.device("meta"):
+        method = build()
+    largest = max(count_weights(module.parameters(recurse=False)) for module in method.modules())
+    name_of = {module: name for name, module in method.named_modules()}
+    units = []
+    for network in (network for child in method.children() for network in called_modules(child)):
+        parts = list(blocks(network, largest))
+        weights = [weight for part in parts for weight in part.parameters()]
+        assert len(weights) == len(set(weights))
+        assert all(count_weights(part.parameters()) <= largest for part in parts)
+        total = count_weights(network.parameters())
+        assert total <= largest or total - count_weights(weights) < 0.01 * total
+        units += [*parts, network]
+    assert {weight for unit in units for weight in unit.parameters()} == set(method.parameters())
+    assert set(names) <= {name_of[unit] for unit in units}
+
+
+def test_a_process_holds_half_of_the_state_and_gathers_two_blocks(workdir):
+    """Of a U-Net, in bytes: 2 (9 c**2 + c) floats for the current and the next block, where c is its largest width."""
+    settings = {"base_channels": 8, "depth": 2, "tile_size": 44}
+    model = {"class_path": "modules.unet.UNet", "init_args": {**settings, "total_images": 8}}
+    recipe = write_segmentation_recipe(workdir / "tiny.yaml", model, crop=28, margin=40, test=[])
+    measured = {}
+    for name, strategy, micro_batches in (("ddp", "ddp", "1"), ("fsdp2", "fsdp2", "1"), ("accumulated", "fsdp2", "2")):
+        options = [
+            "--trainer.callbacks+=tests.helpers.probe_callbacks.ReportsMemory",
+            "--accumulate_grad_batches",
+            micro_batches,
+        ]
+        status, output = fit_on_two_ranks(strategy, recipe, "--run", name, *options)
+        assert status == 0, output
+        lines = [line.removeprefix("memory ") for line in output.splitlines() if line.startswith("memory")]
+        measured[name] = json.loads(lines[-1])
+    weights, largest = 4 * count_weights(UNet(**settings).parameters()), 4 * (9 * 32**2 + 32)
+    # Weights, gradients and momentum; nine blocks: three pairs of convolutions on the way down, the deepest of which is two
+    # blocks, two transposed convolutions, two pairs on the way up, and the last layer.
+    assert measured["ddp"] == {"held": 3 * weights, "full": 3 * weights, "peak": weights, "reductions": 0}
+    assert measured["fsdp2"] == {
+        **measured["ddp"],
+        "held": 3 * weights // 2,
+        "peak": measured["fsdp2"]["peak"],
+        "reductions": 9,
+    }
+    assert measured["accumulated"] == measured["fsdp2"]
+    assert largest < measured["fsdp2"]["peak"] <= 2 * largest < weights
+
+
+@pytest.mark.slow
+def test_commands_read_a_run_in_shards(workdir, write_tiny_recipe, capfd):
+    recipe = write_tiny_recipe("modules.vae.VAE", {"hidden_dims": [20], "latent_size": 3, "total_images": 40})
+    status, output = fit_on_two_ranks("fsdp2", recipe, "--run", "sharded")
+    assert status == 0, output
+    folder = workdir / "runs/tiny/sharded/checkpoints"
+    (shards,) = folder.glob("best-*.shards")
+    assert len(list(folder.glob("last-*.shards"))) == 1
+    content = torch.load(folder / "best.ckpt", weights_only=True)
+    parts = [torch.load(shards / f"{rank}.pt", weights_only=True)["state_dict"] for rank in range(2)]
+    assert all(value.is_meta for value in content["state_dict"].values())
+    for i, value in enumerate(content["state_dict"].values()):
+        assert sum(part[i].numel() for part in parts) == value.numel()
+
+    weights = checkpoint(workdir, recipe, "sharded", "best")["state_dict"]
+    assert forked(main, ["export", str(recipe), "--run", "sharded", "--output", str(workdir / "w.safetensors")]) == 0
+    assert_equal(read_weights(workdir / "w.safetensors"), dict(inference_state_dict(VAE, weights)))
+    statuses, output = two_forked(main, ["test", str(recipe), "--run", "sharded"])  # with the strategy of the run
+    assert statuses == [0, 0], output
+    shards.rename(folder / "elsewhere")
+    options = ["--run", "sharded", "--trainer.devices", "1"]
+    assert f"{shards.name}, the folder of its shards, is missing" in refused(capfd, "test", str(recipe), *options)
+    (folder / "elsewhere").rename(shards)
+
+    budget = ["--model.total_images", "60"]
+    assert forked(main, ["fit", str(recipe), "--run", "sharded", *budget]) == 0  # on one process
+    assert not list(folder.glob("*.shards"))
+    assert forked(main, ["fit", str(recipe), "--run", "one", *budget]) == 0
+    resumed, one = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("sharded", "one"))
+    for key in one:
+        assert_close(one[key], resumed[key], key)
+
+
+def test_gradient_that_no_output_leads_to_raises_user_error(workdir, write_tiny_recipe):
+    recipe = write_tiny_recipe("tests.helpers.wgan_gp.LazyPenaltyGAN", {"total_images": 60, "hidden_size": 0})
+    status, output = fit_on_two_ranks("fsdp2", recipe, "--run", "refused")
+    assert status == 2
+    assert "darkroom: trainer.strategy: fsdp2 cannot average the gradient of '1.weight'" in output
+    assert "Traceback" not in output
 
 
 def test_initial_bias_is_set_in_the_shards(workdir, write_tiny_recipe):

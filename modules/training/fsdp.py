@@ -33,7 +33,8 @@ class FSDP2Strategy(ManualDDPStrategy):
 
     Networks under a gradient penalty have full weights from their first forward pass to the end of the phase, because the two
     backward passes need them in another order. Their gradients and optimizer states are sharded. Validations hold the full
-    weights of all networks, because the ranks evaluate different numbers of items.
+    weights of all networks, because the ranks evaluate different numbers of items. With "bf16-mixed" and "16-mixed", autograd
+    keeps the 16-bit copies of all weights from the forward to the backward pass.
 
     Each process saves its shards, see `join_shards`. Reading a checkpoint assembles full tensors in main memory, so that a run
     can resume with another number of processes, or with "ddp". Lightning's own FSDP2 strategy does not shard unless the mesh
@@ -61,9 +62,10 @@ class FSDP2Strategy(ManualDDPStrategy):
                 for unit in units:
                     for weight in unit.parameters():
                         if not isinstance(weight, DTensor):
-                            weight.data = weight.data.to(self.root_device)
-                            dist.broadcast(weight.data, src=0)
-                    sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=not is_kept)
+                            value = weight.detach().to(self.root_device)
+                            dist.broadcast(value, src=0)
+                            weight.detach().copy_(value)
+                    sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=not is_kept)  # on the device of the mesh
                     sharded.set_reshard_after_backward(not is_kept, recurse=False)
                 networks.append(network)
                 self.kept_units.update(units if is_kept else [])
@@ -72,18 +74,21 @@ class FSDP2Strategy(ManualDDPStrategy):
             if not isinstance(tensor, DTensor):
                 dist.broadcast(tensor, src=0)
         if len(method.phases()) == 1:
-            share_order(networks)
+            share_order([network for network in networks if any(weight.requires_grad for weight in network.parameters())])
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Set up the optimizers, and accept only those of torch; others may need full matrices, but each rank has a shard.
 
         Raises:
-            UserError: an optimizer is not from torch.
+            UserError: an optimizer is not from torch, or also has weights that are not in a network.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if type(optimizer).__module__.partition(".")[0] != "torch":
                 raise UserError(f"trainer.strategy: fsdp2 cannot shard {type(optimizer).__name__}. Use 'ddp'")
+            if len({isinstance(weight, DTensor) for group in optimizer.param_groups for weight in group["params"]}) > 1:
+                name = type(self.lightning_module).__name__
+                raise UserError(f"trainer.strategy: fsdp2 shards networks, but {name} also has weights of its own. Use 'ddp'")
 
     def on_validation_start(self) -> None:
         """Gather the full weights: ranks evaluate different numbers of items, so validation must not use collectives."""
@@ -173,6 +178,7 @@ def share_order(networks: list[nn.Module]) -> None:
     """Let networks that one backward pass goes through gather their blocks ahead of each other.
 
     FSDP2 gathers blocks in the reverse order of the forward pass, but by itself only within a network. Torch 2.9 cannot.
+    Averages of weights must not be among the networks: after a validation, they would be gathered and then keep these values.
     """
     if hasattr(fsdp, "share_comm_ctx"):
         for network in networks:

@@ -7,10 +7,12 @@ import torch
 
 from callbacks.run.csv_logger import read_metrics_csv
 from experiments.cli.main import main
+from modules.autoencoder import Autoencoder
 from modules.mask_rcnn import MaskRCNN
 from modules.networks.weights import inference_state_dict, read_weights
 from modules.progan import ProGAN
 from modules.smp import SMPSegmenter
+from modules.training.ema import EMA
 from modules.training.fsdp import blocks, called_modules, count_weights
 from modules.training.optimizers import soap
 from modules.unet import UNet
@@ -41,6 +43,29 @@ class SOAPVAE(VAE):
         return soap(self.parameters(), 1e-3)
 
 
+class ScaledVAE(VAE):
+    """VAE with a weight outside of its networks."""
+
+    def __init__(self, total_images=60):
+        super().__init__(hidden_dims=[20], latent_size=3, total_images=total_images)
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+
+class AveragedAutoencoder(Autoencoder):
+    """Autoencoder that is validated with the average of its decoder."""
+
+    def __init__(self, total_images: int = 60) -> None:
+        super().__init__(1, 28, "fully-connected", (24,), 3, "relu", "noise", 0.2, total_images, learning_rate=1e-2)
+        self.save_hyperparameters()
+        self.average = EMA(self.decoder, half_life=16)
+
+    def validation_step(self, batch, batch_idx):
+        outputs = super().validation_step(batch, batch_idx)
+        return {**outputs, "prediction": self.average(outputs["code"]).sigmoid()}
+
+    test_step = validation_step
+
+
 def fit_on_two_ranks(strategy, recipe, *overrides):
     """Train on two ranks, and return the exit status of rank 0 and the output."""
     argv = ["fit", str(recipe), "--trainer.devices", "2", "--trainer.strategy", strategy, *overrides]
@@ -56,7 +81,7 @@ def write_tiny_recipe(workdir, monkeypatch):
     def write(path, settings):
         writer = (
             write_reconstruction_recipe
-            if path in ("modules.vae.VAE", "tests.modules.test_fsdp.SOAPVAE")
+            if path == "modules.vae.VAE" or path.startswith("tests.modules.test_fsdp")
             else write_generative_recipe
         )
         return writer(workdir / "tiny.yaml", {"class_path": path, "init_args": settings})
@@ -207,6 +232,21 @@ def test_commands_read_a_run_in_shards(workdir, write_tiny_recipe, capfd):
         assert_close(one[key], resumed[key], key)
 
 
+def test_validation_with_averaged_weights_matches_ddp(workdir):
+    """The passes of a validation precede the next step, which must not gather the average ahead and keep its old value."""
+    model = {"class_path": "tests.modules.test_fsdp.AveragedAutoencoder", "init_args": {"total_images": 60}}
+    metrics = [
+        {"class_path": "callbacks.metrics.denoising.DenoisingPSNR", "init_args": {"tv_weights": [], "on_validation": True}}
+    ]
+    recipe = write_reconstruction_recipe(workdir / "tiny.yaml", model, metrics, binarization="real-valued", test=[])
+    logs = []
+    for strategy in ("ddp", "fsdp2"):
+        status, output = fit_on_two_ranks(strategy, recipe, "--run", strategy)
+        assert status == 0, output
+        logs.append([float(row["value"]) for row in read_metrics_csv(workdir / "runs/tiny" / strategy / "metrics.csv")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
 def test_gradient_that_no_output_leads_to_raises_user_error(workdir, write_tiny_recipe):
     recipe = write_tiny_recipe("tests.helpers.wgan_gp.LazyPenaltyGAN", {"total_images": 60, "hidden_size": 0})
     status, output = fit_on_two_ranks("fsdp2", recipe, "--run", "refused")
@@ -255,10 +295,14 @@ def test_fsdp1_raises_user_error(workdir, write_tiny_recipe, capfd):
     assert "darkroom: trainer.strategy: fsdp cannot train" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("SOAPVAE", "cannot shard SOAP"), ("ScaledVAE", "ScaledVAE also has weights of its own")]
+)
 @pytest.mark.slow
-def test_optimizer_that_is_not_elementwise_raises_user_error(workdir, write_tiny_recipe):
-    recipe = write_tiny_recipe("tests.modules.test_fsdp.SOAPVAE", {"total_images": 60})
+def test_method_that_cannot_be_sharded_raises_user_error(workdir, write_tiny_recipe, name, message):
+    recipe = write_tiny_recipe(f"tests.modules.test_fsdp.{name}", {"total_images": 60})
     status, output = fit_on_two_ranks("fsdp2", recipe, "--run", "refused")
     assert status == 2
-    assert "darkroom: trainer.strategy: fsdp2 cannot shard SOAP" in output
+    assert "darkroom: trainer.strategy: fsdp2" in output
+    assert message in output
     assert "Traceback" not in output

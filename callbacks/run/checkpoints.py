@@ -138,5 +138,5 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
         tmp_path.replace(path)
         for folder in path.parent.glob(f"{path.stem}-*.shards"):  # of older checkpoints
             if folder != getattr(trainer.strategy, "newest_shards", None):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
     trainer.strategy.barrier("the checkpoint is in its place")

@@ -1,6 +1,7 @@
 """FSDP2: weights, gradients and optimizer states sharded over the ranks, block by block."""
 
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,13 @@ class FSDP2Strategy(ManualDDPStrategy):
         folder.mkdir(exist_ok=True)
         shards: dict[str, list[Tensor]] = {part: [] for part in SHARDED_PARTS}
         replaced = {part: take_shards(checkpoint[part], shards[part]) for part in SHARDED_PARTS}
-        self.checkpoint_io.save_checkpoint(shards, folder / f"{self.global_rank}.pt")
-        self.barrier("all shards are written")
-        super().save_checkpoint({**checkpoint, **replaced, "shards": folder.name}, filepath, storage_options)
+        try:
+            self.checkpoint_io.save_checkpoint(shards, folder / f"{self.global_rank}.pt")
+            self.barrier("all shards are written")
+            super().save_checkpoint({**checkpoint, **replaced, "shards": folder.name}, filepath, storage_options)
+        except OSError:  # a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.newest_shards = folder
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

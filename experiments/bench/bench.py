@@ -5,22 +5,24 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from rich.table import Table
-from torch.utils.data import DataLoader
 
 from callbacks.run.run_record import cpu_name, peak_memory_mib
 from datamodules.errors import UserError
+from experiments.bench.bench_report import print_results
+from experiments.bench.feed import baseline_of, pil_loader
+from experiments.bench.held_batch import HeldBatch
 from experiments.bench.reference_loop import Precision, Step, bare_batches, make_optimizers, make_reference_step
-from experiments.bench.stages import bench_stages, print_stages
-from experiments.bench.timing import count_flops, quartiles, synchronize
+from experiments.bench.stages import bench_stages
+from experiments.bench.step_profile import StepProfile, StepProfiler
+from experiments.bench.timing import Stopwatch, count_flops, matmul_gflops, quartiles, synchronize
 from experiments.cli.errors import parameters
 from experiments.run.fit import skip_to_last_stage, train_without_eval
 from experiments.run.lightning_cli import DarkroomCLI, build_cli
@@ -29,11 +31,11 @@ from experiments.tasks.registry import task_of
 from modules.training.method import Method
 from modules.training.phases import Batch, map_tensors
 
-PIL_EVERY = 6  # rounds per PIL interval; a PIL interval has this many times the steps, because workers prefetch some batches
+PIL_EVERY = 6  # pairs per PIL interval; a PIL interval has this many times the steps, because workers prefetch some batches
 SETTLE = 0.5  # seconds for the PIL loader's workers to refill their queue before the Trainer is timed again
 
 
-def bench(recipe: Recipe, overrides: list[str], rounds: int, steps: int, as_json: bool, started: float) -> None:
+def bench(recipe: Recipe, overrides: list[str], pairs: int, steps: int, as_json: bool, started: float) -> None:
     """Time the last stage of training in interleaved intervals, then inference, and print the results by name.
 
     For a training that grows, each stage is timed as well.
@@ -41,8 +43,8 @@ def bench(recipe: Recipe, overrides: list[str], rounds: int, steps: int, as_json
     Args:
         recipe: recipe to train.
         overrides: overridden keys of the recipe.
-        rounds: number of intervals of the Trainer and of the bare loop.
-        steps: training steps per interval.
+        pairs: number of pairs of an interval of the Trainer and one of the bare loop.
+        steps: timed training steps per interval.
         as_json: print JSON instead of a table.
         started: `time.perf_counter()` at the start of the command.
 
@@ -54,95 +56,139 @@ def bench(recipe: Recipe, overrides: list[str], rounds: int, steps: int, as_json
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DARKROOM_RUNS"] = folder
         cli = build_cli("fit", recipe, ["--run", "bench", "--trainer.devices", "1", *overrides])
-        task = task_of(cli.datamodule)
-        if task.baseline is None or task.bench_inference is None:
-            raise UserError(f"{recipe.name}: there is no baseline for {type(cli.datamodule).__name__}. Choose another recipe")
+        baseline_of(cli.datamodule, recipe.name)
         skip_to_last_stage(cli)
-        timer = InterleavedTimer(cli.model, cli.datamodule, steps, started)
-        train_without_eval(cli, steps * (rounds + 1), timer)
-    method = cli.model.cpu().eval()
-    results = {**bench_training(timer, cli), **task.bench_inference(method, cli.datamodule)}
-    stages = bench_stages(timer.methods["bare"], cli.datamodule, steps, cli.trainer.precision_plugin.forward_context)
-    if stages:
-        results["stages"] = stages
+        timer = InterleavedTimer(cli, pairs, steps, started)
+        train_without_eval(cli, len(timer.intervals) * (steps + 1), timer)
+    data = timer.held.original()
+    inference = task_of(data).bench_inference
+    results = bench_training(timer, cli, data)
+    speeds = inference(cli.model.cpu().eval(), data) if inference else {}
+    stages = bench_stages(timer.methods["bare"], data, steps, timer.precision)
     if as_json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps({**results, **speeds, **({"stages": stages} if stages else {})}, indent=1))
     else:
-        print_results(recipe, results)
+        print_results(results, speeds, stages)
 
 
-def pil_batches(data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield batches of single items without end, with one loader worker per CPU core."""
-    baseline = task_of(data).baseline
-    assert baseline is not None
-    size = data.batch_size_at(data.position())
-    items = baseline(data)
-    loader = DataLoader(
-        items,
-        size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=os.cpu_count() or 1,
-        persistent_workers=True,
-        collate_fn=getattr(items, "collate", None),  # for images of different sizes
-    )
-    while True:
-        for batch in loader:
-            yield map_tensors(batch, lambda tensor: tensor.to(device))
+def plan_intervals(pairs: int) -> list[str]:
+    """Return the kind of each interval of the Trainer.
+
+    The kinds are "warm-up", "real" (one for each pair), "held", with one batch again and again, after every `PIL_EVERY` pairs,
+    and "profile".
+    """
+    intervals = ["warm-up"]
+    for pair in range(1, pairs + 1):
+        intervals += ["real"] if pair % PIL_EVERY else ["real", "held"]
+    return [*intervals, "profile"]
 
 
 class InterleavedTimer(Callback):
     """Callback that alternates intervals of the Trainer with intervals of the bare loop and of the PIL loop.
 
+    Each interval has an untimed step at its start, then `steps` steps.
+
     Args:
-        method: the method that the Trainer trains; the other loops train copies of it.
-        data: datamodule of the Trainer.
+        cli: model, datamodule and trainer. The other loops train copies of the model; the loader of the datamodule is replaced.
+        pairs: pairs of intervals of the Trainer and of the bare loop.
         steps: training steps per interval.
         command_started: `time.perf_counter()` at the start of the command.
     """
 
-    def __init__(self, method: Method, data: Any, steps: int, command_started: float) -> None:
-        self.steps, self.data, self.command_started = steps, data, command_started
-        self.methods = {"bare": deepcopy(method), "pil": deepcopy(method)}
+    def __init__(self, cli: DarkroomCLI, pairs: int, steps: int, command_started: float) -> None:
+        self.cli, self.steps, self.command_started = cli, steps, command_started
+        self.intervals = plan_intervals(pairs)
+        self.methods: dict[str, Method] = {"bare": deepcopy(cli.model), "pil": deepcopy(cli.model)}
+        self.held = HeldBatch(cli.datamodule)
+        self.precision: Precision = cli.trainer.precision_plugin.forward_context
         self.loops: dict[str, Step] = {}
-        self.milliseconds: dict[str, list[float]] = {"ours": [], "bare": [], "pil": []}  # per step, one value per interval
+        self.milliseconds: dict[str, list[float]] = {name: [] for name in ("ours", "bare", "pil", "ours_held", "bare_held")}
         self.before_pil: list[float] = []  # the Trainer's interval before each PIL interval, in milliseconds per step
-        self.started = 0.0
+        self.profiles: dict[str, StepProfile] = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """At the end of an interval, record its time, run the other loops and restart the clock."""
+        """Time or profile the steps of an interval; at its end, run the other loops."""
+        interval, step = self.intervals[batch_idx // (self.steps + 1)], batch_idx % (self.steps + 1)
         if batch_idx == 0:
             self.seconds_to_first_step = time.perf_counter() - self.command_started
-            precision, device = trainer.precision_plugin.forward_context, pl_module.device
-            for name, method in self.methods.items():
-                method.setup("fit")
-                method.to(device)
-                batches = bare_batches(self.data, method) if name == "bare" else pil_batches(self.data, device)
-                self.loops[name] = make_reference_step(method, batches, make_optimizers(method), precision)
-        if (batch_idx + 1) % self.steps:
-            return
-        synchronize(pl_module.device)
-        stretch = (batch_idx + 1) // self.steps - 1  # interval 0 is the warm-up
-        ours = 1000 * (time.perf_counter() - self.started) / self.steps
-        bare = self.run("bare", self.steps, pl_module.device)
-        if stretch > 0:
-            self.milliseconds["ours"].append(ours)
-            self.milliseconds["bare"].append(bare)
-        if stretch % PIL_EVERY == 0:
-            pil = self.run("pil", PIL_EVERY * self.steps, pl_module.device)
-            if stretch > 0:
-                self.milliseconds["pil"].append(pil)
-                self.before_pil.append(ours)
-            time.sleep(SETTLE)
-        self.started = time.perf_counter()
+            self.watch, self.profiler = Stopwatch(pl_module.device), StepProfiler(pl_module.device)
+        if interval == "profile":
+            if step == 0:
+                self.profiler.start()
+            else:
+                self.profiler.end_step()
+            if step < self.steps:
+                self.profiler.begin_step()
+        elif step == 0:
+            self.watch.start()
+        if step == self.steps:
+            self.end_interval(interval, batch)
+            following = batch_idx // (self.steps + 1) + 1
+            self.held.is_held = following < len(self.intervals) and self.intervals[following] == "held"
 
-    def run(self, name: str, steps: int, device: torch.device) -> float:
-        """Run one of the loops and return its milliseconds per step."""
-        started = time.perf_counter()
+    def end_interval(self, interval: str, batch: Batch) -> None:
+        """Record an interval of the Trainer, and run the bare loop, and after every `PIL_EVERY` pairs the PIL loop."""
+        if interval == "profile":
+            self.profiles["ours"] = self.profiler.stop()
+            return
+        ours = self.watch.stop() / self.steps
+        if interval == "warm-up":
+            self.peak_memory_mib = peak_memory_mib(self.cli.trainer)  # before the other loops allocate theirs
+            self.held.batch = batch
+            self.make_loops()
+            for name in self.loops:
+                self.run(name, self.steps)
+            return
+        kind = "_held" if interval == "held" else ""
+        self.milliseconds[f"ours{kind}"].append(ours)
+        self.milliseconds[f"bare{kind}"].append(self.run(f"bare{kind}", self.steps))
+        if not kind and len(self.milliseconds["ours"]) % PIL_EVERY == 0:
+            self.before_pil.append(ours)
+            self.milliseconds["pil"].append(self.run("pil", PIL_EVERY * self.steps))
+            time.sleep(SETTLE)
+
+    def make_loops(self) -> None:
+        """Make the steps of the other loops, with copies of the method before its first step."""
+        device, data, name = self.cli.model.device, self.held.original(), self.cli.recipe.name
+        for method in self.methods.values():
+            method.setup("fit")
+            self.cli.trainer.precision_plugin.convert_module(method).to(device)
+            if self.cli.config.compile:
+                method.compile_networks()
+        bare, pil = self.methods["bare"], self.methods["pil"]
+        pil_batches = (
+            map_tensors(batch, lambda tensor: tensor.to(device)) for batch in pil_loader(data, name, os.cpu_count() or 1)
+        )
+        optimizers = make_optimizers(bare)
+        self.loops = {
+            "bare": make_reference_step(bare, bare_batches(data, bare), optimizers, self.precision),
+            "bare_held": make_reference_step(bare, repeat(self.held.batch), optimizers, self.precision),
+            "pil": make_reference_step(pil, pil_batches, make_optimizers(pil), self.precision),
+        }
+
+    def run(self, name: str, steps: int) -> float:
+        """Run one of the loops and return its milliseconds per step, without the first step."""
+        self.loops[name]()
+        self.watch.start()
         for _ in range(steps):
             self.loops[name]()
-        synchronize(device)
-        return 1000 * (time.perf_counter() - started) / steps
+        return self.watch.stop() / steps
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Profile the bare loop, while the networks are on the device."""
+        self.profiles["bare"] = profile_steps(self.loops["bare"], self.steps, pl_module.device)
+
+
+def profile_steps(step: Step, steps: int, device: torch.device) -> StepProfile:
+    """Profile a number of calls of a training step, after one more."""
+    step()
+    profiler = StepProfiler(device)
+    profiler.start()
+    for _ in range(steps):
+        profiler.begin_step()
+        step()
+        profiler.end_step()
+    return profiler.stop()
 
 
 def step_breakdown(method: Method, data: Any, steps: int, precision: Precision) -> dict[str, float]:
@@ -178,76 +224,72 @@ def step_breakdown(method: Method, data: Any, steps: int, precision: Precision) 
     return spent
 
 
-def bench_training(timer: InterleavedTimer, cli: DarkroomCLI) -> dict[str, Any]:
+def bench_training(timer: InterleavedTimer, cli: DarkroomCLI, data: Any) -> dict[str, Any]:
     """Return rates as medians over intervals, and ratios as medians and quartiles over adjacent intervals."""
-    spent = timer.milliseconds
-    batch_size = cli.model.stage_plan.batch_sizes[-1]
-    rate = {name: 1000 * batch_size / statistics.median(values) for name, values in spent.items()}
+    spent, batch_size = timer.milliseconds, cli.model.stage_plan.batch_sizes[-1]
+    medians = {name: statistics.median(values) for name, values in spent.items()}
+    rate = {name: 1000 * batch_size / value for name, value in medians.items()}
     to_bare = [bare / ours for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     to_pil = [pil / ours for ours, pil in zip(timer.before_pil, spent["pil"], strict=True)]
     extra = [ours - bare for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     # The bare loop's method is still on the device of the training; the Trainer has moved its own to the CPU.
-    device, precision = timer.methods["bare"].device, cli.trainer.precision_plugin.forward_context
-    breakdown = step_breakdown(timer.methods["bare"], cli.datamodule, 10 * timer.steps, precision)
-    pil_ms = statistics.median(spent["pil"])
-    gflops = rate["ours"] * count_flops(timer.loops["bare"]) / batch_size / 1e9
-    peak = convolution_peak(device, precision)
+    device = timer.methods["bare"].device
+    breakdown = step_breakdown(timer.methods["bare"], data, 10 * timer.steps, timer.precision)
+    flops = count_flops(timer.loops["bare"])
+    peak = matmul_gflops(device, timer.precision)
+    ours, bare = timer.profiles["ours"], timer.profiles["bare"]
     return {
         "recipe": cli.recipe.name,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": device.type,
+        "precision": str(cli.trainer.precision),
+        "compiled": bool(cli.config.compile),
         "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
         "pairs": len(to_bare),
+        "step_ms": medians["ours"],
+        "step_ms_bare": medians["bare"],
+        "step_ms_pil": medians["pil"],
         "images_per_second": rate["ours"],
         "images_per_second_bare": rate["bare"],
         "images_per_second_pil": rate["pil"],
+        "images_per_second_held": rate["ours_held"],
+        "images_per_second_held_bare": rate["bare_held"],
         "ratio_to_bare": statistics.median(to_bare),
         "ratio_to_bare_quartiles": quartiles(to_bare),
         "ratio_to_pil": statistics.median(to_pil),
         "ratio_to_pil_quartiles": quartiles(to_pil),
-        "step_ms": statistics.median(spent["ours"]),
         "extra_ms_per_step": statistics.median(extra),
         "extra_ms_per_step_quartiles": quartiles(extra),
+        **profile_results(ours, medians["ours"], ""),
+        **profile_results(bare, medians["bare"], "_bare"),
         **breakdown,
-        "ratio_to_pil_without_overhead": pil_ms / (breakdown["network_ms"] + breakdown["optimizer_ms"]),
-        "gflops": gflops,
+        "ratio_to_pil_without_overhead": medians["pil"] / (breakdown["network_ms"] + breakdown["optimizer_ms"]),
+        "gflop_per_step": flops / 1e9,
+        "gflops": flops / medians["ours"] / 1e6,
+        "gflops_bare": flops / medians["bare"] / 1e6,
         "peak_gflops": peak,
-        "share_of_peak": gflops / peak,
-        "peak_memory_mib": peak_memory_mib(cli.trainer),
+        "share_of_peak": flops / medians["ours"] / 1e6 / peak,
+        "share_of_peak_bare": flops / medians["bare"] / 1e6 / peak,
+        "peak_memory_mib": timer.peak_memory_mib,
         "seconds_to_first_step": timer.seconds_to_first_step,
     }
 
 
-def convolution_peak(device: torch.device, precision: Precision) -> float:
-    """Return the GFLOP/s of the fastest of ten forward passes of a 3 x 3 convolution with 64 input and output channels."""
-    layer = torch.nn.Conv2d(64, 64, 3).to(device).to(memory_format=torch.channels_last)
-    image = torch.rand(8, 64, 130, 130, device=device).to(memory_format=torch.channels_last)
-    times = []
-    with torch.no_grad():
-        for _ in range(10):
-            started = time.perf_counter()
-            with precision():
-                layer(image)
-            synchronize(device)
-            times.append(time.perf_counter() - started)
-    return 2 * 8 * 64 * 64 * 9 * 128 * 128 / min(times) / 1e9
+def profile_results(found: StepProfile, step_ms: float, suffix: str) -> dict[str, float | None]:
+    """Return the figures of a profile by name, see `StepProfile`.
 
-
-def print_results(recipe: Recipe, results: dict[str, Any]) -> None:
-    """Print the results as a table, with an explanation of the remaining overhead."""
-    stages = results.pop("stages", [])
-    table = Table("result", "value", title=f"{recipe.name} on {results['hardware']}", title_justify="left")
-    for name, value in results.items():
-        text = " ... ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else value
-        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(text))
-    console = Console()
-    console.print(table)
-    console.print(
-        "Remaining differences. Bare loop: the Trainer's hooks and counters take {extra_ms_per_step:.2f} ms per step. PIL "
-        "loop: the network and its optimizer take {0:.1f} of the {step_ms:.1f} ms per step. Without the time for data and the "
-        "Trainer, the rate would be {ratio_to_pil_without_overhead:.1f} times that of the PIL loop. Peak: images are small, "
-        "channels are few, and the optimizer's {optimizer_ms:.1f} ms contain no counted operations.".format(
-            results["network_ms"] + results["optimizer_ms"], **results
-        )
-    )
-    if stages:
-        print_stages(stages, console)
+    Args:
+        found: profile of a training step.
+        step_ms: milliseconds of a step without the profiler.
+        suffix: end of the names.
+    """
+    figures = {
+        "busy_share": found.busy_share(step_ms),
+        "launch_ms": found.launch_ms,
+        "operators": found.operators,
+        "kernels": found.kernels,
+        "copies": found.copies,
+        "waits": found.waits,
+    }
+    return {f"{name}{suffix}": value for name, value in figures.items()}

@@ -219,25 +219,39 @@ def _folds(argv: list[str]) -> int:
 def _bench(argv: list[str]) -> int:
     parser = Parser(
         prog="darkroom bench",
-        description="Compare the training speed with a plain PyTorch loop and with PIL loading. --KEY VALUE overrides a key.",
+        description="Compare the training speed with a plain PyTorch loop and with PIL loading, and show what a step does. "
+        "--KEY VALUE overrides a key: --trainer.precision bf16-mixed, --compile true, --trainer.accelerator cpu.",
     )
-    parser.add_argument("recipe", help="recipe to time")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipe to time; with --feed: one or more recipes")
+    parser.add_argument(
+        "--feed",
+        action="store_true",
+        help="time only the data: training images a second without a network; without RECIPE, for a demo of each task",
+    )
     parser.add_argument(
         "--pairs",
         type=int,
-        default=60,
         metavar="N",
-        help="interleaved pairs of a Trainer and a bare-loop interval; every six pairs, a PIL interval (default 60)",
+        help="interleaved pairs of a Trainer and a bare-loop interval; every six pairs, a PIL interval and a pair with one batch "
+        "held (default 60). With --feed: pairs of a datamodule and a PIL interval (default 10)",
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps per interval (default 20)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args, overrides = parser.parse_with_overrides(argv)
-    if not 6 <= args.pairs <= 10_000 or not 1 <= args.steps <= 10_000:
+    pairs = args.pairs if args.pairs is not None else 10 if args.feed else 60
+    if not 6 <= pairs <= 10_000 or not 1 <= args.steps <= 10_000:
         raise UserError("bench: --pairs must be from 6 to 10,000, and --steps from 1 to 10,000")
-    recipe = find_recipe(args.recipe)
+    if not args.feed and len(args.recipes) != 1:
+        raise UserError(f"bench: {len(args.recipes)} recipes. Give one, or measure the data of several with --feed")
+    recipes = [find_recipe(name) for name in args.recipes]
+    if args.feed:
+        from experiments.bench.feed import FEED_RECIPES, bench_feed
+
+        bench_feed(recipes or [find_recipe(name) for name in FEED_RECIPES], overrides, pairs, args.json)
+        return 0
     from experiments.bench.bench import bench
 
-    bench(recipe, overrides, args.pairs, args.steps, args.json, STARTED)
+    bench(recipes[0], overrides, pairs, args.steps, args.json, STARTED)
     return 0
 
 

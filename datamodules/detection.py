@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import dataset_label
 from datamodules.random.noise import uniform
 from datamodules.transforms.augment_objects import ObjectAugment, Window
-from datamodules.transforms.objects import Objects, decode_masks
+from datamodules.transforms.objects import CroppedMask, Objects, crop_masks, decode_masks, paste_masks
 
 SHOWN_PROBLEMS = 5  # in a message
 
@@ -261,7 +262,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
     ) -> None:
         self.images, self.masks, self.augment, self.seed = images, masks, augment, seed
         with ThreadPoolExecutor() as pool:
-            self.decoded = None if streaming else list(pool.map(read, images))
+            self.decoded = None if streaming else list(pool.map(partial(read_decoded, masks=masks), images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -271,11 +272,11 @@ class TrainingImages(Dataset[dict[str, Any]]):
         start, items = slice_
         samples = []
         for position, item in enumerate(items, start):
-            image, annotations = self.decoded[item] if self.decoded else read(self.images[item])
+            image, annotations, masks = self.decoded[item] if self.decoded else (*read(self.images[item]), None)
             noise = uniform(self.seed, "objects", [position], 7)[0]
             height, width = image.shape[-2:]
             window = self.augment.window(height, width, noise)
-            objects = training_objects(annotations, height, width, window, self.masks)
+            objects = training_objects(annotations, height, width, window, self.masks, masks)
             samples.append(self.augment.transform(image, objects, window, noise))
         return {"image": [image for image, _ in samples], "objects": [objects for _, objects in samples]}
 
@@ -307,8 +308,29 @@ def read(image: AnnotatedImage) -> tuple[Tensor, Annotations]:
     return pixels, image.annotations(pixels.shape[-2], pixels.shape[-1])
 
 
-def training_objects(annotations: Annotations, height: int, width: int, window: Window, masks: bool) -> Objects:
-    """Return the objects of an image of this size with pixels in a window as tensors, without crowds."""
+def read_decoded(image: AnnotatedImage, masks: bool) -> tuple[Tensor, Annotations, list[CroppedMask] | None]:
+    """Read an image, its annotations, and its decoded masks; None without `masks`."""
+    pixels, annotations = read(image)
+    return pixels, annotations, crop_masks(annotations.masks, *pixels.shape[-2:]) if masks else None
+
+
+def training_objects(
+    annotations: Annotations,
+    height: int,
+    width: int,
+    window: Window,
+    masks: bool,
+    cropped: Sequence[CroppedMask] | None,
+) -> Objects:
+    """Return the objects of an image of this size with pixels in a window as tensors, without crowds.
+
+    Args:
+        annotations: objects of the image.
+        height, width: size of the image.
+        window: part of the image.
+        masks: return masks.
+        cropped: decoded masks; None to decode those of the annotations.
+    """
     left, top, right, bottom = annotations.boxes.T
     in_rows = (top < window.top + window.height) & (bottom > window.top)
     in_columns = (left < window.left + window.width) & (right > window.left)
@@ -318,8 +340,10 @@ def training_objects(annotations: Annotations, height: int, width: int, window: 
         "labels": torch.from_numpy(annotations.labels[kept]),
     }
     if masks:
-        codes = [code for code, keep in zip(annotations.masks, kept, strict=True) if keep]
-        objects["masks"] = decode_masks(codes, height, width)
+        if cropped is None:
+            objects["masks"] = decode_masks(list(compress(annotations.masks, kept)), height, width)
+        else:
+            objects["masks"] = paste_masks(list(compress(cropped, kept)), height, width)
     if annotations.keypoints.shape[1]:
         objects["keypoints"] = torch.from_numpy(annotations.keypoints[kept])
     return objects

@@ -76,7 +76,7 @@ class Unpaired(ResumableDataModule):
         if stage == "fit":
             images_a, images_b = load_domains(self.train)
             self.train_crops = UnpairedCrops(
-                self._read(images_a, self.resize), self._read(images_b, self.resize), self.crop, self.seed
+                self._read(images_a, self.resize), self._read(images_b, self.resize), self.crop, self.hflip, self.seed
             )
         if stage in ("fit", "validate"):
             images_a, images_b = load_domains(self.val)
@@ -149,45 +149,37 @@ class Unpaired(ResumableDataModule):
         return {**batch, "image": batch["image"].float() / 255}
 
     def prepare_train_batch(self, batch: dict[str, Any]) -> UnpairedBatch:
-        """Convert uint8 images to float32 in [0, 1] and apply random flips."""
-        return {"A": self._prepare_domain(batch, "A"), "B": self._prepare_domain(batch, "B")}
-
-    def _prepare_domain(self, batch: dict[str, Any], domain: str) -> Tensor:
-        images = batch[domain].float() / 255
-        if not self.hflip:
-            return images
-        words = random_words(self.seed, f"flip/{domain}", batch["start"], len(images))[:, 0]
-        flip_mask = torch.from_numpy(randint_from_words(words, 2) == 1).to(images.device)
-        return torch.where(flip_mask[:, None, None, None], images.flip(3), images)
+        """Convert uint8 images to float32 in [0, 1]."""
+        return {"A": batch["A"].float() / 255, "B": batch["B"].float() / 255}
 
 
 class UnpairedCrops(Dataset[dict[str, Any]]):
-    """Random crops of both domains, indexed by the outputs of `InfiniteBatchSampler` for domain A.
+    """Random crops of both domains, with random flips, indexed by the outputs of `InfiniteBatchSampler` for domain A.
 
     The items of B are a function of the position of the first sample; their order is independent of A.
 
     Args:
         images_a, images_b: images of each domain, uint8 (3, H, W).
         crop: side of the crops in pixels.
-        seed: seed of B's order and of the crop positions.
+        hflip: flip crops left to right with probability 0.5.
+        seed: seed of B's order, of the crop positions and of the flips.
     """
 
-    def __init__(self, images_a: Sequence[Tensor], images_b: Sequence[Tensor], crop: int, seed: int) -> None:
-        self.images_a, self.images_b, self.crop, self.seed = images_a, images_b, crop, seed
+    def __init__(self, images_a: Sequence[Tensor], images_b: Sequence[Tensor], crop: int, hflip: bool, seed: int) -> None:
+        self.images_a, self.images_b, self.crop, self.hflip, self.seed = images_a, images_b, crop, hflip, seed
 
     def __len__(self) -> int:
         """Return the number of images of domain A."""
         return len(self.images_a)
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Return {"A", "B": uint8 (N, 3, crop, crop), "start": position of the first sample}."""
+        """Return {"A", "B": uint8 (N, 3, crop, crop)}."""
         start, items = slice_
         order = InfiniteBatchSampler(len(self.images_b), len(items), derive_seed(self.seed, "B"), lambda: start)
         _, items_b = next(iter(order))
         return {
             "A": self.random_crops(self.images_a, items, start, "A"),
             "B": self.random_crops(self.images_b, items_b, start, "B"),
-            "start": start,
         }
 
     def random_crops(self, image_tensors: Sequence[Tensor], items: np.ndarray, start: int, domain: str) -> Tensor:
@@ -195,12 +187,14 @@ class UnpairedCrops(Dataset[dict[str, Any]]):
         selected = [image_tensors[item] for item in items]
         n_positions = np.array([[length - self.crop + 1 for length in image.shape[-2:]] for image in selected])
         corners = randint_from_words(random_words(self.seed, f"crop/{domain}", start, len(items))[:, :2], n_positions)
-        return torch.stack(
-            [
-                image[:, top : top + self.crop, left : left + self.crop]
-                for image, (top, left) in zip(selected, corners.tolist(), strict=True)
-            ]
-        )
+        flips = [0] * len(items)
+        if self.hflip:  # here and not on the device, to which the choice would have to be copied
+            flips = randint_from_words(random_words(self.seed, f"flip/{domain}", start, len(items))[:, 0], 2).tolist()
+        crops = []
+        for image, (top, left), flip in zip(selected, corners.tolist(), flips, strict=True):
+            patch = image[:, top : top + self.crop, left : left + self.crop]
+            crops.append(patch.flip(2) if flip else patch)
+        return torch.stack(crops)
 
 
 class UnpairedEvalImages(Dataset[dict[str, Any]]):

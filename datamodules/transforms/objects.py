@@ -6,7 +6,7 @@ pixels, where x2 and y2 are the right and lower edges of the last pixel; "labels
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,31 @@ def decode_masks(codes: Sequence[RunLengthCode], height: int, width: int) -> Ten
     if not codes:
         return torch.zeros((0, height, width), dtype=torch.uint8)
     return torch.from_numpy(np.ascontiguousarray(coco_mask.decode(list(codes)).transpose(2, 0, 1)))
+
+
+class CroppedMask(NamedTuple):
+    """A binary mask, cropped to its bounding box."""
+
+    top: int
+    left: int
+    pixels: Tensor  # uint8 (h, w)
+
+
+def crop_masks(codes: Sequence[RunLengthCode], height: int, width: int) -> list[CroppedMask]:
+    """Decode masks of one size, and crop them to their bounding boxes."""
+    cropped = []
+    for code, box in zip(codes, mask_boxes(codes).astype(int).tolist(), strict=True):
+        left, top, right, bottom = box
+        cropped.append(CroppedMask(top, left, decode_masks([code], height, width)[0, top:bottom, left:right].clone()))
+    return cropped
+
+
+def paste_masks(cropped: Sequence[CroppedMask], height: int, width: int) -> Tensor:
+    """Return the masks before `crop_masks`: uint8 (M, H, W)."""
+    masks = torch.zeros((len(cropped), height, width), dtype=torch.uint8)
+    for mask, (top, left, pixels) in zip(masks, cropped, strict=True):
+        mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return masks
 
 
 def label_map_codes(label_map: np.ndarray) -> tuple[list[int], list[RunLengthCode]]:
@@ -74,7 +99,7 @@ def resize_objects(image: Tensor, objects: Objects, height: int, width: int) -> 
     changed = {**objects, "boxes": objects["boxes"] * scale.repeat(2)}
     if "masks" in objects:
         rows, columns = ((torch.arange(new) * (old / new)).long() for old, new in ((old_height, height), (old_width, width)))
-        changed["masks"] = objects["masks"][:, rows][:, :, columns]
+        changed["masks"] = objects["masks"].index_select(1, rows).index_select(2, columns)
     if "keypoints" in objects:
         changed["keypoints"] = torch.cat([objects["keypoints"][..., :2] * scale, objects["keypoints"][..., 2:]], dim=-1)
     return resized, changed
@@ -140,8 +165,7 @@ def boxes_are_cut(before: Tensor, after: Tensor, offset: Tensor) -> Tensor:
 
 def enclosing_boxes(masks: Tensor) -> Tensor:
     """Return the bounding boxes of masks (M, H, W): float32 (M, 4); zeros for masks without pixels."""
-    occupied = masks > 0
-    (left, right), (top, bottom) = (_first_and_end(occupied.any(dim)) for dim in (1, 2))
+    (left, right), (top, bottom) = (_first_and_end(masks.amax(dim) > 0) for dim in (1, 2))
     return torch.stack([left, top, right, bottom], dim=-1).float()
 
 

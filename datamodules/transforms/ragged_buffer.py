@@ -8,6 +8,8 @@ from torch import Tensor
 
 from datamodules.transforms.reflect import reflect_index
 
+LARGE = 64  # side in pixels from which patches are copied by rows
+
 
 class RaggedImageBuffer:
     """Images of any sizes, concatenated in a flat buffer of pixels.
@@ -47,6 +49,8 @@ class RaggedImageBuffer:
         Returns:
             (B, C, size, size).
         """
+        if size >= LARGE and (left >= 0).all() and (left + size <= self.widths[image_ids]).all():
+            return self._copy_rows(image_ids, top, left, size, symmetry)
         steps = np.arange(size)
         flip_rows, flip_columns, transpose = ((symmetry[:, None] & bit) > 0 for bit in (1, 2, 4))
         rows = top[:, None] + np.where(flip_rows, steps[::-1], steps)  # (B, size)
@@ -58,6 +62,19 @@ class RaggedImageBuffer:
         index = torch.from_numpy(down)[:, :, None] + torch.from_numpy(across)[:, None, :]  # (B, size, size)
         return self._gather(index)
 
+    def _copy_rows(self, image_ids: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, symmetry: np.ndarray) -> Tensor:
+        """Crop patches that do not exceed their images to the left or right: each of their rows is contiguous."""
+        steps, channels = np.arange(size), self.pixels.shape[1]
+        rows = top[:, None] + np.where((symmetry[:, None] & 1) > 0, steps[::-1], steps)  # (B, size)
+        rows = np.clip(rows, 0, self.heights[image_ids, None] - 1) * self.widths[image_ids, None]
+        starts = torch.from_numpy(rows + (self.offsets[image_ids] + left)[:, None])
+        runs = self.pixels.as_strided((len(self.pixels) - size + 1, size * channels), (channels, 1))  # from each pixel on
+        patches = channels_first(runs.index_select(0, starts.flatten()).view(len(image_ids), size, size, channels))
+        for i in np.flatnonzero(symmetry & 6):
+            patch = patches[i : i + 1].flip(3) if symmetry[i] & 2 else patches[i : i + 1].clone()
+            patches[i : i + 1] = patch.mT if symmetry[i] & 4 else patch
+        return patches
+
     def sample_nearest(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
         """Sample the nearest pixel at each coordinate, with reflection at the borders.
 
@@ -68,29 +85,34 @@ class RaggedImageBuffer:
         Returns:
             (B, C, h, w).
         """
-        return self._read_reflected(image_ids, (coords + 0.5).floor().long())
+        rows, columns = self._reflect(image_ids, (coords + 0.5).floor())
+        return self._gather(rows + columns)
 
     def sample_bilinear(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
         """Sample by bilinear interpolation; arguments and shape as in `sample_nearest`, but the result is float32."""
         first = coords.floor()
         fraction = coords - first  # weights of the next row and the next column
         down, across = fraction[:, :1], fraction[:, 1:]
-        corner = first.long()
-        steps = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(4, 1, 2, 1, 1)
-        top_left, top_right, bottom_left, bottom_right = (
-            self._read_reflected(image_ids, corner + step).float() for step in steps
+        rows, columns = zip(*(self._reflect(image_ids, corner) for corner in (first, first + 1)), strict=True)
+        (top_left, top_right), (bottom_left, bottom_right) = (
+            [self._gather(row + column).float() for column in columns] for row in rows
         )
         top = torch.lerp(top_left, top_right, across)
         return torch.lerp(top, torch.lerp(bottom_left, bottom_right, across), down)
 
-    def _read_reflected(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
+    def _reflect(self, image_ids: np.ndarray, coords: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the flat positions of the first pixels of rows, and the columns, (B, h, w), for whole coordinates."""
         offsets, heights, widths = (
             torch.from_numpy(values[image_ids]).view(-1, 1, 1) for values in (self.offsets, self.heights, self.widths)
         )
-        return self._gather(offsets + reflect_index(coords[:, 0], heights) * widths + reflect_index(coords[:, 1], widths))
+        rows, columns = (reflect_index(coords[:, axis], length) for axis, length in enumerate((heights, widths)))
+        return offsets + rows.long() * widths, columns.long()
 
     def _gather(self, index: Tensor) -> Tensor:
         """Gather the pixels at flat positions (B, h, w): (B, C, h, w)."""
-        if self.pixels.shape[1] == 1:
-            return self.pixels[:, 0][index].unsqueeze(1)
-        return self.pixels[index].movedim(-1, 1)
+        return channels_first(torch.from_numpy(np.take(self.pixels.numpy(), index.numpy(), axis=0)))  # faster than torch's
+
+
+def channels_first(pixels: Tensor) -> Tensor:
+    """Return a view (B, C, h, w) of pixels (B, h, w, C); of one channel, one that is not in the format channels-last."""
+    return pixels[..., 0].unsqueeze(1) if pixels.shape[-1] == 1 else pixels.movedim(-1, 1)

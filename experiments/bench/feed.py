@@ -56,14 +56,13 @@ def bench_feed(recipes: Sequence[Recipe], overrides: list[str], pairs: int, as_j
         return
     title = f"Training images a second without a network, {cpu_name()}, {pairs} pairs"
     table = Table("recipe", "datamodule", title=title, title_justify="left")
-    for name in ("batch", "ours", "PIL", "ratio", "quartiles"):
+    for name in ("ours", "PIL", "ratio", "quartiles"):
         table.add_column(name, justify="right")
     for row in results:
-        low, high = row["ratio_quartiles"]
         table.add_row(
-            *(row["recipe"], row["datamodule"], str(row["batch_size"])),
+            *(row["recipe"], row["datamodule"]),
             *(f"{row['images_per_second']:,.0f}", f"{row['images_per_second_pil']:,.0f}"),
-            *(f"{row['ratio']:.1f}", f"{low:.1f} ... {high:.1f}"),
+            *(f"{row['ratio']:.1f}", "-".join(f"{value:.3g}" for value in row["ratio_quartiles"])),
         )
     console = Console(width=80)
     console.print(table)

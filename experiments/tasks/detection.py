@@ -21,6 +21,7 @@ from experiments.tasks.task import Task
 from modules.tasks.detection import DetectionMethod
 
 DEFAULT_SCORE = 0.5
+CHANGES = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE)
 BENCH_SIDES = (480, 640)  # height and width of the image of `bench_inference`, unless the recipe crops its images
 
 
@@ -32,7 +33,7 @@ def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Pat
 
 
 class PilScenes(Dataset[dict[str, Any]]):
-    """Images with objects: PIL resizes, crops and flips each image and each of its masks."""
+    """Images with objects: PIL resizes, crops and flips (or transposes) each image and each of its masks."""
 
     def __init__(self, data: Detection) -> None:
         self.data = data
@@ -48,11 +49,13 @@ class PilScenes(Dataset[dict[str, Any]]):
         annotations = source.annotations(height, width)
         window = data.augment.window(height, width, torch.rand(7).double().numpy())
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
-        size, flip = (window.new_width, window.new_height), bool(torch.rand(()) < 0.5)
+        size, flips = (window.new_width, window.new_height), (torch.rand(3) < 0.5).tolist()
 
         def transform(image: Image.Image, resample: Image.Resampling) -> Image.Image:
             image = image.crop(box).resize(size, resample)
-            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+            for flip, change in zip(flips, CHANGES if data.augment.symmetries else CHANGES[:1], strict=False):
+                image = image.transpose(change) if flip else image
+            return image
 
         photograph = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()), Image.Resampling.BILINEAR)
         objects: dict[str, list[Tensor]] = {"boxes": [], "labels": [], "masks": [], "keypoints": []}

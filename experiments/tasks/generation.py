@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,20 +16,23 @@ from modules.tasks.generation import GenerativeMethod
 
 
 class PilImages(Dataset[dict[str, Tensor]]):
-    """Images with labels, each resized with PIL."""
+    """Images with labels, each resized and randomly flipped with PIL."""
 
     def __init__(self, data: Generation) -> None:
-        self.data, self.items, self.start = data, data.items, data.position()
-        self.side = data.image_size_at(self.start) or data.size
+        self.data, self.items = data, data.items
+        self.side = data.image_size_at(data.position()) or data.size
 
     def __len__(self) -> int:
         return max(len(self.items), self.data.batch_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = self.items[self.start, np.array([index % len(self.items)])]
-        image = Image.fromarray(sample["image"][0].permute(1, 2, 0).numpy().squeeze())
+        item = index % len(self.items)
+        pixels = self.items.read(np.array([item]), self.items.size)[0]
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
         image = image.resize((self.side, self.side), Image.Resampling.BILINEAR)
-        return {"image": to_tensor(image), "label": sample["label"][0]}
+        if self.data.hflip and torch.rand(()) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return {"image": to_tensor(image), "label": self.items.labels[item]}
 
 
 def bench_inference(method: GenerativeMethod, data: Generation) -> dict[str, Any]:

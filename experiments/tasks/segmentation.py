@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from callbacks.writers.mask_writer import MaskWriter
 from datamodules.io.user_images import SegmentationInputs
 from datamodules.segmentation import Segmentation
+from datamodules.segmentation_datasets import InMemoryTiles
 from experiments.tasks.task import Task
 from modules.tasks.segmentation import SegmentationMethod
 
@@ -27,10 +28,12 @@ def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Pat
 
 
 class PilTiles(Dataset[dict[str, Tensor]]):
-    """Tiles with masks: PIL reads image and mask, SciPy rotates and deforms them."""
+    """Tiles with masks: PIL reads image and mask, SciPy flips, rotates, zooms and deforms them; weights are in memory."""
 
     def __init__(self, data: Segmentation) -> None:
         self.data, self.images = data, data.list_training_images()
+        maps = data.tiles.weights if isinstance(data.tiles, InMemoryTiles) else None
+        self.weights = None if maps is None else [maps.image(i)[0].numpy() for i in range(len(maps))]
 
     def __len__(self) -> int:
         return 100 * len(self.images)
@@ -41,6 +44,8 @@ class PilTiles(Dataset[dict[str, Tensor]]):
         side = data.crop + data.margin
         offsets = np.stack(np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
         angle = generator.uniform(0, 2 * np.pi) * data.augment.rotate
+        offsets[1] *= generator.choice([-1, 1]) if data.augment.hflip else 1
+        offsets /= data.augment.zoom ** generator.uniform(-1, 1)
         grid = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], offsets, 1)
         grid += np.array([generator.uniform(0, length) for length in mask.shape])[:, None, None]
         if data.augment.elastic_std:
@@ -50,11 +55,16 @@ class PilTiles(Dataset[dict[str, Tensor]]):
         half = data.margin // 2
         inner = grid[:, half : half + data.crop, half : half + data.crop]
         last = data.num_classes - 1
+        gain, shift = data.contrast_jitter * generator.uniform(-1, 1, 2)
+        values = torch.from_numpy(image).float() / 255
         sample = {
-            "image": torch.from_numpy(image).float() / 255,
+            "image": ((values - values.mean()) * (1 + gain) + values.mean() + shift).clamp(0, 1),
             "mask": torch.from_numpy(map_coordinates(np.minimum(mask, last), inner, order=0, mode="mirror")).long(),
         }
-        return sample if data.border_weight is None else {**sample, "weight": torch.ones(data.crop, data.crop)}
+        if self.weights is not None:
+            weight = map_coordinates(self.weights[index % len(self.images)], inner, order=1, mode="mirror")
+            sample["weight"] = torch.from_numpy(weight)
+        return sample
 
 
 def bench_inference(method: SegmentationMethod, data: Segmentation) -> dict[str, Any]:

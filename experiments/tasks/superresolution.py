@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -30,12 +30,12 @@ def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Pat
 
 
 class PilPatches(Dataset[dict[str, Tensor]]):
-    """Pairs of low- and high-resolution patches; each item opens an image file."""
+    """Pairs of low- and high-resolution patches; each item opens an image file, crops, flips or turns, blurs and resizes."""
 
     def __init__(self, data: SuperResolution) -> None:
         self.files, self.scale = resolve_images(data.train, data.scale), data.scale
         self.mode = "RGB" if data.channels == 3 else "L"
-        self.size = data.scale * data.patch_size
+        self.size, self.blur = data.scale * data.patch_size, data.blur
 
     def __len__(self) -> int:
         return 100 * len(self.files)
@@ -44,7 +44,10 @@ class PilPatches(Dataset[dict[str, Tensor]]):
         image = Image.open(self.files[index % len(self.files)]).convert(self.mode)
         left, top = (int(torch.randint(max(1, length - self.size + 1), ())) for length in image.size)
         high = image.crop((left, top, left + self.size, top + self.size))
-        low = high.resize((self.size // self.scale,) * 2, Image.Resampling.BICUBIC)
+        symmetry = int(torch.randint(8, ()))
+        high = high.transpose(Image.Transpose(symmetry)) if symmetry < 7 else high
+        blurred = high.filter(ImageFilter.GaussianBlur(self.blur)) if self.blur else high
+        low = blurred.resize((self.size // self.scale,) * 2, Image.Resampling.BICUBIC)
         return {"input": to_tensor(low), "target": to_tensor(high)}
 
 

@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
 from datamodules.errors import UserError
+from datamodules.io.device_store import DeferredItems, Storable, fits
 from datamodules.io.image_refs import DataReport, dataset_label
 from datamodules.io.loader import make_loader
 from datamodules.sampler import GroupedBatchSampler, InfiniteBatchSampler, RankSampler
@@ -35,7 +37,8 @@ class ResumableDataModule(L.LightningDataModule, ABC):
 
     Args:
         batch_size: global batch size, over all devices; a stage of a method may use another size.
-        num_workers: loader processes for training; 0 is fastest for data in memory.
+        num_workers: loader processes for training; 0 is fastest for data in memory, which then lie on the GPU if they take at
+            most a fifth of its free memory.
         seed: seed of the order and of all random numbers of a sample.
         skip_bad: skip unusable files and report their count instead of raising an error.
     """
@@ -50,6 +53,7 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         self.image_size_at: Callable[[int], int | None] = full_size
         self.data_report = DataReport(skip_bad)
         self.missing_sets: dict[str, str] = {}
+        self.deferred: DeferredItems | None = None  # training data on the GPU
 
     @property
     def rank_and_world_size(self) -> tuple[int, int]:
@@ -98,6 +102,10 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         sampler = InfiniteBatchSampler(length, self.batch_size_at, self.seed, self.position, rank, world_size)
         if groups is not None:
             sampler = GroupedBatchSampler(groups, self.batch_size, self.seed, self.position, rank, world_size)
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        self.deferred = None
+        if isinstance(items, Storable) and not self.num_workers and fits(items.n_bytes, device):
+            items = self.deferred = DeferredItems(items.on_device(device))
         return make_loader(items, sampler, self.num_workers)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
@@ -106,8 +114,9 @@ class ResumableDataModule(L.LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Mapping[str, Any]:
         """Prepare a batch on the device, for training or for evaluation."""
-        training = self.trainer is not None and self.trainer.training
-        return self.prepare_train_batch(batch) if training else self.prepare_eval_batch(batch)
+        if self.trainer is None or not self.trainer.training:
+            return self.prepare_eval_batch(batch)
+        return self.prepare_train_batch(batch if self.deferred is None else self.deferred.read(batch))
 
     @abstractmethod
     def prepare_train_batch(self, batch: dict[str, Any]) -> Mapping[str, Any]:

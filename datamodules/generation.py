@@ -19,6 +19,7 @@ from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.io.image_set import ImageSet, Square, box_downsample, folder_labels, load_image_set, read_square
 from datamodules.random.philox import randint_from_words, random_words
 from datamodules.sampler import InfiniteBatchSampler
+from datamodules.transforms.to_device import to_device_async
 
 EVAL_BATCH = 100  # samples per evaluation batch
 MAX_THUMBNAIL, THUMBNAIL_BYTES = 32, 2**30  # largest side of small images that are kept, and bytes of all with one side
@@ -143,7 +144,7 @@ class Generation(ResumableDataModule):
         image = batch["image"].float() / 255
         if self.hflip:
             words = random_words(self.seed, "flip", batch["start"], len(image))[:, 0]
-            flip_mask = torch.from_numpy(randint_from_words(words, 2) == 1).to(image.device)
+            flip_mask = to_device_async(randint_from_words(words, 2) == 1, image.device)
             image = torch.where(flip_mask[:, None, None, None], image.flip(3), image)
         return {"image": image, "label": batch["label"]}
 
@@ -172,7 +173,7 @@ class TrainingImages(Dataset[dict[str, Any]], ABC):
         start, items = slice_
         side = self.image_size_at(start)
         image = self.read(items, self.size if side is None else side)
-        return {"image": image, "label": self.labels[torch.from_numpy(items)], "start": start}
+        return {"image": image, "label": self.labels[to_device_async(items, self.labels.device)], "start": start}
 
     @abstractmethod
     def read(self, items: np.ndarray, side: int) -> Tensor:
@@ -186,9 +187,20 @@ class InMemoryImages(TrainingImages):
         super().__init__(images.pixels.shape[-1], images.labels)
         self.images = images
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the images in bytes."""
+        return self.images.pixels.nbytes
+
+    def on_device(self, device: torch.device) -> "InMemoryImages":
+        """Return a copy on a device; see `Storable`."""
+        moved = InMemoryImages(ImageSet(*(tensor.to(device) for tensor in self.images)))
+        moved.set_image_size(self.image_size_at)
+        return moved
+
     def read(self, items: np.ndarray, side: int) -> Tensor:
         """Return images with a side: uint8 (B, C, side, side)."""
-        return box_downsample(self.images.pixels[torch.from_numpy(items)], side)
+        return box_downsample(self.images.pixels[to_device_async(items, self.images.pixels.device)], side)
 
 
 class StreamedImages(TrainingImages):

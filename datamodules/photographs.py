@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from datamodules.io.image_set import class_folders, folder_labels
 from datamodules.random.philox import randint_from_words, random_words
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.short_side import resize_short_side
+from datamodules.transforms.to_device import to_device_async
 
 
 class PhotographSet(NamedTuple):
@@ -195,10 +197,22 @@ class RandomCrops(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the photographs in bytes."""
+        return self.images.pixels.nbytes
+
+    def on_device(self, device: torch.device) -> "RandomCrops":
+        """Return a copy on a device; see `Storable`."""
+        moved = copy(self)
+        moved.images, moved.labels = self.images.on_device(device), self.labels.to(device)
+        return moved
+
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Return {"image": uint8 (B, 3, size, size), "label": int64 (B,)}."""
         start, items = slice_
-        return {"image": crop_at_random(self.images, items, start, self.size, self.seed), "label": self.labels[items]}
+        labels = self.labels[to_device_async(items, self.labels.device)]
+        return {"image": crop_at_random(self.images, items, start, self.size, self.seed), "label": labels}
 
 
 class StreamedCrops(Dataset[dict[str, Any]]):

@@ -18,6 +18,7 @@ from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import dataset_label, list_image_refs
 from datamodules.io.image_set import ImageSet
 from datamodules.random.philox import random_words
+from datamodules.transforms.to_device import to_device_async
 
 Binarization = Literal["real-valued", "dynamic", "static"]
 
@@ -223,5 +224,5 @@ def binarize(image: Tensor, seed: int, stream: str, start: int) -> Tensor:
     size = image[0].numel()
     blocks = -(-size // 16)  # four words per block, four pixels per word
     words = random_words(seed, stream, start * blocks, len(image) * blocks).view(np.uint16).reshape(len(image), -1)
-    thresholds = torch.from_numpy(words[:, :size].astype(np.float32) + 0.5).view(image.shape)
-    return (image * 65536 > thresholds.to(image.device)).to(image.dtype)
+    thresholds = to_device_async(words[:, :size].astype(np.float32) + 0.5, image.device).view(image.shape)
+    return (image * 65536 > thresholds).to(image.dtype)

@@ -27,6 +27,7 @@ from datamodules.random.noise import uniform
 from datamodules.segmentation_datasets import InMemoryTiles, SegmentationEvalImages, StreamedTiles
 from datamodules.transforms.augment import SpatialAugment
 from datamodules.transforms.downsample import IGNORE_INDEX
+from datamodules.transforms.to_device import to_device_async
 
 DARK = 0.25  # share of the range of the files: a camera of 12 bits in files of 16 bits uses 1/16
 TRAIN, VAL = "training images", "validation images"  # roles, in place of the name of a dataset
@@ -320,9 +321,8 @@ class Segmentation(ResumableDataModule):
         if self.contrast_jitter:
             start = batch["start"]
             noise = uniform(self.seed, "contrast", range(start, start + len(inputs)), 2)
-            gain, shift = (
-                torch.from_numpy(self.contrast_jitter * (2 * noise - 1)).float().to(inputs.device).T.view(2, -1, 1, 1, 1)
-            )
+            changes = (self.contrast_jitter * (2 * noise - 1)).astype(np.float32)  # (N, 2)
+            gain, shift = to_device_async(changes, inputs.device).T.view(2, -1, 1, 1, 1)
             mean = inputs.mean(dim=(1, 2, 3), keepdim=True)
             inputs = ((inputs - mean) * (1 + gain) + mean + shift).clamp(0, 1)
         prepared: SegmentationBatch = {"image": inputs, "mask": batch["mask"].long()}

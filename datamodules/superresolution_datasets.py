@@ -1,10 +1,12 @@
 """Datasets of the super-resolution datamodule: batches of training patches, and full evaluation images."""
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -69,6 +71,17 @@ class InMemoryPatches(RandomPatches):
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the images in bytes."""
+        return self.image_buffer.pixels.nbytes
+
+    def on_device(self, device: torch.device) -> "InMemoryPatches":
+        """Return a copy on a device; see `Storable`."""
+        moved = copy(self)
+        moved.image_buffer = self.image_buffer.on_device(device)
+        return moved
 
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Tensor]:
         """See `RandomPatches.crop`."""

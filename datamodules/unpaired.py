@@ -172,6 +172,16 @@ class UnpairedCrops(Dataset[dict[str, Any]]):
         """Return the number of images of domain A."""
         return len(self.images_a)
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the images in bytes."""
+        return sum(image.nbytes for image in [*self.images_a, *self.images_b])
+
+    def on_device(self, device: torch.device) -> "UnpairedCrops":
+        """Return a copy on a device; see `Storable`."""
+        images_a, images_b = ([image.to(device) for image in images] for images in (self.images_a, self.images_b))
+        return UnpairedCrops(images_a, images_b, self.crop, self.hflip, self.seed)
+
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
         """Return {"A", "B": uint8 (N, 3, crop, crop)}."""
         start, items = slice_

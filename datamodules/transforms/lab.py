@@ -3,6 +3,8 @@
 The computation is in float64: in float32, a and b would have errors above 1e-4.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,21 @@ GAMUT_STEPS = 12  # of the bisection in `fit_gamut`
 TOLERANCE = 1e-6  # of linear RGB outside of [0, 1]
 
 
+@cache
+def _rgb_to_xyz(device: torch.device) -> Tensor:
+    return (_XYZ / _WHITE[:, None]).to(device)
+
+
+@cache
+def _xyz_to_rgb(device: torch.device) -> Tensor:
+    return (torch.linalg.inv(_XYZ) * _WHITE).to(device)
+
+
 def rgb_to_lab(image: Tensor) -> Tensor:
     """Convert RGB (..., 3, H, W) in [0, 1] to Lab of the same shape: L in [0, 100], a and b about -110 ... 110."""
     rgb = image.double()
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp(min=0) ** 2.4, rgb / 12.92)
-    matrix = (_XYZ / _WHITE[:, None]).to(image.device)
-    xyz = torch.einsum("ij,...jhw->...ihw", matrix, linear)
+    xyz = torch.einsum("ij,...jhw->...ihw", _rgb_to_xyz(image.device), linear)
     curve = torch.where(xyz > 0.008856, xyz.clamp(min=0) ** (1 / 3), _SLOPE * xyz + 16 / 116)
     x, y, z = curve.unbind(-3)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-3).to(image.dtype)
@@ -38,8 +49,7 @@ def lab_to_linear_rgb(lab: Tensor) -> Tensor:
     y = (lightness + 16) / 116
     curve = torch.stack([y + a / 500, y, (y - b / 200).clamp(min=0)], dim=-3)
     xyz = torch.where(curve > _THRESHOLD, curve**3, (curve - 16 / 116) / _SLOPE)
-    matrix = (torch.linalg.inv(_XYZ) * _WHITE).to(lab.device)
-    return torch.einsum("ij,...jhw->...ihw", matrix, xyz)
+    return torch.einsum("ij,...jhw->...ihw", _xyz_to_rgb(lab.device), xyz)
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:

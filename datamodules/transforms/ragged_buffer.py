@@ -1,12 +1,14 @@
 """A flat buffer of images of different sizes with batched cropping."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datamodules.transforms.reflect import reflect_index
+from datamodules.transforms.to_device import to_device_async
 
 LARGE = 64  # side in pixels from which patches are copied by rows
 
@@ -32,6 +34,12 @@ class RaggedImageBuffer:
         """Move the buffer to shared memory, so that all loader workers read one copy."""
         self.pixels.share_memory_()
 
+    def on_device(self, device: torch.device) -> "RaggedImageBuffer":
+        """Return a copy whose pixels are on a device; the sizes of the images stay on the CPU."""
+        moved = copy(self)
+        moved.pixels = self.pixels.to(device)
+        return moved
+
     def image(self, index: int) -> Tensor:
         """Return an image, (C, H, W)."""
         height, width, start = int(self.heights[index]), int(self.widths[index]), int(self.offsets[index])
@@ -49,6 +57,8 @@ class RaggedImageBuffer:
         Returns:
             (B, C, size, size).
         """
+        if self.pixels.device.type != "cpu":
+            return self.crop_on_device(image_ids, top, left, size, symmetry)
         if size >= LARGE and (left >= 0).all() and (left + size <= self.widths[image_ids]).all():
             return self._copy_rows(image_ids, top, left, size, symmetry)
         steps = np.arange(size)
@@ -61,6 +71,22 @@ class RaggedImageBuffer:
         across = np.where(transpose, rows, columns)
         index = torch.from_numpy(down)[:, :, None] + torch.from_numpy(across)[:, None, :]  # (B, size, size)
         return self._gather(index)
+
+    def crop_on_device(
+        self, image_ids: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, symmetry: np.ndarray
+    ) -> Tensor:
+        """Compute `crop_patches` on the device of the pixels; one copy sends the corners to it."""
+        lengths = (values[image_ids] for values in (self.heights, self.widths, self.offsets))
+        table = np.stack([top, left, symmetry, *lengths]).astype(np.int64)[..., None]
+        corner_top, corner_left, flips, heights, widths, offsets = to_device_async(table, self.pixels.device)  # (B, 1) each
+        steps = torch.arange(size, device=self.pixels.device)
+        rows = corner_top + torch.where((flips & 1) > 0, steps.flip(0), steps)  # (B, size)
+        columns = corner_left + torch.where((flips & 2) > 0, steps.flip(0), steps)
+        rows = torch.minimum(rows.clamp(min=0), heights - 1) * widths
+        columns = torch.minimum(columns.clamp(min=0), widths - 1)
+        down = torch.where((flips & 4) > 0, columns, rows) + offsets
+        across = torch.where((flips & 4) > 0, rows, columns)
+        return channels_first(self.pixels[down[:, :, None] + across[:, None, :]])
 
     def _copy_rows(self, image_ids: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, symmetry: np.ndarray) -> Tensor:
         """Crop patches that do not exceed their images to the left or right: each of their rows is contiguous."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from datamodules.batches import GenerationEvalBatch, GenerationOutputs
 from datamodules.random.noise import normal, uniform
 from datamodules.transforms.draw import PREVIEW_IMAGES, image_grid
+from datamodules.transforms.to_device import to_device_async
 from modules.training.method import Batch, Method
 
 
@@ -33,7 +34,7 @@ class GenerativeMethod(Method, ABC):
             z = normal(seed, "sample", indices, self.latent_dim)
         else:
             z = 2 * uniform(seed, "sample", indices, self.latent_dim) - 1
-        return torch.from_numpy(z).to(self.dtype).to(self.device)
+        return to_device_async(torch.from_numpy(z).to(self.dtype), self.device)
 
     def batch_latents(self, batch: Batch) -> Tensor:
         """Return the latents of a training batch, (N, latent_dim), with the distribution of `sample_latents`."""

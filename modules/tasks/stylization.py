@@ -11,7 +11,7 @@ from torch import Tensor
 from datamodules.batches import PhotographEvalBatch, StylizationOutputs
 from datamodules.errors import UserError
 from datamodules.transforms.draw import image_row
-from modules.training.image_pool import to_device_async
+from datamodules.transforms.to_device import to_device_async
 from modules.training.method import Batch, Method
 
 

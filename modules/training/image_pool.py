@@ -1,13 +1,13 @@
 """Pool of earlier fake images for training a discriminator."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from datamodules.random.noise import uniform
+from datamodules.transforms.to_device import to_device_async
 
 
 class ImagePool(nn.Module):
@@ -108,9 +108,3 @@ def exchange(images: Tensor, indices: list[int]) -> Tensor:
     dist.all_gather_into_tensor(gathered, images[padded].contiguous())
     positions = [i // local_size * count + requested[i // local_size].index(i % local_size) for i in indices]
     return gathered[to_device_async(positions, images.device)]
-
-
-def to_device_async(values: list[Any], device: torch.device) -> Tensor:
-    """Create a tensor on a device without waiting for the copy."""
-    tensor = torch.tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from datamodules.errors import UserError
 from datamodules.random.noise import NOISE_SAMPLERS, derive_seed
+from datamodules.transforms.to_device import to_device_async
 from modules.training.ema import EMA
 from modules.training.fsdp import check_reduced, fsdp_modules, reduce_gradients, reshard
 from modules.training.gradients import backward, broadcast_buffers, gradient_problem, optimizer_step, update_grad_scaler
@@ -159,8 +160,7 @@ class Method(ModuleWithReferences):
             (N, size), with the dtype and the device of the method.
         """
         values = NOISE_SAMPLERS[kind](self.seed, f"train/{stream}/{batch['repeat_index']}", batch["sample_ids"], size)
-        noise = torch.from_numpy(values).to(self.dtype)
-        return noise.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else noise.to(self.device)
+        return to_device_async(torch.from_numpy(values).to(self.dtype), self.device)
 
     # The training step
 

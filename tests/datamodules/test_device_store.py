@@ -1,0 +1,101 @@
+"""Data on the device: the batches and the training are those of data on the host."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules import base
+from datamodules.generation import InMemoryImages
+from datamodules.io import device_store
+from datamodules.io.image_set import ImageSet
+from datamodules.photographs import RandomCrops
+from datamodules.superresolution_datasets import InMemoryPatches
+from datamodules.transforms.ragged_buffer import RaggedImageBuffer
+from datamodules.unpaired import UnpairedCrops
+from tests.helpers.gpu_contract import DEVICE
+from tests.helpers.method_contract import assert_equal, checkpoint, fit
+from tests.helpers.subprocess_helpers import forked
+from tests.tasks.generation import write_generative_recipe
+from tests.tasks.superresolution import write_recipe
+
+
+def random_images(channels: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((90, 120), (100, 70), (66, 80))
+    return [torch.randint(256, (channels, *size), generator=generator, dtype=torch.uint8) for size in sizes]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [1, 17, 66])
+def test_crops_on_the_device_equal_those_on_the_host(size, channels):
+    """Patches may exceed their images by some pixels, and have all symmetries of the square."""
+    buffer, generator = RaggedImageBuffer(random_images(channels)), np.random.default_rng(0)
+    image_ids = generator.integers(0, 3, 200)
+    lengths = np.stack([buffer.heights, buffer.widths])[:, image_ids]
+    top, left = generator.integers(-5, np.maximum(lengths - size + 6, -4))
+    symmetry = generator.integers(0, 8, 200)
+    arguments = (image_ids, top, left, size, symmetry)
+    assert torch.equal(buffer.crop_on_device(*arguments), buffer.crop_patches(*arguments))
+
+
+def datasets():
+    images = random_images()
+    labels = torch.tensor([2, 0, 1])
+    squares = torch.stack([image[:, :64, :64] for image in images])
+    return [
+        InMemoryImages(ImageSet(squares, labels)),
+        RandomCrops(images, labels, 66, seed=1),
+        UnpairedCrops(images, images[::-1], 60, hflip=True, seed=1),
+        InMemoryPatches(RaggedImageBuffer(images), seed=1, size=20, grid=2, border_overhang=4),
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=pytest.mark.gpu, id="gpu")])
+@pytest.mark.parametrize("items", datasets(), ids=lambda items: type(items).__name__)
+def test_batches_of_stored_data_are_the_same(items, device):
+    deferred = device_store.DeferredItems(items.on_device(torch.device(device)))
+    slice_ = (40, np.array([2, 0, 1, 1]))
+    expected, found = items[slice_], deferred.read(deferred[slice_])
+    assert isinstance(items, device_store.Storable)
+    assert items.n_bytes > 3 * 60 * 60
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].device.type == device
+            assert torch.equal(found[name].cpu(), value)
+        else:
+            assert found[name] == value
+
+
+def fit_with_stored_data(recipe, *overrides):
+    read = device_store.DeferredItems.read
+    calls = []
+    device_store.DeferredItems.read = lambda self, batch: calls.append(batch) or read(self, batch)
+    base.fits = lambda n_bytes, device: True
+    fit(recipe, *overrides)
+    assert len(calls) == 15
+
+
+@pytest.mark.parametrize("task", ["super-resolution", "generation"])
+def test_training_on_stored_data_is_the_same(workdir, photos, monkeypatch, task):
+    monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
+    if task == "generation":
+        model = {"channels": 1, "size": 28, "hidden_dim": 16, "total_images": 60}
+        recipe = write_generative_recipe(workdir / "tiny.yaml", {"class_path": "modules.gan.GAN", "init_args": model})
+    else:
+        model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
+        recipe = write_recipe(workdir / "tiny.yaml", photos, model)
+    assert forked(fit, recipe, "--run", "host") == 0
+    assert forked(fit_with_stored_data, recipe, "--run", "device") == 0
+    left, right = (checkpoint(workdir, recipe, run) for run in ("host", "device"))
+    assert_equal(left["state_dict"], right["state_dict"])
+
+
+def test_data_are_stored_if_they_take_a_fifth_of_the_free_memory(monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert device_store.fits(200, gpu)
+    assert not device_store.fits(201, gpu)
+    assert not device_store.fits(1, torch.device("cpu"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -34,6 +35,27 @@ class Checkpoints(Callback):
         self.best_value = float("-inf") if mode == "max" else float("inf")
         self.best_images = 0
         self.saved_images = 0  # images seen at the newest checkpoint
+        self.resumed_at = 0  # images seen at the checkpoint from which the run resumes
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Assert that all processes resume the same run at the same checkpoint.
+
+        Lightning restores the state of the loops after this hook: a process without the checkpoint would then validate first,
+        and the others would wait for it.
+
+        Raises:
+            UserError: a process has another folder, or sees another checkpoint there.
+        """
+        if trainer.world_size == 1:
+            return
+        plans: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(plans, f"{self.last} after {self.resumed_at:,} images")
+        for rank, plan in enumerate(plans):
+            if plan != plans[0]:
+                raise UserError(
+                    f"process 0 continues {plans[0]}, but process {rank} {plan}. "
+                    "Set DARKROOM_RUNS to one folder that all machines share"
+                )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Note that the state of a resumed run is saved."""

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.run.checkpoints import save_checkpoint
-from callbacks.run.exit_codes import INTERRUPTED, PREEMPTED
+from callbacks.run.early_signals import early_status
+from callbacks.run.exit_codes import INTERRUPTED, PREEMPTED, TERMINATED
 from modules.training.lightning_compat import is_validation_due
 
 
@@ -26,6 +27,7 @@ class Preemption(Callback):
     def __init__(self, path: Path, resume_hint: str) -> None:
         self.path, self.resume_hint = path, resume_hint
         self.signal_status = 0
+        self.newest_signal = 0
         self.between_steps = False  # during training; an exception then comes from the data
         self.handlers: dict[int, Any] = {}
         self.pending_reduce: tuple[Any, torch.Tensor] | None = None
@@ -80,12 +82,14 @@ class Preemption(Callback):
     ) -> None:
         """Exit if a signal was received; the training is already saved, and a resumed run repeats the test.
 
-        Ranks exit independently of each other, because they have different numbers of batches.
+        Ranks exit independently of each other, because they have different numbers of batches. SIGTERM can mean that another
+        rank has failed, so it requests no requeue of a job with several ranks.
         """
         if self.signal_status:
             if trainer.is_global_zero:
                 print(f"\nStopped while evaluating. {self.resume_hint}", flush=True)
-            raise SystemExit(self.signal_status)
+            is_cascade = trainer.world_size > 1 and self.newest_signal == signal.SIGTERM
+            raise SystemExit(TERMINATED if is_cascade else self.signal_status)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Restore the previous signal handlers."""
@@ -94,6 +98,7 @@ class Preemption(Callback):
     def _install_handlers(self) -> None:
         if self.handlers or threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
             return
+        self.signal_status = self.signal_status or early_status()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.handlers[number] = signal.signal(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
@@ -107,6 +112,7 @@ class Preemption(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_status == INTERRUPTED:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a third Ctrl-C ends the run at once
+        self.newest_signal = number
         self.signal_status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -8,6 +8,7 @@ from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 
+from callbacks.run.early_signals import handle_early_signals
 from callbacks.run.exit_codes import request_requeue
 from datamodules.errors import UserError, is_dead_worker
 from experiments.cli import bench_commands, latent_commands, style_commands
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files can have bytes that are not UTF-8
+    if argv[:1] in (["fit"], ["sweep"]):
+        handle_early_signals()
     try:
         require_values(argv)
         status = dispatch(argv)

@@ -32,7 +32,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def report_error(error: UserError) -> None:
     """Report an error once: rank 0 prints it; other ranks print theirs only if rank 0 does not exit."""
-    if (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
+    ranks = [os.environ.get(name, "0") for name in ("SLURM_PROCID", "RANK", "LOCAL_RANK")]
+    if (rank := next((rank for rank in ranks if rank != "0"), "0")) == "0":
         print(f"darkroom: {one_line(str(error))}", file=sys.stderr)
         return
     deadline = time.monotonic() + RANK_ERROR_DELAY

@@ -28,6 +28,18 @@ MANAGED_KEYS = {
     "trainer.num_nodes": "--nodes",
     "trainer.accelerator": "--gpus",
 }
+# Functions of the batch file; one handles SIGTERM, which SLURM sends at the time limit and when the job is cancelled.
+FUNCTIONS = (
+    "shows() { [[ $(scontrol show job $SLURM_JOB_ID) == *$1* ]]; }",
+    "requeue() { scontrol requeue $SLURM_JOB_ID; }",
+    "ended() {",
+    "    trap '' TERM",
+    "    if shows Reason=TimeLimit; then requeue; fi  # processes that have not stopped go on in the next job",
+    "    wait $step",
+    "    exit",
+    "}",
+    "trap ended TERM",
+)
 FORWARDED_ENV = ("DARKROOM_DATA", "DARKROOM_RUNS", "DARKROOM_CACHE", "WANDB_MODE")  # variables written to the batch file
 
 
@@ -141,7 +153,8 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
 
     A job that receives the signal saves a checkpoint and is requeued; the same command resumes the run. The first process
     writes a file that asks for the requeue, because the status of the job can be that of another process: if one process ends
-    with an error, SLURM ends the others, which would otherwise wait for it.
+    with an error, SLURM ends the others, which would otherwise wait for it. Without that file, the job is requeued only if
+    SLURM itself has ended it: at its time limit, where SLURM signals this script, too, or for a job of higher priority.
     """
     directives = {
         "job-name": name,
@@ -169,10 +182,14 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
         f"export {REQUEUE_FILE}={shlex.quote(str(folder))}/requeue-$SLURM_JOB_ID",
         *job.prologue,
         "",
+        *FUNCTIONS,
         f'rm -f "${REQUEUE_FILE}"',
-        f"srun --kill-on-bad-exit=1 {shlex.join([sys.executable, '-m', 'experiments', *command])}",
+        f"srun --kill-on-bad-exit=1 {shlex.join([sys.executable, '-m', 'experiments', *command])} &",
+        "step=$!",
+        "wait $step",
         "status=$?",
-        f'if [ -e "${REQUEUE_FILE}" ]; then scontrol requeue $SLURM_JOB_ID; fi  # stopped after saving a checkpoint',
+        f'if [ -e "${REQUEUE_FILE}" ]; then requeue  # stopped after saving a checkpoint',
+        "elif [ $status != 0 ] && shows PreemptTime=20; then requeue; fi  # preempted, in a year 20.., before it could save",
         "exit $status",
     ]
     return "\n".join(lines) + "\n"

@@ -11,11 +11,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.run.checkpoints import Checkpoints
 from callbacks.run.csv_logger import CSVLogger
 from callbacks.run.data_report import PrintDataReport
 from datamodules.catalog.catalog import DatasetNotFound
@@ -25,7 +25,8 @@ from experiments.results.fingerprint import user_files
 from experiments.run.config_checks import check_batch_sizes
 from experiments.run.evaluate import print_results
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
-from experiments.run.resume import prepare_resume, set_aside_record
+from experiments.run.lock import RunInUse, locked
+from experiments.run.resume import await_checkpoint, prepare_resume, set_aside_record
 from experiments.run.run_dir import Run, program_name
 from experiments.tasks.registry import TASKS
 from modules.networks.weights import load_weights
@@ -46,7 +47,9 @@ def fit(cli: DarkroomCLI) -> None:
             )
         configure_batching(cli)
         evaluates = has_test_data(cli)
+        await_checkpoint(cli, run)
         resumed_at, checkpoint = prepare_resume(cli, run, evaluates)
+        next(c for c in trainer.callbacks if isinstance(c, Checkpoints)).resumed_at = resumed_at
         trainer.loggers = make_loggers(cli, run, resumed_at)
         set_aside_record(cli, run, resumed_at)
         write_config(cli, run)
@@ -141,10 +144,10 @@ def locked_run(cli: DarkroomCLI, run: Run) -> Iterator[None]:
         if not cli.trainer.is_global_zero:
             yield
             return
-        with FileLock(run.folder / ".lock", blocking=False):
+        with locked(run.folder):
             yield
-    except Timeout:
-        raise UserError(f"run '{run.folder.name}' is in use by another process. Choose another --run") from None
+    except RunInUse:
+        raise
     except UserError:
         if not existed and not cli.trainer.global_step and cli.trainer.is_global_zero:
             shutil.rmtree(run.folder)  # remove the folder of a run that did not start

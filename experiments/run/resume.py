@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.run.csv_logger import TRAINING
@@ -28,6 +29,28 @@ PARTS: dict[str, type] = {
     "pending_losses": object,
     "pytorch-lightning_version": str,
 }
+DISK_DELAY_S = 90  # seconds that a process waits for a file that another machine has written
+
+
+def await_checkpoint(cli: DarkroomCLI, run: Run) -> None:
+    """Wait until a process on another machine sees the checkpoint of process 0, which decides what is resumed.
+
+    A network disk can show the earlier content of a folder for up to a minute. If the wait ends without it, `Checkpoints`
+    refuses to start. Processes that Lightning launches are on one machine; they are not connected yet.
+    """
+    strategy, last = cli.trainer.strategy, run.checkpoints / "last.ckpt"
+    if cli.trainer.world_size == 1 or isinstance(strategy.cluster_environment, LightningEnvironment):
+        return
+    strategy.setup_environment()
+    decided = strategy.broadcast((last, saved_images(last)))
+    deadline = time.monotonic() + DISK_DELAY_S
+    while decided[0] == last and saved_images(last) != decided[1] and time.monotonic() < deadline:
+        time.sleep(1)
+
+
+def saved_images(path: Path) -> Any:
+    """Return the images seen at a checkpoint; None without a checkpoint."""
+    return read_checkpoint(path).get("images_seen") if path.exists() else None
 
 
 def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple[int, Path | None]:

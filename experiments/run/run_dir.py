@@ -81,7 +81,8 @@ class Run:
             UserError: a file is in the place of a folder, a folder in that of a file, or one of them is read-only.
         """
         folders = (self.folder, self.checkpoints, self.samples, self.code, self.folder / "tensorboard", self.folder / "wandb")
-        files = (self.config, self.log, self.record, self.image_table, self.best_checkpoint, self.folder / ".lock")
+        locks = (self.folder / ".lock", self.folder / ".lock-holder")
+        files = (self.config, self.log, self.record, self.image_table, self.best_checkpoint, *locks)
         for path in (*folders, *files):
             if path.exists() and path.is_dir() != (path in folders):
                 kind = "a folder" if path.is_dir() else "a file"

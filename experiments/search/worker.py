@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -27,6 +26,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from callbacks.run.csv_logger import read_metrics_csv
 from callbacks.run.exit_codes import PREEMPTED, REQUEUE_FILE
 from datamodules.errors import UserError
+from experiments.run.lock import RunInUse, locked
 from experiments.run.paths import runs_root
 from experiments.run.run_dir import Run
 from experiments.search.samplers import distributions, make_sampler, ordinal
@@ -39,6 +39,7 @@ OPEN_ATTEMPTS = 5  # attempts to open a database, one second apart
 MAX_INITIAL_FAILURES = 3  # failed trials after which a search without any success is aborted
 PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_", "WANDB_SWEEP")
+JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # with which a trial holds the lock of its run
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -267,9 +268,9 @@ def wait_until_free(run: Run, stop: threading.Event) -> None:
     """
     while run.folder.exists() and not stop.is_set():
         try:
-            with FileLock(run.folder / ".lock", blocking=False):
+            with locked(run.folder, wait_s=0):
                 return
-        except Timeout:
+        except RunInUse:
             stop.wait(POLL_S)
 
 
@@ -278,7 +279,9 @@ def run_fit(search: Search, trial: Trial, run: Run, output: Path, stop: threadin
     argv = ["fit", search.recipe_name, "--run", run.folder.name, *search.to_argv(trial.params)]
     left_out = {*RANK_VARIABLES, REQUEUE_FILE}  # a trial that is ended early requests no requeue of the worker's job
     environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_PREFIXES) and key not in left_out
+        key: value
+        for key, value in os.environ.items()
+        if key in JOB_VARIABLES or not (key.startswith(LAUNCHER_PREFIXES) or key in left_out)
     }
     with output.open("a") as file:
         child = subprocess.Popen(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -211,3 +212,10 @@ class ConstantMemory(Callback):
             if batch_idx == 39:
                 self.before = allocated
             assert allocated <= self.before, f"{allocated - self.before} bytes more than 60 steps before"
+
+
+class SleepsAfterSteps(Callback):
+    """Waits for DARKROOM_TEST_SLEEP seconds after each step, so that a small training takes a while."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(float(os.environ["DARKROOM_TEST_SLEEP"]))

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 PREEMPTED = 85  # after SIGTERM, SIGUSR1 or SIGHUP: the scheduler may requeue
-TERMINATED = 143  # after SIGTERM, without a request for a requeue, as in shells
 INTERRUPTED = 130  # after Ctrl-C, as in shells
 REQUEUE_FILE = "DARKROOM_REQUEUE_FILE"  # environment variable of a job: a file that asks for its requeue
 

@@ -1,5 +1,6 @@
 """Response to Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: save after the current step, print how to resume, and stop."""
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from callbacks.run.checkpoints import save_checkpoint
 from callbacks.run.early_signals import early_status
-from callbacks.run.exit_codes import INTERRUPTED, PREEMPTED, TERMINATED
+from callbacks.run.exit_codes import INTERRUPTED, PREEMPTED, REQUEUE_FILE
 from modules.training.lightning_compat import is_validation_due
 
 
@@ -88,8 +89,9 @@ class Preemption(Callback):
         if self.signal_status:
             if trainer.is_global_zero:
                 print(f"\nStopped while evaluating. {self.resume_hint}", flush=True)
-            is_cascade = trainer.world_size > 1 and self.newest_signal == signal.SIGTERM
-            raise SystemExit(TERMINATED if is_cascade else self.signal_status)
+            if trainer.world_size > 1 and self.newest_signal == signal.SIGTERM:
+                os.environ.pop(REQUEUE_FILE, None)
+            raise SystemExit(self.signal_status)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Restore the previous signal handlers."""

@@ -6,8 +6,6 @@ Each ends with the weights of an uninterrupted run of as many processes, without
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import ROOT
+from experiments.cli.main import main
 from tests.helpers import slurm_cluster
 from tests.helpers.method_contract import assert_equal
 from tests.helpers.search_helpers import LEARNING_RATES, trials_of, wait_for, write_search
+from tests.helpers.subprocess_helpers import forked, two_forked
 
 REASON = slurm_cluster.unavailable()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=f"no SLURM: {REASON}")]
@@ -47,15 +46,11 @@ def workdir(tmp_path_factory, photos):
         yield folder
 
 
-def train(name, *options):
-    command = [sys.executable, "-m", "experiments", "fit", "tiny.yaml", "--run", name, *STEPS, *options]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def two_processes(workdir):
     """Train without interruption in two processes."""
-    train("uninterrupted", "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    assert two_forked(main, ["fit", "tiny.yaml", "--run", "uninterrupted", *STEPS, *two])[0] == [0, 0]
     return "uninterrupted"
 
 
@@ -171,5 +166,5 @@ def test_array_of_sweep_workers(cluster, workdir):
     assert sorted(float(trial["model.learning_rate"]) for trial in completed) == sorted(rates)
     for trial in completed:
         rate = trial["model.learning_rate"]
-        train(f"rate-{rate}", "--model.learning_rate", rate)
+        assert forked(main, ["fit", "tiny.yaml", "--run", f"rate-{rate}", *STEPS, "--model.learning_rate", rate]) == 0
         assert_same(workdir, trial["run"], f"rate-{rate}")

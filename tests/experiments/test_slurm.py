@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,8 @@ from experiments import ROOT
 from experiments.cli.main import main
 from experiments.cluster.slurm import Job, check_time
 from tests.helpers.search_helpers import wait_for, write_search
-from tests.helpers.subprocess_helpers import forked
+from tests.helpers.subprocess_helpers import forked, two_forked
+from tests.tasks.reconstruction import write_reconstruction_recipe
 from tests.tasks.superresolution import write_recipe
 
 FAKE_COMMANDS = {
@@ -67,7 +69,7 @@ def test_batch_file_requests_four_nodes_and_their_resources(workdir, capfd):
     (line,) = [line for line in text.splitlines() if line.startswith("srun")]
     assert line.endswith(
         "-m experiments fit espcn/t91_x3 --trainer.accelerator gpu --trainer.devices 8 --trainer.num_nodes 4 "
-        "--trainer.strategy ddp --run x --trainer.precision bf16-mixed --data.batch_size 64"
+        "--trainer.strategy ddp --run x --trainer.precision bf16-mixed --data.batch_size 64 &"
     )
     assert f"export DARKROOM_DATA={workdir / 'data'}" in text
     assert not (workdir / "runs").exists()
@@ -94,6 +96,31 @@ def test_stopped_run_requests_its_requeue(workdir, photos, monkeypatch, signals,
         monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signals)
     assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]"]) in (0, 85, 130)
     assert (workdir / "requeue").exists() == requested
+
+
+@pytest.mark.parametrize(("signals", "requested"), [("SIGUSR1@test", True), ("SIGTERM@test", False)])
+def test_evaluation_in_two_processes_requests_a_requeue_only_after_the_notice(workdir, monkeypatch, signals, requested):
+    """SLURM sends SIGTERM if another process has failed; after a requeue, that process would fail again."""
+    model = {"class_path": "modules.vae.VAE", "init_args": {"hidden_dims": [20], "latent_size": 3, "total_images": 40}}
+    recipe = write_reconstruction_recipe(workdir / "tiny.yaml", model)
+    monkeypatch.setenv("DARKROOM_REQUEUE_FILE", str(workdir / "requeue"))
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signals)
+    argv = ["fit", str(recipe), "--run", "one", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    assert two_forked(main, argv)[0][0] == 85
+    assert (workdir / "requeue").exists() == requested
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_during_imports_requests_a_requeue(workdir, name):
+    command = [sys.executable, "-m", "experiments", "fit", "espcn/demo", "--run", "one"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DARKROOM_REQUEUE_FILE": str(workdir / "requeue")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())  # before the import of Lightning
+    process.send_signal(getattr(signal, name))
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (85, f"darkroom: stopped by {name}\n")
+    assert (workdir / "requeue").exists()
+    assert not (workdir / "runs").exists()
 
 
 def test_values_with_spaces_are_quoted(workdir, monkeypatch, capfd):

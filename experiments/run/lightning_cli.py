@@ -258,6 +258,8 @@ class DarkroomCLI(LightningCLI):
             check_gpu()
         if str(trainer.precision) == "16-true" and trainer.strategy.root_device.type == "cpu":
             raise UserError(f"trainer.precision: {trainer.precision} requires a GPU. Use bf16-mixed or 32-true on a CPU")
+        if self.config.trainer.sync_batchnorm and trainer.strategy.root_device.type == "cpu":
+            raise UserError("trainer.sync_batchnorm: torch synchronizes batch normalization on GPUs only. Set it to false")
         if not isinstance(trainer.strategy, SingleDeviceStrategy | ManualDDPStrategy):
             raise UserError(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported. Use 'ddp' or 'fsdp2'")
         return trainer

@@ -66,6 +66,10 @@ def test_cluster_command_is_valid(command, workdir, capfd):
         assert forked(validate_overrides, find_recipe(argv[2]), argv[3:]) == 0, capfd.readouterr().err
     elif argv[1] == "submit":
         assert forked(main, [*argv[1:], "--dry-run"]) == 0, capfd.readouterr().err
+    elif argv[1] == "bench":
+        assert forked(main, [*argv[1:], "--steps", "0"]) == 2
+        assert "--steps from 1" in capfd.readouterr().err
+        assert [find_recipe(arg) for arg in argv[2:] if "/" in arg]
     elif argv[1] == "scaling":
         assert forked(main, [*argv[1:], "--rounds", "0"]) == 2
         assert "--rounds at least" in capfd.readouterr().err

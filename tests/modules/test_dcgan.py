@@ -4,8 +4,9 @@ import torch
 from datamodules.errors import UserError
 from modules.dcgan import DCGAN
 from modules.training.phases import bind_phases, train_only
+from tests.helpers.gpu_contract import losses
 from tests.helpers.method_contract import fit
-from tests.helpers.subprocess_helpers import two_forked
+from tests.helpers.subprocess_helpers import forked, refused, two_forked
 from tests.tasks.generation import GenerativeContract
 
 
@@ -24,6 +25,19 @@ class TestDCGAN(GenerativeContract):
         "--model.learning_rate",
         "2e-3",
     ]
+
+    @pytest.mark.gpus2
+    def test_synchronized_batch_normalization_equals_one_gpu(self, workdir, recipe):
+        options = ["--trainer.precision", "64-true", "--trainer.accelerator", "cuda"]
+        assert forked(fit, recipe, "--run", "one", *options) == 0
+        parts = ["--trainer.devices", "2", "--trainer.sync_batchnorm", "true"]
+        statuses, output = two_forked(fit, recipe, "--run", "two", *parts, *options)
+        assert statuses == [0, 0], output
+        assert losses(workdir, recipe, "one") == pytest.approx(losses(workdir, recipe, "two"), rel=1e-5, abs=1e-7)
+
+    def test_synchronized_batch_normalization_needs_gpus(self, workdir, recipe, capfd):
+        error = refused(capfd, "fit", str(recipe), "--trainer.sync_batchnorm", "true")
+        assert "trainer.sync_batchnorm: torch synchronizes batch normalization on GPUs only" in error
 
     def test_ranks_keep_equal_weights_with_local_batch_statistics(self, workdir, recipe):
         """During validation, the statistics are also equal. `tests.helpers.probe_callbacks.RanksAgree` checks both."""

@@ -128,7 +128,7 @@ def run_linked(recipe: Recipe, steps: int, batch: int, prefixes: Sequence[list[s
         for index, prefix in enumerate(prefixes):
             nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(index)]
             launcher = ["-m", "torch.distributed.run", *nodes, "--master-addr", ADDRESSES[0], "--master-port", "29500"]
-            processes.append(start([*launcher, *worker, *settings], Path(folder) / str(index), 2, prefix))
+            processes.append(start([*launcher, *worker, *settings], Path(folder), 2, prefix))
         processes[1].communicate()
         return read_result(processes[0], recipe)
 

@@ -153,7 +153,7 @@ def test_array_of_sweep_workers(cluster, workdir):
     """One of two workers is preempted; each trial is trained once, and the interrupted one is resumed."""
     storage = str(workdir / "journal.log")
     job = cluster.submit(
-        "search.yaml", "--workers", "2", "--cores", "1", "--storage", storage, *STEPS, *SLEEP, DARKROOM_TEST_SLEEP="0.5"
+        "search.yaml", "--workers", "2", "--cores", "1", "--storage", storage, *STEPS, *SLEEP, DARKROOM_TEST_SLEEP="0.25"
     )
     wait_for(lambda: len(list((workdir / "runs/tiny").glob("search-*/checkpoints/last.ckpt"))) == 2)
     cluster.call("scancel", "--signal=USR1", f"{job}_0")

@@ -41,7 +41,9 @@ def test_processes_with_different_folders_of_runs_are_refused(workdir, recipe):
         for rank, (name, output) in enumerate(zip(("runs", "elsewhere"), outputs, strict=True))
     ]
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=60)
+        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [2, 2]
     assert time.monotonic() - start < 60
     (error,) = [line for line in outputs[0].read_text().splitlines() if line.startswith("darkroom: ")]
@@ -75,7 +77,9 @@ def test_process_waits_until_its_disk_shows_the_checkpoint_of_process_0(workdir,
     time.sleep(3)
     shutil.copytree(workdir / "runs/tiny/one", late / "runs/tiny/one", dirs_exist_ok=True)
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=60)
+        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [0, 0], [output.read_text() for output in outputs]
     assert_equal(*(checkpoint(workdir, recipe, run)["state_dict"] for run in ("full", "one")))
 

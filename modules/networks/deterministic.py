@@ -22,6 +22,18 @@ class ReflectionPad2d(nn.ReflectionPad2d):
         return reflect(image, self.padding) if is_required(image) else super().forward(image)
 
 
+class Conv2d(nn.Conv2d):
+    """Convolution with padding by reflection, or by zeros; arguments and shapes are those of torch's class."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Convolve an image (N, C, H, W)."""
+        if self.padding_mode != "reflect" or not is_required(image):
+            return super().forward(image)
+        down, across = (int(side) for side in self.padding)
+        padded = reflect(image, (across, across, down, down))
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
 def reflect(image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
     """Pad by reflection with flips, of which each has a deterministic backward pass.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from modules.networks.deterministic import Conv2d
 from modules.networks.pretrained import find_or_download
 
 FeatureNetworkName = Literal["vgg16", "vgg19", "vgg19-distilled"]
@@ -67,7 +68,7 @@ class FeatureNetwork(nn.Module):
                 self.features.append(nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2))
                 block += 1
             channels = WIDTHS[name][block - 1]
-            self.features.append(nn.Conv2d(in_channels, channels, 3, padding=1, padding_mode=padding_mode))
+            self.features.append(Conv2d(in_channels, channels, 3, padding=1, padding_mode=padding_mode))
             self.features.append(nn.ReLU())
             self.names[len(self.features) - 1] = layer
             in_channels = channels

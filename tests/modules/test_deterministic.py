@@ -40,6 +40,16 @@ def test_cross_entropy_by_pixel_equals_that_of_torch():
     assert (ours[0][0, :2] == 0).all()
 
 
+def test_convolution_with_reflection_equals_that_of_torch(monkeypatch):
+    layer = deterministic.Conv2d(3, 4, 3, padding=1, padding_mode="reflect", dtype=torch.float64)
+    image = torch.rand(2, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = with_gradient(layer, image, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(deterministic, "is_required", lambda tensor: True)
+    ours = with_gradient(layer, image, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(ours[1], torch.zeros_like(image))
+
+
 def test_the_form_is_selected_by_the_device_and_the_setting(monkeypatch):
     """On a CPU, torch's own operations are deterministic."""
     image = torch.rand(1, 1, 4, 4)

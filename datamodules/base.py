@@ -112,6 +112,10 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         """Return a loader of this rank's evaluation items; see `RankSampler`."""
         return make_loader(items, RankSampler(length, *self.rank_and_world_size))
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch of the loader to the device; it is on the CPU already."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Mapping[str, Any]:
         """Prepare a batch on the device, for training or for evaluation."""
         if self.trainer is None or not self.trainer.training:

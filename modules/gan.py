@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from datamodules.errors import UserError
 from modules.losses.adversarial import bce_fake, bce_real, gan_generator_loss
 from modules.tasks.generation import GenerativeMethod
+from modules.training.optimizers import kernels
 from modules.training.phases import Batch, Phase
 
 
@@ -106,8 +107,8 @@ class GAN(GenerativeMethod):
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Create one SGD optimizer for each network."""
         return {
-            "discriminator": torch.optim.SGD(self.discriminator.parameters()),
-            "generator": torch.optim.SGD(self.generator.parameters()),
+            "discriminator": torch.optim.SGD(self.discriminator.parameters(), **kernels(self.device)),
+            "generator": torch.optim.SGD(self.generator.parameters(), **kernels(self.device)),
         }
 
     def shared_forward(self, batch: Batch) -> Batch:

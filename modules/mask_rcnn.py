@@ -57,6 +57,7 @@ from modules.networks.roi_pool import RoILayer, RoIPooler
 from modules.networks.weights import read_weights_file
 from modules.tasks.detection import DetectionMethod, Detections, batch_images
 from modules.training.method import Batch
+from modules.training.optimizers import kernels
 from modules.training.schedules import step_schedule
 from modules.training.stages import Stage
 
@@ -301,7 +302,9 @@ class MaskRCNN(DetectionMethod):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.optimizer_name == "adamw":
             return torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay, fused=True)
-        return torch.optim.SGD(trained, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            trained, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay, **kernels(self.device)
+        )
 
     def schedule(self, images_seen: int) -> float:
         """Return the learning rate: a linear warmup, and then steps or a half cosine to zero."""

@@ -25,6 +25,7 @@ from datamodules.errors import UserError
 from modules.networks.build import NetworkSpec, build_network
 from modules.tasks.segmentation import SegmentationMethod
 from modules.tasks.tiling import Tiling
+from modules.training.optimizers import kernels
 
 MAX_STRIDE = 32  # input sides must be multiples of it, for all encoders
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # statistics of RGB values in [0, 1]
@@ -139,7 +140,7 @@ class SMPSegmenter(SegmentationMethod):
         decayed = [parameter for parameter in self.parameters() if parameter.ndim > 1]
         undecayed = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.learning_rate)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, **kernels(self.device))
 
     def schedule(self, images_seen: int) -> float:
         """Return the learning rate of DeepLab's "poly" schedule: `learning_rate` times (1 - progress)**0.9."""

@@ -15,6 +15,7 @@ from datamodules.transforms.draw import scatter_plot
 from modules.losses.adversarial import bce_fake, bce_real, gan_generator_loss
 from modules.tasks.generation import GenerativeMethod
 from modules.training.method import Method
+from modules.training.optimizers import kernels
 from modules.training.phases import Batch, Phase, batch_size_of
 
 
@@ -129,8 +130,8 @@ class RingGAN(GenerativeMethod):
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Create an Adam optimizer for each network."""
         return {
-            "discriminator": torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.999)),
-            "generator": torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.999)),
+            "discriminator": torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.999), **kernels(self.device)),
+            "generator": torch.optim.Adam(self.generator.parameters(), betas=(0.5, 0.999), **kernels(self.device)),
         }
 
     def shared_forward(self, batch: Batch) -> Batch:

@@ -30,6 +30,7 @@ from modules.networks.crop import center_crop
 from modules.networks.init import he_init_
 from modules.tasks.segmentation import SegmentationMethod
 from modules.tasks.tiling import Tiling
+from modules.training.optimizers import kernels
 
 
 class UNet(SegmentationMethod):
@@ -106,7 +107,7 @@ class UNet(SegmentationMethod):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Create SGD with a momentum of 0.99, as in Section 3, where a batch is one tile."""
-        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.99)
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.99, **kernels(self.device))
 
 
 def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -26,6 +26,7 @@ from datamodules.transforms.draw import contour_plot
 from modules.losses.adversarial import gradient_penalty
 from modules.losses.precision import to_float32
 from modules.tasks.generation import GenerativeMethod
+from modules.training.optimizers import kernels
 from modules.training.phases import Batch, Phase
 
 GRID = 120  # positions per side at which the critic is drawn
@@ -97,8 +98,11 @@ class WGAN(GenerativeMethod):
         """Create RMSProp for clipping, which follows each update of the critic, or Adam for the penalty."""
         networks = {"critic": self.critic} if self.has_fixed_generator else {"critic": self.critic, "generator": self.generator}
         if self.constraint == "penalty":
-            return {name: torch.optim.Adam(network.parameters(), betas=(0.5, 0.9)) for name, network in networks.items()}
-        optimizers = {name: torch.optim.RMSprop(network.parameters()) for name, network in networks.items()}
+            return {
+                name: torch.optim.Adam(network.parameters(), betas=(0.5, 0.9), **kernels(self.device))
+                for name, network in networks.items()
+            }
+        optimizers = {name: torch.optim.RMSprop(network.parameters(), foreach=True) for name, network in networks.items()}
         optimizers["critic"].register_step_post_hook(partial(limit_weights, self.weight_limit))
         return dict(optimizers)
 

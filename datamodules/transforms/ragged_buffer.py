@@ -95,11 +95,12 @@ class RaggedImageBuffer:
         rows = np.clip(rows, 0, self.heights[image_ids, None] - 1) * self.widths[image_ids, None]
         starts = torch.from_numpy(rows + (self.offsets[image_ids] + left)[:, None])
         runs = self.pixels.as_strided((len(self.pixels) - size + 1, size * channels), (channels, 1))  # from each pixel on
-        patches = channels_first(runs.index_select(0, starts.flatten()).view(len(image_ids), size, size, channels))
-        for i in np.flatnonzero(symmetry & 6):
-            patch = patches[i : i + 1].flip(3) if symmetry[i] & 2 else patches[i : i + 1].clone()
-            patches[i : i + 1] = patch.mT if symmetry[i] & 4 else patch
-        return patches
+        patches = runs.index_select(0, starts.flatten()).view(len(image_ids), size, size, channels)
+        for bit, change in ((2, mirrored), (4, lambda pixels: pixels.transpose(1, 2))):
+            changed = torch.from_numpy(np.flatnonzero(symmetry & bit))
+            if len(changed):
+                patches.index_copy_(0, changed, change(patches.index_select(0, changed)))
+        return channels_first(patches)
 
     def sample_nearest(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
         """Sample the nearest pixel at each coordinate, with reflection at the borders.
@@ -142,3 +143,8 @@ class RaggedImageBuffer:
 def channels_first(pixels: Tensor) -> Tensor:
     """Return a view (B, C, h, w) of pixels (B, h, w, C); of one channel, one that is not in the format channels-last."""
     return pixels[..., 0].unsqueeze(1) if pixels.shape[-1] == 1 else pixels.movedim(-1, 1)
+
+
+def mirrored(pixels: Tensor) -> Tensor:
+    """Flip pixels (B, h, w, C) left to right; with channels first, torch has a fast kernel."""
+    return channels_first(pixels).flip(3).movedim(1, -1)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -55,7 +57,7 @@ def make_reference_step(
                         group.update(method.optimizer_settings(bound.phase, images_seen))
                     bound.optimizer.zero_grad()
                     with precision():
-                        loss = torch.stack(list(bound.phase.losses(inputs).values())).sum()
+                        loss = reduce(add, bound.phase.losses(inputs).values())
                     loss.backward()
                     if bound.phase.max_grad_norm is not None:
                         torch.nn.utils.clip_grad_norm_(bound.parameters, bound.phase.max_grad_norm)

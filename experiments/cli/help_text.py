@@ -36,6 +36,7 @@ inspect, reproduce and scale
   sweep FILE                 search hyperparameters as defined by FILE, such as sweeps/espcn.yaml (--storage S)
   submit RECIPE|FILE         train or search on a SLURM cluster (--nodes N, --gpus N, --workers N, --dry-run)
   bench RECIPE               compare the training speed with a plain PyTorch loop and with PIL loading (--json)
+  bench --feed [RECIPE ...]  compare the speed of the data by themselves with PIL loading (--json)
   scaling RECIPE ...         measure the speedup of several processes, and estimate that of 8 and 64 GPUs (--write)
   style-speed RECIPE         compare the speed of a style network with that of optimization (--write)
   style-objective RECIPE     compare the objective of a style network with that of optimization (--write)

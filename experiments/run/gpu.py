@@ -1,11 +1,15 @@
 """Settings of CUDA, and a check that torch can use the GPU of the machine."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
 from datamodules.errors import UserError
+
+# Torch 2.9 announces new names of these settings, which its older versions do not have.
+warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU, if NVIDIA's driver is loaded
 

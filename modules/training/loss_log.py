@@ -40,25 +40,28 @@ class LossLog:
         Raises:
             NonFiniteLoss: a value is not finite.
         """
-        self.all_reduce(world_size, device)
+        values = iter(self.all_reduce(world_size, device).tolist())
         metrics: dict[str, float] = {}
         for terms in self.pending:
-            for name, value in zip(terms.names, terms.values.tolist(), strict=True):
+            for name in terms.names:
+                value = next(values)
                 metrics[f"train/{terms.prefix}{name}"] = value
                 if not math.isfinite(value):  # the value is the same on all ranks, so all of them stop
                     raise non_finite(f"loss '{terms.prefix}{name}' is {value}", terms.images_seen, learning_rate)
         return metrics
 
-    def all_reduce(self, world_size: int, device: torch.device) -> None:
-        """Average the terms over all ranks and copy them to the host, in one reduction."""
+    def all_reduce(self, world_size: int, device: torch.device) -> Tensor:
+        """Average the terms over all ranks and copy them to the host, in one reduction; return all of them in order."""
         if not self.pending:
-            return
+            return torch.empty(0)
         values = torch.cat([terms.values.to(device) for terms in self.pending])
         if world_size > 1:  # local batches have equal sizes
             dist.all_reduce(values)
             values /= world_size
-        chunks = values.cpu().split([len(terms.names) for terms in self.pending])
+        values = values.cpu()
+        chunks = values.split([len(terms.names) for terms in self.pending])
         self.pending = [terms._replace(values=item) for terms, item in zip(self.pending, chunks, strict=True)]
+        return values
 
     def state(self) -> list[list[Any]]:
         """Return the losses for a checkpoint."""

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar
 
 import torch
@@ -221,10 +223,11 @@ class Method(ModuleWithReferences):
                 reduce_gradients(self.fsdp_modules, i == len(micro_batches) - 1)
                 batch = batches_with_shared[i] if batches_with_shared else self._with_shared(micro_batch, repeat_index)
                 terms = expect_dict(phase.losses(batch), phase, "losses", "loss terms")
-                values = torch.stack(list(terms.values()))
-                loss = values.sum() if len(micro_batches) == 1 else values.sum() / len(micro_batches)
+                total = reduce(add, terms.values())  # its backward pass needs no operator
+                loss = total if len(micro_batches) == 1 else total / len(micro_batches)
                 backward(self.trainer, loss, bound.averager if i == len(micro_batches) - 1 else None)
-                detached_losses.append(values.detach())
+                with torch.no_grad():
+                    detached_losses.append(torch.stack(list(terms.values())))
                 if not batches_with_shared and has_gradients(batch):
                     detached_batches.append(detach_tensors(batch))
             check_reduced(self.fsdp_modules)
@@ -242,7 +245,12 @@ class Method(ModuleWithReferences):
 
     def _cast(self, value: Any) -> Any:
         """Cast data to the dtype of the weights; Lightning does not convert data created on the device."""
-        return map_tensors(value, lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+        dtype = self.dtype
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
+
+        return map_tensors(value, cast)
 
     def _log(self) -> None:
         """Check all losses since the last log entry, and log the newest values.

@@ -140,6 +140,8 @@ def split_micro_batches(batch: Batch, count: int, first_id: int) -> list[Batch]:
     Returns:
         The micro-batches, each with the ids of its samples as "sample_ids", a range.
     """
+    if count == 1:
+        return [{**batch, "sample_ids": range(first_id, first_id + batch_size_of(batch))}]
     size = batch_size_of(batch) // count
     return [
         {**{key: value[i * size : (i + 1) * size] for key, value in batch.items()}, "sample_ids": range(start, start + size)}

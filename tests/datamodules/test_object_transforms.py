@@ -4,12 +4,14 @@ import torch
 from datamodules.catalog.coco_annotations import mirrored_keypoints
 from datamodules.transforms.augment_objects import ObjectAugment
 from datamodules.transforms.objects import (
+    crop_masks,
     crop_objects,
     decode_masks,
     enclosing_boxes,
     encode_masks,
     flip_objects,
     label_map,
+    paste_masks,
     resize_objects,
     transpose_objects,
 )
@@ -27,6 +29,15 @@ def scene():
     boxes = enclosing_boxes(masks)
     keypoints = torch.stack([torch.cat([boxes[:, :2], torch.full((3, 1), 2.0)], 1), torch.zeros(3, 3)], 1)
     return image, {"boxes": boxes, "labels": torch.tensor([1, 2, 3]), "masks": masks, "keypoints": keypoints}
+
+
+def test_masks_cropped_to_their_boxes_are_pasted_back():
+    _, objects = scene()
+    masks = torch.cat([objects["masks"], torch.zeros(1, HEIGHT, WIDTH, dtype=torch.uint8)])
+    masks[0, 3, 4] = 0
+    cropped = crop_masks(encode_masks(masks), HEIGHT, WIDTH)
+    assert [tuple(mask.pixels.shape) for mask in cropped] == [(10, 20), (20, 15), (8, 9), (0, 0)]
+    assert torch.equal(paste_masks(cropped, HEIGHT, WIDTH), masks)
 
 
 def test_transforms_move_boxes_masks_and_keypoints_together():

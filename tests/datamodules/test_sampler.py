@@ -1,5 +1,8 @@
 """Counter-based random numbers, samplers and patches."""
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from datamodules.sampler import InfiniteBatchSampler, RankSampler
 from datamodules.superresolution import SuperResolution
 from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
+from datamodules.transforms.reflect import reflect_index
 from datamodules.transforms.resize import imresize
 
 
@@ -96,6 +100,52 @@ def test_crop_patches_matches_numpy(images, symmetry, corner):
         if symmetry & 4:
             expected = expected.T
         assert np.array_equal(patch[0], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [63, 64, 70])
+def test_large_patches_match_numpy(channels, size):
+    """Large patches are copied by rows; they have the memory format of small ones."""
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (channels, h, w), np.uint8) for h, w in ((80, 90), (70, 75))]
+    buffer = RaggedImageBuffer([torch.from_numpy(image) for image in images])
+    image_ids, symmetry = np.arange(16) % 2, np.arange(16) % 8
+    top = generator.integers(0, buffer.heights[image_ids] - size + 1)
+    left = generator.integers(0, buffer.widths[image_ids] - size + 1)
+    patches = buffer.crop_patches(image_ids, top, left, size, symmetry)
+    assert patches.is_contiguous(memory_format=torch.contiguous_format if channels == 1 else torch.channels_last)
+    for i, patch in enumerate(patches.numpy()):
+        expected = images[image_ids[i]][:, top[i] : top[i] + size, left[i] : left[i] + size]
+        expected = expected[:, :: -1 if symmetry[i] & 1 else 1, :: -1 if symmetry[i] & 2 else 1]
+        assert np.array_equal(patch, expected.transpose(0, 2, 1) if symmetry[i] & 4 else expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 10])
+@pytest.mark.parametrize("reach", [1, 9, 60])
+def test_reflected_positions_match_numpy(length, reach):
+    index = torch.arange(-reach, length + reach)
+    expected = np.pad(np.arange(length), reach, mode="reflect")
+    for dtype in (torch.int64, torch.float32):
+        actual = reflect_index(index.to(dtype), torch.tensor(length))
+        assert actual.dtype == dtype
+        assert actual.tolist() == expected.tolist()
+
+
+def test_words_are_those_of_numpy():
+    """A generator of the thread is reused; calls of other streams and threads in between do not matter."""
+
+    def check(number):
+        for start in (0, 7, 2**40):
+            stream = f"stream {number}"
+            digest = hashlib.sha256(f"{number}/{stream}".encode()).digest()
+            philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=start)
+            assert np.array_equal(random_words(number, stream, start, 3).ravel(), philox.random_raw(12))
+            digest = hashlib.sha256(f"{number}/{stream}/{start}".encode()).digest()
+            philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+            assert np.array_equal(permutation(number, stream, start, 50), np.random.Generator(philox).permutation(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, range(100)))
 
 
 def test_eight_symmetries_differ(images):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,7 @@ def test_stream_resumes_at_position_and_is_split_over_ranks(folder):
 
     class SecondRank:
         global_rank, world_size = 1, 2
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
     second_rank = unpaired(batch_size=4)
     second_rank.trainer = SecondRank()
@@ -85,9 +88,11 @@ def test_crops_have_random_positions_and_half_are_flipped(folder):
     edge = (uint8_batch["A"][:, 1, 0] > uint8_batch["A"][:, 1, 0, -1:]).sum(1)  # columns of the left half within the crop
     assert len(edge.unique()) > 8
     batch = data.prepare_train_batch(uint8_batch)
+    assert torch.equal(batch["A"], uint8_batch["A"] / 255)
+    unflipped = next(iter(unpaired(batch_size=64, resize=None, hflip=False).train_dataloader()))
     pairs = [
         (crop, original / 255)
-        for crop, original in zip(batch["A"], uint8_batch["A"], strict=True)
+        for crop, original in zip(batch["A"], unflipped["A"], strict=True)
         if original[1].unique().numel() > 1
     ]
     assert all(torch.equal(crop, original) or torch.equal(crop, original.flip(2)) for crop, original in pairs)

@@ -14,7 +14,7 @@ from experiments.run import gpu
 from experiments.run.gpu import check_gpu
 from experiments.run.recipes import find_recipe
 from modules.losses.precision import full_precision
-from modules.training.optimizers import soap
+from modules.training.optimizers import kernels, soap
 from tests.helpers.gpu_contract import DEVICE
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.superresolution import write_recipe
@@ -132,6 +132,8 @@ OPTIMIZERS = {
     "fused Adam": partial(torch.optim.Adam, lr=1e-2, fused=True),
     "fused AdamW": partial(torch.optim.AdamW, lr=1e-2, fused=True),
     "SGD": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+    "SGD of methods": lambda weights: torch.optim.SGD(weights, lr=1e-2, momentum=0.9, **kernels(weights[0].device)),
+    "AdamW of methods": lambda weights: torch.optim.AdamW(weights, lr=1e-2, **kernels(weights[0].device)),
     "RMSprop": partial(torch.optim.RMSprop, lr=1e-2),
     "Adagrad": partial(torch.optim.Adagrad, lr=1e-2),
     "SOAP": partial(soap, learning_rate=1e-2),

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 def kernels(device: torch.device) -> dict[str, Any]:
     """Return the argument of SGD, Adam or AdamW for their fastest implementation.
 
-    On GPUs, that is the fused one, which does not wait for the scale of fp16. On CPUs, all parameters are updated together, with
-    the same values as one by one.
+    On GPUs, that is the fused one, which does not wait for the scale of fp16. On CPUs, all parameters are updated together,
+    with the same values as one by one.
     """
     return {"fused": True} if device.type == "cuda" else {"foreach": True}
 

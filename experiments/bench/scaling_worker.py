@@ -21,6 +21,7 @@ from callbacks.run.run_record import hardware
 from datamodules.errors import UserError
 from experiments.bench.reference_loop import Precision, bare_batches, make_optimizers, make_reference_step
 from experiments.bench.timing import count_flops, synchronize
+from experiments.run.execute import destroy_process_groups
 from experiments.run.fit import skip_to_last_stage, train_without_eval
 from experiments.run.lightning_cli import build_cli, print_rank_zero
 from experiments.run.recipes import find_recipe
@@ -115,6 +116,7 @@ def main(recipe: str, steps: str, *overrides: str) -> None:
     if untrained is not None:
         result |= step_cost(untrained.to(cli.model.device), cli.datamodule, cli.trainer.precision_plugin.forward_context)
     print_rank_zero(json.dumps(result))
+    destroy_process_groups()
 
 
 if __name__ == "__main__":

@@ -29,15 +29,17 @@ class Bucket:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+        self.flat_gradients = torch.zeros(
+            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
         self.views: list[Tensor] = []  # gradients in the memory format of their parameters
         offset = 0
         for parameter in parameters:
             strides = torch.empty_like(parameter, device="meta").stride()
-            self.views.append(self.flat.as_strided(parameter.shape, strides, offset))
+            self.views.append(self.flat_gradients.as_strided(parameter.shape, strides, offset))
             offset += parameter.numel()
         self.n_missing = 0  # gradients that the backward pass has not computed yet
-        self.sent = self.flat  # the tensor of the all-reduce
+        self.sent = self.flat_gradients  # the tensor of the all-reduce
         self.work: dist.Work | None = None
 
     def collect(self, index: int) -> None:
@@ -49,8 +51,8 @@ class Bucket:
 
     def start(self, world_size: int, dtype: torch.dtype | None) -> None:
         """Start the all-reduce: a mean in NCCL, otherwise a sum; in `dtype`, the mean of values that are divided before."""
-        self.sent = self.flat if dtype is None else (self.flat / world_size).to(dtype)
-        is_mean = dtype is None and self.flat.is_cuda and dist.get_backend() == "nccl"
+        self.sent = self.flat_gradients if dtype is None else (self.flat_gradients / world_size).to(dtype)
+        is_mean = dtype is None and self.flat_gradients.is_cuda and dist.get_backend() == "nccl"
         self.work = dist.all_reduce(self.sent, dist.ReduceOp.AVG if is_mean else dist.ReduceOp.SUM, async_op=True)
         self.is_divided = is_mean or dtype is not None
 
@@ -60,10 +62,10 @@ class Bucket:
             return
         self.work.wait()
         self.work = None
-        if self.sent is not self.flat:
-            self.flat.copy_(self.sent)
+        if self.sent is not self.flat_gradients:
+            self.flat_gradients.copy_(self.sent)
         if not self.is_divided:
-            self.flat /= world_size
+            self.flat_gradients /= world_size
 
 
 class GradientAverager:
@@ -88,7 +90,7 @@ class GradientAverager:
         dtype: torch.dtype | None = None,
         size: int | None = None,
     ) -> None:
-        self.world_size, self.dtype = world_size, dtype
+        self.world_size, self.exchange_dtype = world_size, dtype
         own = [parameter for parameter in reversed(parameters) if not isinstance(parameter, DTensor)]
         self.buckets = [Bucket(group) for group in make_buckets(own, size or bucket_bytes(sum(p.nbytes for p in own)))]
         self.n_started = 0
@@ -110,7 +112,7 @@ class GradientAverager:
             for index in range(len(bucket.parameters)):
                 bucket.collect(index)
             if any(parameter.grad is not None for parameter in bucket.parameters):
-                bucket.start(self.world_size, self.dtype)
+                bucket.start(self.world_size, self.exchange_dtype)
         for bucket in self.buckets:
             bucket.finish(self.world_size)
 
@@ -121,7 +123,7 @@ class GradientAverager:
         bucket.collect(index)
         bucket.n_missing -= 1
         while self.n_started < len(self.buckets) and not self.buckets[self.n_started].n_missing:
-            self.buckets[self.n_started].start(self.world_size, self.dtype)
+            self.buckets[self.n_started].start(self.world_size, self.exchange_dtype)
             self.n_started += 1
 
 

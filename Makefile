@@ -14,7 +14,7 @@ test: .venv/installed  ## run all tests except the slow ones, in ten minutes on 
 test-all: .venv/installed  ## run all tests, including the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-gpu: .venv/installed  ## run the tests that need a GPU, in ten minutes on one GPU and 16 cores; others are skipped
+test-gpu: .venv/installed  ## run the tests that need a GPU; they are skipped without one
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m "gpu or gpus2" -rs
 
 check: .venv/installed  ## check format, lint rules and types

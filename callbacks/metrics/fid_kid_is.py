@@ -137,8 +137,7 @@ class FeatureMetrics(SampleSetMetric):
         """
         if self.network is None:
             return {}
-        digest = hashlib.sha256(f"{self.extractor_id} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
-        path = cache_dir() / f"{self.network.name}-{digest[:32]}.safetensors"
+        path = on_rank_zero(lambda: self.features_file(real), trainer.world_size)
         if not on_rank_zero(path.exists, trainer.world_size):
             batches = torch.arange(trainer.global_rank, -(-len(real) // BATCH_SIZE), trainer.world_size)
             parts_by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -154,6 +153,12 @@ class FeatureMetrics(SampleSetMetric):
             return {}
         features = load_file(path)
         return {name: features[name] for name in sorted(features)}
+
+    def features_file(self, real: Tensor) -> Path:
+        """Return the file in the cache with the features of real images, uint8 (N, C, H, W)."""
+        assert self.network is not None
+        digest = hashlib.sha256(f"{self.extractor_id} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
+        return cache_dir() / f"{self.network.name}-{digest[:32]}.safetensors"
 
 
 def extract(network: Extractor, images: Tensor) -> Features:

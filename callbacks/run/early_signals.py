@@ -15,12 +15,12 @@ def handle_early_signals() -> None:
     """Handle SIGTERM and SIGUSR1; call it at the start of a process.
 
     The only process of a run exits at once with the status `PREEMPTED`, because there is nothing to save. One of several
-    processes of a SLURM job notes SIGUSR1, and all stop together after the first steps. SIGTERM ends it: SLURM also sends
+    processes notes SIGUSR1, and all stop together after the first steps. SIGTERM ends it: SLURM also sends
     SIGTERM when another process has failed, and such a job must not be requeued.
     """
     if threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
         return
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if any(int(os.environ.get(name, "1")) > 1 for name in ("SLURM_NTASKS", "WORLD_SIZE")):
         signal.signal(signal.SIGUSR1, _note)
         return
     signal.signal(signal.SIGUSR1, _exit)

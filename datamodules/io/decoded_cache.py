@@ -22,6 +22,7 @@ from datamodules.io.paths import cache_dir
 MIN_IMAGES = 1000  # smaller sets are decoded at each start, in about a second
 SAMPLED = 8  # files whose content is compared with the cache when it is used
 FREE_BYTES = 2**30  # that remain free on the disk
+MAX_WAIT_S = 1200  # for a process that decodes the same images; other processes of a run wait half an hour
 ReadFn = Callable[[Path], tuple[Tensor, str]]
 
 
@@ -56,15 +57,16 @@ def decode_images(paths: Sequence[Path], shape: tuple[int, int, int], settings: 
     path = folder / f"{_key(paths, shape, settings)}.bin"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if _is_current(path, paths, shape, read):
+        with FileLock(path.with_suffix(".lock"), timeout=MAX_WAIT_S):
+            has_space = shutil.disk_usage(folder).free > len(paths) * math.prod(shape) + FREE_BYTES
+            is_current = _is_current(path, paths, shape, read)
+            if not is_current and has_space:
+                _write(path, paths, read)
+            if is_current or has_space:
                 return _mapped(path, shape)
-            if shutil.disk_usage(folder).free < len(paths) * math.prod(shape) + FREE_BYTES:
-                return _in_memory(paths, shape, read)
-            _write(path, paths, read)
-            return _mapped(path, shape)
-    except OSError:  # not writable, or full in the meantime
-        return _in_memory(paths, shape, read)
+    except OSError:  # not writable, full in the meantime, or in use by another process for a long time
+        pass
+    return _in_memory(paths, shape, read)
 
 
 def _key(paths: Sequence[Path], shape: tuple[int, int, int], settings: str) -> str:
@@ -115,11 +117,13 @@ def _in_memory(paths: Sequence[Path], shape: tuple[int, int, int], read: ReadFn)
 def _write(path: Path, paths: Sequence[Path], read: ReadFn) -> None:
     """Write the pixels, and then the results, which complete the entry."""
     results = []
-    with path.open("wb") as file:
+    pixels = path.with_suffix(".pixels")  # another process may have mapped the earlier file
+    with pixels.open("wb") as file:
         for image, reason, content_hash in _decoded(paths, read):
             results.append((reason, content_hash))
             if image is not None:
                 file.write(image.contiguous().numpy().tobytes())
+    pixels.replace(path)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results))
     part.replace(path.with_suffix(".json"))

@@ -38,9 +38,14 @@ def nearest_bins(ab: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     cells = ((ab + CELL * CELLS / 2) / CELL).long().clamp(0, CELLS - 1)
     candidates = _candidates(count, ab.device)[cells[:, 0] * CELLS + cells[:, 1]]  # (M, candidates)
-    distances = (ab[:, None] - BINS.to(ab)[candidates]).square().sum(-1)
+    distances = (ab[:, None] - _bins(ab.device, ab.dtype)[candidates]).square().sum(-1)
     nearest, order = distances.topk(count, dim=1, largest=False)
     return candidates.gather(1, order), nearest
+
+
+@cache
+def _bins(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return BINS.to(device, dtype)
 
 
 @cache
@@ -76,7 +81,7 @@ def annealed_mean(logits: Tensor, temperature: float) -> Tensor:
         a and b, (N, 2, H, W).
     """
     probabilities = torch.softmax(logits / max(temperature, LEAST_TEMPERATURE), dim=1)
-    return torch.einsum("nqhw,qc->nchw", probabilities, BINS.to(logits))
+    return torch.einsum("nqhw,qc->nchw", probabilities, _bins(logits.device, logits.dtype))
 
 
 def smooth(counts: Tensor) -> Tensor:

@@ -105,9 +105,9 @@ def render_communication(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Communication per step",
         "",
-        "Ranks average the gradients of a network once per update of that network, in float32, in up to "
-        f"{BUCKETS} buckets of {MIN_BUCKET // 2**20} to {MAX_BUCKET // 2**20} MiB, or more of the largest size, while the "
-        "backward pass continues. They also exchange one byte for signals, and the losses when these are logged. "
+        "Ranks average the gradients of a network once per update of that network, in float32, in buckets "
+        f"of about 1/{BUCKETS} of them, of {MIN_BUCKET // 2**20} to {MAX_BUCKET // 2**20} MiB, while the backward pass "
+        "continues. They also exchange one byte for signals, and the losses when these are logged. "
         "In a ring of n processes each one sends 2(n - 1)/n times the gradients.",
         "",
         "| recipe | updates per step | gradients per step, MB | sent by each of 2, MB | of 8, MB | of 64, MB |",

@@ -30,8 +30,10 @@ MANAGED_KEYS = {
 }
 # Functions of the batch file; one handles SIGTERM, which SLURM sends at the time limit and when the job is cancelled.
 FUNCTIONS = (
-    "shows() { [[ $(scontrol show job $SLURM_JOB_ID) == *$1* ]]; }",
-    "requeue() { scontrol requeue $SLURM_JOB_ID; }",
+    "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}  # of one task: the last has the id of the array",
+    "id=${id:-$SLURM_JOB_ID}",
+    "shows() { [[ $(scontrol show job $id) == *$1* ]]; }",
+    "requeue() { scontrol requeue $id; }",
     "ended() {",
     "    trap '' TERM",
     "    if shows Reason=TimeLimit; then requeue; fi  # processes that have not stopped go on in the next job",

@@ -16,7 +16,8 @@ from datamodules.errors import UserError
 
 SLURM_WAIT_S = 180  # a server of a network disk frees the lock of a node that has died after about 90 seconds
 POLL_S = 1.0
-RUNNING_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "STAGE_OUT", "SIGNALING")
+SCONTROL_S = 30  # in which SLURM says whether a job runs
+RUNNING_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "STAGE_OUT", "SIGNALING", "RESIZING")
 
 
 class RunInUse(UserError):
@@ -47,9 +48,11 @@ def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
                 lock.acquire(blocking=False)
             break
         except Timeout:
-            holder = holder_file.read_text(errors="replace") if holder_file.exists() else "another process"
+            holder = read_holder(holder_file)
             if isinstance(lock, SoftFileLock) and has_ended(holder):
-                (folder / ".lock").unlink(missing_ok=True)
+                if read_holder(holder_file) == holder:  # no other process has taken it in the meantime
+                    holder_file.unlink(missing_ok=True)
+                    (folder / ".lock").unlink(missing_ok=True)
                 continue
             if time.monotonic() >= deadline:
                 remedy = f", or remove {folder / '.lock'} if it has ended" if isinstance(lock, SoftFileLock) else ""
@@ -66,10 +69,21 @@ def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
         lock.release()
 
 
+def read_holder(path: Path) -> str:
+    """Return the process that holds a lock, see `describe_process`."""
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return "another process"
+
+
 def describe_process() -> str:
     """Return the identity of this process: its id, its machine, and in a SLURM job the job and its number of restarts."""
     text = f"another process ({os.getpid()} on {socket.gethostname()}"
-    if job := os.environ.get("SLURM_JOB_ID"):
+    job = os.environ.get("SLURM_JOB_ID")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # the last task has the id of the array
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if job:
         text += f", job {job}, restart {os.environ.get('SLURM_RESTART_COUNT', '0')}"
     return f"{text})"
 
@@ -80,11 +94,11 @@ def has_ended(holder: str) -> bool:
     Args:
         holder: the process, see `describe_process`.
     """
-    if not (job := re.search(r"job (\d+), restart (\d+)\)", holder)):
+    if not (job := re.search(r"job (\d+(?:_\d+)?), restart (\d+)\)", holder)):
         return False
     try:
-        shown = subprocess.run(["scontrol", "show", "job", job[1]], capture_output=True, text=True)
-    except OSError:
+        shown = subprocess.run(["scontrol", "show", "job", job[1]], capture_output=True, text=True, timeout=SCONTROL_S)
+    except (OSError, subprocess.TimeoutExpired):
         return False
     if shown.returncode:
         return "Invalid job id" in shown.stderr

@@ -39,7 +39,12 @@ OPEN_ATTEMPTS = 5  # attempts to open a database, one second apart
 MAX_INITIAL_FAILURES = 3  # failed trials after which a search without any success is aborted
 PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_", "WANDB_SWEEP")
-JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # with which a trial holds the lock of its run
+JOB_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+)  # with which a trial holds the lock of its run
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -96,7 +96,7 @@ def test_changed_files_and_settings_are_decoded_again(folder, decoded):
 
 @pytest.mark.parametrize("damage", ["cut", "no pixels", "no results", "half of the results", "other results"])
 def test_damaged_entry_is_written_again(folder, decoded, damage):
-    expected = load(folder)
+    expected = load(folder)[0].clone()  # not a map of the file that is damaged
     (path,) = entries(folder)
     results = path.with_suffix(".json")
     if damage == "cut":
@@ -107,7 +107,7 @@ def test_damaged_entry_is_written_again(folder, decoded, damage):
         results.unlink()
     else:
         results.write_text(results.read_text()[:40] if damage.startswith("half") else "[1, 2]")
-    assert torch.equal(load(folder)[0], expected[0])
+    assert torch.equal(load(folder)[0], expected)
     assert len(entries(folder)) == 1
 
 

@@ -3,6 +3,7 @@
 `DARKROOM_TEST_DEVICE=cpu` runs them on the CPU in place of the GPU, as a test of the tests.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,7 +87,7 @@ class GPUContract:
             record = workdir / f"{device}.json"
             argv = ["test", str(recipe), "--run", "one", "--trainer.accelerator", device, "--record", str(record)]
             assert forked(main, argv) == 0
-            records.append(yaml.safe_load(record.read_text())["metrics"])
+            records.append(json.loads(record.read_text())["metrics"])
         assert records[0].keys() == records[1].keys()
         for dataset, protocols in records[0].items():
             for protocol, values in protocols.items():
@@ -105,6 +106,8 @@ class GPUContract:
 
     @pytest.mark.gpu
     def test_gpu_memory_does_not_grow(self, workdir: Path, recipe: Path) -> None:
+        if self.synchronizes:
+            pytest.skip("the memory of a batch depends on the number of its objects")
         path = with_callback(recipe, "ConstantMemory")
         overrides = ["--model.total_images", "480", "--val_every_images", "480", "--data.num_workers", "2"]
         assert forked(train, path, "--run", "long", "--trainer.log_every_n_steps", "10", *overrides, *ON_DEVICE) == 0
@@ -112,7 +115,7 @@ class GPUContract:
     @pytest.mark.gpu
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
     def test_gpu_trains_in_a_process_group_of_one(self, workdir: Path, recipe: Path, strategy: str) -> None:
-        """NCCL starts, and all collectives of training and evaluation run."""
+        """NCCL starts, and the weights are broadcast; averages of gradients need two GPUs."""
         options = ["--trainer.devices", "1", "--trainer.strategy", strategy]
         assert forked(train, recipe, "--run", strategy, "--model", self.deterministic_model, *options, *ON_DEVICE) == 0
 

@@ -1,5 +1,6 @@
 """Callbacks that send signals to runs or check them."""
 
+import gc
 import json
 import os
 import signal
@@ -208,6 +209,7 @@ class ConstantMemory(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.device.type == "cuda" and batch_idx in (39, 99):  # both log their losses
             torch.cuda.synchronize()
+            gc.collect()
             allocated = torch.cuda.memory_allocated()
             if batch_idx == 39:
                 self.before = allocated

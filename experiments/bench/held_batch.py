@@ -11,7 +11,7 @@ class HeldBatch:
     """Switch between the batches of a datamodule and one prepared batch.
 
     Args:
-        data: datamodule; its training loader and `prepare_train_batch` are replaced.
+        data: datamodule; its training loader and `on_after_batch_transfer` are replaced.
 
     Attributes:
         batch: prepared batch on the device.
@@ -20,9 +20,9 @@ class HeldBatch:
 
     def __init__(self, data: Any) -> None:
         self.data, self.batch, self.is_held = data, Batch(), False
-        self.loader, self.prepare = data.train_dataloader, data.prepare_train_batch
+        self.loader, self.prepare = data.train_dataloader, data.on_after_batch_transfer
         data.train_dataloader = lambda: self
-        data.prepare_train_batch = lambda batch: self.prepare(batch) if batch else self.batch
+        data.on_after_batch_transfer = lambda batch, index: self.prepare(batch, index) if batch else self.batch
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end; an empty one stands for `batch`."""
@@ -33,5 +33,5 @@ class HeldBatch:
     def original(self) -> Any:
         """Return a copy of the datamodule with its own loader."""
         data = copy(self.data)
-        del data.train_dataloader, data.prepare_train_batch
+        del data.train_dataloader, data.on_after_batch_transfer
         return data

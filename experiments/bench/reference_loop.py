@@ -82,4 +82,6 @@ def bare_batches(data: Any, method: Method) -> Iterator[Batch]:
     data = copy(data)  # a copy has a separate position in the stream
     data.position = lambda: method.images_seen
     for batch in data.train_dataloader():
+        if data.deferred is not None:  # the data lie on the device
+            batch = data.deferred.read(batch)
         yield data.prepare_train_batch(map_tensors(batch, lambda tensor: tensor.to(method.device)))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from datamodules import base
 from experiments.bench.bench import plan_intervals, profile_steps
 from experiments.bench.feed import images_per_second
 from experiments.bench.held_batch import HeldBatch
@@ -116,7 +117,7 @@ def test_one_batch_is_held_on_request():
         def train_dataloader(self):
             return iter({"image": torch.full((2,), float(i))} for i in range(100))
 
-        def prepare_train_batch(self, batch):
+        def on_after_batch_transfer(self, batch, index):
             return {"image": batch["image"] / 2}
 
     data = Data()
@@ -124,7 +125,7 @@ def test_one_batch_is_held_on_request():
     batches = iter(data.train_dataloader())
     seen = []
     for held.is_held in (False, False, True, True, False):
-        prepared = data.prepare_train_batch(next(batches))
+        prepared = data.on_after_batch_transfer(next(batches), 0)
         held.batch = held.batch or prepared
         seen.append(prepared["image"][0].item())
     assert seen == [0, 0.5, 0, 0, 1]
@@ -168,6 +169,18 @@ def test_bench_of_compiled_networks(workdir, capfd):
         operators.append(results["operators"])
         assert results["gflop_per_step"] == pytest.approx(results["gflops"] * results["step_ms"] / 1000)
     assert operators[1] < operators[0]
+
+
+def bench_stored_data(argv):
+    base.fits = lambda n_bytes, device: True
+    return main(argv)
+
+
+def test_bench_of_data_on_the_device(workdir, capfd):
+    """Here on the CPU; on a GPU, data that fit lie in its memory."""
+    assert forked(bench_stored_data, ["bench", "gan/demo", "--pairs", "6", "--steps", "2", "--json"]) == 0
+    results = json.loads(capfd.readouterr().out)
+    assert min(results[f"images_per_second{kind}"] for kind in ("", "_bare", "_held", "_held_bare")) > 0
 
 
 def test_feed_of_several_recipes(workdir, capfd):

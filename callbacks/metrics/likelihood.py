@@ -12,6 +12,7 @@ from callbacks.metrics.base import ImageMetric
 from callbacks.metrics.protocols import LatentVariableModel, ReconstructionData
 from datamodules.errors import UserError
 from datamodules.random.noise import normal
+from modules.losses.precision import full_precision
 
 SAMPLES_PER_PASS = 20  # latent samples decoded per forward pass
 
@@ -61,7 +62,8 @@ class Likelihood(ImageMetric):
     ) -> None:
         """Evaluate the images of a batch together."""
         self._require_outputs(outputs, pl_module, batch_idx)
-        terms = likelihood_terms(pl_module, outputs, self.seed, self.n_samples if trainer.testing else 0)
+        with full_precision():
+            terms = likelihood_terms(pl_module, outputs, self.seed, self.n_samples if trainer.testing else 0)
         self.batch = {name: values.cpu().numpy() for name, values in terms.items()}
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 

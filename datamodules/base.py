@@ -1,7 +1,7 @@
 """Base class of datamodules: an infinite, resumable stream of training batches, sharded over ranks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import lightning as L
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
 from datamodules.errors import UserError
+from datamodules.io.copy_ahead import CopyAhead
 from datamodules.io.device_store import DeferredItems, Storable, fits
 from datamodules.io.image_refs import DataReport, dataset_label
 from datamodules.io.loader import make_loader
@@ -83,8 +84,8 @@ class ResumableDataModule(L.LightningDataModule, ABC):
             raise DatasetNotFound("; ".join(self.missing_sets.values()) or "data.test: no dataset given. Name at least one")
         return found
 
-    def train_loader(self, items: Dataset[Any], length: int, groups: np.ndarray | None = None) -> DataLoader[Any]:
-        """Return an infinite loader of this rank's slice of each training batch.
+    def train_loader(self, items: Dataset[Any], length: int, groups: np.ndarray | None = None) -> Iterable[Any]:
+        """Return an infinite loader of this rank's slice of each training batch; for a GPU, it copies batches ahead.
 
         Args:
             items: dataset that returns the slice for an output of `InfiniteBatchSampler`.
@@ -106,7 +107,8 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         self.deferred = None
         if isinstance(items, Storable) and not self.num_workers and fits(items.n_bytes, device):
             items = self.deferred = DeferredItems(items.on_device(device))
-        return make_loader(items, sampler, self.num_workers)
+        loader = make_loader(items, sampler, self.num_workers)
+        return CopyAhead(loader, device) if device.type == "cuda" and self.deferred is None else loader
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """Return a loader of this rank's evaluation items; see `RankSampler`."""

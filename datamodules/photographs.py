@@ -1,6 +1,6 @@
 """Photographs: random crops for training, center crops for evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -150,7 +150,7 @@ class Photographs(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> Iterable[dict[str, Any]]:
         """Return an infinite loader of random crops."""
         if self.num_workers and isinstance(self.crops, RandomCrops):
             self.crops.images.share_memory()

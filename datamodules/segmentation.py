@@ -1,6 +1,6 @@
 """Segmentation: augmented training tiles and full evaluation images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +295,7 @@ class Segmentation(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
         """Return an infinite loader of tiles; see `RandomTiles.sample`."""
         if self.num_workers and isinstance(self.tiles, InMemoryTiles):
             self.tiles.share_memory()

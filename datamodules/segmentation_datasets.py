@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ class RandomTiles(Dataset[dict[str, Any]]):
         """
         samples = range(start, start + len(image_ids))
         heights, widths = images.heights[image_ids], images.widths[image_ids]
-        coords = self.augment.sampling_grid(self.seed, samples, heights, widths, self.crop, self.margin)
+        device = images.pixels.device
+        coords = self.augment.sampling_grid(self.seed, samples, heights, widths, self.crop, self.margin, device)
         half = self.margin // 2
         inner = coords[..., half : half + self.crop, half : half + self.crop]
         inputs = images.sample_bilinear(image_ids, coords)
@@ -108,6 +110,19 @@ class InMemoryTiles(RandomTiles):
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the images, masks and weights in bytes."""
+        return sum(buffer.pixels.nbytes for buffer in (self.images, self.masks, self.weights) if buffer is not None)
+
+    def on_device(self, device: torch.device) -> "InMemoryTiles":
+        """Return a copy on a device; see `Storable`. On a GPU, sampling coordinates differ by rounding errors."""
+        moved = copy(self)
+        moved.images, moved.masks = self.images.on_device(device), self.masks.on_device(device)
+        if self.weights is not None:
+            moved.weights = self.weights.on_device(device)
+        return moved
 
     def share_memory(self) -> None:
         """Move the buffers to shared memory."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 from datamodules.random.noise import normal, uniform
+from datamodules.transforms.to_device import to_device_async
 
+CPU = torch.device("cpu")
 GRID = 3  # displacement vectors along each axis of the coarse grid
 
 
@@ -42,7 +44,14 @@ class SpatialAugment:
             )
 
     def sampling_grid(
-        self, seed: int, samples: range, heights: np.ndarray, widths: np.ndarray, tile_size: int, margin: int
+        self,
+        seed: int,
+        samples: range,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        tile_size: int,
+        margin: int,
+        device: torch.device = CPU,
     ) -> Tensor:
         """Return the image coordinates of each pixel of a tile, with half of the margin on each side.
 
@@ -54,6 +63,7 @@ class SpatialAugment:
             samples: positions of B samples.
             heights, widths: (B,) sizes of the samples' images in pixels.
             tile_size, margin: sizes in pixels.
+            device: device of the result; the random numbers and the angles are computed on the CPU.
 
         Returns:
             Rows and columns, float32 (B, 2, tile_size + margin, tile_size + margin), 0 at the center of the first pixel.
@@ -64,20 +74,24 @@ class SpatialAugment:
         # Integer positions, so that an undeformed tile needs no interpolation.
         corners = np.minimum((noise[:, :2] * (slack + 1)).astype(np.int64), slack) + np.minimum(lengths - tile_size, 0) // 2
         centers = torch.from_numpy(corners + (tile_size - 1) / 2).float()  # (B, 2)
-        steps = torch.arange(tile_size + margin, dtype=torch.float32) - (tile_size + margin - 1) / 2
-        across = steps * torch.from_numpy(np.where(self.hflip & (noise[:, 2] < 0.5), -1.0, 1.0)).float()[:, None]
+        directions = torch.from_numpy(np.where(self.hflip & (noise[:, 2] < 0.5), -1.0, 1.0)).float()
         angle = torch.from_numpy(noise[:, 3] * 2 * np.pi * self.rotate).float()
         zoom_factor = torch.from_numpy(self.zoom ** (2 * noise[:, 4] - 1)).float()
-        cosine, sine = (f(angle)[:, None, None] / zoom_factor[:, None, None] for f in (torch.cos, torch.sin))
-        rows, columns = steps[None, :, None], across[:, None, :]
+        table = torch.stack([*centers.T, directions, torch.cos(angle) / zoom_factor, torch.sin(angle) / zoom_factor])
+        center_rows, center_columns, direction, cosine, sine = to_device_async(
+            table[:, :, None, None], device
+        )  # (B, 1, 1) each
+        side = tile_size + margin
+        steps = torch.arange(side, dtype=torch.float32, device=device) - (side - 1) / 2
+        rows, columns = steps[:, None], steps * direction  # (side, 1), (B, 1, side)
         rotated = torch.stack([cosine * rows - sine * columns, sine * rows + cosine * columns], dim=1)
-        return rotated + centers[:, :, None, None] + self.elastic_field(seed, samples, tile_size + margin)
+        center = torch.stack([center_rows, center_columns], dim=1)
+        return rotated + center + self.elastic_field(seed, samples, side, device)
 
-    def elastic_field(self, seed: int, samples: range, side: int) -> Tensor:
+    def elastic_field(self, seed: int, samples: range, side: int, device: torch.device = CPU) -> Tensor:
         """Return elastic displacements in pixels: float32 (B, 2, side, side); a scalar 0 if `elastic_std` is 0."""
         if not self.elastic_std:
-            return torch.zeros(())
+            return torch.zeros((), device=device)
         noise = normal(seed, "displacement", samples, 2 * GRID**2).reshape(-1, 2, GRID, GRID)
-        return F.interpolate(
-            torch.from_numpy(self.elastic_std * noise).float(), (side, side), mode="bicubic", align_corners=True
-        )
+        displacements = to_device_async(torch.from_numpy(self.elastic_std * noise).float(), device)
+        return F.interpolate(displacements, (side, side), mode="bicubic", align_corners=True)

@@ -112,7 +112,7 @@ class RaggedImageBuffer:
         Returns:
             (B, C, h, w).
         """
-        rows, columns = self._reflect(image_ids, (coords + 0.5).floor())
+        rows, columns = reflect(self._placement(image_ids), (coords + 0.5).floor())
         return self._gather(rows + columns)
 
     def sample_bilinear(self, image_ids: np.ndarray, coords: Tensor) -> Tensor:
@@ -120,24 +120,39 @@ class RaggedImageBuffer:
         first = coords.floor()
         fraction = coords - first  # weights of the next row and the next column
         down, across = fraction[:, :1], fraction[:, 1:]
-        rows, columns = zip(*(self._reflect(image_ids, corner) for corner in (first, first + 1)), strict=True)
+        placement = self._placement(image_ids)
+        rows, columns = zip(*(reflect(placement, corner) for corner in (first, first + 1)), strict=True)
         (top_left, top_right), (bottom_left, bottom_right) = (
             [self._gather(row + column).float() for column in columns] for row in rows
         )
         top = torch.lerp(top_left, top_right, across)
         return torch.lerp(top, torch.lerp(bottom_left, bottom_right, across), down)
 
-    def _reflect(self, image_ids: np.ndarray, coords: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the flat positions of the first pixels of rows, and the columns, (B, h, w), for whole coordinates."""
-        offsets, heights, widths = (
-            torch.from_numpy(values[image_ids]).view(-1, 1, 1) for values in (self.offsets, self.heights, self.widths)
-        )
-        rows, columns = (reflect_index(coords[:, axis], length) for axis, length in enumerate((heights, widths)))
-        return offsets + rows.long() * widths, columns.long()
+    def _placement(self, image_ids: np.ndarray) -> Tensor:
+        """Return the offsets, heights and widths of images on the device of the pixels: int64 (3, B, 1, 1)."""
+        table = np.stack([values[image_ids] for values in (self.offsets, self.heights, self.widths)])
+        return to_device_async(table, self.pixels.device)[:, :, None, None]
 
     def _gather(self, index: Tensor) -> Tensor:
         """Gather the pixels at flat positions (B, h, w): (B, C, h, w)."""
+        if self.pixels.device.type != "cpu":
+            return channels_first(self.pixels[index])
         return channels_first(torch.from_numpy(np.take(self.pixels.numpy(), index.numpy(), axis=0)))  # faster than torch's
+
+
+def reflect(placement: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+    """Reflect whole coordinates (B, 2, h, w) at the borders of images.
+
+    Args:
+        placement: offsets, heights and widths of the images, (3, B, 1, 1).
+        coords: rows and columns in pixels.
+
+    Returns:
+        The flat positions of the first pixels of rows, and the columns: int64 (B, h, w) each.
+    """
+    offsets, heights, widths = placement
+    rows, columns = (reflect_index(coords[:, axis], length) for axis, length in enumerate((heights, widths)))
+    return offsets + rows.long() * widths, columns.long()
 
 
 def channels_first(pixels: Tensor) -> Tensor:

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from datamodules import base
+from datamodules.catalog.masked_image import MaskedSample
 from datamodules.generation import InMemoryImages
 from datamodules.io import device_store
+from datamodules.io.copy_ahead import CopyAhead
 from datamodules.io.image_set import ImageSet
 from datamodules.photographs import RandomCrops
+from datamodules.segmentation_datasets import InMemoryTiles
 from datamodules.superresolution_datasets import InMemoryPatches
+from datamodules.transforms.augment import SpatialAugment
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.unpaired import UnpairedCrops
 from tests.helpers.gpu_contract import DEVICE
@@ -19,6 +23,8 @@ from tests.helpers.method_contract import assert_equal, checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
 from tests.tasks.generation import write_generative_recipe
 from tests.tasks.superresolution import write_recipe
+
+DEFORMATION = SpatialAugment(rotate=True, hflip=True, zoom=1.2, elastic_std=5.0)
 
 
 def random_images(channels: int = 3) -> list[torch.Tensor]:
@@ -40,6 +46,15 @@ def test_crops_on_the_device_equal_those_on_the_host(size, channels):
     assert torch.equal(buffer.crop_on_device(*arguments), buffer.crop_patches(*arguments))
 
 
+def random_tiles(augment):
+    """Tiles with weights, of images with two classes."""
+    samples = []
+    for image in random_images():
+        mask = (image[0].numpy() > 127).astype(np.uint8)
+        samples.append(MaskedSample(image, mask, np.zeros(mask.shape, np.int32), instances=False))
+    return InMemoryTiles(samples, crop=40, margin=12, augment=augment, seed=1, weight=10.0)
+
+
 def datasets():
     images = random_images()
     labels = torch.tensor([2, 0, 1])
@@ -49,6 +64,7 @@ def datasets():
         RandomCrops(images, labels, 66, seed=1),
         UnpairedCrops(images, images[::-1], 60, hflip=True, seed=1),
         InMemoryPatches(RaggedImageBuffer(images), seed=1, size=20, grid=2, border_overhang=4),
+        random_tiles(SpatialAugment()),
     ]
 
 
@@ -67,6 +83,59 @@ def test_batches_of_stored_data_are_the_same(items, device):
             assert torch.equal(found[name].cpu(), value)
         else:
             assert found[name] == value
+
+
+@pytest.mark.parametrize("items", datasets(), ids=lambda items: type(items).__name__)
+def test_batches_of_stored_data_are_made_on_the_device(items):
+    """Tensors of the device meta have no values: an operation that reads one raises an error."""
+    if isinstance(items, InMemoryTiles):
+        items = random_tiles(DEFORMATION)
+    slice_ = (40, np.array([2, 0, 1, 1]))
+    expected, found = items[slice_], items.on_device(torch.device("meta"))[slice_]
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].device.type == "meta"
+            assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
+
+
+@pytest.mark.gpu
+def test_deformed_tiles_differ_by_rounding_errors_on_the_device():
+    items = random_tiles(DEFORMATION)
+    slice_ = (40, np.array([2, 0, 1, 1]))
+    expected, found = items[slice_], items.on_device(torch.device(DEVICE))[slice_]
+    difference = (found["image"].cpu().int() - expected["image"].int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01
+    assert (found["mask"].cpu() != expected["mask"]).float().mean() < 0.01
+    assert (found["weight"].cpu() - expected["weight"]).abs().max() < 1e-2
+
+
+def copied_ahead(device):
+    """Return the batches of a loader that are copied ahead, and how many were read from it before each."""
+    n_read = 0
+
+    def batches():
+        nonlocal n_read
+        for i in range(6):
+            n_read += 1
+            yield {"image": torch.full((3,), i), "objects": [{"boxes": torch.full((2,), i)}], "start": i}
+
+    found = []
+    for batch in CopyAhead(batches(), torch.device(device)):
+        found.append((batch, n_read))
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=pytest.mark.gpu, id="gpu")])
+def test_batches_are_copied_two_ahead_and_in_order(device):
+    found = copied_ahead(device)
+    assert [n_read for _, n_read in found] == [3, 4, 5, 6, 6, 6]
+    for i, (batch, _) in enumerate(found):
+        assert batch["start"] == i
+        for tensor in (batch["image"], batch["objects"][0]["boxes"]):
+            assert tensor.device.type == device
+            assert (tensor == i).all()
 
 
 def fit_with_stored_data(recipe, *overrides):

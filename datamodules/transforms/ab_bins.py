@@ -37,7 +37,7 @@ def nearest_bins(ab: Tensor, count: int) -> tuple[Tensor, Tensor]:
         Indices of the bins, nearest first, int64 (M, count), and squared distances (M, count).
     """
     cells = ((ab + CELL * CELLS / 2) / CELL).long().clamp(0, CELLS - 1)
-    candidates = _candidates(count, ab.device)[cells[:, 0] * CELLS + cells[:, 1]]  # (M, candidates)
+    candidates = _candidates_on(count, ab.device)[cells[:, 0] * CELLS + cells[:, 1]]  # (M, candidates)
     distances = (ab[:, None] - _bins(ab.device, ab.dtype)[candidates]).square().sum(-1)
     nearest, order = distances.topk(count, dim=1, largest=False)
     return candidates.gather(1, order), nearest
@@ -49,7 +49,12 @@ def _bins(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _candidates(count: int, device: torch.device) -> Tensor:
+def _candidates_on(count: int, device: torch.device) -> Tensor:
+    return _candidates(count).to(device)
+
+
+@cache
+def _candidates(count: int) -> Tensor:
     """Return the bins that can be among the `count` nearest ones of a color, for each cell: int64 (CELLS**2, candidates)."""
     lows = torch.tensor(list(product(range(CELLS), repeat=2))).float() * CELL - CELL * CELLS / 2  # (cells, 2)
     offsets = (BINS - (lows[:, None] + CELL / 2)).abs()  # from the center of the cell, (cells, bins, 2)
@@ -57,7 +62,7 @@ def _candidates(count: int, device: torch.device) -> Tensor:
     most = (offsets + CELL / 2).norm(dim=-1)
     bound = most.kthvalue(count, dim=1, keepdim=True).values  # `count` bins are at most as far as this
     width = int((least <= bound).sum(1).max())
-    return least.topk(width, dim=1, largest=False).indices.to(device)
+    return least.topk(width, dim=1, largest=False).indices
 
 
 def soft_encode(ab: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from callbacks.run.csv_logger import read_metrics_csv
 from experiments.cli.main import main
 from experiments.run.execute import execute
 from experiments.run.recipes import find_recipe
+from tests.helpers.fake_gpu import run_on_a_fake_gpu
 from tests.helpers.subprocess_helpers import forked, two_forked
 
 DEVICE = os.environ.get("DARKROOM_TEST_DEVICE", "cuda")
@@ -48,6 +49,12 @@ class GPUContract:
     deterministic_model: ClassVar[str]
     assert_same_run: Any  # of the contract
     synchronizes: ClassVar[str] = ""  # why a step waits for the device
+
+    def test_steps_need_no_values_and_one_device(self, workdir: Path, recipe: Path) -> None:
+        """Without a GPU: an operation that combines tensors of the CPU and of the GPU, or reads a value, raises an error."""
+        if self.synchronizes:
+            pytest.skip(self.synchronizes)
+        assert forked(run_on_a_fake_gpu, find_recipe(str(recipe))) == 0
 
     @pytest.mark.gpu
     def test_gpu_steps_do_not_wait_for_the_device(self, workdir: Path, recipe: Path) -> None:

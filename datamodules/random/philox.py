@@ -57,7 +57,7 @@ def _philox(seed: int, stream: str, counter: int) -> np.random.Philox:
     philox = _GENERATORS.philox
     philox.state = {
         "bit_generator": "Philox",
-        "state": {"counter": np.array([counter, 0, 0, 0], dtype=np.uint64), "key": _key(seed, stream)},
+        "state": {"counter": np.array([counter, 0, 0, 0], dtype=np.uint64), "key": stream_key(seed, stream)},
         "buffer": np.zeros(4, dtype=np.uint64),
         "buffer_pos": 4,  # empty
         "has_uint32": 0,
@@ -67,7 +67,7 @@ def _philox(seed: int, stream: str, counter: int) -> np.random.Philox:
 
 
 @lru_cache(maxsize=256)
-def _key(seed: int, stream: str) -> np.ndarray:
+def stream_key(seed: int, stream: str) -> np.ndarray:
     """Return the key of a stream: uint64 (2,)."""
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     return np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from datamodules.errors import UserError
-from datamodules.random.noise import NOISE_SAMPLERS, derive_seed
-from datamodules.transforms.to_device import to_device_async
+from datamodules.random.device_noise import noise_on_device
+from datamodules.random.noise import derive_seed
 from modules.training.ema import EMA
 from modules.training.fsdp import check_reduced, fsdp_modules, reduce_gradients, reshard
 from modules.training.gradients import backward, broadcast_buffers, gradient_problem, optimizer_step, update_grad_scaler
@@ -161,8 +161,9 @@ class Method(ModuleWithReferences):
         Returns:
             (N, size), with the dtype and the device of the method.
         """
-        values = NOISE_SAMPLERS[kind](self.seed, f"train/{stream}/{batch['repeat_index']}", batch["sample_ids"], size)
-        return to_device_async(torch.from_numpy(values).to(self.dtype), self.device)
+        assert isinstance(self.dtype, torch.dtype)  # Lightning declares a str as well
+        stream = f"train/{stream}/{batch['repeat_index']}"
+        return noise_on_device(kind, self.seed, stream, batch["sample_ids"], size, self.device, self.dtype)
 
     # The training step
 

@@ -57,6 +57,8 @@ class Autoencoder(Method):
             `modules.networks.mlp_conv.encoder`.
     """
 
+    compiled_losses = ("losses",)
+
     def __init__(
         self,
         channels: int = 1,

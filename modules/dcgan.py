@@ -57,6 +57,8 @@ class DCGAN(GenerativeMethod):
         UserError: `size` or `beta1` is not a valid value.
     """
 
+    compiled_losses = ("discriminator_losses", "generator_losses")
+
     def __init__(
         self,
         channels: int = 3,

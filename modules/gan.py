@@ -45,6 +45,8 @@ class GAN(GenerativeMethod):
         UserError: `discriminator_steps` is less than 1.
     """
 
+    compiled_losses = ("discriminator_losses", "generator_losses")
+
     def __init__(
         self,
         channels: int = 1,

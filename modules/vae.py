@@ -72,6 +72,8 @@ class VAE(GenerativeMethod):
             latent layers; also see `modules.networks.mlp_conv.encoder`.
     """
 
+    compiled_losses = ("losses",)
+
     def __init__(
         self,
         channels: int = 1,

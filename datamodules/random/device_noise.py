@@ -17,6 +17,7 @@ KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 LOW = 2**32 - 1
 
 
+@torch.compiler.disable  # numpy draws the words on the CPU
 def noise_on_device(
     kind: str, seed: int, stream: str, items: range, size: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:

@@ -65,6 +65,7 @@ class Method(ModuleWithReferences):
 
     training_only_modules: ClassVar[Sequence[str]] = ()  # names of submodules that committed weights exclude
     double_backward_networks: ClassVar[Sequence[str]] = ()  # names of networks under a gradient penalty
+    compiled_losses: ClassVar[Sequence[str]] = ()  # names of functions that are compiled with the networks, if these are small
 
     def __init__(self, total_images: int, learning_rate: float, warmup: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -365,10 +366,12 @@ class Method(ModuleWithReferences):
         self.loss_log.load_state(checkpoint["pending_losses"])
 
     def compile_networks(self) -> None:
-        """Compile the networks in place; the names in checkpoints do not change.
+        """Compile the networks and `compiled_losses` in place; the names in checkpoints do not change.
 
         Networks in `double_backward_networks` are skipped: compiled code does not support double backward passes.
         """
+        for name in self.compiled_losses:
+            setattr(self, name, torch.compile(getattr(self, name)))
         for name, network in self.named_children():
             if not isinstance(network, EMA) and name not in self.double_backward_networks:
                 is_list = isinstance(network, nn.ModuleList | nn.ModuleDict)  # which is never called, but its parts are

@@ -95,7 +95,7 @@ def test_demo_trains_and_is_used(workdir, photos, method, precision):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["espcn", "unet", "dcgan"])
+@pytest.mark.parametrize("method", ["espcn", "unet", "dcgan", "vae", "gan", "autoencoder"])
 def test_compiled_networks_have_the_same_losses(workdir, method):
     recipe = find_recipe(f"{method}/demo")
     images = str(4 * recipe.content["data"]["init_args"].get("batch_size", 16))

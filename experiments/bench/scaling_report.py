@@ -106,7 +106,7 @@ def render_communication(runs: list[dict[str, Any]]) -> list[str]:
         "## Communication per step",
         "",
         "Ranks average the gradients of a network once per update of that network, in float32, in buckets "
-        f"of about 1/{BUCKETS} of them, of {MIN_BUCKET // 2**20} to {MAX_BUCKET // 2**20} MiB, while the backward pass "
+        f"that are full at 1/{BUCKETS} of them, {MIN_BUCKET // 2**20} to {MAX_BUCKET // 2**20} MiB, while the backward pass "
         "continues. They also exchange one byte for signals, and the losses when these are logged. "
         "In a ring of n processes each one sends 2(n - 1)/n times the gradients.",
         "",
@@ -185,7 +185,7 @@ def gradient_bytes(run: dict[str, Any]) -> list[float]:
 
 
 def messages(run: dict[str, Any]) -> float:
-    """Return the number of buckets per training step; all but the last bucket of a phase are full."""
+    """Return the largest number of buckets per training step; all but the last bucket of a phase are full."""
     return float(sum(math.ceil(phase["bytes"] / bucket_bytes(phase["bytes"])) * phase["moves"] for phase in run["phases"]))
 
 

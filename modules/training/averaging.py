@@ -13,7 +13,7 @@ MIN_BUCKET, MAX_BUCKET, BUCKETS = 2**20, 25 * 2**20, 8  # bytes; the maximum is 
 
 
 def bucket_bytes(total: int) -> int:
-    """Return the size of an all-reduce for gradients of `total` bytes: an eighth of them, within bounds.
+    """Return the size at which a bucket of gradients of `total` bytes is full: an eighth of them, within bounds.
 
     A single bucket could not overlap the backward pass, and small ones cost more latency than they hide.
     """
@@ -80,7 +80,7 @@ class GradientAverager:
         parameters: parameters of the optimizer. Sharded ones are left out; FSDP averages their gradients.
         world_size: number of ranks.
         dtype: data type of the exchange; None for that of the gradients.
-        size: maximum size of a bucket in bytes, except for a single larger parameter; None for `bucket_bytes`.
+        size: bytes at which a bucket is full, see `make_buckets`; None for `bucket_bytes`.
     """
 
     def __init__(
@@ -128,13 +128,15 @@ class GradientAverager:
 
 
 def make_buckets(parameters: Iterable[Any], size: int) -> list[list[Any]]:
-    """Split tensors, in order, into lists of one dtype and at most `size` bytes (or a single larger tensor)."""
+    """Group tensors into lists of one dtype, in the order in which the lists reach `size` bytes.
+
+    A list ends with the tensor with which it reaches that size: only the last list of a dtype is smaller.
+    """
     buckets: list[list[Any]] = []
-    filled = 0
+    unfilled: dict[torch.dtype, list[Any]] = {}
     for tensor in parameters:
-        if not buckets or buckets[-1][0].dtype != tensor.dtype or filled + tensor.nbytes > size:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(tensor)
-        filled += tensor.nbytes
-    return buckets
+        bucket = unfilled.setdefault(tensor.dtype, [])
+        bucket.append(tensor)
+        if sum(item.nbytes for item in bucket) >= size:
+            buckets.append(unfilled.pop(tensor.dtype))
+    return [*buckets, *unfilled.values()]

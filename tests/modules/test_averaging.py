@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modules.training import averaging
 from modules.training.averaging import GradientAverager, make_buckets
 from modules.training.gradients import backward, optimizer_step, update_grad_scaler
 from modules.training.image_pool import exchange
@@ -58,7 +59,7 @@ def largest_difference(left: nn.Module, right: nn.Module) -> float:
 
 
 def accumulates_and_clips(rank: int) -> None:
-    for max_norm in (None, 0.01):
+    for max_norm, averaging.MIN_BUCKET in ((None, 2**20), (0.01, 2**20), (0.01, 1)):  # bytes: one bucket, and several
         network = make_network()
         first = 4 * rank
         train(network, [images(first, first + 2), images(first + 2, first + 4)], trainer(), max_norm)
@@ -157,8 +158,10 @@ def test_pool_receives_only_the_images_that_it_keeps():
     assert_on_two_ranks(sends_only_requested_images)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(24, [[3, 2], [9], [1]]), (1, [[3], [2], [9], [1]])])
-def test_buckets_have_one_dtype_and_a_maximum_size(size, expected):
-    dtypes = (torch.float32, torch.float32, torch.float32, torch.float64)
-    tensors = [torch.zeros(n, dtype=dtype) for n, dtype in zip((3, 2, 9, 1), dtypes, strict=True)]
+@pytest.mark.parametrize(("size", "expected"), [(24, [[3, 2, 9], [4, 2], [1], [4]]), (1, [[3], [2], [1], [9], [4], [2], [4]])])
+def test_buckets_have_one_dtype_and_a_minimum_size(size, expected):
+    """Only the last bucket of a dtype is smaller, also before a large tensor and between those of another dtype."""
+    sizes = {torch.float32: (3, 2, 9, 4, 2, 4), torch.float64: (1,)}
+    tensors = [torch.zeros(n, dtype=dtype) for dtype, numbers in sizes.items() for n in numbers]
+    tensors.insert(2, tensors.pop())
     assert [[t.numel() for t in bucket] for bucket in make_buckets(tensors, size)] == expected

@@ -3,12 +3,17 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from datamodules.errors import UserError
 
+INTERFACE = "link0"  # in both namespaces
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 QUEUE = ("burst", "128kb", "latency", "50ms")  # of the token bucket filter, which has no delay of its own
 
@@ -16,6 +21,8 @@ QUEUE = ("burst", "128kb", "latency", "50ms")  # of the token bucket filter, whi
 @contextmanager
 def limited_link(bandwidth: str) -> Iterator[list[list[str]]]:
     """Create two namespaces with a virtual interface each, which a token bucket filter limits (tc-tbf), and remove them.
+
+    SIGTERM ends the process as Ctrl-C does, so that they are removed then, too; those of a killed process are removed here.
 
     Args:
         bandwidth: rate of each direction in tc's notation, such as "1gbit".
@@ -32,25 +39,45 @@ def limited_link(bandwidth: str) -> Iterator[list[list[str]]]:
         raise UserError("scaling: --bandwidth: network namespaces need root. Run the command with sudo, or without --bandwidth")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?[kmgt]?bit", bandwidth):
         raise UserError(f"scaling: --bandwidth {bandwidth}: not a rate of tc. Use a value such as 1gbit or 100mbit")
-    names = [f"darkroom{os.getpid()}{side}" for side in "ab"]
-    interfaces = [f"dr{os.getpid() % 10**6}{side}" for side in "ab"]
+    own = os.getpid()
+    remove(name for name, process in list_namespaces().items() if process == own or not Path(f"/proc/{process}").exists())
+    names = [f"darkroom{own}{side}" for side in "ab"]
+    handler = signal.signal(signal.SIGTERM, exit_on_signal)
     try:
         for name in names:
             call("ip", "netns", "add", name)
-        call("ip", "link", "add", interfaces[0], "type", "veth", "peer", "name", interfaces[1])
-        for name, interface, address in zip(names, interfaces, ADDRESSES, strict=True):
-            call("ip", "link", "set", interface, "netns", name)
-            call("ip", "-n", name, "address", "add", f"{address}/24", "dev", interface)
-            for device in ("lo", interface):
+        first, second = (["name", INTERFACE, "netns", name] for name in names)
+        call("ip", "link", "add", *first, "type", "veth", "peer", *second)
+        for name, address in zip(names, ADDRESSES, strict=True):
+            call("ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
+            for device in ("lo", INTERFACE):
                 call("ip", "-n", name, "link", "set", device, "up")
-            call("tc", "-n", name, "qdisc", "add", "dev", interface, "root", "tbf", "rate", bandwidth, *QUEUE)
-        yield [
-            ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={interface}", f"NCCL_SOCKET_IFNAME={interface}"]
-            for name, interface in zip(names, interfaces, strict=True)
-        ]
+            call("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", "rate", bandwidth, *QUEUE)
+        variables = [f"GLOO_SOCKET_IFNAME={INTERFACE}", f"NCCL_SOCKET_IFNAME={INTERFACE}"]
+        yield [["ip", "netns", "exec", name, "env", *variables] for name in names]
     finally:
-        for name in names:  # the interfaces disappear with them
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        remove(names)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def list_namespaces() -> dict[str, int]:
+    """Return the process ids of the namespaces of `limited_link` by name."""
+    names = subprocess.run(["ip", "netns", "list"], check=False, capture_output=True, text=True).stdout
+    return {match[0]: int(match[1]) for match in re.finditer(r"^darkroom(\d+)[ab]\b", names, re.MULTILINE)}
+
+
+def remove(names: Iterable[str]) -> None:
+    """Remove namespaces; their interfaces disappear with them."""
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Handle a signal: end the process, with the status that a shell gives it."""
+    raise SystemExit(128 + number)
 
 
 def call(*command: str) -> None:

@@ -10,8 +10,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,7 @@ def time_recipe(
 
 def run_independent(recipe: Recipe, steps: int, count: int, core_groups: int) -> list[dict[str, Any]]:
     """Train in `count` concurrent processes without communication, each on a separate device."""
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
+    with tempfile.TemporaryDirectory() as folder, ending() as processes:
         for index in range(count):
             argv = [
                 "-m",
@@ -114,17 +113,17 @@ def run_ddp(recipe: Recipe, steps: int, processes: int, batch: int) -> dict[str,
     """Train under torchrun with `processes` processes and a total batch of `processes` times `batch`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     argv = ["-m", "experiments.bench.scaling_worker", str(recipe.path), str(steps), "--trainer.devices", str(processes)]
-    with tempfile.TemporaryDirectory() as folder:
-        batch_size = ["--data.batch_size", str(batch * processes)]
-        return read_result(start([*launcher, *argv, *batch_size], Path(folder), processes), recipe)
+    batch_size = ["--data.batch_size", str(batch * processes)]
+    with tempfile.TemporaryDirectory() as folder, ending() as running:
+        running.append(start([*launcher, *argv, *batch_size], Path(folder), processes))
+        return read_result(running[0], recipe)
 
 
 def run_linked(recipe: Recipe, steps: int, batch: int, prefixes: Sequence[list[str]]) -> dict[str, Any]:
     """Train in two processes that are connected as two machines, with a total batch of twice `batch`."""
     worker = ["-m", "experiments.bench.scaling_worker", str(recipe.path), str(steps), "--trainer.num_nodes", "2"]
     settings = ["--trainer.devices", "1", "--data.batch_size", str(batch * 2)]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
+    with tempfile.TemporaryDirectory() as folder, ending() as processes:
         for index, prefix in enumerate(prefixes):
             nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(index)]
             launcher = ["-m", "torch.distributed.run", *nodes, "--master-addr", ADDRESSES[0], "--master-port", "29500"]
@@ -146,6 +145,20 @@ def start(argv: Sequence[str], runs: Path, core_groups: int, prefix: Sequence[st
     environment = {**os.environ, "DARKROOM_RUNS": str(runs), "OMP_NUM_THREADS": threads}
     command = [*prefix, sys.executable, *argv]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def ending() -> Iterator[list[subprocess.Popen[str]]]:
+    """Yield a list for processes, and end those that still run at the exit, for example after a signal."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        yield processes
+    finally:
+        running = [process for process in processes if process.returncode is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.communicate()
 
 
 def read_result(process: subprocess.Popen[str], recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +15,14 @@ import torch.distributed as dist
 from datamodules.errors import UserError
 from experiments import ROOT
 from experiments.bench import scaling, scaling_report
-from experiments.bench.link import limited_link
+from experiments.bench.link import limited_link, list_namespaces, remove
 from experiments.bench.scaling_worker import OpCounter, gradient_bytes
 from experiments.cli.main import main
 from experiments.run.recipes import find_recipe
 from modules.gan import GAN
 from modules.training.phases import bind_phases
 from tests.helpers.method_contract import fit
+from tests.helpers.search_helpers import wait_for
 from tests.helpers.subprocess_helpers import two_forked
 from tests.tasks.generation import write_generative_recipe
 
@@ -145,8 +149,55 @@ def test_link_names_what_it_needs(workdir, monkeypatch, programs, user, bandwidt
         pass
 
 
+needs_tc = pytest.mark.skipif(shutil.which("tc") is None or os.geteuid() != 0, reason="needs tc (iproute2) and root")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("tc") is None or os.geteuid() != 0, reason="needs tc (iproute2) and root")
+@needs_tc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_link_and_processes_are_removed_after_a_signal(workdir, number):
+    command = [sys.executable, "-m", "experiments", "scaling", "gan/demo", "--bandwidth", "1gbit"]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # it is ignored in background jobs
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def workers():
+        found = children.read_text().split()
+        return [child for child in found if b"scaling_worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+    wait_for(workers, 60)
+    (worker,) = workers()
+    assert process.pid in list_namespaces().values()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert process.pid not in list_namespaces().values()
+    assert not Path(f"/proc/{worker}").exists()
+
+
+@needs_tc
+def test_links_of_dead_processes_are_removed():
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    subprocess.run(["ip", "netns", "add", f"darkroom{dead.pid}a"], check=True)
+    subprocess.run(["ip", "netns", "add", f"darkroom{os.getppid()}a"], check=True)  # of a process that lives
+    try:
+        with limited_link("1gbit"):
+            found = set(list_namespaces().values())
+        assert found >= {os.getpid(), os.getppid()}
+        assert dead.pid not in found
+        assert os.getpid() not in list_namespaces().values()
+    finally:
+        remove([f"darkroom{os.getppid()}a", f"darkroom{dead.pid}a"])
+
+
+@pytest.mark.slow
+@needs_tc
 def test_link_has_its_bandwidth():
     """An all-reduce of 8 MiB between two processes sends 8 MiB in each direction."""
     with limited_link("200mbit") as prefixes:

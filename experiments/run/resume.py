@@ -13,7 +13,7 @@ from callbacks.run.csv_logger import TRAINING
 from datamodules.errors import UserError
 from experiments.run.lightning_cli import DarkroomCLI, print_rank_zero
 from experiments.run.run_dir import Run
-from modules.networks.weights import check_weights, read_checkpoint
+from modules.networks.weights import check_weights, read_checkpoint, read_own_file, shard_files
 
 # Parts of a checkpoint with their types, without which a resumed run would differ from an uninterrupted one.
 PARTS: dict[str, type] = {
@@ -29,28 +29,30 @@ PARTS: dict[str, type] = {
     "pending_losses": object,
     "pytorch-lightning_version": str,
 }
-DISK_DELAY_S = 90  # seconds that a process waits for a file that another machine has written
+DISK_DELAY_S = 90  # seconds that a process waits for files that other machines have written
 
 
 def await_checkpoint(cli: DarkroomCLI, run: Run) -> None:
-    """Wait until a process on another machine sees the checkpoint of process 0, which decides what is resumed.
+    """Wait until a process sees the checkpoint of process 0, which decides what is resumed, and all of its shards.
 
-    A network disk can show the earlier content of a folder for up to a minute. If the wait ends without it, `Checkpoints`
-    refuses to start. Processes that Lightning launches are on one machine; they are not connected yet.
+    A network disk can show the earlier content of a folder for up to a minute; process 0 itself can lack shards that other
+    machines have written. If the wait ends without the checkpoint, `Checkpoints` refuses to start; without a shard,
+    `join_shards` names it. Processes that Lightning launches are on one machine; they are not connected yet.
     """
     strategy, last = cli.trainer.strategy, run.checkpoints / "last.ckpt"
     if cli.trainer.world_size == 1 or isinstance(strategy.cluster_environment, LightningEnvironment):
         return
     strategy.setup_environment()
-    decided = strategy.broadcast((last, saved_images(last)))
+    decided = strategy.broadcast((last, saved_state(last)[0]))
     deadline = time.monotonic() + DISK_DELAY_S
-    while decided[0] == last and saved_images(last) != decided[1] and time.monotonic() < deadline:
+    while decided[0] == last and saved_state(last) != (decided[1], True) and time.monotonic() < deadline:
         time.sleep(1)
 
 
-def saved_images(path: Path) -> Any:
-    """Return the images seen at a checkpoint; None without a checkpoint."""
-    return read_checkpoint(path).get("images_seen") if path.exists() else None
+def saved_state(path: Path) -> tuple[Any, bool]:
+    """Return the images seen at a checkpoint, and whether all of its shards are there; None and True without a checkpoint."""
+    content = read_own_file(path) if path.exists() else {}
+    return content.get("images_seen"), all(file.exists() for file in shard_files(path, content))
 
 
 def prepare_resume(cli: DarkroomCLI, run: Run, evaluates: bool = False) -> tuple[int, Path | None]:

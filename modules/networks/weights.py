@@ -48,7 +48,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     The weights of a checkpoint in shards are assembled, but not its optimizer states.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or is not a checkpoint, or its shards are missing.
+        UserError: the file cannot be read, is damaged, or is not a checkpoint, or a file of its shards is missing or damaged.
+    """
+    return join_shards(path, read_own_file(path), ["state_dict"])
+
+
+def read_own_file(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without its shards, if it has any: their tensors are "meta" tensors, see `join_shards`.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or is not a checkpoint.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -58,7 +67,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint (.ckpt, .safetensors)")
-    return join_shards(path, content, ["state_dict"])
+    return content
+
+
+def shard_files(path: Path, content: Mapping[str, Any]) -> list[Path]:
+    """List the files of the shards of a checkpoint, one of each process that saved it; empty without shards."""
+    if "shards" not in content:
+        return []
+    return [path.parent / str(content["shards"]) / f"{rank}.pt" for rank in range(content["world_size"])]
 
 
 def join_shards(path: Path, content: dict[str, Any], parts: Sequence[str] = SHARDED_PARTS) -> dict[str, Any]:
@@ -74,17 +90,21 @@ def join_shards(path: Path, content: dict[str, Any], parts: Sequence[str] = SHAR
         parts: parts of the checkpoint to assemble.
 
     Raises:
-        UserError: a file of shards is missing or damaged.
+        UserError: files of shards are missing or damaged; the message names them.
     """
     if "shards" not in content:
         return content
+    remedy = "Copy the folder with the checkpoint, or restore it"
+    folder = f"{content['shards']}, the folder of its shards,"
     try:
-        files = [path.parent / str(content["shards"]) / f"{rank}.pt" for rank in range(content["world_size"])]
+        files = shard_files(path, content)
+        if missing := [file.name for file in files if not file.exists()]:
+            lacks = "is missing" if not files[0].parent.exists() else f"has no {', '.join(missing)}"
+            raise UserError(f"{path}: {folder} {lacks}. {remedy}")
         shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
         full = {part: _fill(content[part], [iter(shard[part]) for shard in shards]) for part in parts}
     except (OSError, StopIteration, *LOAD_ERRORS):
-        folder = f"{content['shards']}, the folder of its shards,"
-        raise UserError(f"{path}: {folder} is missing or damaged. Copy the folder with the checkpoint, or restore it") from None
+        raise UserError(f"{path}: {folder} is damaged. {remedy}") from None
     return {**content, **full}
 
 

@@ -12,11 +12,12 @@ import time
 import pytest
 
 from experiments.cli.main import main
-from experiments.run import lock
+from experiments.run import lock, resume
 from experiments.run.lock import RunInUse, locked
 from tests.helpers.method_contract import assert_equal, checkpoint
 from tests.helpers.search_helpers import wait_for
 from tests.helpers.subprocess_helpers import forked, refused, started, two_forked
+from tests.tasks.reconstruction import write_reconstruction_recipe
 from tests.tasks.superresolution import write_recipe
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -51,37 +52,78 @@ def test_processes_with_different_folders_of_runs_are_refused(workdir, recipe):
     assert f"but process 1 {workdir}/elsewhere/tiny/one/checkpoints/last.ckpt after 0 images" in error
 
 
-def in_folder(folder, argv):
+def in_folder(folder, delay, argv):
     os.chdir(folder)
+    resume.DISK_DELAY_S = delay
     return main(argv)
 
 
-def test_process_waits_until_its_disk_shows_the_checkpoint_of_process_0(workdir, recipe, monkeypatch):
-    """The processes have the same name for different folders; that of process 1 gets the checkpoint late."""
-    argv = ["fit", str(recipe), "--run", "one", *TWO, "--data.test", "[]"]
-    monkeypatch.setenv("DARKROOM_RUNS", "runs")
-    assert two_forked(main, ["fit", str(recipe), "--run", "full", *TWO, "--data.test", "[]"])[0] == [0, 0]
-    assert two_forked(main, [*argv, "--model.total_images", "40"])[0] == [0, 0]
+def started_job(workdir, folders, argv, delay=resume.DISK_DELAY_S):
+    """Start two processes of a SLURM job with the same name for the folders of runs in two folders.
+
+    Returns:
+        The processes and the files with their outputs.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-    shared |= {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "test"}
-    late = workdir / "late"
-    late.mkdir()
+    shared |= {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "test", "DARKROOM_RUNS": "runs"}
     outputs = [workdir / f"output{rank}" for rank in range(2)]
     processes = [
-        started([output, output], in_folder, folder, argv, **shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-        for rank, (folder, output) in enumerate(zip((workdir, late), outputs, strict=True))
+        started([output, output], in_folder, folder, delay, argv, **shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+        for rank, (folder, output) in enumerate(zip(folders, outputs, strict=True))
     ]
-    wait_for((late / "runs/tiny/one/checkpoints").is_dir)  # process 1 has opened the run
-    time.sleep(3)
-    shutil.copytree(workdir / "runs/tiny/one", late / "runs/tiny/one", dirs_exist_ok=True)
+    return processes, outputs
+
+
+def ended(processes):
+    """Wait for processes for a minute, and return their exit statuses."""
     for process in processes:
         process.join(timeout=60)
         process.kill()
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0], [output.read_text() for output in outputs]
+    return [process.exitcode for process in processes]
+
+
+def test_process_waits_until_its_disk_shows_the_checkpoint_of_process_0(workdir, recipe):
+    """The folder of process 1 gets the checkpoint late."""
+    argv = ["fit", str(recipe), "--run", "one", *TWO, "--data.test", "[]"]
+    assert two_forked(main, ["fit", str(recipe), "--run", "full", *TWO, "--data.test", "[]"])[0] == [0, 0]
+    assert two_forked(main, [*argv, "--model.total_images", "40"])[0] == [0, 0]
+    late = workdir / "late"
+    late.mkdir()
+    processes, outputs = started_job(workdir, (workdir, late), argv)
+    wait_for((late / "runs/tiny/one/checkpoints").is_dir)  # process 1 has opened the run
+    time.sleep(3)
+    shutil.copytree(workdir / "runs/tiny/one", late / "runs/tiny/one", dirs_exist_ok=True)
+    assert ended(processes) == [0, 0], [output.read_text() for output in outputs]
     assert_equal(*(checkpoint(workdir, recipe, run)["state_dict"] for run in ("full", "one")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes", [True, False])
+def test_processes_wait_for_shards_that_other_machines_have_written(workdir, comes):
+    """The disk shows the shards of process 1 late, or not at all."""
+    model = {"class_path": "modules.vae.VAE", "init_args": {"hidden_dims": [20], "latent_size": 3, "total_images": 60}}
+    recipe = write_reconstruction_recipe(workdir / "tiny.yaml", model)
+    argv = ["fit", str(recipe), "--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--data.test", "[]", "--run"]
+    assert two_forked(main, [*argv, "full"])[0] == [0, 0]
+    assert two_forked(main, [*argv, "one", "--model.total_images", "40"])[0] == [0, 0]
+    run = workdir / "runs/tiny/one"
+    (shards,) = run.glob("checkpoints/last-*.shards")
+    (shards / "1.pt").rename(workdir / "1.pt")
+    start = time.monotonic()
+    processes, outputs = started_job(workdir, (workdir, workdir), [*argv, "one"], delay=60 if comes else 4)
+    wait_for((run / ".lock-holder").exists)  # process 0 has opened the run
+    if comes:
+        time.sleep(3)
+        (workdir / "1.pt").rename(shards / "1.pt")
+        assert ended(processes) == [0, 0], [output.read_text() for output in outputs]
+        assert_equal(*(checkpoint(workdir, recipe, name)["state_dict"] for name in ("full", "one")))
+    else:
+        assert ended(processes) == [2, 2]
+        assert time.monotonic() - start > 4
+        assert f"{shards.name}, the folder of its shards, has no 1.pt" in outputs[0].read_text()
 
 
 def test_lock_says_which_process_holds_it(workdir, recipe, capfd, monkeypatch):

@@ -222,6 +222,9 @@ def test_commands_read_a_run_in_shards(workdir, write_tiny_recipe, capfd):
     options = ["--run", "sharded", "--trainer.devices", "1"]
     assert f"{shards.name}, the folder of its shards, is missing" in refused(capfd, "test", str(recipe), *options)
     (folder / "elsewhere").rename(shards)
+    (shards / "1.pt").rename(folder / "1.pt")
+    assert f"{shards.name}, the folder of its shards, has no 1.pt" in refused(capfd, "test", str(recipe), *options)
+    (folder / "1.pt").rename(shards / "1.pt")
 
     budget = ["--model.total_images", "60"]
     assert forked(main, ["fit", str(recipe), "--run", "sharded", *budget]) == 0  # on one process

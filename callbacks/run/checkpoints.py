@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from callbacks.run.exit_codes import note_progress
 from datamodules.errors import UserError, is_dead_worker
 from modules.networks.weights import join_shards
 from modules.training.gradients import broadcast_buffers
@@ -142,6 +143,8 @@ class LocalCheckpointIO(TorchCheckpointIO):
 def save_checkpoint(trainer: Any, path: Path) -> None:
     """Write a checkpoint to a temporary file and move it to `path`, so that `path` is always complete.
 
+    The job of the run is told if a later start would resume after more images than this one.
+
     Raises:
         UserError: a weight is infinite or NaN; the older checkpoint remains.
     """
@@ -158,6 +161,9 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
     trainer.save_checkpoint(tmp_path)
     if trainer.is_global_zero:
         tmp_path.replace(path)
+        checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+        if path == checkpoints.last and module.images_seen > checkpoints.resumed_at:
+            note_progress()
         for folder in path.parent.glob(f"{path.stem}-*.shards"):  # of older checkpoints
             if folder != getattr(trainer.strategy, "newest_shards", None):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from callbacks.run.exit_codes import REQUEUE_FILE
+from callbacks.run.exit_codes import PROGRESS_FILE, REQUEUE_FILE
 from datamodules.errors import UserError
 from experiments.run.config_checks import typed_keys
 from experiments.run.lightning_cli import validate_overrides
@@ -28,17 +28,28 @@ MANAGED_KEYS = {
     "trainer.num_nodes": "--nodes",
     "trainer.accelerator": "--gpus",
 }
+NO_PROGRESS = "no newer checkpoint since the start of this job, so it is not requeued. Use a longer --time or --notice"
+SAVING_S = 10  # seconds after the time limit in which a checkpoint counts; SLURM kills the processes after KillWait, 30
 # Functions of the batch file; one handles SIGTERM, which SLURM sends at the time limit and when the job is cancelled.
 FUNCTIONS = (
     "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}  # of one task: the last has the id of the array",
     "id=${id:-$SLURM_JOB_ID}",
     "shows() { [[ $(scontrol show job $id) == *$1* ]]; }",
-    "requeue() { scontrol requeue $id; }",
+    "preempted() { shows PreemptTime=20; }  # in a year 20..",
+    f'saved() {{ [ -e "${PROGRESS_FILE}" ]; }}  # a newer checkpoint, in this job',
+    "requeue() {  # a job that would repeat the same work ends",
+    "    if saved || preempted; then scontrol requeue $id; return; fi",
+    f"    echo 'darkroom: {NO_PROGRESS}' >&2",
+    "    status=1",
+    "}",
     "ended() {",
     "    trap '' TERM",
-    "    if shows Reason=TimeLimit; then requeue; fi  # processes that have not stopped go on in the next job",
+    "    if shows Reason=TimeLimit; then  # processes that have not stopped go on in the next job",
+    f"        for ((i = 0; i < {SAVING_S}; i++)); do saved && break; sleep 1; done",
+    "        requeue",
+    "    fi",
     "    wait $step",
-    "    exit",
+    "    exit ${status:-$?}",
     "}",
     "trap ended TERM",
 )
@@ -54,7 +65,7 @@ class Job:
         processes: processes per node.
         gpus: GPUs per node; 0 to train on CPUs.
         cores: CPU cores per process.
-        time: time limit in SLURM's format; an unfinished job is requeued.
+        time: time limit in SLURM's format; an unfinished job that has saved a newer checkpoint is requeued.
         notice: seconds before the time limit at which SLURM signals the job, which then saves a checkpoint.
         prologue: lines of shell before the command, such as "module load cuda".
         workers: number of jobs in the array, for searches; 0 for a single job.
@@ -157,6 +168,10 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
     writes a file that asks for the requeue, because the status of the job can be that of another process: if one process ends
     with an error, SLURM ends the others, which would otherwise wait for it. Without that file, the job is requeued only if
     SLURM itself has ended it: at its time limit, where SLURM signals this script, too, or for a job of higher priority.
+
+    A job is not requeued if it has saved no newer checkpoint since its start, because the next one would repeat its work and
+    end in the same way; the first process writes a file that says so. A preempted job is requeued in any case: a job of higher
+    priority can come at any time, and the next start has its full time again.
     """
     directives = {
         "job-name": name,
@@ -182,16 +197,18 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
         f"export OMP_NUM_THREADS={job.cores}",
         f"export SRUN_CPUS_PER_TASK={job.cores}  # srun does not read --cpus-per-task since SLURM 22.05",
         f"export {REQUEUE_FILE}={shlex.quote(str(folder))}/requeue-$SLURM_JOB_ID",
+        f"export {PROGRESS_FILE}={shlex.quote(str(folder))}/progress-$SLURM_JOB_ID",
         *job.prologue,
         "",
         *FUNCTIONS,
-        f'rm -f "${REQUEUE_FILE}"',
+        f"""trap 'rm -f "${REQUEUE_FILE}" "${PROGRESS_FILE}"' EXIT""",
+        f'rm -f "${REQUEUE_FILE}" "${PROGRESS_FILE}"',
         f"srun --kill-on-bad-exit=1 {shlex.join([sys.executable, '-m', 'experiments', *command])} &",
         "step=$!",
         "wait $step",
         "status=$?",
-        f'if [ -e "${REQUEUE_FILE}" ]; then requeue  # stopped after saving a checkpoint',
-        "elif [ $status != 0 ] && shows PreemptTime=20; then requeue; fi  # preempted, in a year 20.., before it could save",
+        f'if [ -e "${REQUEUE_FILE}" ]; then requeue  # stopped by a signal',
+        "elif [ $status != 0 ] && preempted; then requeue; fi",
         "exit $status",
     ]
     return "\n".join(lines) + "\n"

@@ -75,10 +75,10 @@ def wait_for_checkpoint(workdir, job):
     wait_for((workdir / f"runs/tiny/{job}/checkpoints/last.ckpt").exists)
 
 
-def imports_torch(cluster, job):
-    """Return whether both processes of a job have loaded torch; they then still import Lightning."""
+def imports_torch(cluster, job, count=2):
+    """Return whether the processes of a job have loaded torch; they then still import Lightning."""
     found = cluster.processes(job).values()
-    return len(found) == 2 and all("libtorch" in Path(f"/proc/{process}/maps").read_text() for process in found)
+    return len(found) == count and all("libtorch" in Path(f"/proc/{process}/maps").read_text() for process in found)
 
 
 def test_job_on_two_nodes(cluster, workdir, two_processes):
@@ -147,6 +147,33 @@ def test_job_at_its_time_limit_goes_on_in_the_next_job(cluster, workdir, two_pro
         assert_same(workdir, job, two_processes)
     assert "DUE TO TIME LIMIT" not in log(workdir, with_notice)
     assert "DUE TO TIME LIMIT" in log(workdir, without)
+
+
+NOT_REQUEUED = (
+    "darkroom: no newer checkpoint since the start of this job, so it is not requeued. Use a longer --time or --notice"
+)
+
+
+def test_job_that_saves_nothing_before_its_time_limit_ends(cluster, workdir):
+    """Its first step takes longer. It is first preempted during its imports, which does not count for the next start."""
+    words = ["--time", "1", "--cores", "1", *STEPS, *SLEEP, "--sbatch=--signal=URG@1"]
+    job = cluster.submit("tiny.yaml", *words, DARKROOM_TEST_SLEEP="300")
+    wait_for(lambda: imports_torch(cluster, job, 1))
+    cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.log", "--wrap=sleep 1")
+    wait_for(lambda: cluster.show(job)["Restarts"] == "1")
+    cluster.wait(job, "TIMEOUT", 240)
+    time.sleep(3)
+    assert (cluster.show(job)["JobState"], cluster.show(job)["Restarts"]) == ("TIMEOUT", "1")
+    assert log(workdir, job).count(NOT_REQUEUED) == 1
+
+
+def test_job_with_its_notice_during_imports_ends(cluster, workdir):
+    job = cluster.submit("tiny.yaml", "--cores", "1", *STEPS)
+    wait_for(lambda: imports_torch(cluster, job, 1))
+    cluster.call("scancel", "--signal=USR1", job)
+    cluster.wait(job, "FAILED", 60)
+    assert cluster.show(job)["Restarts"] == "0"
+    assert log(workdir, job).count(NOT_REQUEUED) == 1
 
 
 def test_array_of_sweep_workers(cluster, workdir):

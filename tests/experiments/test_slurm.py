@@ -81,16 +81,75 @@ def test_batch_file_states_cores_notice_and_prologue(workdir, capfd):
     assert lines.index("module load cuda") < lines.index("ulimit -n 4096") < command
 
 
+# Whether the run asks for a requeue, whether it has saved a newer checkpoint, and what SLURM says of the job.
+@pytest.mark.parametrize(
+    ("asks", "saves", "state", "is_requeued"),
+    [
+        (True, True, "Reason=None PreemptTime=None", True),
+        (True, False, "Reason=None PreemptTime=None", False),
+        (True, False, "Reason=None PreemptTime=2026-01-01T00:00:00", True),
+        (False, False, "Reason=None PreemptTime=2026-01-01T00:00:00", True),
+        (False, True, "Reason=None PreemptTime=None", False),  # another error
+    ],
+)
+def test_job_is_requeued_if_it_has_saved_or_was_preempted(fake_slurm, workdir, capfd, asks, saves, state, is_requeued):
+    files = [name for name, given in (("REQUEUE", asks), ("PROGRESS", saves)) if given]
+    (fake_slurm / "srun").write_text("\n".join(["#!/bin/bash", *(f"touch $DARKROOM_{name}_FILE" for name in files), "exit 85"]))
+    (fake_slurm / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> scontrol.log\n[ $1 != show ] || echo {state}\n')
+    script = dry_run(capfd, "espcn/t91_x3")
+    (workdir / "runs/slurm").mkdir(parents=True)
+    (workdir / "runs/slurm/progress-77").touch()  # of an earlier start, which was killed
+    job = subprocess.run(["bash"], input=script, text=True, capture_output=True, env={**os.environ, "SLURM_JOB_ID": "77"})
+    assert ("requeue 77" in (workdir / "scontrol.log").read_text().splitlines()) == is_requeued
+    assert job.returncode == (85 if is_requeued or not asks else 1)
+    assert ("Use a longer --time or --notice" in job.stderr) == (asks and not is_requeued)
+    assert not list((workdir / "runs/slurm").iterdir())
+
+
+@pytest.mark.parametrize(("saves", "is_requeued"), [(True, True), (False, False)])
+def test_job_at_its_time_limit_is_requeued_if_it_saves(fake_slurm, workdir, capfd, saves, is_requeued):
+    """SLURM sends SIGTERM to the processes and to the batch file; here, the run saves afterwards."""
+    saving = "sleep 2; touch $DARKROOM_PROGRESS_FILE; " if saves else ""
+    (fake_slurm / "srun").write_text(
+        f"#!/bin/bash\ntrap '{saving}exit 85' TERM\ntouch trains\nfor i in {{1..300}}; do sleep 0.1; done"
+    )
+    (fake_slurm / "scontrol").write_text('#!/bin/bash\necho "$@" >> scontrol.log\n[ $1 != show ] || echo Reason=TimeLimit\n')
+    (workdir / "runs/slurm").mkdir(parents=True)
+    script = workdir / "job.sh"
+    script.write_text(dry_run(capfd, "espcn/t91_x3"))
+    environment = {**os.environ, "SLURM_JOB_ID": "77"}
+    job = subprocess.Popen(["bash", str(script)], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for((workdir / "trains").exists)
+    os.killpg(job.pid, signal.SIGTERM)
+    _, error = job.communicate(timeout=60)
+    assert ("requeue 77" in (workdir / "scontrol.log").read_text().splitlines()) == is_requeued
+    assert ("Use a longer --time or --notice" in error) != is_requeued
+    assert job.returncode == (85 if is_requeued else 1)
+
+
 @pytest.mark.parametrize(("signals", "requested"), [("SIGTERM@24@0", True), ("SIGINT@24@0", False), (None, False)])
 def test_stopped_run_requests_its_requeue(workdir, photos, monkeypatch, signals, requested):
     """The batch file does not depend on the status of srun, which can be that of a process that was ended with the others."""
     model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
     recipe = write_recipe(workdir / "tiny.yaml", photos, model)
     monkeypatch.setenv("DARKROOM_REQUEUE_FILE", str(workdir / "requeue"))
+    monkeypatch.setenv("DARKROOM_PROGRESS_FILE", str(workdir / "progress"))
     if signals:
         monkeypatch.setenv("DARKROOM_TEST_SIGNAL", signals)
     assert forked(main, ["fit", str(recipe), "--run", "one", "--data.test", "[]"]) in (0, 85, 130)
     assert (workdir / "requeue").exists() == requested
+    assert (workdir / "progress").exists()
+
+
+def test_run_that_only_repeats_its_evaluation_has_made_no_progress(workdir, monkeypatch):
+    model = {"class_path": "modules.vae.VAE", "init_args": {"hidden_dims": [20], "latent_size": 3, "total_images": 40}}
+    recipe = write_reconstruction_recipe(workdir / "tiny.yaml", model)
+    monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGUSR1@test")
+    monkeypatch.setenv("DARKROOM_PROGRESS_FILE", str(workdir / "progress"))
+    for saves in (True, False):
+        assert forked(main, ["fit", str(recipe), "--run", "one"]) == 85
+        assert (workdir / "progress").exists() == saves
+        (workdir / "progress").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(("signals", "requested"), [("SIGUSR1@test", True), ("SIGTERM@test", False)])

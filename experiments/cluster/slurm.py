@@ -28,6 +28,7 @@ MANAGED_KEYS = {
     "trainer.num_nodes": "--nodes",
     "trainer.accelerator": "--gpus",
 }
+FIRST_PORT, N_PORTS = 10_000, 20_000  # of the first processes of jobs
 NO_PROGRESS = "no newer checkpoint since the start of this job, so it is not requeued. Use a longer --time or --notice"
 SAVING_S = 10  # seconds after the time limit in which a checkpoint counts; SLURM kills the processes after KillWait, 30
 # Functions of the batch file; one handles SIGTERM, which SLURM sends at the time limit and when the job is cancelled.
@@ -172,6 +173,10 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
     A job is not requeued if it has saved no newer checkpoint since its start, because the next one would repeat its work and
     end in the same way; the first process writes a file that says so. A preempted job is requeued in any case: a job of higher
     priority can come at any time, and the next start has its full time again.
+
+    Lightning takes the port of the first process from the last four digits of the job's id, so that jobs of a node can have the
+    same one. Here, it follows from the whole id, which each task of an array has for itself, below Linux' ephemeral ports; this
+    script runs on the node of the first process, and leaves out ports on which a program listens there.
     """
     directives = {
         "job-name": name,
@@ -198,6 +203,8 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
         f"export SRUN_CPUS_PER_TASK={job.cores}  # srun does not read --cpus-per-task since SLURM 22.05",
         f"export {REQUEUE_FILE}={shlex.quote(str(folder))}/requeue-$SLURM_JOB_ID",
         f"export {PROGRESS_FILE}={shlex.quote(str(folder))}/progress-$SLURM_JOB_ID",
+        f"export MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {N_PORTS}))",
+        "while (: < /dev/tcp/127.0.0.1/$MASTER_PORT) 2> /dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done  # in use",
         *job.prologue,
         "",
         *FUNCTIONS,

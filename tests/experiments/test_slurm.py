@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -125,6 +126,25 @@ def test_job_at_its_time_limit_is_requeued_if_it_saves(fake_slurm, workdir, capf
     assert ("requeue 77" in (workdir / "scontrol.log").read_text().splitlines()) == is_requeued
     assert ("Use a longer --time or --notice" in error) != is_requeued
     assert job.returncode == (85 if is_requeued else 1)
+
+
+def test_jobs_have_ports_of_their_own(fake_slurm, workdir, capfd):
+    """The tasks of an array have consecutive ids, and the job of another user can use the port already."""
+    (fake_slurm / "srun").write_text("#!/bin/bash\necho $MASTER_PORT\n")
+    (workdir / "runs/slurm").mkdir(parents=True)
+    script = dry_run(capfd, "espcn/t91_x3")
+
+    def port(job):
+        environment = {**os.environ, "SLURM_JOB_ID": str(job)}
+        return int(subprocess.run(["bash"], input=script, text=True, capture_output=True, env=environment).stdout)
+
+    ports = [port(job) for job in range(4_019_990, 4_020_010)]
+    assert len(set(ports)) == 20
+    assert all(1024 <= number < 32768 for number in ports)
+    assert port(4_019_995) == ports[5]
+    assert port(4_029_995) != ports[5]  # Lightning uses the last four digits
+    with socket.create_server(("127.0.0.1", ports[5])):
+        assert port(4_019_995) != ports[5]
 
 
 @pytest.mark.parametrize(("signals", "requested"), [("SIGTERM@24@0", True), ("SIGINT@24@0", False), (None, False)])

@@ -63,7 +63,9 @@ def bench(recipe: Recipe, overrides: list[str], pairs: int, steps: int, as_json:
     data = timer.held.original()
     inference = task_of(data).bench_inference
     results = bench_training(timer, cli, data)
-    speeds = inference(cli.model.cpu().eval(), data) if inference else {}
+    # The Trainer has moved its method to the CPU; that of the bare loop is still on the device of the training.
+    method = cli.model.to(timer.methods["bare"].device).eval()
+    speeds = {"inference_device": method.device.type, **inference(method, data)} if inference else {}
     stages = bench_stages(timer.methods["bare"], data, steps, timer.precision)
     if as_json:
         print(json.dumps({**results, **speeds, **({"stages": stages} if stages else {})}, indent=1))
@@ -232,7 +234,6 @@ def bench_training(timer: InterleavedTimer, cli: DarkroomCLI, data: Any) -> dict
     to_bare = [bare / ours for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
     to_pil = [pil / ours for ours, pil in zip(timer.before_pil, spent["pil"], strict=True)]
     extra = [ours - bare for ours, bare in zip(spent["ours"], spent["bare"], strict=True)]
-    # The bare loop's method is still on the device of the training; the Trainer has moved its own to the CPU.
     device = timer.methods["bare"].device
     breakdown = step_breakdown(timer.methods["bare"], data, 10 * timer.steps, timer.precision)
     flops = count_flops(timer.loops["bare"])

@@ -58,7 +58,7 @@ def print_results(results: dict[str, Any], speeds: dict[str, Any], stages: list[
 
     Args:
         results: figures by name, see `bench_training`.
-        speeds: figures of the inference by name.
+        speeds: figures of the inference by name, with its device.
         stages: rows of `bench_stages`; empty for a training whose images do not grow.
     """
     console = Console(width=WIDTH)

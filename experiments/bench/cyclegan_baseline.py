@@ -1,11 +1,10 @@
 """The training step of CycleGAN in the order of its authors' code, as a baseline for `darkroom bench`."""
 
 import statistics
-import time
 from itertools import repeat
 
 from experiments.bench.reference_loop import Step, make_optimizers, make_reference_step
-from experiments.bench.timing import quartiles
+from experiments.bench.timing import Stopwatch, quartiles
 from modules.cyclegan import CycleGAN, lsgan_loss
 from modules.training.phases import Batch
 
@@ -17,13 +16,15 @@ def ratio_to_classic(method: CycleGAN, batch: Batch) -> dict[str, object]:
         "classic": reference_cyclegan_step(method, batch),
     }
     spent: dict[str, list[float]] = {name: [] for name in steps}
+    watch = Stopwatch(method.device)
     for i in range(13):  # the first round is a warm-up
         for name, step in steps.items():
-            started = time.perf_counter()
+            watch.start()
             step()
             step()
+            milliseconds = watch.stop()
             if i:
-                spent[name].append(time.perf_counter() - started)
+                spent[name].append(milliseconds)
     ratios = [classic / ours for ours, classic in zip(spent["ours"], spent["classic"], strict=True)]
     return {"ratio_to_classic": statistics.median(ratios), "ratio_to_classic_quartiles": quartiles(ratios)}
 

@@ -80,12 +80,17 @@ def matmul_gflops(device: torch.device, precision: Callable[[], AbstractContextM
     return 2 * side**3 / min(times[1:]) / 1e6
 
 
-def median_seconds(function: Callable[[], Any]) -> float:
-    """Return the median duration in seconds of five calls without gradients, after one warm-up call."""
-    times = []
+def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the median duration in seconds of five calls without gradients, after one warm-up call.
+
+    Args:
+        function: work on the device; its duration includes all that it queues there.
+        device: device of the work, see `Stopwatch`.
+    """
+    watch, milliseconds = Stopwatch(device), []
     with torch.no_grad():
         for _ in range(6):
-            started = time.perf_counter()
+            watch.start()
             function()
-            times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+            milliseconds.append(watch.stop())
+    return statistics.median(milliseconds[1:]) / 1000

@@ -32,8 +32,9 @@ def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Pat
 
 def bench_inference(method: ColorizationMethod, data: Colorization) -> dict[str, Any]:
     """Return the megapixels colorized per second, on one photograph of the evaluation size."""
-    lightness = torch.rand(1, 1, data.resize, data.resize) * 100
-    return {"megapixels_per_second": data.resize**2 / 1e6 / median_seconds(lambda: method.predict_ab(lightness, {}))}
+    lightness = torch.rand(1, 1, data.resize, data.resize, device=method.device) * 100
+    seconds = median_seconds(lambda: method.predict_ab(lightness, {}), method.device)
+    return {"megapixels_per_second": data.resize**2 / 1e6 / seconds}
 
 
 TASK = Task(Colorization, PilCrops, bench_inference, predict, ("temperature",))

@@ -89,8 +89,8 @@ TYPES = {"labels": torch.int64, "masks": torch.uint8}
 def bench_inference(method: DetectionMethod, data: Detection) -> dict[str, Any]:
     """Return "ms_per_image", the time of a detection in an image of 640 x 480 pixels, or of the size of the training crops."""
     sides = BENCH_SIDES if data.crop is None else (data.crop, data.crop)
-    image = [torch.rand(3, *sides)]
-    return {"ms_per_image": 1000 * median_seconds(lambda: method.predict(image))}
+    image = [torch.rand(3, *sides, device=method.device)]
+    return {"ms_per_image": 1000 * median_seconds(lambda: method.predict(image), method.device)}
 
 
 TASK = Task(Detection, PilScenes, bench_inference, predict, ("score",))

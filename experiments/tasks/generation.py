@@ -38,7 +38,7 @@ class PilImages(Dataset[dict[str, Tensor]]):
 def bench_inference(method: GenerativeMethod, data: Generation) -> dict[str, Any]:
     """Return "samples_per_second", the images generated per second in batches of 64."""
     latents = method.sample_latents(range(64))
-    return {"samples_per_second": 64 / median_seconds(lambda: method.sample(latents))}
+    return {"samples_per_second": 64 / median_seconds(lambda: method.sample(latents), method.device)}
 
 
 TASK = Task(Generation, PilImages, bench_inference)

@@ -26,8 +26,8 @@ def bench_inference(method: Any, data: Reconstruction) -> dict[str, Any]:
     """Return "samples_per_second" of a generative method, otherwise "reconstructions_per_second" in batches of 100."""
     if isinstance(method, GenerativeMethod):
         return generation.bench_inference(method, data)
-    images = torch.rand(100, method.hparams["channels"], *to_hw(method.hparams["size"]))
-    return {"reconstructions_per_second": len(images) / median_seconds(lambda: method(images))}
+    images = torch.rand(100, method.hparams["channels"], *to_hw(method.hparams["size"]), device=method.device)
+    return {"reconstructions_per_second": len(images) / median_seconds(lambda: method(images), method.device)}
 
 
 TASK = Task(Reconstruction, PilImages, bench_inference)

@@ -1,7 +1,5 @@
 """Segmentation: inputs of `predict`, PIL baseline and inference benchmark."""
 
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from callbacks.writers.mask_writer import MaskWriter
 from datamodules.io.user_images import SegmentationInputs
 from datamodules.segmentation import Segmentation
 from datamodules.segmentation_datasets import InMemoryTiles
+from experiments.bench.timing import median_seconds
 from experiments.tasks.task import Task
 from modules.tasks.segmentation import SegmentationMethod
 
@@ -71,16 +70,10 @@ def bench_inference(method: SegmentationMethod, data: Segmentation) -> dict[str,
     """Return "megapixels_per_second" on up to five validation images, without test-time augmentation."""
     method.tta_views = 1
     data.setup("validate")
-    images = [data.val_images[i]["image"].float() / 255 for i in range(min(5, len(data.val_images)))]
+    images = [data.val_images[i]["image"].to(method.device).float() / 255 for i in range(min(5, len(data.val_images)))]
     pixels = sum(image.shape[-1] * image.shape[-2] for image in images)
-    times = []
-    with torch.no_grad():
-        for _ in range(4):  # the first pass is a warm-up
-            started = time.perf_counter()
-            for image in images:
-                method.predict_step({"image": image}, 0)
-            times.append(time.perf_counter() - started)
-    return {"megapixels_per_second": pixels / statistics.median(times[1:]) / 1e6}
+    seconds = median_seconds(lambda: [method.predict_step({"image": image}, 0) for image in images], method.device)
+    return {"megapixels_per_second": pixels / seconds / 1e6}
 
 
 TASK = Task(Segmentation, PilTiles, bench_inference, predict, reads_stacks=True)

@@ -23,8 +23,9 @@ def predict(cli: Any, files: Sequence[Path], paths: dict[str, Path], output: Pat
 
 def bench_inference(method: StylizationMethod, data: Stylization) -> dict[str, Any]:
     """Return the megapixels stylized per second, on one photograph of the training size."""
-    image, mixture = torch.rand(1, 3, data.size, data.size), method.mixture_of([0])
-    return {"megapixels_per_second": data.size**2 / 1e6 / median_seconds(lambda: method.stylize(image, mixture))}
+    image, mixture = torch.rand(1, 3, data.size, data.size, device=method.device), method.mixture_of([0])
+    seconds = median_seconds(lambda: method.stylize(image, mixture), method.device)
+    return {"megapixels_per_second": data.size**2 / 1e6 / seconds}
 
 
 TASK = Task(Stylization, PilCrops, bench_inference, predict, ("style", "alpha"))

@@ -1,7 +1,6 @@
 """Super-resolution: inputs of `predict`, PIL baseline and inference benchmark."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from datamodules.io.image_refs import list_image_refs
 from datamodules.io.user_images import SuperResolutionInputs
 from datamodules.superresolution import SuperResolution
 from datamodules.superresolution_datasets import SREvalImages
-from experiments.bench.timing import count_flops
+from experiments.bench.timing import count_flops, median_seconds
 from experiments.tasks.pil import to_tensor
 from experiments.tasks.task import Task
 from modules.srcnn import SRCNN
@@ -63,9 +62,12 @@ def bench_inference(method: Any, data: SuperResolution) -> dict[str, Any]:
         name = "photographs/test"
         image_refs = list_image_refs(name)
     images = SREvalImages(image_refs, method.scale, method.channels)
-    inputs = [images[i]["input"] for i in range(len(images))]
-    networks = (method, SRCNN(method.scale, "9-5-5").eval())
-    ours, srcnn = (_milliseconds(network, inputs) for network in networks)
+    inputs = [images[i]["input"].to(method.device) for i in range(len(images))]
+    networks = (method, SRCNN(method.scale, "9-5-5").eval().to(method.device))
+    ours, srcnn = (
+        1000 * statistics.fmean(median_seconds(partial(network, image), method.device) for image in inputs)
+        for network in networks
+    )
     flops, flops_srcnn = (count_flops(partial(network, inputs[0])) for network in networks)
     return {
         "inference_set": name,
@@ -75,19 +77,6 @@ def bench_inference(method: Any, data: SuperResolution) -> dict[str, Any]:
         "srcnn_to_ours_flops": flops_srcnn / flops,
         "srcnn_to_ours_theory": 2.5 * method.scale**2,  # ESPCN paper, Section 1
     }
-
-
-def _milliseconds(network: Any, inputs: list[Tensor]) -> float:
-    per_image = []
-    with torch.no_grad():
-        for image in inputs:
-            times = []
-            for _ in range(4):  # the first call is a warm-up
-                started = time.perf_counter()
-                network(image)
-                times.append(time.perf_counter() - started)
-            per_image.append(1000 * statistics.median(times[1:]))
-    return statistics.fmean(per_image)
 
 
 TASK = Task(SuperResolution, PilPatches, bench_inference, predict)

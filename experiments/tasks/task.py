@@ -20,7 +20,8 @@ class Task:
         datamodule: class of the task's datamodules.
         baseline: function that creates a dataset from a datamodule. It loads single training items with PIL, as the baseline of
             `darkroom bench`. None if the task has no images.
-        bench_inference: function from a trained method and its datamodule to speeds by name; None for no benchmark.
+        bench_inference: function from a trained method and its datamodule to speeds by name, on the device of the method; None
+            for no benchmark.
         predict: function that creates the input dataset and the output writer of `darkroom predict`; None if the task has no
             image inputs.
         predict_options: names of the options of `darkroom predict` that the task accepts.

@@ -55,7 +55,8 @@ class PilPairs(Dataset[dict[str, Tensor]]):
 def bench_inference(method: TranslationMethod, data: Unpaired) -> dict[str, Any]:
     """Return "translations_per_second"; for CycleGAN, also the time of the authors' training step divided by ours."""
     batch = next(bare_batches(data, method))
-    results = {"translations_per_second": len(batch["A"]) / median_seconds(lambda: method.translate(batch["A"], "AtoB"))}
+    seconds = median_seconds(lambda: method.translate(batch["A"], "AtoB"), method.device)
+    results = {"translations_per_second": len(batch["A"]) / seconds}
     return {**results, **ratio_to_classic(method, batch)} if isinstance(method, CycleGAN) and method.adversarial else results
 
 

@@ -8,12 +8,16 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from datamodules import base
+from experiments.bench import timing
 from experiments.bench.bench import plan_intervals, profile_steps
-from experiments.bench.feed import images_per_second
+from experiments.bench.feed import FEED_RECIPES, images_per_second
 from experiments.bench.held_batch import HeldBatch
 from experiments.bench.step_profile import STEP, covered_us, summarize
-from experiments.bench.timing import count_flops, matmul_gflops
+from experiments.bench.timing import count_flops, matmul_gflops, median_seconds
 from experiments.cli.main import main
+from experiments.run.lightning_cli import build_cli
+from experiments.run.recipes import find_recipe
+from experiments.tasks.registry import task_of
 from tests.helpers.subprocess_helpers import forked
 
 CPU = torch.device("cpu")
@@ -57,6 +61,31 @@ def test_profile_counts_operators_and_reads_of_values():
     assert found.launch_ms >= 20
     assert 0 < found.busy_ms <= found.wall_ms - 20
     assert found.busy_share(step_ms=1.0) == found.busy_ms / found.wall_ms
+
+
+def test_duration_includes_the_work_that_is_queued(monkeypatch):
+    """Here, a list is the queue of a device, and waiting for the device works it off."""
+    queue = []
+    monkeypatch.setattr(timing, "synchronize", lambda device: [queue.pop()() for _ in range(len(queue))])
+    assert median_seconds(lambda: queue.append(lambda: time.sleep(0.02)), CPU) >= 0.02
+
+
+def infer_on_meta(name):
+    cli = build_cli("fit", find_recipe(name), ["--trainer.accelerator", "cpu"])
+    cli.datamodule.setup("fit")
+    speeds = task_of(cli.datamodule).bench_inference(cli.model.to("meta").eval(), cli.datamodule)
+    assert speeds
+    assert all(value > 0 for value in speeds.values() if isinstance(value, float))
+
+
+# Not on "meta": bicubic matrices, which need its autocast; detections; the fused optimizer in CycleGAN's comparison.
+NOT_ON_META = {"espcn/demo", "mask_rcnn/demo", "cyclegan/demo"}
+
+
+@pytest.mark.parametrize("name", sorted({*FEED_RECIPES} - NOT_ON_META))
+def test_inference_is_timed_on_the_device_of_the_method(workdir, name):
+    """Torch refuses operators whose tensors are on "meta" and on the CPU."""
+    assert forked(infer_on_meta, name) == 0
 
 
 def event(name, start, end, device=DeviceType.CPU, scope=0, is_annotation=False):
@@ -146,6 +175,7 @@ def test_bench_passes_keys_and_names_what_a_cpu_does_not_have(workdir, capfd):
     assert forked(main, ["bench", "gan/demo", *options, "--json", "--trainer.precision", "bf16-mixed"]) == 0
     results = json.loads(capfd.readouterr().out)
     assert (results["precision"], results["device"]) == ("bf16-mixed", "cpu")
+    assert results["inference_device"] == "cpu"
     for field in FIELDS:
         assert results[field] > 0
         assert results[f"{field}_bare"] > 0
@@ -154,6 +184,8 @@ def test_bench_passes_keys_and_names_what_a_cpu_does_not_have(workdir, capfd):
     assert results["peak_memory_mib"] > 0
     assert forked(main, ["bench", "vae/demo", *options]) == 0
     output = capfd.readouterr().out
+    (row,) = [line for line in output.splitlines() if "inference_device" in line]
+    assert row.replace("│", " ").split() == ["inference_device", "cpu"]
     assert max(map(len, output.splitlines())) <= 80
     (row,) = [line for line in output.splitlines() if "copies to the device" in line]
     assert row.replace("│", " ").split()[-3:] == ["-", "-", "-"]

@@ -1,5 +1,6 @@
 """Settings of CUDA that can be tested without a GPU, and tests on a GPU that belong to no method."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def fit_and_count_graphs(argv, compiled):
 
     assert main(argv) == 0
     assert bool(counters["stats"]["unique_graphs"]) == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["espcn", "mask_rcnn", "cyclegan"])
+def test_inference_is_timed_on_the_gpu(workdir, capfd, method):
+    """The inputs of the others are tested with the device "meta"."""
+    words = ["--pairs", "6", "--steps", "1", "--json", "--trainer.accelerator", DEVICE]
+    assert forked(main, ["bench", f"{method}/demo", *words]) == 0
+    assert json.loads(capfd.readouterr().out)["inference_device"] == DEVICE
 
 
 OPTIMIZERS = {

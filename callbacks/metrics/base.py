@@ -87,6 +87,18 @@ class ImageMetric(Metric):
     def update(self, outputs: dict[str, Any], i: int) -> Any:
         """Return the state of image `i` of a batch, on the CPU."""
 
+    def store(self, dataset: str, image: str, state: Any) -> None:
+        """Store the state of an image until the end of the evaluation."""
+        self.state.setdefault(dataset, {})[image] = state
+
+    def merge(self, states: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+        """Return the states by dataset and image from those of all ranks, on rank 0."""
+        merged: dict[str, dict[str, Any]] = {}
+        for state in states:
+            for dataset, images in state.items():
+                merged.setdefault(dataset, {}).update(images)
+        return merged
+
     def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
         """Return a dataset's metrics by protocol, from the states of its images in the order of their names."""
         raise TypeError(f"{type(self).__name__} does not implement `compute` or `compute_images`")
@@ -123,7 +135,7 @@ class ImageMetric(Metric):
             return
         with full_precision():
             for i, (dataset, image) in enumerate(zip(outputs["dataset"], outputs["name"], strict=True)):
-                self.state.setdefault(dataset, {})[image] = self.update(outputs, i)
+                self.store(dataset, image, self.update(outputs, i))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -131,13 +143,12 @@ class ImageMetric(Metric):
         """Gather the states of all ranks, compute the metrics, and log them."""
         if self._is_inactive(trainer):
             return
-        merged: dict[str, dict[str, Any]] = {}
-        for state in gather(self.state, trainer.world_size):
-            for dataset, images in state.items():
-                merged.setdefault(dataset, {}).update(images)
+        states = gather(self.state, trainer.world_size)
         self.state = {}
         with full_precision():
-            self.results, self.image_results = on_rank_zero(lambda: self._compute_all(merged, trainer), trainer.world_size)
+            self.results, self.image_results = on_rank_zero(
+                lambda: self._compute_all(self.merge(states), trainer), trainer.world_size
+            )
         self._log_results(trainer, pl_module)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -158,6 +169,22 @@ class ImageMetric(Metric):
         return trainer.state.fn == "fit" and not self.on_validation
 
 
+class SampleStates:
+    """States of samples, all of which are kept."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def store(self, index: Tensor, values: Tensor) -> None:
+        """Store the states (N, ...) of the samples with these indices, (N,)."""
+        self.parts.append((index, values))
+
+    @classmethod
+    def merge(cls, states: Sequence["SampleStates"]) -> Tensor:
+        """Return the states of all ranks in the order of the indices, each index once."""
+        return merge_sorted([state.parts for state in states])
+
+
 class SampleSetMetric(Metric):
     """A metric that compares the samples of a validation or test with the reference sets of the datamodule.
 
@@ -175,7 +202,11 @@ class SampleSetMetric(Metric):
     def __init__(self, on_validation: bool = False, max_samples: int | None = None) -> None:
         super().__init__(on_validation)
         self.max_samples = max_samples
-        self.state: list[tuple[Tensor, Tensor]] = []
+        self.state = self.new_state()
+
+    def new_state(self) -> Any:
+        """Return an object without samples that has the methods of `SampleStates`."""
+        return SampleStates()
 
     @abstractmethod
     def update(self, images: Tensor) -> Tensor:
@@ -190,18 +221,18 @@ class SampleSetMetric(Metric):
         """Return the metrics by protocol, on rank 0.
 
         Args:
-            samples: states of all samples, (N, ...).
+            samples: states of all samples, (N, ...), or what `merge` of another `new_state` returns.
             real: result of `prepare`.
             trainer: Lightning trainer, for the datamodule and the device.
         """
 
-    def _compute_all(self, parts: list[list[tuple[Tensor, Tensor]]], references: dict[str, Any], trainer: Any) -> Results:
-        samples = merge_sorted(parts)
+    def _compute_all(self, states: list[Any], references: dict[str, Any], trainer: Any) -> Results:
+        samples = type(states[0]).merge(states)
         return {name: {"all": self.compute(samples, real, trainer)} for name, real in references.items()}
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Discard earlier samples, including those of the sanity check."""
-        self.state = []
+        self.state = self.new_state()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -224,7 +255,7 @@ class SampleSetMetric(Metric):
             index, prediction = index[used], prediction[used.to(prediction.device)]
         if len(index):
             with full_precision():
-                self.state.append((index, self.update(prediction.float())))
+                self.state.store(index, self.update(prediction.float()))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -232,11 +263,11 @@ class SampleSetMetric(Metric):
         """Gather the samples of all ranks, compute the metrics, and log them."""
         if self._is_inactive(trainer):
             return
-        samples, reference_sets = gather(self.state, trainer.world_size), trainer.datamodule.reference_sets
-        self.state = []
+        states, reference_sets = gather(self.state, trainer.world_size), trainer.datamodule.reference_sets
+        self.state = self.new_state()
         with full_precision():
             references = {name: self.prepare(real.pixels, trainer) for name, real in reference_sets.items()}
-            self.results = on_rank_zero(lambda: self._compute_all(samples, references, trainer), trainer.world_size)
+            self.results = on_rank_zero(lambda: self._compute_all(states, references, trainer), trainer.world_size)
         self._log_results(trainer, pl_module)
 
     on_test_epoch_end = on_validation_epoch_end

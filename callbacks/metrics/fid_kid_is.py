@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from callbacks.metrics.base import SampleSetMetric, merge_sorted, to_uint8
+from callbacks.metrics.feature_sums import FeatureSums, frechet_distance_of_statistics
 from callbacks.metrics.ranks import gather, on_rank_zero
 from datamodules.errors import UserError
 from datamodules.io.image_set import random_order
@@ -48,7 +49,9 @@ class FeatureMetrics(SampleSetMetric):
     - `confidence`: mean probability of the most likely class.
     - `effective-classes`: exp of the entropy of the frequencies of the most likely class.
 
-    torch-fidelity computes the first five; they equal the results of its command on saved files.
+    torch-fidelity computes the first five; they equal the results of its command on saved files. If `fid` is the only metric,
+    each rank sends sums of the features to rank 0, see `FeatureSums`, and the result equals torch-fidelity's up to rounding;
+    otherwise, it sends the features of its samples.
 
     Args:
         metrics: names of the metrics.
@@ -66,6 +69,7 @@ class FeatureMetrics(SampleSetMetric):
         on_missing_weights: Literal["error", "skip"] = "error",
         on_validation: bool = False,
     ) -> None:
+        self.is_fid_only = set(metrics) == {"fid"}
         super().__init__(on_validation)
         self.metrics, self.extractor, self.weights, self.on_missing_weights = metrics, extractor, weights, on_missing_weights
         self.network: Extractor | None = None
@@ -110,17 +114,25 @@ class FeatureMetrics(SampleSetMetric):
         self.evaluator_hash = file_hash(path)
         self.extractor_id = f"{self.extractor} {self.evaluator_hash} {version('torch-fidelity')}"
 
+    def new_state(self) -> Any:
+        """Return an object for the features, or for their sums, without samples."""
+        return FeatureSums() if self.is_fid_only else super().new_state()
+
     def update(self, images: Tensor) -> Tensor:
-        """Return features and logits, concatenated: (N, F + K)."""
+        """Return features and logits, concatenated: (N, F + K), or only the features (N, F) for the FID."""
         if self.network is None:
             return torch.empty(len(images), 0)
         parts = extract(self.network, to_uint8(images))
-        return torch.cat([parts[name] for name in sorted(parts)], dim=1)
+        return parts["features"] if self.is_fid_only else torch.cat([parts[name] for name in sorted(parts)], dim=1)
 
-    def compute(self, samples: Tensor, real: Features, trainer: Any) -> dict[str, float]:
+    def compute(self, samples: Tensor | FeatureSums, real: Features, trainer: Any) -> dict[str, float]:
         """Return the metrics in the docstring of the class."""
         if self.network is None:
             return {}
+        if isinstance(samples, FeatureSums):
+            statistics = {name: part.numpy() for name, part in real.items()}
+            fid = frechet_distance_of_statistics(samples.statistics(), statistics)
+            return {f"fid/{self.network.name}-{len(samples.seen)}": fid}
         widths = [part.shape[1] for part in real.values()]
         parts = dict(zip(real, samples.split(widths, dim=1), strict=True))
         protocol = f"{self.network.name}-{len(samples)}"
@@ -131,34 +143,56 @@ class FeatureMetrics(SampleSetMetric):
         return results
 
     def prepare(self, real: Tensor, trainer: Any) -> Features:
-        """Return the features of the real images, on rank 0.
+        """Return the features of the real images, or for the FID their mean "mu" and covariance "sigma", on rank 0.
 
-        All ranks extract a part of them, and rank 0 writes them to the cache, if they are not there.
+        All ranks extract a part of the features, and rank 0 writes the result to the cache, if it is not there.
         """
         if self.network is None:
             return {}
         path = on_rank_zero(lambda: self.features_file(real), trainer.world_size)
         if not on_rank_zero(path.exists, trainer.world_size):
-            batches = torch.arange(trainer.global_rank, -(-len(real) // BATCH_SIZE), trainer.world_size)
-            parts_by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}
-            for batch_index in batches.tolist():
-                indices = torch.arange(batch_index * BATCH_SIZE, min(len(real), (batch_index + 1) * BATCH_SIZE))
-                for name, part in extract(self.network, real[indices].to(trainer.strategy.root_device)).items():
-                    parts_by_name.setdefault(name, []).append((indices, part))
-            if gathered := gather(parts_by_name, trainer.world_size):
-                names = gathered[0]  # rank 0 always has images
-                merged = {name: merge_sorted([parts.get(name, []) for parts in gathered]).contiguous() for name in names}
-                save_features(merged, path)
+            parts = extract_part(self.network, real, trainer)
+            gather_parts = real_statistics if self.is_fid_only else real_features
+            if content := gather_parts(parts, trainer.world_size):
+                save_features(content, path)
         if not trainer.is_global_zero:
             return {}
         features = load_file(path)
         return {name: features[name] for name in sorted(features)}
 
     def features_file(self, real: Tensor) -> Path:
-        """Return the file in the cache with the features of real images, uint8 (N, C, H, W)."""
+        """Return the file in the cache with the features of real images, uint8 (N, C, H, W), or with their statistics."""
         assert self.network is not None
         digest = hashlib.sha256(f"{self.extractor_id} {tuple(real.shape)}".encode() + real.numpy().tobytes()).hexdigest()
-        return cache_dir() / f"{self.network.name}-{digest[:32]}.safetensors"
+        suffix = "-statistics" if self.is_fid_only else ""
+        return cache_dir() / f"{self.network.name}-{digest[:32]}{suffix}.safetensors"
+
+
+def extract_part(network: Extractor, real: Tensor, trainer: Any) -> Iterator[tuple[Tensor, Features]]:
+    """Extract this rank's part of the features of the real images: their indices and features, in batches."""
+    for start in range(trainer.global_rank * BATCH_SIZE, len(real), trainer.world_size * BATCH_SIZE):
+        indices = torch.arange(start, min(len(real), start + BATCH_SIZE))
+        yield indices, extract(network, real[indices].to(trainer.strategy.root_device))
+
+
+def real_features(parts: Iterator[tuple[Tensor, Features]], world_size: int) -> Features:
+    """Return the features of all ranks' batches in the order of the images, on rank 0."""
+    parts_by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for indices, features in parts:
+        for name, part in features.items():
+            parts_by_name.setdefault(name, []).append((indices, part))
+    gathered = gather(parts_by_name, world_size)
+    names = gathered[0] if gathered else {}  # rank 0 always has images
+    return {name: merge_sorted([parts.get(name, []) for parts in gathered]).contiguous() for name in names}
+
+
+def real_statistics(parts: Iterator[tuple[Tensor, Features]], world_size: int) -> Features:
+    """Return the mean "mu" and the covariance "sigma" of the features of all ranks' batches, on rank 0."""
+    sums = FeatureSums()
+    for indices, features in parts:
+        sums.store(indices, features["features"])
+    gathered = gather(sums, world_size)
+    return {name: torch.from_numpy(part) for name, part in FeatureSums.merge(gathered).statistics().items()} if gathered else {}
 
 
 def extract(network: Extractor, images: Tensor) -> Features:

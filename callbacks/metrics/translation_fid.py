@@ -1,21 +1,23 @@
 """FID between translated images and real images of the target domain."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from callbacks.metrics.base import ImageMetric, to_uint8
-from callbacks.metrics.fid_kid_is import FeatureMetrics, extract, frechet_distance
+from callbacks.metrics.base import ImageMetric, Results, to_uint8
+from callbacks.metrics.feature_sums import FeatureSums, frechet_distance_of_statistics
+from callbacks.metrics.fid_kid_is import FeatureMetrics, extract
 
 
 class TranslationFID(ImageMetric):
     """FID of each direction, logged as `fid/<network>-<direction>-<images>`.
 
     All evaluated images of one domain are translated, rounded to 8 bits, and compared with all images of the other domain, at
-    the same size. The features are those of Inception or another network; torch-fidelity computes the distance. The name
-    includes the number of translated images, because distances for different numbers are not comparable. With a hundred
-    images, the distance is strongly biased upwards.
+    the same size. The features are those of Inception or another network. The distance equals torch-fidelity's up to rounding,
+    see `FeatureSums`. The name includes the number of translated images, because distances for different numbers are not
+    comparable. With a hundred images, the distance is strongly biased upwards.
 
     Required outputs: {"image", "prediction": (N, 3, H, W), "direction": N strings}.
 
@@ -54,16 +56,34 @@ class TranslationFID(ImageMetric):
         image_features, translation_features = extract(self.features.network, pair)["features"]
         return {source: image_features, translated: translation_features}
 
-    def compute(self, states: list[Any], trainer: Any) -> dict[str, float]:
-        """Return the metrics in the docstring of the class."""
+    def store(self, dataset: str, image: str, state: dict[str, Tensor]) -> None:
+        """Add the features of an image to the sums of their domains."""
+        domains = self.state.setdefault(dataset, {})
+        for domain, features in state.items():
+            domains.setdefault(domain, FeatureSums()).store([image], features[None])
+
+    def merge(self, states: Sequence[dict[str, dict[str, FeatureSums]]]) -> dict[str, dict[str, FeatureSums]]:
+        """Return the sums of all ranks by dataset and domain."""
+        merged: dict[str, dict[str, FeatureSums]] = {}
+        for dataset in sorted({dataset for state in states for dataset in state}):
+            parts = [state.get(dataset, {}) for state in states]
+            merged[dataset] = {
+                domain: FeatureSums.merge([part[domain] for part in parts if domain in part])
+                for domain in sorted({domain for part in parts for domain in part})
+            }
+        return merged
+
+    def compute_images(self, states: dict[str, FeatureSums], trainer: Any) -> dict[str, dict[str, float]]:
+        """Return the metrics in the docstring of the class, from the sums by domain."""
         results: dict[str, float] = {}
         network = self.features.network
         for domain, direction in (("B", "AtoB"), ("A", "BtoA")):
-            real, translated = (
-                [features[name] for features in states if name in features] for name in (domain, f"to {domain}")
-            )
+            real, translated = states.get(domain), states.get(f"to {domain}")
             if network is not None and real and translated:
-                results[f"fid/{network.name}-{direction}-{len(translated)}"] = frechet_distance(
-                    torch.stack(translated), torch.stack(real)
-                )
-        return results
+                fid = frechet_distance_of_statistics(translated.statistics(), real.statistics())
+                results[f"fid/{network.name}-{direction}-{len(translated.seen)}"] = fid
+        return {"all": results}
+
+    def _compute_all(self, merged: dict[str, dict[str, FeatureSums]], trainer: Any) -> tuple[Results, Results]:
+        """Return `results`, and no values of single images: the states are not those of images."""
+        return super()._compute_all(merged, trainer)[0], {}

@@ -32,6 +32,7 @@ SHARED = frozenset(
     [
         "__call__",
         "__getitem__",
+        "__getstate__",
         "__init__",
         "__iter__",
         "__len__",

@@ -108,9 +108,11 @@ def test_fid_kid_and_inception_score_match_torch_fidelity(folders, inception_wei
     assert metric.evaluator_hash == hashlib.sha256(inception_weights_path.read_bytes()).hexdigest()
     assert results == pytest.approx(expected, rel=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    fid = {"fid/inception-tf-12": expected["fid/inception-tf-12"]}
+    assert evaluate(FeatureMetrics(["fid"], weights=str(inception_weights_path)), sets) == pytest.approx(fid, rel=1e-6)
     results_from_cache = evaluate(FeatureMetrics(["kid"], weights=str(inception_weights_path)), sets, batch_size=12)
     assert results_from_cache["kid/inception-tf-12"] == pytest.approx(expected["kid/inception-tf-12"], rel=1e-6)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # features, and statistics of the FID alone
 
 
 @pytest.mark.slow

@@ -186,8 +186,10 @@ def test_translation_fid_compares_with_the_target_domain():
     metric.features.network = Network()
     to_b, to_a = outputs("AtoB", 40), outputs("BtoA", 50)
     to_b["prediction"] = to_b["prediction"] * 0.5
-    states = [metric.update(to_b, i) for i in range(40)] + [metric.update(to_a, i) for i in range(50)]
-    results = metric.compute(states, None)
+    for batch, count in ((to_b, 40), (to_a, 50)):
+        for i in range(count):
+            metric.store("set", f"{batch['direction'][i]} {i}", metric.update(batch, i))
+    results = metric.compute_images(metric.merge([metric.state])["set"], None)["all"]
 
     def frechet_distance(translated, real):
         from scipy.linalg import sqrtm

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from datamodules.errors import UserError
@@ -114,7 +115,8 @@ def frechet_distance_of_statistics(samples: dict[str, np.ndarray], real: dict[st
 
 
 def covariance_factor(sigma: np.ndarray) -> np.ndarray:
-    """Return A (F, rank) with A A^T = `sigma`; eigenvalues that rounding errors could cause are zero."""
-    eigenvalues, eigenvectors = np.linalg.eigh(sigma)
-    nonzero = eigenvalues > len(sigma) * np.finfo(np.float64).eps * eigenvalues[-1]
-    return eigenvectors[:, nonzero] * np.sqrt(eigenvalues[nonzero])
+    """Return A (F, rank) with A A^T = `sigma`, up to rounding, by a Cholesky factorization with pivoting."""
+    lower, pivots, rank, _ = dpstrf(sigma, lower=1)
+    factor = np.empty((len(sigma), rank))
+    factor[pivots - 1] = np.tril(lower)[:, :rank]
+    return factor

@@ -69,6 +69,21 @@ def test_distance_matches_torch_fidelity(count, real_count):
     assert distance == pytest.approx(exact(samples, real), rel=1e-9)
 
 
+@pytest.mark.parametrize("count", [30, 600])
+def test_distance_is_exact_if_covariances_are_nearly_singular(count):
+    """The variances of independent directions decrease to 1e-14 of the largest, less than rounding errors resolve."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator)).Q
+    scaled = rotation * 0.7 ** torch.arange(WIDTH)[:, None]
+    samples, real = (
+        (factor * torch.randn(n, WIDTH, dtype=torch.float64, generator=generator) @ scaled).float()
+        for factor, n in ((1, count), (1.2, 700))
+    )
+    distance = frechet_distance_of_statistics(sums(samples).statistics(), sums(real).statistics())
+    assert distance == pytest.approx(exact(samples, real), rel=1e-9)
+    assert distance == pytest.approx(reference(samples, real), rel=1e-5)
+
+
 def test_size_does_not_depend_on_the_number_of_samples():
     """A rank sends one triangle of the matrix, the mean, and the indices of the samples."""
     sent = {count: len(pickle.dumps(sums(features(count)))) for count in (WIDTH, 20 * WIDTH, 40 * WIDTH)}

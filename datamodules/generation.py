@@ -121,8 +121,6 @@ class Generation(ResumableDataModule):
     def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
         """Return an infinite loader of uint8 images; `on_after_batch_transfer` converts them to float."""
         self.items.set_image_size(self.image_size_at)
-        if self.num_workers and isinstance(self.items, InMemoryImages):
-            self.items.images.pixels.share_memory_()
         return self.train_loader(self.items, len(self.items))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

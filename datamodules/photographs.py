@@ -1,7 +1,6 @@
 """Photographs: random crops for training, center crops for evaluation."""
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from datamodules.batches import PhotographBatch, PhotographEvalBatch
 from datamodules.catalog.array_readers import read_split
 from datamodules.catalog.catalog import DatasetNotFound, catalog, get_dataset
 from datamodules.errors import UserError
-from datamodules.io.image_io import read_image, to_channels
+from datamodules.io.decoded_cache import DecodedImages, decode_images
+from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from datamodules.io.image_refs import ImageRef, dataset_label, list_image_refs
 from datamodules.io.image_set import class_folders, folder_labels
 from datamodules.random.philox import randint_from_words, random_words
@@ -111,8 +111,7 @@ class Photographs(ResumableDataModule):
                 files = [ref.path for ref in refs]
                 self.crops = StreamedCrops(files, self.file_labels(refs), self.resize, self.size, self.seed)
             else:
-                _, images, labels = self.read(self.train)
-                self.crops = RandomCrops(images, labels, self.size, self.seed)
+                self.crops = RandomCrops(*self.read_training(), self.size, self.seed)
         if stage in ("fit", "validate"):
             self.val_images = CenterCrops([self.read(self.val)], self.eval_size)
         if stage == "test":
@@ -127,10 +126,29 @@ class Photographs(ResumableDataModule):
             self.class_counts[name] = int(labels.max()) + 1
             refs = [ImageRef(name, f"{index:06d}", Path()) for index in range(len(pixels))]
             return PhotographSet(refs, [resize_short_side(to_channels(image, 3), self.resize) for image in pixels], labels)
-        usable = self.data_report.validate(list_image_refs(spec), 1)
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(lambda ref: read_resized(ref.path, self.resize), usable))
-        return PhotographSet(usable, images, self.file_labels(usable))
+        usable, decoded = self._decode(spec)
+        return PhotographSet(usable, decoded.images(), self.file_labels(usable))
+
+    def read_training(self) -> tuple[RaggedImageBuffer, Tensor]:
+        """Read and resize the training images; return them with their classes, int64 (N,)."""
+        if is_array_dataset(self.train):
+            _, images, labels = self.read(self.train)
+            return RaggedImageBuffer(images), labels
+        usable, decoded = self._decode(self.train, channels_last=True)
+        return decoded.buffer(), self.file_labels(usable)
+
+    def _decode(self, spec: str, channels_last: bool = False) -> tuple[list[ImageRef], DecodedImages]:
+        """Decode, resize and validate image files; return the usable ones."""
+        refs = list_image_refs(spec)
+
+        def read(number: int) -> tuple[Tensor, str]:
+            pixels = read_image(refs[number].path)
+            resized = resize_short_side(to_channels(pixels, 3), self.resize)
+            return resized.permute(1, 2, 0) if channels_last else resized, pixel_hash(pixels)
+
+        settings = f"shorter side of {self.resize} pixels, channels last: {channels_last}"
+        decoded = decode_images([ref.file for ref in refs], settings, read)
+        return self.data_report.add_results(refs, decoded.results), decoded
 
     def file_labels(self, refs: Sequence[ImageRef]) -> Tensor:
         """Return the classes of image files of a dataset, int64 (N,), numbered by name as in the training set."""
@@ -152,8 +170,6 @@ class Photographs(ResumableDataModule):
 
     def train_dataloader(self) -> Iterable[dict[str, Any]]:
         """Return an infinite loader of random crops."""
-        if self.num_workers and isinstance(self.crops, RandomCrops):
-            self.crops.images.share_memory()
         return self.train_loader(self.crops, len(self.crops))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -185,14 +201,14 @@ class RandomCrops(Dataset[dict[str, Any]]):
     """Batches of random crops of photographs, half of them flipped, indexed by the outputs of `InfiniteBatchSampler`.
 
     Args:
-        images: uint8 (3, H, W) each.
+        images: uint8 images of 3 channels.
         labels: their classes, int64 (N,).
         size: side of the crops in pixels.
         seed: seed of the positions.
     """
 
-    def __init__(self, images: Sequence[Tensor], labels: Tensor, size: int, seed: int) -> None:
-        self.images, self.labels, self.size, self.seed = RaggedImageBuffer(images), labels, size, seed
+    def __init__(self, images: RaggedImageBuffer, labels: Tensor, size: int, seed: int) -> None:
+        self.images, self.labels, self.size, self.seed = images, labels, size, seed
 
     def __len__(self) -> int:
         return len(self.images)

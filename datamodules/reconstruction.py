@@ -16,7 +16,7 @@ from datamodules.errors import UserError
 from datamodules.generation import Generation, InMemoryImages, eval_batch_size
 from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import dataset_label, list_image_refs
-from datamodules.io.image_set import ImageSet
+from datamodules.io.image_set import ImageSet, folder_names
 from datamodules.random.philox import random_words
 from datamodules.transforms.to_device import to_device_async
 
@@ -133,14 +133,14 @@ class Reconstruction(Generation):
     def _folder_names(self, spec: str) -> list[str]:
         """Return the folder name of each usable image of a dataset, in the order of the images."""
         usable = self.data_report.content_hashes[dataset_label(spec)]
-        return [ref.path.parent.name for ref in list_image_refs(spec) if ref.name in usable]
+        return folder_names([ref for ref in list_image_refs(spec) if ref.name in usable])
 
     def is_unseen(self, labels: Tensor) -> Tensor:
         """Return whether the class of each label (N,) is absent from training: bool (N,)."""
         if is_array_dataset(self.train):
             training_classes = {str(label) for label in read_split(self.train)[1].unique().tolist()}
         else:
-            training_classes = {ref.path.parent.name for ref in list_image_refs(self.train)}
+            training_classes = set(folder_names(list_image_refs(self.train)))
         return torch.tensor([name not in training_classes or name in self.exclude_classes for name in self.class_names])[labels]
 
     # Loaders

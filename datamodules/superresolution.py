@@ -12,8 +12,10 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from datamodules.base import ResumableDataModule
 from datamodules.batches import SuperResolutionBatch
 from datamodules.errors import UserError
+from datamodules.io.decoded_cache import decode_images
+from datamodules.io.image_io import check_size, pixel_hash, read_image
 from datamodules.io.image_refs import ImageRef, list_image_refs
-from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches, SREvalImages, StreamedPatches, read_pixels
+from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches, SREvalImages, StreamedPatches, convert_pixels
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.resize import imresize
 
@@ -90,8 +92,7 @@ class SuperResolution(ResumableDataModule):
 
     def _setup_training(self) -> None:
         min_size = (self.patch_size - 2 * self.border_overhang) * self.scale
-        refs = self.data_report.validate(self._split_train()[0], min_size, decode=not self.streaming)
-        files = [ref.path for ref in refs]
+        refs = self._split_train()[0]
         patch_options = {
             "seed": self.seed,
             "size": (self.patch_size + 2 * self.margin) * self.scale,
@@ -100,10 +101,24 @@ class SuperResolution(ResumableDataModule):
         }
         self.patches: InMemoryPatches | StreamedPatches
         if self.streaming:
+            files = [ref.path for ref in self.data_report.validate(refs, min_size, decode=False)]
             self.patches = StreamedPatches(files, self.channels, **patch_options)
         else:
-            images = [read_pixels(path, self.scale, self.channels) for path in files]
-            self.patches = InMemoryPatches(RaggedImageBuffer(images), **patch_options)
+            self.patches = InMemoryPatches(self._decode(refs, min_size), **patch_options)
+
+    def _decode(self, refs: Sequence[ImageRef], min_size: int) -> RaggedImageBuffer:
+        """Decode and validate training images."""
+
+        def read(number: int) -> tuple[Tensor, str]:
+            path = refs[number].path
+            pixels = read_image(path)
+            check_size(pixels.shape[-1], pixels.shape[-2], path, min_size)
+            return convert_pixels(pixels, self.scale, self.channels).permute(1, 2, 0), pixel_hash(pixels)
+
+        settings = f"multiples of {self.scale}, at least {min_size} pixels, {self.channels} channels"
+        decoded = decode_images([ref.file for ref in refs], settings, read)
+        self.data_report.add_results(refs, decoded.results)
+        return decoded.buffer()
 
     def _split_train(self) -> tuple[list[ImageRef], list[ImageRef]]:
         """Return training images and held-out validation images."""
@@ -136,8 +151,6 @@ class SuperResolution(ResumableDataModule):
 
         P is (patch_size + 2 * margin) * scale.
         """
-        if self.num_workers and isinstance(self.patches, InMemoryPatches):
-            self.patches.image_buffer.share_memory()
         return self.train_loader(self.patches, len(self.patches))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

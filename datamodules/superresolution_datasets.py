@@ -144,13 +144,22 @@ class SREvalImages(Dataset[dict[str, Any]]):
 
 
 def read_cropped(path: Path, multiple: int) -> Tensor:
-    """Read an image file, cropped at the bottom and right to multiples of `multiple`: uint8 (1 or 3, H, W)."""
-    pixels = read_image(path)
-    height, width = (length - length % multiple for length in pixels.shape[-2:])
-    return pixels[:, :height, :width]
+    """Read an image file, see `crop_to_multiple`: uint8 (1 or 3, H, W)."""
+    return crop_to_multiple(read_image(path), multiple)
 
 
 def read_pixels(path: Path, multiple: int, channels: int) -> Tensor:
-    """Read luma (1 channel) or RGB (3 channels) of an image file, see `read_cropped`: uint8 (channels, H, W)."""
-    pixels = read_cropped(path, multiple)
-    return luma(pixels) if channels == 1 else to_channels(pixels, 3)
+    """Read luma (1 channel) or RGB (3 channels) of an image file, see `crop_to_multiple`: uint8 (channels, H, W)."""
+    return convert_pixels(read_image(path), multiple, channels)
+
+
+def convert_pixels(pixels: Tensor, multiple: int, channels: int) -> Tensor:
+    """Compute what `read_pixels` returns from the pixels of the file."""
+    cropped = crop_to_multiple(pixels, multiple)
+    return luma(cropped) if channels == 1 else to_channels(cropped, 3)
+
+
+def crop_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
+    """Crop an image (C, H, W) at the bottom and right to multiples of `multiple`."""
+    height, width = (length - length % multiple for length in pixels.shape[-2:])
+    return pixels[:, :height, :width]

@@ -1,7 +1,6 @@
 """Unpaired translation: training crops and full evaluation images of two domains."""
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from datamodules.base import ResumableDataModule
 from datamodules.batches import UnpairedBatch
 from datamodules.catalog.domains import DomainImage, load_domains
 from datamodules.errors import UserError
-from datamodules.io.image_io import InvalidImage, pixel_hash
+from datamodules.io.decoded_cache import decode_images
+from datamodules.io.image_io import InvalidImage, check_size, pixel_hash
 from datamodules.random.noise import derive_seed
 from datamodules.random.philox import randint_from_words, random_words
 from datamodules.sampler import InfiniteBatchSampler
@@ -95,32 +95,30 @@ class Unpaired(ResumableDataModule):
 
     def _read(self, domain_images: Sequence[DomainImage], side: int | None) -> list[Tensor]:
         """Read the images of a domain and record their content hashes."""
-        with ThreadPoolExecutor() as pool:
-            results = list(pool.map(lambda domain_image: self._inspect(domain_image, side), domain_images))
-        if errors := [reason for reason, _ in results if isinstance(reason, str)]:
+
+        def read(number: int) -> tuple[Tensor, str]:
+            domain_image = domain_images[number]
+            pixels = domain_image.pixels()
+            if side is None:
+                check_size(pixels.shape[-1], pixels.shape[-2], domain_image.image.path, self.crop)
+            return pixels if side is None else domain_image.resize_square(pixels, side), pixel_hash(pixels)
+
+        origins = [(domain_image.palette_name, domain_image.columns) for domain_image in domain_images]
+        settings = f"{f'original size, at least {self.crop}' if side is None else f'square of {side}'}: {origins}"
+        decoded = decode_images([domain_image.source for domain_image in domain_images], settings, read)
+        if errors := [reason for reason, _ in decoded.results if reason]:
             raise InvalidImage(
                 f"{len(errors)} of {len(domain_images)} images cannot be used. Replace or remove them: {'; '.join(errors)}"
             )
         if domain_images:
             paths = [domain_image.image.path for domain_image in domain_images]
             self.data_report.note_losses(domain_images[0].image.dataset, paths)
-        for domain_image, (_, content_hash) in zip(domain_images, results, strict=True):
+        for domain_image, (_, content_hash) in zip(domain_images, decoded.results, strict=True):
             entries = self.data_report.content_hashes.setdefault(domain_image.image.dataset, {})
             entries[f"{domain_image.palette_name}/{domain_image.image.path.parent.name}/{domain_image.image.name}"] = (
                 content_hash
             )
-        return [pixels for pixels, _ in results if isinstance(pixels, Tensor)]
-
-    def _inspect(self, domain_image: DomainImage, side: int | None) -> tuple[Tensor | str, str]:
-        """Return the pixels of an image, or the reason why it is unusable, and its content hash."""
-        try:
-            pixels = domain_image.pixels()
-        except InvalidImage as error:
-            return str(error), ""
-        if side is None and min(pixels.shape[-2:]) < self.crop:
-            size = f"{pixels.shape[-1]}x{pixels.shape[-2]}"
-            return f"{domain_image.image.path}: {size} pixels, too small: at least {self.crop}x{self.crop} are needed", ""
-        return pixels if side is None else domain_image.resize_square(pixels, side), pixel_hash(pixels)
+        return decoded.images()
 
     @classmethod
     def list_items(cls, spec: str, init_args: dict[str, Any]) -> Sequence[Any]:

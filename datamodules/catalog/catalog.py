@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from datamodules.errors import UserError
-from datamodules.io.folders import list_images
+from datamodules.io.folders import list_image_names
 from datamodules.io.paths import data_root
 
 HERE = Path(__file__).parent
@@ -77,7 +77,8 @@ class CatalogEntry:
             )
         if self.source == "embedded":
             return sorted({path for split_value in self._parts(split) for path in _package_files(split_value)})
-        return sorted({path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)})
+        found = {path for pattern in self._patterns(split, scale) for path in self.path.glob(pattern)}
+        return sorted(found, key=lambda path: path.parts)  # the order of paths, computed faster
 
     def expected_count(self, split: str | None = None, scale: int | None = None) -> int:
         """Return the number of files of the complete dataset, split or scale; 0 if unknown."""
@@ -179,12 +180,17 @@ def resolve_images(spec: str, scale: int | None = None) -> list[Path]:
         DatasetNotFound: the dataset is absent or incomplete, or the folder contains no images.
         UserError: neither a folder nor a known dataset.
     """
+    return [Path(name) for name in resolve_image_names(spec, scale)]
+
+
+def resolve_image_names(spec: str, scale: int | None = None) -> list[str]:
+    """List the paths of `resolve_images` as strings, which is faster for a large folder."""
     if (dataset := find_source(spec)) is None:
-        if not (available := list_images(spec)):
+        if not (available := list_image_names(spec)):
             raise DatasetNotFound(f"{spec}: no images in this folder. Check the path")
         return available
     name, _, split = spec.partition("/")
-    if not (available := dataset.files(split or None, scale)):
+    if not (available := [str(path) for path in dataset.files(split or None, scale)]):
         raise DatasetNotFound(f"{spec} is not installed. To install: {dataset.install_hint()}")
     expected = dataset.expected_count(split or None, scale)
     if len(available) < expected:

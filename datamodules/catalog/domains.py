@@ -33,6 +33,11 @@ class DomainImage:
     palette_name: str = ""
     columns: tuple[int, int] | None = None
 
+    @property
+    def source(self) -> str | Path:
+        """File from which the pixels are read."""
+        return self.labels.mask if self.labels and self.palette_name else self.image.file
+
     def pixels(self) -> Tensor:
         """Read the image, or color its label map: uint8 (3, H, W)."""
         if self.labels and self.palette_name:

@@ -1,29 +1,42 @@
 """Cache of decoded images on disk: memory-mapped, and shared by all processes, runs and trials on a machine."""
 
+import errno
 import hashlib
+import io
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-import PIL
+import numpy as np
+import PIL.Image
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from datamodules.io.image_io import InvalidImage
 from datamodules.io.paths import cache_dir
+from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 
+VERSION = 2  # of the entries; a change in how Darkroom reads or resizes images increases it
 MIN_IMAGES = 1000  # smaller sets are decoded at each start, in about a second
 SAMPLED = 8  # files whose content is compared with the cache when it is used
+CHUNK = 256  # files that are decoded before the next are begun, which bounds the memory; then the free space is compared
 FREE_BYTES = 2**30  # that remain free on the disk
 MAX_WAIT_S = 1200  # for a process that decodes the same images; other processes of a run wait half an hour
-ReadFn = Callable[[Path], tuple[Tensor, str]]
+ReadFn = Callable[[int], tuple[Tensor, str]]
+
+
+class DecodedFile(NamedTuple):
+    """A decoded file: its pixels, None if it is unusable; the reason for that, otherwise empty; the hash of its content."""
+
+    pixels: Tensor | None
+    reason: str
+    content_hash: str
 
 
 class DecodedImages(NamedTuple):
@@ -31,121 +44,181 @@ class DecodedImages(NamedTuple):
 
     Args:
         results: for each file, the reason why it is unusable (empty if it is usable), and the hash of its content.
-        pixels: uint8 (usable files, C, H, W).
+        shapes: shape of the pixels of each usable file, (usable files, 3).
+        pixels: those of all usable files, one after the other, uint8 (total,).
     """
 
     results: list[tuple[str, str]]
+    shapes: np.ndarray
     pixels: Tensor
 
+    def images(self) -> list[Tensor]:
+        """Return the pixels of each usable file; they are views."""
+        parts = self.pixels.split(self.shapes.prod(1).tolist())
+        return [part.view(shape) for part, shape in zip(parts, self.shapes.tolist(), strict=True)]
 
-def decode_images(paths: Sequence[Path], shape: tuple[int, int, int], settings: str, read: ReadFn) -> DecodedImages:
+    def buffer(self) -> RaggedImageBuffer:
+        """Return a buffer of the images, whose pixels are (H, W, C) each; they are views."""
+        heights, widths, channels = self.shapes.T.tolist()
+        return RaggedImageBuffer.from_pixels(self.pixels.view(-1, channels[0]), heights, widths)
+
+
+def decode_images(files: Sequence[str | Path], settings: str, read: ReadFn) -> DecodedImages:
     """Decode image files, or map those of an earlier start into memory.
 
     Sets of at least `MIN_IMAGES` files are written to the cache folder. They are identified by the settings and by the path,
-    the size and the time of modification of each file; the content of a few files is compared as well. The first process that
-    needs the images decodes them; others wait. Without space or permission for the cache, they are decoded into memory.
+    the size and the time of modification of each file; a few files, and all that were unusable, are read again and compared.
+    The first process that needs the images decodes them; others wait. Without space or permission for the cache, they are
+    decoded into memory.
 
     Args:
-        paths: image files.
-        shape: (C, H, W) of the result.
-        settings: everything else on which the pixels depend.
-        read: function that returns the pixels, uint8 of the shape, and the content hash of a file, or raises `InvalidImage`.
+        files: image files.
+        settings: everything else on which the pixels, the reasons and the hashes depend.
+        read: function that returns the pixels, uint8 of any size, and the content hash of the file with a number, or raises
+            `InvalidImage`.
     """
-    if len(paths) < MIN_IMAGES:
-        return _in_memory(paths, shape, read)
+    if len(files) < MIN_IMAGES:
+        return _in_memory(len(files), read)
     folder = cache_dir() / "decoded"
-    path = folder / f"{_key(paths, shape, settings)}.bin"
+    path = folder / f"{_key(files, settings)}.bin"
     try:
+        if found := _current(path, len(files), read):  # without the lock, so that processes do not wait for each other
+            return found
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=MAX_WAIT_S):
-            has_space = shutil.disk_usage(folder).free > len(paths) * math.prod(shape) + FREE_BYTES
-            is_current = _is_current(path, paths, shape, read)
-            if not is_current and has_space:
-                _write(path, paths, read)
-            if is_current or has_space:
-                return _mapped(path, shape)
-    except OSError:  # not writable, full in the meantime, or in use by another process for a long time
-        pass
-    return _in_memory(paths, shape, read)
+            return _current(path, len(files), read) or _write(path, len(files), read)
+    except OSError:  # not writable, full, or in use by another process for a long time
+        return _in_memory(len(files), read)
 
 
-def _key(paths: Sequence[Path], shape: tuple[int, int, int], settings: str) -> str:
-    folder = Path.cwd()  # of relative paths
-    digest = hashlib.sha256(repr((torch.__version__, PIL.__version__, shape, settings, folder)).encode())
-    for path in paths:
-        name, size, time = os.fspath(path), 0, 0  # of a file that cannot be read
-        with suppress(OSError):
-            status = path.stat()
-            size, time = status.st_size, status.st_mtime_ns
-        digest.update(f"{name} {size} {time}\n".encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()[:32]
-
-
-def _decoded(paths: Sequence[Path], read: ReadFn) -> Iterator[tuple[Tensor | None, str, str]]:
-    """Yield the pixels of each file, None if it is unusable, with the reason and the hash; all cores decode."""
-
-    def attempt(path: Path) -> tuple[Tensor | None, str, str]:
+def _key(files: Sequence[str | Path], settings: str) -> str:
+    folder, limit = Path.cwd(), PIL.Image.MAX_IMAGE_PIXELS  # of relative paths; larger images are unusable
+    lines = [repr((VERSION, torch.__version__, PIL.__version__, limit, settings, folder))]
+    for file in files:
         try:
-            pixels, content_hash = read(path)
-        except InvalidImage as error:
-            return None, str(error), ""
-        return pixels, "", content_hash
+            status = os.stat(file)
+            lines.append(f"{file} {status.st_size} {status.st_mtime_ns}")
+        except OSError:
+            lines.append(f"{file} is unreadable")
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "backslashreplace")).hexdigest()[:32]
 
+
+def _decoded(numbers: Sequence[int], read: ReadFn) -> Iterator[DecodedFile]:
+    """Decode the files with these numbers on all cores."""
+
+    def attempt(number: int) -> DecodedFile:
+        try:
+            pixels, content_hash = read(number)
+        except InvalidImage as error:
+            return DecodedFile(None, str(error), "")
+        return DecodedFile(pixels, "", content_hash)
+
+    chunks: Iterable[Sequence[int]] = [numbers[first : first + CHUNK] for first in range(0, len(numbers), CHUNK)]
     with ThreadPoolExecutor() as pool:
-        found: Iterator[tuple[Tensor | None, str, str]] = pool.map(attempt, paths)
-        if len(paths) >= MIN_IMAGES:
+        found = (file for chunk in chunks for file in pool.map(attempt, chunk))
+        if len(numbers) >= MIN_IMAGES:
             from rich.console import Console
             from rich.progress import track
 
             console = Console(stderr=True)
-            found = iter(track(found, f"decoding {len(paths):,} images", len(paths), console=console, transient=True))
-        yield from found
+            yield from track(found, f"decoding {len(numbers):,} images", len(numbers), console=console, transient=True)
+        else:
+            yield from found
 
 
-def _in_memory(paths: Sequence[Path], shape: tuple[int, int, int], read: ReadFn) -> DecodedImages:
-    with torch.inference_mode(False):  # other threads, which are not in this mode, may write to the pixels
-        pixels = torch.empty(len(paths), *shape, dtype=torch.uint8)
-    results, count = [], 0
-    for image, reason, content_hash in _decoded(paths, read):
+def _store(decoded: Iterable[DecodedFile], file: IO[bytes]) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Write the pixels of the usable files, and return the results and the shapes, see `DecodedImages`."""
+    results, shapes = [], []
+    for pixels, reason, content_hash in decoded:
         results.append((reason, content_hash))
-        if image is not None:
-            pixels[count] = image
-            count += 1
-    return DecodedImages(results, pixels[:count])
+        if pixels is not None:
+            file.write(pixels.contiguous().numpy().data)
+            shapes.append(pixels.shape)
+    return results, np.array(shapes, dtype=np.int64).reshape(-1, 3)
 
 
-def _write(path: Path, paths: Sequence[Path], read: ReadFn) -> None:
-    """Write the pixels, and then the results, which complete the entry."""
-    results = []
-    pixels = path.with_suffix(".pixels")  # another process may have mapped the earlier file
-    with pixels.open("wb") as file:
-        for image, reason, content_hash in _decoded(paths, read):
-            results.append((reason, content_hash))
-            if image is not None:
-                file.write(image.contiguous().numpy().tobytes())
-    pixels.replace(path)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results))
-    part.replace(path.with_suffix(".json"))
+def _in_memory(count: int, read: ReadFn) -> DecodedImages:
+    content = io.BytesIO()
+    results, shapes = _store(_decoded(range(count), read), content)
+    return DecodedImages(results, shapes, _tensor(content.getbuffer()))
 
 
-def _mapped(path: Path, shape: tuple[int, int, int]) -> DecodedImages:
-    results = [(reason, content_hash) for reason, content_hash in json.loads(path.with_suffix(".json").read_text())]
-    count = sum(not reason for reason, _ in results)
-    with torch.inference_mode(False):
-        pixels = torch.from_file(os.fspath(path), shared=False, size=count * math.prod(shape), dtype=torch.uint8)
-    return DecodedImages(results, pixels.view(count, *shape))
+def _tensor(content: mmap | memoryview) -> Tensor:
+    """Return a uint8 tensor of the bytes, which are not copied."""
+    with torch.inference_mode(False):  # other threads, which are not in this mode, may write to the pixels
+        return torch.frombuffer(content, dtype=torch.uint8) if len(content) else torch.empty(0, dtype=torch.uint8)
 
 
-def _is_current(path: Path, paths: Sequence[Path], shape: tuple[int, int, int], read: ReadFn) -> bool:
-    """Return whether the entry is there and complete, and a sample of the files has the content that it was made from."""
+def _write(path: Path, count: int, read: ReadFn) -> DecodedImages:
+    """Write the pixels, and then the results, which complete the entry, and map it into memory.
+
+    Raises:
+        OSError: there is no space or no permission.
+    """
+    part = path.with_suffix(".part")  # another process may have mapped the earlier file
     try:
-        results = json.loads(path.with_suffix(".json").read_text())
-        n_usable = sum(not reason for reason, _ in results)
-        if len(results) != len(paths) or path.stat().st_size != n_usable * math.prod(shape):
-            return False
-    except (OSError, ValueError, TypeError):
-        return False
-    sample = range(0, len(paths), max(1, len(paths) // SAMPLED))
-    found = _decoded([paths[i] for i in sample], read)
-    return all([reason, content_hash] == results[i] for i, (_, reason, content_hash) in zip(sample, found, strict=True))
+        with part.open("wb") as file:
+            results, shapes = _store(_while_space(_decoded(range(count), read), count, path.parent), file)
+        part.replace(path)
+        reasons = {number: reason for number, (reason, _) in enumerate(results) if reason}
+        hashes = [content_hash for _, content_hash in results]
+        distinct = shapes[:1] if (shapes == shapes[:1]).all() else shapes
+        part.write_text(json.dumps({"reasons": reasons, "hashes": hashes, "shapes": distinct.tolist()}))
+        part.replace(path.with_suffix(".json"))
+    finally:
+        part.unlink(missing_ok=True)
+    return _mapped(path)
+
+
+def _while_space(decoded: Iterable[DecodedFile], count: int, folder: Path) -> Iterator[DecodedFile]:
+    """Yield decoded files, as long as the disk has space for all: the others are assumed to have the mean size.
+
+    Raises:
+        OSError: less than `FREE_BYTES` would remain.
+    """
+    written = 0
+    for number, file in enumerate(decoded, 1):
+        yield file
+        written += 0 if file.pixels is None else file.pixels.nbytes
+        if number % CHUNK == 0 or number == count:
+            needed = written * (count - number) // number + FREE_BYTES
+            if shutil.disk_usage(folder).free < needed:
+                raise OSError(errno.ENOSPC, f"{folder}: {needed:,} bytes are needed")
+
+
+def _mapped(path: Path) -> DecodedImages:
+    """Map an entry into memory.
+
+    Raises:
+        OSError, ValueError, TypeError, LookupError: it is absent or damaged.
+    """
+    content = json.loads(path.with_suffix(".json").read_text())
+    results = [("", content_hash) for content_hash in content["hashes"]]
+    for number, reason in content["reasons"].items():
+        results[int(number)] = (reason, "")
+    distinct = np.array(content["shapes"], dtype=np.int64).reshape(-1, 3)  # one row, if all are equal
+    shapes = np.broadcast_to(distinct, (len(results) - len(content["reasons"]), 3))
+    size = int(shapes.prod(1).sum())
+    if path.stat().st_size != size:
+        raise ValueError
+    with path.open("rb") as file:  # `torch.from_file` would return a tensor that cannot be sent to processes
+        content = mmap(file.fileno(), size, access=ACCESS_COPY) if size else memoryview(b"")
+    return DecodedImages(results, shapes, _tensor(content))
+
+
+def _current(path: Path, count: int, read: ReadFn) -> DecodedImages | None:
+    """Return the entry, or None if it is not there, not complete, or files have another content than it was made from.
+
+    A sample of the files is compared, and those that were unusable: their permissions may have changed.
+    """
+    try:
+        entry = _mapped(path)
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    if len(entry.results) != count:
+        return None
+    unusable = (number for number, (reason, _) in enumerate(entry.results) if reason)
+    numbers = sorted({*range(0, count, -(-count // SAMPLED)), *unusable})
+    found = _decoded(numbers, read)
+    is_same = all(entry.results[number] == file[1:] for number, file in zip(numbers, found, strict=True))
+    return entry if is_same else None

@@ -15,7 +15,7 @@ from datamodules.errors import UserError
 from datamodules.io.decoded_cache import decode_images
 from datamodules.io.folders import is_hidden
 from datamodules.io.image_io import InvalidImage, check_size, pixel_hash, read_image
-from datamodules.io.image_refs import DataReport, ImageRef, list_image_refs
+from datamodules.io.image_refs import DataReport, ImageRef, list_image_refs, parent_of
 
 
 class ImageSet(NamedTuple):
@@ -77,14 +77,15 @@ def load_image_set(
     refs = list_image_refs(spec)
     refs = [refs[i] for i in random_subset(len(refs), max_images).tolist()]
 
-    def read(path: Path) -> tuple[Tensor, str]:
+    def read(number: int) -> tuple[Tensor, str]:
+        path = refs[number].path
         pixels = read_image(path)
         check_size(pixels.shape[-1], pixels.shape[-2], path, square.side or size)
         return take_square(path, pixels, size, channels, square), pixel_hash(pixels)
 
-    decoded = decode_images([ref.path for ref in refs], (channels, size, size), f"square {square}", read)
-    refs = data_report.add_results(refs, decoded.results)
-    return ImageSet(decoded.pixels, folder_labels(refs, class_names=class_names))
+    decoded = decode_images([ref.file for ref in refs], f"{square} of {size} pixels, {channels} channels", read)
+    usable = data_report.add_results(refs, decoded.results)
+    return ImageSet(decoded.pixels.view(-1, channels, size, size), folder_labels(usable, class_names=class_names))
 
 
 def folder_class_names(spec: str) -> list[str]:
@@ -92,7 +93,14 @@ def folder_class_names(spec: str) -> list[str]:
     name = spec.partition("/")[0]
     if name in catalog() and get_dataset(name).arrays:
         return []
-    return sorted({ref.path.parent.name for ref in list_image_refs(spec)})
+    return sorted(set(folder_names(list_image_refs(spec))))
+
+
+def folder_names(refs: Sequence[ImageRef]) -> list[str]:
+    """Return the name of each image's folder, its class."""
+    parents = [parent_of(ref.file) for ref in refs]
+    names = {parent: Path(parent).name for parent in set(parents)}
+    return [names[parent] for parent in parents]
 
 
 def random_subset(count: int, max_items: int | None) -> Tensor:
@@ -109,7 +117,7 @@ def random_order(count: int) -> Tensor:
 
 def class_folders(refs: Sequence[ImageRef]) -> list[Path]:
     """Return the folders of images and the folders next to them, sorted: a folder of each class, as in `ImageFolder`."""
-    own = {parent.absolute() for parent in {ref.path.parent for ref in refs}}
+    own = {Path(parent).absolute() for parent in {parent_of(ref.file) for ref in refs}}
     readable = {folder.parent for folder in own if os.access(folder.parent, os.R_OK | os.X_OK)}
     siblings = {folder for parent in readable for folder in parent.iterdir() if folder.is_dir() and not is_hidden(folder.name)}
     return sorted(own | siblings)
@@ -124,15 +132,16 @@ def folder_labels(refs: Sequence[ImageRef], folders: Sequence[Path] | None = Non
         class_names: names of the classes of another set. If a folder has such a name, classes are numbered by name, as in that
             set, and other names follow. A set that lacks a class then has the labels of the other set.
     """
-    absolute = {parent: parent.absolute() for parent in {ref.path.parent for ref in refs}}
-    own = [absolute[ref.path.parent] for ref in refs]
-    everything = list(folders or sorted(set(own)))
+    parents = [parent_of(ref.file) for ref in refs]
+    own = {parent: Path(parent).absolute() for parent in set(parents)}
+    everything = list(folders or sorted(set(own.values())))
     names = [folder.name for folder in everything]
+    numbers = {folder: i for i, folder in enumerate(everything)}
     if set(names) & set(class_names):
         known = [*class_names, *sorted(set(names) - set(class_names))]
-        return torch.tensor([known.index(folder.name) for folder in own])
-    numbers = {folder: i for i, folder in enumerate(everything)}
-    return torch.tensor([numbers[folder] for folder in own])
+        numbers = {folder: known.index(folder.name) for folder in everything}
+    labels = {parent: numbers[folder] for parent, folder in own.items()}
+    return torch.tensor([labels[parent] for parent in parents])
 
 
 def read_square(path: Path, size: int, channels: int, square: Square) -> Tensor:

@@ -21,11 +21,26 @@ class RaggedImageBuffer:
     """
 
     def __init__(self, images: Sequence[Tensor]) -> None:
-        self.heights = np.array([image.shape[-2] for image in images], dtype=np.int64)
-        self.widths = np.array([image.shape[-1] for image in images], dtype=np.int64)
+        pixels = torch.cat([image.flatten(1).T for image in images])
+        self._set(pixels, [image.shape[-2] for image in images], [image.shape[-1] for image in images])
+
+    @classmethod
+    def from_pixels(cls, pixels: Tensor, heights: Sequence[int], widths: Sequence[int]) -> "RaggedImageBuffer":
+        """Use the pixels of images, such as those of a file that is mapped into memory, without a copy.
+
+        Args:
+            pixels: those of all images, one after the other, (all pixels, C).
+            heights, widths: sizes of the images.
+        """
+        buffer = cls.__new__(cls)
+        buffer._set(pixels, heights, widths)
+        return buffer
+
+    def _set(self, pixels: Tensor, heights: Sequence[int], widths: Sequence[int]) -> None:
+        self.pixels = pixels  # (all pixels, C)
+        self.heights, self.widths = np.array(heights, dtype=np.int64), np.array(widths, dtype=np.int64)
         areas = self.heights * self.widths
         self.offsets = np.cumsum(areas) - areas
-        self.pixels = torch.cat([image.flatten(1).T for image in images])  # (all pixels, C)
 
     def __len__(self) -> int:
         return len(self.heights)

@@ -61,7 +61,7 @@ def datasets():
     squares = torch.stack([image[:, :64, :64] for image in images])
     return [
         InMemoryImages(ImageSet(squares, labels)),
-        RandomCrops(images, labels, 66, seed=1),
+        RandomCrops(RaggedImageBuffer(images), labels, 66, seed=1),
         UnpairedCrops(images, images[::-1], 60, hflip=True, seed=1),
         InMemoryPatches(RaggedImageBuffer(images), seed=1, size=20, grid=2, border_overhang=4),
         random_tiles(SpatialAugment()),

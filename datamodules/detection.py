@@ -3,32 +3,27 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import DetectionBatch
 from datamodules.catalog.annotated_images import (
     AnnotatedImage,
     AnnotatedSet,
-    Annotations,
     ImageSummary,
     list_annotated_images,
 )
 from datamodules.catalog.coco_annotations import InvalidAnnotations
 from datamodules.catalog.object_names import declared_classes, declared_skeleton
+from datamodules.detection_datasets import EvaluationImages, InMemoryScenes, StreamedScenes
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import dataset_label
-from datamodules.random.noise import uniform
-from datamodules.transforms.augment_objects import ObjectAugment, Window
-from datamodules.transforms.objects import CroppedMask, Objects, crop_masks, decode_masks, paste_masks
+from datamodules.transforms.augment_objects import ObjectAugment
 
 SHOWN_PROBLEMS = 5  # in a message
 
@@ -134,7 +129,8 @@ class Detection(ResumableDataModule):
                 self.symmetries,
                 self.sets[self.train].mirrored,
             )
-            self.train_images = TrainingImages(images, self.masks, self.augment, self.seed, self.streaming)
+            scenes = StreamedScenes if self.streaming else InMemoryScenes
+            self.train_images = scenes(images, self.masks, self.augment, self.seed)
         if stage in ("fit", "validate"):
             self.val_images = EvaluationImages(self._validate_set(self.val))
         if stage == "test":
@@ -244,106 +240,3 @@ def inspect(image: AnnotatedImage, decode: bool) -> ImageSummary | str:
         return image.inspect(decode)
     except InvalidImage as error:
         return str(error)
-
-
-class TrainingImages(Dataset[dict[str, Any]]):
-    """Batches of augmented images with objects, indexed by the outputs of `InfiniteBatchSampler`.
-
-    Args:
-        images: the images.
-        masks: read masks.
-        augment: random transforms.
-        seed: seed of the transforms.
-        streaming: decode images on demand.
-    """
-
-    def __init__(
-        self, images: Sequence[AnnotatedImage], masks: bool, augment: ObjectAugment, seed: int, streaming: bool
-    ) -> None:
-        self.images, self.masks, self.augment, self.seed = images, masks, augment, seed
-        with ThreadPoolExecutor() as pool:
-            self.decoded = None if streaming else list(pool.map(partial(read_decoded, masks=masks), images))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """Return a `DetectionBatch` before `prepare_train_batch`: images are uint8."""
-        start, items = slice_
-        samples = []
-        for position, item in enumerate(items, start):
-            image, annotations, masks = self.decoded[item] if self.decoded else (*read(self.images[item]), None)
-            noise = uniform(self.seed, "objects", [position], 7)[0]
-            height, width = image.shape[-2:]
-            window = self.augment.window(height, width, noise)
-            objects = training_objects(annotations, height, width, window, self.masks, masks)
-            samples.append(self.augment.transform(image, objects, window, noise))
-        return {"image": [image for image, _ in samples], "objects": [objects for _, objects in samples]}
-
-
-class EvaluationImages(Dataset[dict[str, Any]]):
-    """Single evaluation images with annotations."""
-
-    def __init__(self, images: Sequence[AnnotatedImage]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a `DetectionEvalBatch` before `prepare_eval_batch`: images are uint8."""
-        ref = self.images[index].image
-        image, annotations = read(self.images[index])
-        return {
-            "image": [image],
-            "annotations": [annotations._asdict()],
-            "name": [ref.name],
-            "dataset": [ref.dataset],
-        }
-
-
-def read(image: AnnotatedImage) -> tuple[Tensor, Annotations]:
-    """Read an image, uint8 (3, H, W), and its annotations."""
-    pixels = image.read()
-    return pixels, image.annotations(pixels.shape[-2], pixels.shape[-1])
-
-
-def read_decoded(image: AnnotatedImage, masks: bool) -> tuple[Tensor, Annotations, list[CroppedMask] | None]:
-    """Read an image, its annotations, and its decoded masks; None without `masks`."""
-    pixels, annotations = read(image)
-    return pixels, annotations, crop_masks(annotations.masks, *pixels.shape[-2:]) if masks else None
-
-
-def training_objects(
-    annotations: Annotations,
-    height: int,
-    width: int,
-    window: Window,
-    masks: bool,
-    cropped: Sequence[CroppedMask] | None,
-) -> Objects:
-    """Return the objects of an image of this size with pixels in a window as tensors, without crowds.
-
-    Args:
-        annotations: objects of the image.
-        height, width: size of the image.
-        window: part of the image.
-        masks: return masks.
-        cropped: decoded masks; None to decode those of the annotations.
-    """
-    left, top, right, bottom = annotations.boxes.T
-    in_rows = (top < window.top + window.height) & (bottom > window.top)
-    in_columns = (left < window.left + window.width) & (right > window.left)
-    kept = in_rows & in_columns & ~annotations.crowd
-    objects = {
-        "boxes": torch.from_numpy(annotations.boxes[kept]),
-        "labels": torch.from_numpy(annotations.labels[kept]),
-    }
-    if masks:
-        if cropped is None:
-            objects["masks"] = decode_masks(list(compress(annotations.masks, kept)), height, width)
-        else:
-            objects["masks"] = paste_masks(list(compress(cropped, kept)), height, width)
-    if annotations.keypoints.shape[1]:
-        objects["keypoints"] = torch.from_numpy(annotations.keypoints[kept])
-    return objects

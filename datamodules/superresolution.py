@@ -1,13 +1,11 @@
 """Super-resolution: training patches and full evaluation images, as in the papers' tables."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from datamodules.base import ResumableDataModule
 from datamodules.batches import SuperResolutionBatch
@@ -16,6 +14,7 @@ from datamodules.io.decoded_cache import decode_images
 from datamodules.io.image_io import check_size, pixel_hash, read_image
 from datamodules.io.image_refs import ImageRef, list_image_refs
 from datamodules.superresolution_datasets import KERNEL_MARGIN, InMemoryPatches, SREvalImages, StreamedPatches, convert_pixels
+from datamodules.transforms.blur import blur_inside, blur_radius
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.transforms.resize import imresize
 
@@ -65,8 +64,7 @@ class SuperResolution(ResumableDataModule):
         self.patch_size, self.border_overhang, self.streaming = patch_size, border_overhang, streaming
         if 2 * border_overhang >= patch_size:
             raise UserError(f"data.border_overhang: {border_overhang} must be less than half of data.patch_size: {patch_size}")
-        self.blur_radius = math.ceil(3 * blur)  # HR pixels
-        self.margin = KERNEL_MARGIN + -(-self.blur_radius // scale)  # LR pixels around a patch that its pixels depend on
+        self.margin = KERNEL_MARGIN + -(-blur_radius(blur) // scale)  # LR pixels around a patch that its pixels depend on
 
     # Setup
 
@@ -166,7 +164,7 @@ class SuperResolution(ResumableDataModule):
     def prepare_train_batch(self, batch: dict[str, Any]) -> SuperResolutionBatch:
         """Create inputs and targets from uint8 patches (N, C, P, P), and crop the margin of the filters."""
         hr = batch["patches"].float() / 255
-        blurred = gaussian_blur(hr, [2 * self.blur_radius + 1] * 2, [self.blur] * 2) if self.blur else hr
+        blurred = blur_inside(hr, self.blur) if self.blur else hr
         size, margin = self.patch_size + 2 * self.margin, self.margin
         lr = imresize(blurred, (size, size))[..., margin:-margin, margin:-margin]
         margin *= self.scale

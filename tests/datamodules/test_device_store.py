@@ -1,5 +1,7 @@
 """Data on the device: the batches and the training are those of data on the host."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,20 +9,26 @@ import pytest
 import torch
 
 from datamodules import base
+from datamodules.catalog.annotated_images import AnnotatedImage, Annotations
 from datamodules.catalog.masked_image import MaskedSample
+from datamodules.detection_datasets import InMemoryScenes, StreamedScenes
 from datamodules.generation import InMemoryImages
 from datamodules.io import device_store
 from datamodules.io.copy_ahead import CopyAhead
+from datamodules.io.image_refs import ImageRef
 from datamodules.io.image_set import ImageSet
 from datamodules.photographs import RandomCrops
 from datamodules.segmentation_datasets import InMemoryTiles
 from datamodules.superresolution_datasets import InMemoryPatches
 from datamodules.transforms.augment import SpatialAugment
+from datamodules.transforms.augment_objects import ObjectAugment
+from datamodules.transforms.objects import encode_masks, mask_areas, mask_boxes
 from datamodules.transforms.ragged_buffer import RaggedImageBuffer
 from datamodules.unpaired import UnpairedCrops
 from tests.helpers.gpu_contract import DEVICE
 from tests.helpers.method_contract import assert_equal, checkpoint, fit
 from tests.helpers.subprocess_helpers import forked
+from tests.tasks.detection import SMALL_NETWORK, write_detection_recipe
 from tests.tasks.generation import write_generative_recipe
 from tests.tasks.superresolution import write_recipe
 
@@ -138,6 +146,69 @@ def test_batches_are_copied_two_ahead_and_in_order(device):
             assert (tensor == i).all()
 
 
+@dataclass(frozen=True)
+class DrawnScene(AnnotatedImage):
+    """Noise with five objects, one of them a crowd, whose masks are scattered pixels, and two keypoints of each."""
+
+    seed: int
+
+    def read(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(256, (3, 70, 90), generator=generator, dtype=torch.uint8)
+
+    def annotations(self, height, width):
+        generator = np.random.default_rng(self.seed)
+        masks = np.zeros((5, height, width), bool)
+        for mask, top, left in zip(masks, generator.integers(0, 40, 5), generator.integers(0, 60, 5), strict=True):
+            mask[top : top + 30, left : left + 30] = generator.random((30, 30)) < 0.2
+        keypoints = generator.integers(0, 70, (5, 2, 3)).astype(np.float32)
+        keypoints[..., 2] = generator.integers(0, 3, (5, 2))
+        keypoints *= keypoints[..., 2:] > 0
+        codes = encode_masks(torch.from_numpy(masks))
+        crowd = np.arange(5) == 3
+        return Annotations(mask_boxes(codes), np.arange(1, 6), codes, mask_areas(codes), crowd, keypoints)
+
+
+def scenes(kind=InMemoryScenes, masks=True, **augment):
+    images = [DrawnScene(ImageRef("drawn", str(seed), Path()), seed) for seed in range(3)]
+    return kind(images, masks, ObjectAugment(mirrored_keypoints=[1, 0], **augment), seed=1)
+
+
+AUGMENTS = [
+    {"hflip": False},
+    {"crop": 40, "symmetries": True},
+    {"crop": 40, "zoom": 1.5, "short_sides": [60, 100], "symmetries": True},
+]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param(DEVICE, marks=pytest.mark.gpu, id="gpu")])
+def test_scenes_on_the_device_equal_those_on_the_host(device, augment, masks):
+    """Interpolated pixels differ by at most 1 where the device rounds otherwise. Tensors without data allow no copy back."""
+    items = scenes(masks=masks, **augment)
+    assert isinstance(items, device_store.Storable)
+    assert not isinstance(scenes(StreamedScenes), device_store.Storable)
+    assert items.n_bytes > 3 * 3 * 70 * 90
+    stored = items.on_device(torch.device(device))
+    for start in range(0, 40, 4):
+        slice_ = (start, np.array([2, 0, 1, 1]))
+        host, streamed, found = items[slice_], scenes(StreamedScenes, masks, **augment)[slice_], stored[slice_]
+        for i in range(4):
+            expected, given = host["image"][i], found["image"][i]
+            assert given.shape == expected.shape
+            assert given.device.type == device
+            if device != "meta":
+                assert (given.cpu().int() - expected.int()).abs().max() <= (device != "cpu" and "zoom" in augment)
+            assert found["objects"][i].keys() == host["objects"][i].keys() == streamed["objects"][i].keys()
+            assert ("masks" in found["objects"][i]) == masks
+            for name, values in host["objects"][i].items():
+                assert torch.equal(values, streamed["objects"][i][name])
+                assert found["objects"][i][name].shape == values.shape
+                assert found["objects"][i][name].device.type == device
+                assert device == "meta" or torch.equal(found["objects"][i][name].cpu(), values)
+
+
 def fit_with_stored_data(recipe, *overrides):
     read = device_store.DeferredItems.read
     calls = []
@@ -147,12 +218,15 @@ def fit_with_stored_data(recipe, *overrides):
     assert len(calls) == 15
 
 
-@pytest.mark.parametrize("task", ["super-resolution", "generation"])
+@pytest.mark.parametrize("task", ["super-resolution", "generation", "detection"])
 def test_training_on_stored_data_is_the_same(workdir, photos, monkeypatch, task):
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     if task == "generation":
         model = {"channels": 1, "size": 28, "hidden_dim": 16, "total_images": 60}
         recipe = write_generative_recipe(workdir / "tiny.yaml", {"class_path": "modules.gan.GAN", "init_args": model})
+    elif task == "detection":
+        model = {"class_path": "modules.mask_rcnn.MaskRCNN", "init_args": {**SMALL_NETWORK, "total_images": 60}}
+        recipe = write_detection_recipe(workdir / "tiny.yaml", model)
     else:
         model = {"class_path": "modules.espcn.ESPCN", "init_args": {"scale": 3, "total_images": 60}}
         recipe = write_recipe(workdir / "tiny.yaml", photos, model)

@@ -6,12 +6,14 @@ import signal
 import pytest
 import torch
 from PIL import Image, ImageFile
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from datamodules.catalog.catalog import DatasetNotFound
 from datamodules.errors import UserError
 from datamodules.io.image_io import InvalidImage
 from datamodules.io.image_refs import list_image_refs
 from datamodules.superresolution import SuperResolution
+from datamodules.transforms.resize import imresize
 
 
 @pytest.fixture
@@ -174,3 +176,20 @@ def test_loader_workers_ignore_stop_signals(folder):
     for _ in range(12):  # more than the prefetched batches
         next(batches)
     assert all(worker.is_alive() for worker in batches._workers)
+
+
+@pytest.mark.parametrize(("scale", "blur"), [(2, 0.6), (3, 2.5), (4, 1.0)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inputs_are_blurred_with_reflection_at_the_border_of_whole_patches(folder, scale, blur, channels):
+    """The border of the blur, which is not reflected, is in the margin."""
+    data = datamodule(folder, scale=scale, blur=blur, channels=channels)
+    data.setup("fit")
+    patches = next(iter(data.train_dataloader()))["patches"]
+    batch = data.prepare_train_batch({"patches": patches})
+    whole = patches.float() / 255
+    radius = int(-(-3 * blur // 1))
+    blurred = gaussian_blur(whole, [2 * radius + 1] * 2, [blur] * 2)
+    margin, size = data.margin, 11 + 2 * data.margin
+    expected = imresize(blurred, (size, size))[..., margin:-margin, margin:-margin]
+    assert torch.allclose(batch["input"], expected, rtol=0, atol=1e-6)
+    assert torch.equal(batch["target"], whole[..., scale * margin : -scale * margin, scale * margin : -scale * margin])

@@ -1,7 +1,7 @@
 """Base class of datamodules: an infinite, resumable stream of training batches, sharded over ranks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import lightning as L
@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
 from datamodules.errors import UserError
-from datamodules.io.copy_ahead import CopyAhead
 from datamodules.io.device_store import DeferredItems, Storable, fits
 from datamodules.io.image_refs import DataReport, dataset_label
 from datamodules.io.loader import make_loader
@@ -39,7 +38,7 @@ class ResumableDataModule(L.LightningDataModule, ABC):
     Args:
         batch_size: global batch size, over all devices; a stage of a method may use another size.
         num_workers: loader processes for training; 0 is fastest for data in memory, which then lie on the GPU if they take at
-            most a fifth of its free memory.
+            most a fifth of its memory.
         seed: seed of the order and of all random numbers of a sample.
         skip_bad: skip unusable files and report their count instead of raising an error.
     """
@@ -84,7 +83,7 @@ class ResumableDataModule(L.LightningDataModule, ABC):
             raise DatasetNotFound("; ".join(self.missing_sets.values()) or "data.test: no dataset given. Name at least one")
         return found
 
-    def train_loader(self, items: Dataset[Any], length: int, groups: np.ndarray | None = None) -> Iterable[Any]:
+    def train_loader(self, items: Dataset[Any], length: int, groups: np.ndarray | None = None) -> DataLoader[Any]:
         """Return an infinite loader of this rank's slice of each training batch; for a GPU, it copies batches ahead.
 
         Args:
@@ -107,8 +106,8 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         self.deferred = None
         if isinstance(items, Storable) and not self.num_workers and fits(items.n_bytes, device):
             items = self.deferred = DeferredItems(items.on_device(device))
-        loader = make_loader(items, sampler, self.num_workers)
-        return CopyAhead(loader, device) if device.type == "cuda" and self.deferred is None else loader
+        copies = device.type == "cuda" and self.deferred is None
+        return make_loader(items, sampler, self.num_workers, device if copies else None)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """Return a loader of this rank's evaluation items; see `RankSampler`."""

@@ -1,4 +1,4 @@
-"""Sums of the features of samples, from which the FID is computed; their size does not depend on the number of samples."""
+"""Sums of the features of samples, from which the FID is computed; apart from the indices, of a constant size."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -64,8 +64,14 @@ class FeatureSums:
         return merged
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """Return the mean "mu" (F,) and the unbiased covariance "sigma" (F, F) in float64."""
+        """Return the mean "mu" (F,) and the unbiased covariance "sigma" (F, F) in float64.
+
+        Raises:
+            UserError: there are fewer than two samples.
+        """
         self._sum_rows()
+        if self.n_summed < 2:
+            raise UserError(f"FID: {self.n_summed} images, but a covariance needs at least two. Use more images")
         sigma = np.zeros((len(self.mu), len(self.mu)))
         sigma[np.tri(len(self.mu), dtype=bool)] = self.triangle / (self.n_summed - 1)
         return {"mu": self.mu, "sigma": sigma + np.tril(sigma, -1).T}

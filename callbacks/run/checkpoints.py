@@ -161,8 +161,8 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
     trainer.save_checkpoint(tmp_path)
     if trainer.is_global_zero:
         tmp_path.replace(path)
-        checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
-        if path == checkpoints.last and module.images_seen > checkpoints.resumed_at:
+        checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+        if checkpoints and path == checkpoints.last and module.images_seen > checkpoints.resumed_at:
             note_progress()
         for folder in path.parent.glob(f"{path.stem}-*.shards"):  # of older checkpoints
             if folder != getattr(trainer.strategy, "newest_shards", None):

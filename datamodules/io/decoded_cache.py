@@ -6,9 +6,10 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from mmap import ACCESS_COPY, mmap
+from mmap import MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -28,6 +29,8 @@ SAMPLED = 8  # files whose content is compared with the cache when it is used
 CHUNK = 256  # files that are decoded before the next are begun, which bounds the memory; then the free space is compared
 FREE_BYTES = 2**30  # that remain free on the disk
 MAX_WAIT_S = 1200  # for a process that decodes the same images; other processes of a run wait half an hour
+# Pages in memory only, which nobody writes. Linux reserves no memory for them, so that a set can be larger than the memory.
+PRIVATE = MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)  # MAP_NORESERVE, which Python 3.13 names
 ReadFn = Callable[[int], tuple[Tensor, str]]
 
 
@@ -88,11 +91,13 @@ def decode_images(files: Sequence[str | Path], settings: str, read: ReadFn) -> D
         with FileLock(path.with_suffix(".lock"), timeout=MAX_WAIT_S):
             return _current(path, len(files), read) or _write(path, len(files), read)
     except OSError:  # not writable, full, or in use by another process for a long time
-        return _in_memory(len(files), read)
+        pass  # the exception holds the threads that decode
+    return _in_memory(len(files), read)
 
 
 def _key(files: Sequence[str | Path], settings: str) -> str:
-    folder, limit = Path.cwd(), PIL.Image.MAX_IMAGE_PIXELS  # of relative paths; larger images are unusable
+    folder = "" if all(map(os.path.isabs, files)) else Path.cwd()  # of relative paths
+    limit = PIL.Image.MAX_IMAGE_PIXELS  # larger images are unusable
     lines = [repr((VERSION, torch.__version__, PIL.__version__, limit, settings, folder))]
     for file in files:
         try:
@@ -171,7 +176,7 @@ def _write(path: Path, count: int, read: ReadFn) -> DecodedImages:
 
 
 def _while_space(decoded: Iterable[DecodedFile], count: int, folder: Path) -> Iterator[DecodedFile]:
-    """Yield decoded files, as long as the disk has space for all: the others are assumed to have the mean size.
+    """Yield decoded files while the disk has space for all; those to come are assumed to have the mean size of the others.
 
     Raises:
         OSError: less than `FREE_BYTES` would remain.
@@ -202,12 +207,12 @@ def _mapped(path: Path) -> DecodedImages:
     if path.stat().st_size != size:
         raise ValueError
     with path.open("rb") as file:  # `torch.from_file` would return a tensor that cannot be sent to processes
-        content = mmap(file.fileno(), size, access=ACCESS_COPY) if size else memoryview(b"")
+        content = mmap(file.fileno(), size, flags=PRIVATE, prot=PROT_READ | PROT_WRITE) if size else memoryview(b"")
     return DecodedImages(results, shapes, _tensor(content))
 
 
 def _current(path: Path, count: int, read: ReadFn) -> DecodedImages | None:
-    """Return the entry, or None if it is not there, not complete, or files have another content than it was made from.
+    """Return the entry, or None if it is not there, not complete, or the content of a file has changed since it was written.
 
     A sample of the files is compared, and those that were unusable: their permissions may have changed.
     """

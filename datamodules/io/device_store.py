@@ -1,4 +1,4 @@
-"""Training data that lie on the GPU, where batches are cropped and flipped."""
+"""Training data that lie on the GPU, where batches are cropped, resized, deformed and flipped."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-MAX_SHARE = 0.2  # of the free memory of the GPU
+MAX_SHARE = 0.2  # of the memory of the GPU
 
 
 @runtime_checkable
@@ -19,7 +19,7 @@ class Storable(Protocol):
         """Size of its images in bytes."""
 
     def on_device(self, device: torch.device) -> Any:
-        """Return a copy whose images are on a device; its batches have the same values."""
+        """Return a copy whose images are on a device; interpolated pixels can differ by 1 from those of the CPU."""
 
 
 @dataclass
@@ -51,5 +51,8 @@ class DeferredItems(Dataset[dict[str, Any]]):
 
 
 def fits(n_bytes: int, device: torch.device) -> bool:
-    """Return whether data of this size may lie on a device: a GPU with five times as much free memory."""
-    return device.type == "cuda" and n_bytes <= MAX_SHARE * torch.cuda.mem_get_info(device)[0]
+    """Return whether data of this size may lie on a device: a GPU with five times as much memory.
+
+    The result does not depend on what is free, so that a resumed run has the same batches.
+    """
+    return device.type == "cuda" and n_bytes <= MAX_SHARE * torch.cuda.get_device_properties(device).total_memory

@@ -11,6 +11,8 @@ from datamodules.transforms.objects import RunLengthCode, decode_masks, mask_box
 from datamodules.transforms.to_device import to_device_async
 from datamodules.transforms.window import Window, change_symmetry, source_positions
 
+CHUNK = 2**23  # pixels of the masks that a device pastes at a time
+
 
 class MaskBuffer:
     """Binary masks, cropped to their bounding boxes and concatenated in a flat buffer of pixels, on the CPU or on a device.
@@ -94,6 +96,11 @@ class MaskBuffer:
         top, left, height, width, offset = to_device_async(places, self.pixels.device)  # (M, 1, 1) each
         positions = to_device_async(np.concatenate(source_positions(window)), self.pixels.device)
         rows, columns = positions.split([window.new_height, window.new_width])
-        down, across = rows[:, None] - top, columns - left  # (M, H, 1), (M, 1, W)
-        is_inside = (down >= 0) & (down < height) & (across >= 0) & (across < width)
-        return change_symmetry(self.pixels[torch.where(is_inside, offset + down * width + across, 0)], window)
+        masks = torch.empty(len(ids), window.new_height, window.new_width, dtype=torch.uint8, device=self.pixels.device)
+        count = max(1, CHUNK // (window.new_height * window.new_width))
+        for first in range(0, len(ids), count):  # some masks at a time, because positions have eight bytes
+            part = slice(first, first + count)
+            down, across = rows[:, None] - top[part], columns - left[part]  # (m, H, 1), (m, 1, W)
+            is_inside = (down >= 0) & (down < height[part]) & (across >= 0) & (across < width[part])
+            masks[part] = self.pixels[torch.where(is_inside, offset[part] + down * width[part] + across, 0)]
+        return change_symmetry(masks, window)

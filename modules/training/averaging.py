@@ -72,9 +72,9 @@ class GradientAverager:
     """Mean of the gradients of one optimizer over all ranks.
 
     Each gradient is copied into its bucket as soon as the backward pass has computed it. The all-reduce of a bucket starts when
-    its last gradient is there, while the backward pass continues. The order of the buckets is the reverse order of the
-    parameters on all ranks, approximately the order of the backward pass. Parameters without a gradient, such as those of
-    unused layers, must be the same on all ranks; they keep `grad` None.
+    its last gradient is there, while the backward pass continues. The order of the buckets is that in which `make_buckets`
+    fills them, from the last parameter to the first one, approximately the order of the backward pass. Parameters without a
+    gradient, such as those of unused layers, must be the same on all ranks; they keep `grad` None.
 
     Args:
         parameters: parameters of the optimizer. Sharded ones are left out; FSDP averages their gradients.

@@ -65,7 +65,7 @@ class Method(ModuleWithReferences):
 
     training_only_modules: ClassVar[Sequence[str]] = ()  # names of submodules that committed weights exclude
     double_backward_networks: ClassVar[Sequence[str]] = ()  # names of networks under a gradient penalty
-    compiled_losses: ClassVar[Sequence[str]] = ()  # names of functions that are compiled with the networks, if these are small
+    compiled_losses: ClassVar[Sequence[str]] = ()  # names of loss functions that `--compile true` compiles with the networks
 
     def __init__(self, total_images: int, learning_rate: float, warmup: int = 0, seed: int = 0) -> None:
         super().__init__()

@@ -92,6 +92,14 @@ def test_size_does_not_depend_on_the_number_of_samples():
     assert sent[WIDTH] < 2 * WIDTH * WIDTH * 4 + 10_000  # few samples: their features
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_covariance_of_less_than_two_samples_is_refused(count):
+    sums = FeatureSums()
+    sums.store(torch.arange(count), torch.ones(count, 8))
+    with pytest.raises(UserError, match=f"FID: {count} images, but a covariance needs at least two"):
+        sums.statistics()
+
+
 def test_samples_count_once():
     values, real = features(4 * WIDTH), sums(features(700, seed=1)).statistics()
     expected = sums(values)

@@ -34,7 +34,7 @@ def test_noise_differs_by_rounding_errors(kind, size, device):
 def test_large_noise_is_computed_on_the_device(kind, monkeypatch):
     """Tensors of the device meta have no values: a copy of the noise from the CPU, or reading a value, raises an error."""
     monkeypatch.setattr(device_noise, "NOISE_SAMPLERS", {})
-    size = device_noise.MIN_VALUES // 4
+    size = device_noise.MIN_SIZE
     noise = device_noise.noise_on_device(kind, 0, "latent", range(4), size, torch.device("meta"), torch.float32)
     assert (noise.shape, noise.dtype, noise.device.type) == ((4, size), torch.float32, "meta")
     with pytest.raises(KeyError):  # small noise comes from the CPU

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import Dataset
 
 from datamodules import base
 from datamodules.catalog.annotated_images import AnnotatedImage, Annotations
@@ -119,31 +121,40 @@ def test_deformed_tiles_differ_by_rounding_errors_on_the_device():
     assert (found["weight"].cpu() - expected["weight"]).abs().max() < 1e-2
 
 
-def copied_ahead(device):
-    """Return the batches of a loader that are copied ahead, and how many were read from it before each."""
-    n_read = 0
+class CountedBatches(Dataset):
+    """Six batches; counts those that were read."""
 
-    def batches():
-        nonlocal n_read
-        for i in range(6):
-            n_read += 1
-            yield {"image": torch.full((3,), i), "objects": [{"boxes": torch.full((2,), i)}], "start": i}
+    def __init__(self):
+        self.n_read = 0
 
-    found = []
-    for batch in CopyAhead(batches(), torch.device(device)):
-        found.append((batch, n_read))
-    return found
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        self.n_read += 1
+        return {"image": torch.full((3,), index), "objects": [{"boxes": torch.full((2,), index)}], "start": index}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=pytest.mark.gpu, id="gpu")])
 def test_batches_are_copied_two_ahead_and_in_order(device):
-    found = copied_ahead(device)
-    assert [n_read for _, n_read in found] == [3, 4, 5, 6, 6, 6]
-    for i, (batch, _) in enumerate(found):
+    dataset = CountedBatches()
+    for i, batch in enumerate(CopyAhead(dataset, torch.device(device), batch_size=None)):
+        assert dataset.n_read == min(i + 3, 6)
         assert batch["start"] == i
         for tensor in (batch["image"], batch["objects"][0]["boxes"]):
             assert tensor.device.type == device
             assert (tensor == i).all()
+    assert i == 5
+
+
+def test_processes_that_load_batches_to_copy_end_with_the_loop():
+    """Lightning ends them after the training, before the test."""
+    loader = CopyAhead(CountedBatches(), torch.device("cpu"), batch_size=None, num_workers=1, persistent_workers=True)
+    combined = CombinedLoader(loader)
+    next(iter(combined))
+    (worker,) = loader._iterator._workers
+    combined.reset()
+    assert not worker.is_alive()
 
 
 @dataclass(frozen=True)
@@ -236,9 +247,9 @@ def test_training_on_stored_data_is_the_same(workdir, photos, monkeypatch, task)
     assert_equal(left["state_dict"], right["state_dict"])
 
 
-def test_data_are_stored_if_they_take_a_fifth_of_the_free_memory(monkeypatch):
+def test_data_are_stored_if_they_take_a_fifth_of_the_memory(monkeypatch):
     gpu = SimpleNamespace(type="cuda")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
     assert device_store.fits(200, gpu)
     assert not device_store.fits(201, gpu)
     assert not device_store.fits(1, torch.device("cpu"))

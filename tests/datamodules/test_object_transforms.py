@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from datamodules.catalog.coco_annotations import mirrored_keypoints
+from datamodules.transforms import mask_buffer
 from datamodules.transforms.augment_objects import ObjectAugment
 from datamodules.transforms.mask_buffer import MaskBuffer
 from datamodules.transforms.objects import decode_masks, enclosing_boxes, encode_masks, label_map
@@ -69,7 +70,8 @@ def test_pasted_masks_are_those_before():
     assert MaskBuffer([]).paste(np.arange(0), WHOLE).shape == (0, HEIGHT, WIDTH)
 
 
-def test_masks_in_windows_equal_whole_masks_that_are_cropped_resized_and_flipped():
+def test_masks_in_windows_equal_whole_masks_that_are_cropped_resized_and_flipped(monkeypatch):
+    monkeypatch.setattr(mask_buffer, "CHUNK", 2000)
     masks = random_masks()
     buffer, ids = MaskBuffer(encode_masks(masks)), np.arange(len(masks))
     for window in random_windows(100):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,13 @@ def test_link_names_what_it_needs(workdir, monkeypatch, programs, user, bandwidt
 needs_tc = pytest.mark.skipif(shutil.which("tc") is None or os.geteuid() != 0, reason="needs tc (iproute2) and root")
 
 
+def command_of(process):
+    """Return the command line of a process; empty if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
+
+
 @pytest.mark.slow
 @needs_tc
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -168,7 +176,7 @@ def test_link_and_processes_are_removed_after_a_signal(workdir, number):
 
     def workers():
         found = children.read_text().split()
-        return [child for child in found if b"scaling_worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return [child for child in found if b"scaling_worker" in command_of(child)]
 
     wait_for(workers, 60)
     (worker,) = workers()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.catalog.catalog import DatasetNotFound, catalog, resolve_images
 from datamodules.errors import UserError
+from datamodules.io.copy_ahead import copies_ahead
 from datamodules.io.device_store import DeferredItems, Storable, fits
 from datamodules.io.image_refs import DataReport, dataset_label
 from datamodules.io.loader import make_loader
@@ -106,8 +107,8 @@ class ResumableDataModule(L.LightningDataModule, ABC):
         self.deferred = None
         if isinstance(items, Storable) and not self.num_workers and fits(items.n_bytes, device):
             items = self.deferred = DeferredItems(items.on_device(device))
-        copies = device.type == "cuda" and self.deferred is None
-        return make_loader(items, sampler, self.num_workers, device if copies else None)
+        target = device if copies_ahead(device) and self.deferred is None else None
+        return make_loader(items, sampler, self.num_workers, target)
 
     def eval_loader(self, items: Dataset[Any], length: int) -> DataLoader[Any]:
         """Return a loader of this rank's evaluation items; see `RankSampler`."""

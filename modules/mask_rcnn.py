@@ -293,6 +293,19 @@ class MaskRCNN(DetectionMethod):
             load_stages(self.roi_heads.box_head, weights, "layer4.")
         self.backbone_hash = file_hash(path)
 
+    def on_fit_start(self) -> None:
+        """Check the layer of the regions, before the base class plans the training.
+
+        Raises:
+            UserError: on a GPU, RoIPool is trained with deterministic operations, which torchvision does not have.
+        """
+        if self.device.type == "cuda" and torch.are_deterministic_algorithms_enabled() and self.hparams["roi_layer"] == "pool":
+            raise UserError(
+                "trainer.deterministic: torchvision has no deterministic RoIPool for GPUs. "
+                "Use --model.roi_layer align, or --trainer.deterministic false"
+            )
+        super().on_fit_start()
+
     def file_hashes(self) -> dict[str, str]:
         """Return the hash of the pretrained weights."""
         return {**super().file_hashes(), **({"backbone weights": self.backbone_hash} if self.backbone_weights else {})}

@@ -12,6 +12,11 @@ from torch.utils.data import DataLoader
 AHEAD = 2  # batches
 
 
+def copies_ahead(device: torch.device) -> bool:
+    """Return whether batches are copied ahead to a device: a GPU."""
+    return device.type == "cuda"
+
+
 class CopyAhead(DataLoader[Any]):
     """DataLoader whose batches are copied to a device two batches ahead, on another stream than the training.
 

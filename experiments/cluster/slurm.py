@@ -178,11 +178,12 @@ def batch_file(command: Sequence[str], name: str, job: Job, folder: Path) -> str
     same one. Here, it follows from the whole id, which each task of an array has for itself, below Linux' ephemeral ports; this
     script runs on the node of the first process, and leaves out ports on which a program listens there.
     """
+    requests_gpus = any(option.startswith(("--gres", "--gpus")) for option in job.options)
     directives = {
         "job-name": name,
         "nodes": job.nodes,
         "ntasks-per-node": job.processes,
-        **({"gpus-per-node": job.gpus} if job.gpus else {}),
+        **({"gpus-per-node": job.gpus} if job.gpus and not requests_gpus else {}),
         "cpus-per-task": job.cores,
         "time": job.time,
         "signal": f"USR1@{job.notice}",

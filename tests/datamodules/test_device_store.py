@@ -229,8 +229,13 @@ def fit_with_stored_data(recipe, *overrides):
     assert len(calls) == 15
 
 
+def fit_with_copied_batches(recipe, *overrides):
+    base.copies_ahead = lambda device: True
+    fit(recipe, "--data.num_workers", "1", *overrides)
+
+
 @pytest.mark.parametrize("task", ["super-resolution", "generation", "detection"])
-def test_training_on_stored_data_is_the_same(workdir, photos, monkeypatch, task):
+def test_training_on_stored_data_and_on_copied_batches_is_the_same(workdir, photos, monkeypatch, task):
     monkeypatch.setenv("DARKROOM_CACHE", str(workdir / "cache"))
     if task == "generation":
         model = {"channels": 1, "size": 28, "hidden_dim": 16, "total_images": 60}
@@ -243,8 +248,10 @@ def test_training_on_stored_data_is_the_same(workdir, photos, monkeypatch, task)
         recipe = write_recipe(workdir / "tiny.yaml", photos, model)
     assert forked(fit, recipe, "--run", "host") == 0
     assert forked(fit_with_stored_data, recipe, "--run", "device") == 0
-    left, right = (checkpoint(workdir, recipe, run) for run in ("host", "device"))
-    assert_equal(left["state_dict"], right["state_dict"])
+    assert forked(fit_with_copied_batches, recipe, "--run", "copies") == 0
+    host, *others = (checkpoint(workdir, recipe, run)["state_dict"] for run in ("host", "device", "copies"))
+    for other in others:
+        assert_equal(host, other)
 
 
 def test_data_are_stored_if_they_take_a_fifth_of_the_memory(monkeypatch):

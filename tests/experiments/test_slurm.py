@@ -203,6 +203,14 @@ def test_signal_during_imports_requests_a_requeue(workdir, name):
     assert not (workdir / "runs").exists()
 
 
+def test_other_requests_for_gpus_replace_that_of_gpus_per_node(workdir, capfd):
+    assert main(["submit", "espcn/t91_x3", "--dry-run", "--gpus", "8", "--cores", "6", "--sbatch=--gres=gpu:a100:8"]) == 0
+    text = capfd.readouterr().out
+    assert "#SBATCH --gres=gpu:a100:8" in text
+    assert "gpus-per-node" not in text
+    assert "#SBATCH --ntasks-per-node=8" in text
+
+
 def test_values_with_spaces_are_quoted(workdir, monkeypatch, capfd):
     monkeypatch.setenv("DARKROOM_RUNS", str(workdir / "all runs"))
     argv = ["espcn/t91_x3", "--run", "my run", "--sbatch=--comment='two words'", "--sbatch=--exclusive"]

@@ -19,7 +19,8 @@ from tests.helpers.fake_gpu import run_on_a_fake_gpu
 from tests.helpers.subprocess_helpers import forked, two_forked
 
 DEVICE = os.environ.get("DARKROOM_TEST_DEVICE", "cuda")
-ON_DEVICE = ["--trainer.accelerator", DEVICE]
+ON_DEVICE = ["--trainer.accelerator", DEVICE, "--trainer.devices", "1"]
+ON_TWO_DEVICES = ["--trainer.accelerator", DEVICE, "--trainer.devices", "2"]
 
 
 def train(recipe: Path, *overrides: str) -> None:
@@ -49,6 +50,7 @@ class GPUContract:
     deterministic_model: ClassVar[str]
     assert_same_run: Any  # of the contract
     synchronizes: ClassVar[str] = ""  # why a step waits for the device
+    is_helper: ClassVar[bool] = False  # the method exists for tests only, which do not use a GPU
 
     def test_steps_need_no_values_and_one_device(self, workdir: Path, recipe: Path) -> None:
         """Without a GPU: an operation that combines tensors of the CPU and of the GPU, or reads a value, raises an error."""
@@ -93,10 +95,9 @@ class GPUContract:
         """The metrics of the same weights, computed on both devices."""
         assert forked(train, recipe, "--run", "one", *ON_DEVICE) == 0
         records: list[dict[str, Any]] = []
-        for device in ("cpu", DEVICE):
-            record = workdir / f"{device}.json"
-            argv = ["test", str(recipe), "--run", "one", "--trainer.accelerator", device, "--record", str(record)]
-            assert forked(main, argv) == 0
+        for run, options in (("cpu", ["--trainer.accelerator", "cpu"]), ("gpu", ON_DEVICE)):
+            record = workdir / f"{run}.json"
+            assert forked(main, ["test", str(recipe), "--run", "one", "--record", str(record), *options]) == 0
             records.append(json.loads(record.read_text())["metrics"])
         assert records[0].keys() == records[1].keys()
         for dataset, protocols in records[0].items():
@@ -105,8 +106,14 @@ class GPUContract:
                 assert records[1][dataset][protocol]["images"] == expected, (dataset, protocol)
 
     @pytest.mark.gpu
-    def test_gpu_resumes_exactly_with_deterministic_kernels(self, workdir: Path, recipe: Path, monkeypatch: Any) -> None:
-        options = ["--trainer.deterministic", "true", *ON_DEVICE]
+    @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+    def test_gpu_resumes_exactly_with_deterministic_kernels(
+        self, workdir: Path, recipe: Path, monkeypatch: Any, precision: str
+    ) -> None:
+        """Also with the scale of the losses of fp16."""
+        if DEVICE == "cpu" and precision == "16-mixed":
+            pytest.skip("16-mixed needs a GPU")
+        options = ["--trainer.deterministic", "true", "--trainer.precision", precision, *ON_DEVICE]
         assert forked(train, recipe, "--run", "full", *options) == 0
         monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@32@0")
         assert forked(train, recipe, "--run", "resumed", *options) == 85
@@ -126,13 +133,20 @@ class GPUContract:
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
     def test_gpu_trains_in_a_process_group_of_one(self, workdir: Path, recipe: Path, strategy: str) -> None:
         """NCCL starts, and the weights are broadcast; averages of gradients need two GPUs."""
-        options = ["--trainer.devices", "1", "--trainer.strategy", strategy]
-        assert forked(train, recipe, "--run", strategy, "--model", self.deterministic_model, *options, *ON_DEVICE) == 0
+        options = ["--trainer.strategy", strategy, *ON_DEVICE]
+        assert forked(train, recipe, "--run", strategy, "--model", self.deterministic_model, *options) == 0
 
     @pytest.mark.gpus2
-    def test_two_gpus_match_one(self, workdir: Path, recipe: Path) -> None:
-        overrides = ["--model", self.deterministic_model, "--trainer.precision", "64-true", *ON_DEVICE]
-        assert forked(train, recipe, "--run", "one", *overrides) == 0
-        statuses, output = two_forked(train, recipe, "--run", "two", "--trainer.devices", "2", *overrides)
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+    def test_two_gpus_match_one(self, workdir: Path, recipe: Path, monkeypatch: Any, strategy: str) -> None:
+        """With the second half of the run in new processes, which load what the first ones have saved."""
+        overrides = ["--model", self.deterministic_model, "--trainer.precision", "64-true"]
+        assert forked(train, recipe, "--run", "one", *overrides, *ON_DEVICE) == 0
+        options = ["--run", "two", *overrides, "--trainer.strategy", strategy, *ON_TWO_DEVICES]
+        monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@32@1")
+        statuses, output = two_forked(train, recipe, *options)
+        assert statuses == [85, 85], output
+        monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
+        statuses, output = two_forked(train, recipe, *options)
         assert statuses == [0, 0], output
         assert losses(workdir, recipe, "one") == pytest.approx(losses(workdir, recipe, "two"), rel=1e-5, abs=1e-7)

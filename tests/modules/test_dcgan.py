@@ -4,7 +4,7 @@ import torch
 from datamodules.errors import UserError
 from modules.dcgan import DCGAN
 from modules.training.phases import bind_phases, train_only
-from tests.helpers.gpu_contract import losses
+from tests.helpers.gpu_contract import DEVICE, ON_DEVICE, ON_TWO_DEVICES, losses
 from tests.helpers.method_contract import fit
 from tests.helpers.subprocess_helpers import forked, refused, two_forked
 from tests.tasks.generation import GenerativeContract
@@ -28,10 +28,12 @@ class TestDCGAN(GenerativeContract):
 
     @pytest.mark.gpus2
     def test_synchronized_batch_normalization_equals_one_gpu(self, workdir, recipe):
-        options = ["--trainer.precision", "64-true", "--trainer.accelerator", "cuda"]
-        assert forked(fit, recipe, "--run", "one", *options) == 0
-        parts = ["--trainer.devices", "2", "--trainer.sync_batchnorm", "true"]
-        statuses, output = two_forked(fit, recipe, "--run", "two", *parts, *options)
+        if DEVICE == "cpu":
+            pytest.skip("torch synchronizes batch normalization on GPUs only")
+        options = ["--trainer.precision", "64-true"]
+        assert forked(fit, recipe, "--run", "one", *options, *ON_DEVICE) == 0
+        parts = ["--trainer.sync_batchnorm", "true", *ON_TWO_DEVICES]
+        statuses, output = two_forked(fit, recipe, "--run", "two", *options, *parts)
         assert statuses == [0, 0], output
         assert losses(workdir, recipe, "one") == pytest.approx(losses(workdir, recipe, "two"), rel=1e-5, abs=1e-7)
 

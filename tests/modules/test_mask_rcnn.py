@@ -336,6 +336,14 @@ def test_pretrained_weights_freeze_the_first_stages(workdir, monkeypatch):
         method.setup("fit")
 
 
+def test_deterministic_roi_pool_on_a_gpu_is_refused(monkeypatch):
+    method = MaskRCNN(roi_layer="pool", **SMALL_NETWORK)
+    method._device = torch.device("cuda")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(UserError, match=r"torchvision has no deterministic RoIPool for GPUs. Use --model.roi_layer align"):
+        method.on_fit_start()
+
+
 def test_schedule_has_a_warmup_and_steps():
     method = small(warmup=100, learning_rate_steps={1000: 0.002}, learning_rate=0.02, total_images=2000)
     rates = [method.schedule(images) for images in (0, 50, 100, 999, 1000)]

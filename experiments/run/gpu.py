@@ -37,6 +37,6 @@ def check_gpu() -> None:
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())
     raise UserError(
-        f"trainer.accelerator: torch {torch.__version__} cannot use the GPU of this machine: {reason.rstrip('.')}. "
-        "Install a driver or a torch that fit each other, or use --trainer.accelerator cpu"
+        f"torch {torch.__version__} cannot use the GPU of this machine: {reason.rstrip('.')}. "
+        "Install a driver or a torch that fit each other, or hide the GPU: CUDA_VISIBLE_DEVICES=-1"
     )

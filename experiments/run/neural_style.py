@@ -12,6 +12,7 @@ from torch import Tensor
 from datamodules.errors import UserError
 from datamodules.io.image_io import pixel_hash, read_image, to_channels
 from experiments.run.cpu import configure_cpu
+from experiments.run.gpu import check_gpu, configure_tf32
 from experiments.run.sample import check_output, save_png
 from modules.losses.perceptual import PerceptualObjective
 from modules.networks.vgg import FeatureNetwork, FeatureNetworkName, Pooling, find_feature_weights
@@ -182,9 +183,11 @@ def load_features(name: FeatureNetworkName, weights: str | None, layers: list[st
     """Return a feature network with its weights, frozen, on the GPU if there is one.
 
     Raises:
-        UserError: the weights are missing, unusable or of another network, or a layer does not exist.
+        UserError: the weights are missing, unusable or of another network, a layer does not exist, or torch cannot use the GPU.
     """
     configure_cpu()
+    configure_tf32(enabled=False)
+    check_gpu()
     network = FeatureNetwork(name, layers, pooling)
     ReferenceNetwork(network, partial(find_feature_weights, name, weights)).load()
     return network.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -145,7 +145,7 @@ class GPUContract:
         options = ["--run", "two", *overrides, "--trainer.strategy", strategy, *ON_TWO_DEVICES]
         monkeypatch.setenv("DARKROOM_TEST_SIGNAL", "SIGTERM@32@1")
         statuses, output = two_forked(train, recipe, *options)
-        assert statuses == [85, 85], output
+        assert statuses == [85, 0], output  # the first process alone has the status of a stopped run
         monkeypatch.delenv("DARKROOM_TEST_SIGNAL")
         statuses, output = two_forked(train, recipe, *options)
         assert statuses == [0, 0], output

@@ -77,18 +77,21 @@ DEMOS = sorted(path.parent.parent.name for path in METHODS.glob("*/recipes/demo.
 @pytest.mark.parametrize("method", DEMOS)
 def test_demo_trains_and_is_used(workdir, photos, method, precision):
     """Twenty steps with a validation; in float32, also the test, and a prediction or samples."""
-    if DEVICE == "cpu" and precision == "16-mixed":
-        pytest.skip("16-mixed needs a GPU")
+    if DEVICE == "cpu" and precision != "32-true":
+        pytest.skip("16 bits are slow on CPUs; the small recipes of the contract are trained with them")
     recipe = find_recipe(f"{method}/demo")
     images = str(20 * recipe.content["data"]["init_args"].get("batch_size", 16))
     options = ["--run", "gpu", "--trainer.precision", precision, *ON_DEVICE]
     sizes = ["--model.total_images", images, "--val_every_images", images]
     if method == "perceptual_sr":
         sizes += ["--model.pixel_images", str(int(images) // 2)]
+    if method == "progan":
+        sizes += ["--model.stable_images", str(int(images) // 10), "--model.fade_images", str(int(images) // 10)]
     assert forked(main, ["fit", recipe.name, *sizes, *options]) == 0
     if precision != "32-true":
         return
-    assert forked(main, ["test", recipe.name, *sizes, *options]) == 0
+    if method not in ("gan", "dcgan", "progan"):  # whose demos have no test data
+        assert forked(main, ["test", recipe.name, *sizes, *options]) == 0
     if method in ("gan", "wgan", "dcgan", "progan"):
         use = ["sample", recipe.name, "--count", "4", "--output", "used.png"]
     elif method in ("autoencoder", "vae"):

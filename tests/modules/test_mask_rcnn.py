@@ -338,7 +338,7 @@ def test_pretrained_weights_freeze_the_first_stages(workdir, monkeypatch):
 
 def test_deterministic_roi_pool_on_a_gpu_is_refused(monkeypatch):
     method = MaskRCNN(roi_layer="pool", **SMALL_NETWORK)
-    method._device = torch.device("cuda")
+    method._device = torch.device("cuda:0")  # Lightning asks for the index otherwise
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with pytest.raises(UserError, match=r"torchvision has no deterministic RoIPool for GPUs. Use --model.roi_layer align"):
         method.on_fit_start()

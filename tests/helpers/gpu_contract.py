@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 
 from callbacks.run.csv_logger import read_metrics_csv
@@ -54,6 +55,8 @@ class GPUContract:
 
     def test_steps_need_no_values_and_one_device(self, workdir: Path, recipe: Path) -> None:
         """Without a GPU: an operation that combines tensors of the CPU and of the GPU, or reads a value, raises an error."""
+        if torch.__version__ < "2.14":
+            pytest.skip("fake tensors of older versions of torch need a GPU")
         if self.synchronizes:
             pytest.skip(self.synchronizes)
         assert forked(run_on_a_fake_gpu, find_recipe(str(recipe))) == 0

@@ -1,6 +1,6 @@
 """Detection: images with boxes, masks and keypoints of objects."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -205,7 +205,7 @@ class Detection(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> Iterable[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return an infinite loader of augmented images with objects."""
         return self.train_loader(self.train_images, len(self.train_images), self.is_wide if self.group_by_shape else None)
 

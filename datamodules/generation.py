@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from mmap import mmap
 from typing import Any
 
@@ -118,7 +118,7 @@ class Generation(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return an infinite loader of uint8 images; `on_after_batch_transfer` converts them to float."""
         self.items.set_image_size(self.image_size_at)
         return self.train_loader(self.items, len(self.items))

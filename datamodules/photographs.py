@@ -1,6 +1,6 @@
 """Photographs: random crops for training, center crops for evaluation."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +168,7 @@ class Photographs(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> Iterable[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return an infinite loader of random crops."""
         return self.train_loader(self.crops, len(self.crops))
 

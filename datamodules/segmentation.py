@@ -1,6 +1,6 @@
 """Segmentation: augmented training tiles and full evaluation images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -295,10 +295,8 @@ class Segmentation(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return an infinite loader of tiles; see `RandomTiles.sample`."""
-        if self.num_workers and isinstance(self.tiles, InMemoryTiles):
-            self.tiles.share_memory()
         return self.train_loader(self.tiles, len(self.tiles))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -124,12 +124,6 @@ class InMemoryTiles(RandomTiles):
             moved.weights = self.weights.on_device(device)
         return moved
 
-    def share_memory(self) -> None:
-        """Move the buffers to shared memory."""
-        for buffer in (self.images, self.masks, self.weights):
-            if buffer is not None:
-                buffer.share_memory()
-
     def __getitem__(self, slice_: tuple[int, np.ndarray]) -> dict[str, Any]:
         """See `RandomTiles.sample`."""
         start, items = slice_

@@ -1,6 +1,6 @@
 """Super-resolution: training patches and full evaluation images, as in the papers' tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -144,7 +144,7 @@ class SuperResolution(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return an infinite loader of uint8 patches (N, C, P, P); `on_after_batch_transfer` creates the pairs.
 
         P is (patch_size + 2 * margin) * scale.

@@ -1,6 +1,5 @@
 """Toy data: Gaussians and a spiral in the plane, and dummy batches for toy games."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class Points(ResumableDataModule):
         self.reference_sets = {name: ImageSet(centers, torch.arange(len(centers)))} if len(centers) else {}
         self.test = list(self.reference_sets)
 
-    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return an infinite loader of points."""
         return self.train_loader(PointBatches(self.points), POINTS_PER_PASS)
 

@@ -1,6 +1,6 @@
 """Unpaired translation: training crops and full evaluation images of two domains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ class Unpaired(ResumableDataModule):
 
     # Loaders
 
-    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return an infinite loader of uint8 crops of both domains; `on_after_batch_transfer` converts them to float."""
         return self.train_loader(self.train_crops, len(self.train_crops))
 

@@ -37,8 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if count := max((needed[mark.name] for mark in item.iter_markers() if mark.name in needed), default=0):
             reason = f"needs {count} GPU(s) that torch can use, found {found}"
             item.add_marker(pytest.mark.skipif(found < count, reason=reason))
-            if getattr(getattr(item, "cls", None), "is_helper", False):
-                item.add_marker(pytest.mark.skip(reason="a method for tests only"))
         if item.name.startswith("test_training_improves") and getattr(getattr(item, "cls", None), "learns_slowly", False):
             item.add_marker(pytest.mark.slow)
 

@@ -78,9 +78,8 @@ class SpatialAugment:
         angle = torch.from_numpy(noise[:, 3] * 2 * np.pi * self.rotate).float()
         zoom_factor = torch.from_numpy(self.zoom ** (2 * noise[:, 4] - 1)).float()
         table = torch.stack([*centers.T, directions, torch.cos(angle) / zoom_factor, torch.sin(angle) / zoom_factor])
-        center_rows, center_columns, direction, cosine, sine = to_device_async(
-            table[:, :, None, None], device
-        )  # (B, 1, 1) each
+        table = to_device_async(table[:, :, None, None], device)
+        center_rows, center_columns, direction, cosine, sine = table  # (B, 1, 1) each
         side = tile_size + margin
         steps = torch.arange(side, dtype=torch.float32, device=device) - (side - 1) / 2
         rows, columns = steps[:, None], steps * direction  # (side, 1), (B, 1, side)

@@ -45,10 +45,6 @@ class RaggedImageBuffer:
     def __len__(self) -> int:
         return len(self.heights)
 
-    def share_memory(self) -> None:
-        """Move the buffer to shared memory, so that all loader workers read one copy."""
-        self.pixels.share_memory_()
-
     def on_device(self, device: torch.device) -> "RaggedImageBuffer":
         """Return a copy whose pixels are on a device; the sizes of the images stay on the CPU."""
         moved = copy(self)

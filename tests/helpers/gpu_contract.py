@@ -51,7 +51,6 @@ class GPUContract:
     deterministic_model: ClassVar[str]
     assert_same_run: Any  # of the contract
     synchronizes: ClassVar[str] = ""  # why a step waits for the device
-    is_helper: ClassVar[bool] = False  # the method exists for tests only, which do not use a GPU
 
     def test_steps_need_no_values_and_one_device(self, workdir: Path, recipe: Path) -> None:
         """Without a GPU: an operation that combines tensors of the CPU and of the GPU, or reads a value, raises an error."""

@@ -21,7 +21,6 @@ from tests.tasks.generation import GenerativeContract, write_generative_recipe
 
 
 class TestWGANGP(GenerativeContract):
-    is_helper = True
     learns_slowly = True
     model = {"class_path": "tests.helpers.wgan_gp.WGANGP", "init_args": {}}
     deterministic_model = "tests.helpers.wgan_gp.WGANGP"

@@ -114,7 +114,6 @@ class LazyGAN(GrowingGAN):
 
 
 class TestGrowingGAN(GenerativeContract):
-    is_helper = True
     learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.GrowingGAN", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.GrowingGAN"
@@ -129,7 +128,6 @@ class TestGrowingGAN(GenerativeContract):
 
 
 class TestLazyGAN(GenerativeContract):
-    is_helper = True
     learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.LazyGAN", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.LazyGAN"
@@ -170,7 +168,6 @@ def write_features(path: Path) -> None:
 
 
 class TestFeatureLoss(SuperResolutionContract):
-    is_helper = True
     learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.FeatureLoss", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.FeatureLoss"
@@ -224,7 +221,6 @@ class PairGAN(SuperResolutionMethod):
 
 
 class TestPairGAN(SuperResolutionContract):
-    is_helper = True
     learns_slowly = True
     model = {"class_path": "tests.modules.test_step_features.PairGAN", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.PairGAN"
@@ -326,7 +322,6 @@ class MeanError(ImageMetric):
 
 
 class TestMeanRegression(Contract):
-    is_helper = True
     model = {"class_path": "tests.modules.test_step_features.MeanRegression", "init_args": {}}
     deterministic_model = "tests.modules.test_step_features.MeanRegression"
     training_overrides = ["--model.total_images", "3200", "--val_every_images", "800"]

@@ -188,7 +188,8 @@ class NoSynchronization(Callback):
         logs = (batch_idx + 1) % trainer.log_every_n_steps == 0 if trainer.log_every_n_steps else False
         is_last = pl_module.images_seen + pl_module.stage_plan.batch_size(pl_module.images_seen) >= pl_module.total_images
         self.n_steps += 1
-        if pl_module.device.type != "cpu" or self.n_steps < 3 or logs or is_last:
+        resets = pl_module.images_seen in pl_module.stage_plan.starts  # optimizers, whose new step counts are on the CPU
+        if pl_module.device.type != "cpu" or self.n_steps < 3 or logs or is_last or resets:
             return
         states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
         steps = (state.get("step") for state in states)
